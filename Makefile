@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer: make demo, make test.
+# make demo CUDA=1         uses PyPI's newest CUDA build of torch and runs on the GPU
+# make ... TORCH_INDEX=URL takes torch from another index, such as PyTorch's small CPU one
+
+ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+PYTHON ?= python3
+VENV ?= $(ROOT)/.venv
+BIN := $(VENV)/bin
+CONSTRAINTS := $(ROOT)/constraints.txt
+DEVICE := $(if $(CUDA),cuda,cpu)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint test-gpu wheel retrain clean
+
+demo: $(VENV)/.installed
+	$(BIN)/plphp demo --device $(DEVICE)
+
+test: $(VENV)/.installed-dev lint
+	cd $(ROOT) && $(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: $(VENV)/.installed-dev
+	cd $(ROOT) && $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+test-gpu: $(VENV)/.installed-dev
+	cd $(ROOT) && $(BIN)/python -m pytest -m gpu
+
+wheel: $(VENV)/.installed-dev
+	cd $(ROOT) && $(BIN)/python -m build -q --wheel --outdir $(ROOT)/dist
+
+retrain: $(VENV)/.installed-dev
+	$(PIP) -r $(ROOT)/training/requirements.txt -c $(CONSTRAINTS)
+	cd $(ROOT) && $(BIN)/python -m training.retrain --out $(ROOT)/runs/retrained
+
+# torch goes in first and pinned: a bare torch would bring gigabytes of CUDA libraries.
+$(VENV)/.torch: $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(CUDA),"torch>=2.11",$(shell grep '^torch==' $(CONSTRAINTS))) $(TORCH_FROM)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(ROOT)/pyproject.toml
+	$(PIP) -e "$(ROOT)" $(if $(CUDA),,-c $(CONSTRAINTS))
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e "$(ROOT)[dev]" $(if $(CUDA),,-c $(CONSTRAINTS))
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(ROOT)/dist $(ROOT)/build

@@ -1,0 +1,65 @@
+"""PLPHP: per-layer, per-head vision token pruning for large vision-language models.
+
+    policy = plphp.PLPHP(r=0.4, delta_r=0.3, alpha=0.25, beta=0.1)
+    with plphp.prune(model, policy) as pruning:
+        out = model.generate(**inputs, max_new_tokens=128)
+        print(pruning.report)
+
+Method: Meng et al. 2025, arXiv 2502.14504.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from plphp.errors import (
+    PlphpError,
+    UnsupportedModeError,
+    UnsupportedModelError,
+    UnsupportedTransformersError,
+)
+from plphp.policy import PLPHP, policy
+
+if TYPE_CHECKING:
+    from plphp.cache import LayerReport, Report
+    from plphp.hf import PrunedCache, Pruning, prune
+    from plphp.models import vision_spans
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PLPHP",
+    "LayerReport",
+    "PlphpError",
+    "PrunedCache",
+    "Pruning",
+    "Report",
+    "UnsupportedModeError",
+    "UnsupportedModelError",
+    "UnsupportedTransformersError",
+    "__version__",
+    "policy",
+    "prune",
+    "vision_spans",
+]
+
+# Loaded on first use, so that `import plphp` stays light: transformers takes seconds.
+_LATER = {
+    "LayerReport": "plphp.cache",
+    "PrunedCache": "plphp.hf",
+    "Pruning": "plphp.hf",
+    "Report": "plphp.cache",
+    "prune": "plphp.hf",
+    "vision_spans": "plphp.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'plphp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LATER])

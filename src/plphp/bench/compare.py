@@ -1,0 +1,119 @@
+"""A full and a pruned generation in turn: answers, bytes, milliseconds a token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from plphp.cache import Report, allocated
+from plphp.hf import PrunedCache, prune
+from plphp.policy import Policy
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way of generating, over all its rounds.
+
+    tokens: (T,) int64, what was generated after the prompt
+    first: seconds until the first token (vision tower and prefill), one a round
+    steps: seconds of every later token, of all rounds
+    kv_bytes: allocated for the cache right after the prefill
+    """
+
+    tokens: Tensor
+    first: tuple[float, ...]
+    steps: tuple[float, ...]
+    kv_bytes: int
+
+    @property
+    def first_ms(self) -> float:
+        return 1e3 * median(self.first)
+
+    @property
+    def step_ms(self) -> float:
+        """Median milliseconds a token after the first; NaN for an answer of one token."""
+        return 1e3 * median(self.steps) if self.steps else float("nan")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same prompt, full and pruned, measured A B A B on the same machine."""
+
+    full: Run
+    pruned: Run
+    report: Report
+
+
+class Clock(BaseStreamer):  # type: ignore[misc]
+    """A streamer that notes when each token comes and what the cache takes at the first."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.times: list[float] = []
+        self.kv_bytes = 0
+        self.started = False
+
+    def put(self, value: Tensor) -> None:
+        if not self.started:  # the prompt itself comes first
+            self.started = True
+            return
+        self.times.append(time.perf_counter())
+        if len(self.times) == 1:
+            self.kv_bytes = _bytes(self.cache)
+
+    def end(self) -> None:
+        pass
+
+
+def compare(
+    model: Any,
+    inputs: Mapping[str, Any],
+    policy: Policy,
+    rounds: int = 3,
+    **options: Any,
+) -> Comparison:
+    """Generate full, pruned, full, pruned, ... for one prompt; `options` go to generate()."""
+    full: list[tuple[Tensor, Clock, float]] = []
+    pruned: list[tuple[Tensor, Clock, float]] = []
+    for _ in range(rounds):
+        config = model.config.get_text_config(decoder=True)
+        full.append(_timed(model, inputs, DynamicCache(config=config), options))
+        with prune(model, policy) as pruning:
+            pruned.append(_timed(model, inputs, PrunedCache(model), options))
+    assert pruning.report is not None
+    return Comparison(_run(full), _run(pruned), pruning.report)
+
+
+def _timed(
+    model: Any, inputs: Mapping[str, Any], cache: Any, options: Mapping[str, Any]
+) -> tuple[Tensor, Clock, float]:
+    clock = Clock(cache)
+    start = time.perf_counter()
+    out: Tensor = model.generate(**inputs, **options, past_key_values=cache, streamer=clock)
+    return out[:, inputs["input_ids"].shape[1] :], clock, start
+
+
+def _run(rounds: list[tuple[Tensor, Clock, float]]) -> Run:
+    clocks = [clock for _, clock, _ in rounds]
+    steps = [b - a for c in clocks for a, b in zip(c.times, c.times[1:], strict=False)]
+    return Run(
+        tokens=rounds[-1][0][0],
+        first=tuple(clock.times[0] - start for _, clock, start in rounds),
+        steps=tuple(steps),
+        kv_bytes=clocks[-1].kv_bytes,
+    )
+
+
+def _bytes(cache: Any) -> int:
+    if isinstance(cache, PrunedCache):
+        return cache.kv_bytes()
+    pairs = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return allocated(t for t in pairs if isinstance(t, torch.Tensor))

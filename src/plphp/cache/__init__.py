@@ -1,0 +1,7 @@
+"""WHERE kept tokens live: buffers of one layer, byte accounting, the report."""
+
+from plphp.cache.memory import allocated
+from plphp.cache.report import LayerReport, Report, layer_report, untouched_report
+from plphp.cache.store import KVStore
+
+__all__ = ["KVStore", "LayerReport", "Report", "allocated", "layer_report", "untouched_report"]

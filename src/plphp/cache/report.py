@@ -1,0 +1,150 @@
+"""What a prefill kept and what it takes, as numbers. Holds no cache tensor alive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plphp.policy import LAYER_CLASSES, KeepPlan
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One decoder layer; every field but `layer` has one entry per batch row.
+
+    gamma: vision attention, NaN where a row has no vision tokens
+    layer_class: "vision-attentive", "vision-balanced", "vision-indifferent", or None
+    rate: the retention rate asked for, NaN where a row has no vision tokens
+    kept: (B, Hkv, K) int64 on the CPU, row-logical positions of kept vision tokens, -1 pads
+    vision: (B,) vision tokens of the prompt
+    pruned: False for a layer that was left alone; `Report.notes` says why
+    """
+
+    layer: int
+    gamma: tuple[float, ...]
+    layer_class: tuple[str | None, ...]
+    rate: tuple[float, ...]
+    kept: Tensor
+    vision: tuple[int, ...]
+    pruned: bool = True
+
+    @property
+    def retention(self) -> float:
+        """Kept vision entries over all vision entries of this layer; 1 without vision tokens."""
+        return _ratio(int((self.kept >= 0).sum()), sum(self.vision) * self.kept.shape[1])
+
+
+@dataclass(frozen=True)
+class Report:
+    """The last finished prefill.
+
+    retention: kept vision K/V entries over all vision K/V entries, over layers
+    kv_bytes: allocated for the cache after the prefill, slack and fillers included
+    kv_bytes_full: what keys and values of the unpruned prompt would take, padding included
+    prompt: (B,) prompt tokens of each row, padding not counted
+    images: (B,) images and videos of each row
+    notes: what a reader should know: layers left alone, images that could not be told apart
+    """
+
+    layers: tuple[LayerReport, ...]
+    kv_bytes: int
+    kv_bytes_full: int
+    prompt: tuple[int, ...]
+    images: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def retention(self) -> float:
+        kept = sum(int((layer.kept >= 0).sum()) for layer in self.layers)
+        return _ratio(kept, sum(sum(a.vision) * a.kept.shape[1] for a in self.layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and strings, ready for JSON; NaN becomes None."""
+        return {
+            "retention": self.retention,
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_full": self.kv_bytes_full,
+            "prompt": list(self.prompt),
+            "images": list(self.images),
+            "notes": list(self.notes),
+            "layers": [
+                {
+                    "layer": a.layer,
+                    "gamma": [_number(g) for g in a.gamma],
+                    "layer_class": list(a.layer_class),
+                    "rate": [_number(r) for r in a.rate],
+                    "vision": list(a.vision),
+                    "kept_per_head": [int((row >= 0).sum()) // max(len(row), 1) for row in a.kept],
+                    "retention": a.retention,
+                    "pruned": a.pruned,
+                }
+                for a in self.layers
+            ],
+        }
+
+    def __str__(self) -> str:
+        rows = ["layer  gamma  class                rate  kept"]
+        for a in self.layers:
+            for row, gamma in enumerate(a.gamma):
+                name = a.layer_class[row] or ("no vision tokens" if a.pruned else "left alone")
+                kept = int((a.kept[row] >= 0).sum()) // max(a.kept.shape[1], 1)
+                rows.append(
+                    f"{a.layer:5d}  {gamma:5.3f}  {name:19s}  {a.rate[row]:4.2f}  "
+                    f"{kept}/{a.vision[row]}"
+                )
+        rows.append(
+            f"{self.retention:.1%} of vision K/V kept; cache {self.kv_bytes:,} bytes allocated, "
+            f"{self.kv_bytes_full:,} for the full prompt"
+        )
+        return "\n".join([*rows, *self.notes])
+
+
+def layer_report(layer: int, plan: KeepPlan, spans: Tensor, positions: Tensor) -> LayerReport:
+    """Read a plan against the slots (B, C) that it chose from: their spans and positions."""
+    spans, positions, columns = spans.cpu(), positions.cpu(), plan.columns.cpu()
+    used = torch.arange(columns.shape[-1]) >= columns.shape[-1] - plan.lengths.cpu()[:, None]
+    rows = torch.arange(len(spans))[:, None, None]
+    vision = used[:, None] & (spans[rows, columns] > 0)
+    kept = positions[rows, columns].masked_fill(~vision, -1)
+    return LayerReport(
+        layer=layer,
+        gamma=tuple(plan.gamma.tolist()),
+        layer_class=tuple(LAYER_CLASSES[c] if c >= 0 else None for c in plan.classes.tolist()),
+        rate=tuple(plan.rate.tolist()),
+        kept=_close_ranks(kept),
+        vision=tuple((spans > 0).sum(-1).tolist()),
+    )
+
+
+def untouched_report(layer: int, spans: Tensor, positions: Tensor, kv_heads: int) -> LayerReport:
+    """A layer that was left alone, or a prompt without images: every vision token is kept."""
+    spans, positions = spans.cpu(), positions.cpu()
+    nothing = (float("nan"),) * len(spans)
+    kept = positions.masked_fill(spans <= 0, -1)[:, None].expand(-1, kv_heads, -1)
+    return LayerReport(
+        layer=layer,
+        gamma=nothing,
+        layer_class=(None,) * len(spans),
+        rate=nothing,
+        kept=_close_ranks(kept),
+        vision=tuple((spans > 0).sum(-1).tolist()),
+        pruned=False,
+    )
+
+
+def _close_ranks(kept: Tensor) -> Tensor:
+    """Move -1 to the right, positions still ascending, and cut what is -1 for every head."""
+    order = (kept < 0).to(torch.uint8).argsort(dim=-1, stable=True)
+    most = int((kept >= 0).sum(-1).max()) if kept.numel() else 0
+    return kept.gather(-1, order)[..., :most].clone()
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value

@@ -1,0 +1,243 @@
+"""`plphp demo`: the embedded model with its full and its pruned cache, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from plphp.cli.options import Alpha, Beta, DeltaR, Device, Dtype, Json, Rate
+from plphp.policy import PLPHP, Policy
+
+if TYPE_CHECKING:
+    from plphp.bench import Comparison
+
+NOTE = (
+    "The embedded model is a small one for demonstration (5.4M parameters, pictures of coloured "
+    "letters and shapes). Its answers show what pruning does to answers; its milliseconds say "
+    "little about large models, where keys and values weigh more than Python does."
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question of the demo, answered with the full and with the pruned cache."""
+
+    task: str
+    images: tuple[str, ...]
+    question: str
+    expected: str
+    full: str
+    pruned: str
+    compared: Comparison
+
+    def to_dict(self) -> dict[str, Any]:
+        full, pruned = self.compared.full, self.compared.pruned
+        return {
+            "task": self.task,
+            "images": list(self.images),
+            "question": self.question,
+            "expected": self.expected,
+            "full": {
+                "answer": self.full,
+                "right": self.full == self.expected,
+                "kv_bytes": full.kv_bytes,
+                "first_token_ms": full.first_ms,
+                "ms_per_token": full.step_ms,
+            },
+            "pruned": {
+                "answer": self.pruned,
+                "right": self.pruned == self.expected,
+                "kv_bytes": pruned.kv_bytes,
+                "first_token_ms": pruned.first_ms,
+                "ms_per_token": pruned.step_ms,
+            },
+            "report": self.compared.report.to_dict(),
+        }
+
+
+def demo(
+    r: Rate = 0.4,
+    delta_r: DeltaR = 0.3,
+    alpha: Alpha = 0.25,
+    beta: Beta = 0.1,
+    as_json: Json = False,
+    device: Device = "cpu",
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Number format.")] = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each answer is timed.")] = 3,
+) -> None:
+    """Ask the embedded model about bundled pictures, with its full and with a pruned cache."""
+    policy = PLPHP(r=r, delta_r=delta_r, alpha=alpha, beta=beta)
+    answers = ask(policy, device, dtype, rounds, quiet=as_json)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "note": NOTE,
+                    "summary": summary(answers),
+                    "questions": [answer.to_dict() for answer in answers],
+                },
+                indent=1,
+            )
+        )
+        return
+    console = Console()
+    console.print(_answers(answers))
+    longest = max(answers, key=lambda a: sum(a.compared.report.prompt))
+    console.print(_layers(longest))
+    console.print(_costs(answers))
+    for line in _words(answers):
+        console.print(line)
+    console.print(f"[dim]{NOTE}[/dim]")
+
+
+def ask(policy: Policy, device: str, dtype: Dtype, rounds: int, quiet: bool) -> list[Answer]:
+    """Answer every bundled question, full and pruned in turn."""
+    import torch
+    from PIL import Image
+
+    from plphp.bench import compare
+    from plphp.demo.model import load
+
+    root = files("plphp.demo")
+    questions = json.loads(root.joinpath("questions.json").read_text())
+    embedded = load(getattr(torch, dtype), device)
+    answers = []
+    for q in track(
+        questions, "asking", console=Console(stderr=True), disable=quiet, transient=True
+    ):
+        pictures = []
+        for name in q["images"]:
+            with root.joinpath("pictures", name).open("rb") as file:
+                pictures.append(Image.open(file).convert("RGB"))
+        inputs = embedded.inputs(pictures, q["question"])
+        compared = compare(embedded.model, inputs, policy, rounds, do_sample=False)
+        answers.append(
+            Answer(
+                task=q["task"],
+                images=tuple(q["images"]),
+                question=q["question"],
+                expected=q["expected"],
+                full=embedded.decode(compared.full.tokens),
+                pruned=embedded.decode(compared.pruned.tokens),
+                compared=compared,
+            )
+        )
+    return answers
+
+
+def summary(answers: Sequence[Answer]) -> dict[str, Any]:
+    """The demo in a few numbers; times are medians over questions."""
+    runs = [(a.compared.full, a.compared.pruned) for a in answers]
+    return {
+        "questions": len(answers),
+        "right_full": sum(a.full == a.expected for a in answers),
+        "right_pruned": sum(a.pruned == a.expected for a in answers),
+        "retention": sum(a.compared.report.retention for a in answers) / len(answers),
+        "kv_bytes_full": sum(full.kv_bytes for full, _ in runs),
+        "kv_bytes_pruned": sum(pruned.kv_bytes for _, pruned in runs),
+        "ms_per_token_full": median(full.step_ms for full, _ in runs),
+        "ms_per_token_pruned": median(pruned.step_ms for _, pruned in runs),
+        "first_token_pruned_over_full": median(p.first_ms / f.first_ms for f, p in runs),
+    }
+
+
+def _answers(answers: Sequence[Answer]) -> Table:
+    table = Table(title="Answers: green is right, underlined words are wrong", show_lines=True)
+    table.add_column("#", justify="right")
+    for name in ("question", "expected", "full cache", "pruned cache"):
+        table.add_column(name, overflow="fold")
+    for number, a in enumerate(answers, start=1):
+        pictures = f"[dim]({len(a.images)} picture{'s' if len(a.images) > 1 else ''})[/dim]"
+        table.add_row(
+            str(number),
+            f"{a.question} {pictures}",
+            a.expected,
+            _mark(a.full, a.expected),
+            _mark(a.pruned, a.expected),
+        )
+    return table
+
+
+def _mark(answer: str, expected: str) -> str:
+    """The answer, green where it is right; else red, each word that is wrong underlined."""
+    if answer == expected:
+        return f"[green]{answer}[/green]"
+    wanted = expected.split()
+    words = [
+        word if i < len(wanted) and wanted[i] == word else f"[underline]{word}[/underline]"
+        for i, word in enumerate(answer.split())
+    ]
+    return f"[red]{' '.join(words)}[/red]"
+
+
+def _layers(answer: Answer) -> Table:
+    table = Table(title=f"Layers, for: {answer.question} ({len(answer.images)} pictures)")
+    for name in ("layer", "gamma", "class", "rate", "kept tokens a head", "K/V kept"):
+        table.add_column(name, justify="right")
+    for layer in answer.compared.report.layers:
+        kept = int((layer.kept[0] >= 0).sum()) // layer.kept.shape[1]
+        table.add_row(
+            str(layer.layer),
+            f"{layer.gamma[0]:.3f}",
+            layer.layer_class[0] or "-",
+            f"{layer.rate[0]:.2f}",
+            f"{kept} of {layer.vision[0]}",
+            f"{layer.retention:.0%}",
+        )
+    return table
+
+
+def _costs(answers: Sequence[Answer]) -> Table:
+    table = Table(title="Cost: K/V allocated after the prompt; times measured in turn")
+    for name in (
+        "#",
+        "vision kept",
+        "KV bytes full",
+        "pruned",
+        "ratio",
+        "ms/token full",
+        "pruned",
+        "first token, ratio",
+    ):
+        table.add_column(name, justify="right")
+    for number, a in enumerate(answers, start=1):
+        full, pruned = a.compared.full, a.compared.pruned
+        table.add_row(
+            str(number),
+            f"{a.compared.report.retention:.0%}",
+            f"{full.kv_bytes:,}",
+            f"{pruned.kv_bytes:,}",
+            f"{pruned.kv_bytes / full.kv_bytes:.2f}",
+            f"{full.step_ms:.2f}",
+            f"{pruned.step_ms:.2f}",
+            f"{pruned.first_ms / full.first_ms:.2f}",
+        )
+    return table
+
+
+def _words(answers: Sequence[Answer]) -> list[str]:
+    """Where pruning helps and where it hurts, in words."""
+    s = summary(answers)
+    hurt = [a.task for a in answers if a.full == a.expected != a.pruned]
+    lines = [
+        f"Right: {s['right_full']} of {s['questions']} with the full cache, "
+        f"{s['right_pruned']} with {s['retention']:.0%} of the vision K/V kept.",
+        f"KV cache: {s['kv_bytes_pruned'] / s['kv_bytes_full']:.2f} of the full bytes. "
+        f"Decode: {s['ms_per_token_pruned'] / s['ms_per_token_full']:.2f} of the full time a "
+        f"token. First token: {s['first_token_pruned_over_full']:.2f} of the full time.",
+    ]
+    if hurt:
+        lines.append(
+            f"Pruning broke: {', '.join(sorted(set(hurt)))}. Long answers and reading "
+            "suffer first: the last prompt token attends to what the first words need."
+        )
+    return lines

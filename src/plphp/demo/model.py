@@ -1,0 +1,113 @@
+"""The embedded model: a 5.4M-parameter Qwen2-VL for pictures of coloured letters and shapes.
+
+It reads 1 to 6 pictures of 112 to 224 px a side. The phrasings that it knows, all in lower case but
+for the letters that stand for themselves ("what color is the K?"), are in ``training/README.md``;
+``questions.json`` holds examples.
+
+``AutoProcessor`` refuses to load without torchvision, although only its video half needs it. So the
+tokenizer and the PIL image processor are put together here, which also gives every machine the same
+pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+WEIGHTS = Path(__file__).parent / "weights"
+IMAGE_PAD = "<|image_pad|>"
+
+Prompt = tuple[Sequence[Image.Image], str]  # the pictures, then the question about them
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model with the two things that make its inputs."""
+
+    model: Any  # transformers decorates these classes into types that no checker can follow
+    tokenizer: Any
+    image_processor: Any
+
+    def inputs(self, images: Sequence[Image.Image], question: str) -> dict[str, Tensor]:
+        """What ``model.generate(**inputs)`` needs for one prompt, which may be without images."""
+        pixels = self._pixels(images)
+        merged = self.image_processor.merge_size**2
+        sizes = [int(grid.prod()) // merged for grid in pixels.get("image_grid_thw", ())]
+        text = _expand_placeholders(self._chat(len(images), question), sizes)
+        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        tokens = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            # Without these transformers silently takes 1-D positions, and the answers are wrong.
+            "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
+        }
+        return {name: tensor.to(self.model.device) for name, tensor in (tokens | pixels).items()}
+
+    def batch(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Several prompts, padded on the left; their pictures follow one another, row by row."""
+        rows = [self.inputs(images, question) for images, question in prompts]
+        length = max(row["input_ids"].shape[1] for row in rows)
+        padding = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "attention_mask": 0,
+            "mm_token_type_ids": 0,
+        }
+        out = {
+            name: torch.cat([_pad_left(row[name], length, value) for row in rows])
+            for name, value in padding.items()
+        }
+        for name in ("pixel_values", "image_grid_thw"):
+            found = [row[name] for row in rows if name in row]
+            if found:
+                out[name] = torch.cat(found)
+        return out
+
+    def decode(self, ids: Tensor | Sequence[int]) -> str:
+        """The text of one generated sequence, without special tokens."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        if not images:
+            return {}
+        return dict(self.image_processor(images=list(images), return_tensors="pt"))
+
+    def _chat(self, pictures: int, question: str) -> str:
+        content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
+        text: str = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        return text
+
+
+def load(
+    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", path: Path = WEIGHTS
+) -> Embedded:
+    """The embedded model, or one that ``training/`` made, read without a network."""
+    model = Qwen2VLForConditionalGeneration.from_pretrained(
+        path, dtype=dtype, local_files_only=True
+    )
+    return Embedded(
+        model=model.to(device).eval(),  # type: ignore[arg-type]
+        tokenizer=AutoTokenizer.from_pretrained(path, local_files_only=True),
+        image_processor=Qwen2VLImageProcessorPil.from_pretrained(path, local_files_only=True),
+    )
+
+
+def _expand_placeholders(text: str, sizes: Sequence[int]) -> str:
+    """The template writes one placeholder a picture; the model wants one a vision token."""
+    before, *after = text.split(IMAGE_PAD)
+    return before + "".join(
+        IMAGE_PAD * size + part for size, part in zip(sizes, after, strict=True)
+    )
+
+
+def _pad_left(row: Tensor, length: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(row, (length - row.shape[1], 0), value=value)

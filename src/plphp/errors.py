@@ -1,0 +1,17 @@
+"""The exceptions that plphp raises on purpose. Each message says what to do about it."""
+
+
+class PlphpError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class UnsupportedModelError(PlphpError):
+    """This model cannot be pruned: its vision tokens or its attention layers cannot be used."""
+
+
+class UnsupportedModeError(PlphpError):
+    """This way of running the model cannot be combined with pruning."""
+
+
+class UnsupportedTransformersError(PlphpError):
+    """The installed transformers lacks a seam that plphp attaches to."""

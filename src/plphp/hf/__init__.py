@@ -1,0 +1,6 @@
+"""The transformers integration: attach, detach, and what runs in between."""
+
+from plphp.hf.attach import Pruning, prune
+from plphp.hf.cache import PrunedCache
+
+__all__ = ["PrunedCache", "Pruning", "prune"]

@@ -1,0 +1,207 @@
+"""Attach pruning to a model and take it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from plphp.cache import Report
+from plphp.errors import UnsupportedModeError, UnsupportedModelError
+from plphp.hf import compat
+from plphp.hf.attention import ConfigView, pass_layer, pruned_attention
+from plphp.hf.cache import PrunedCache
+from plphp.hf.generate import UNSUPPORTED_METHODS, refuse_method, wrap
+from plphp.hf.report import build_report
+from plphp.hf.turn import Mask, Turn
+from plphp.models import FAMILIES, describes_vision
+from plphp.policy import PLPHP, Policy
+
+MARK = "_plphp"  # attribute of an attached model that holds its Pruning
+
+
+class Pruning:
+    """Pruning attached to one model object; `remove()` or leaving the `with` takes it off.
+
+    report: of the last finished prefill; `cache.report` of a `PrunedCache` is exact where several
+        threads generate on one model
+    """
+
+    def __init__(self, model: Any, policy: Policy, vision_mask: Mask) -> None:
+        self.model = model
+        self.policy = policy
+        self.vision_mask = vision_mask
+        self.report: Report | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Pruning:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Leave the model as it was. Safe to call twice."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise UnsupportedModeError("an attached model cannot be copied: remove() the pruning first")
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedModeError("an attached model cannot be saved: remove() the pruning first")
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an instance attribute; undone by restoring what the instance itself held."""
+        before = vars(owner).get(name)
+        had = name in vars(owner)
+        setattr(owner, name, value)
+        undo = (lambda: setattr(owner, name, before)) if had else (lambda: delattr(owner, name))
+        self._undo.append(undo)
+
+
+def prune(model: Any, policy: Policy | None = None, *, vision_mask: Mask = None) -> Pruning:
+    """Prune the vision tokens of everything that `model` generates until `remove()`.
+
+    model: a transformers vision-language model, or a PEFT wrapper around one
+    policy: by default PLPHP(), the paper's
+    vision_mask: (B, N) int64 coded as `vision_spans` returns it, or a function from input_ids to
+        it, for models whose vision tokens cannot be found
+
+    Raises UnsupportedModelError, UnsupportedModeError (the model is attached already) or
+    UnsupportedTransformersError, with what to do, before anything is changed.
+    """
+    compat.check_version()
+    model = _base(model)
+    policy = PLPHP() if policy is None else policy
+    modules = _prunable(model, vision_mask)
+    pruning = Pruning(model, policy, vision_mask)
+    compat.register_attention(pruned_attention)
+    for module in modules:
+        pruning._set(module, "config", ConfigView(module))
+        handle = module.register_forward_pre_hook(pass_layer, with_kwargs=True)
+        pruning._undo.append(handle.remove)
+    before = model.register_forward_pre_hook(_begin(pruning), with_kwargs=True)
+    after = model.register_forward_hook(_finish(pruning), with_kwargs=True)
+    pruning._undo += [before.remove, after.remove]
+    if hasattr(model, "generate"):
+        pruning._set(model, "generate", wrap(pruning, model.generate))
+    for name in UNSUPPORTED_METHODS:
+        if hasattr(model, name):
+            pruning._set(model, name, refuse_method(name))
+    pruning._set(model, MARK, pruning)
+    return pruning
+
+
+def attached(model: Any) -> Pruning | None:
+    """The pruning attached to a model, if any."""
+    found: Pruning | None = vars(_base(model)).get(MARK)
+    return found
+
+
+def _base(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _prunable(model: Any, vision_mask: Mask) -> list[nn.Module]:
+    """The attention modules to attach to, or the reason why there are none."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"plphp.prune needs a transformers model, got {type(model).__name__}"
+        )
+    kind = getattr(model.config, "model_type", "unknown")
+    if kind in FAMILIES and FAMILIES[kind].refused:
+        raise UnsupportedModelError(f"{kind}: {FAMILIES[kind].refused}")
+    if vision_mask is None and not describes_vision(model.config):
+        raise UnsupportedModelError(
+            f"{kind} names no image or video tokens in its config: either it is not a "
+            "vision-language model, or pass vision_mask=..., coded as plphp.vision_spans returns it"
+        )
+    config = compat.text_config(model)
+    windows = compat.layer_windows(config)
+    modules = compat.attention_modules(model, config)
+    ordinary = {i for i, window in enumerate(windows) if not isinstance(window, str)}
+    chosen = [module for i, module in sorted(modules.items()) if i in ordinary]
+    if not chosen:
+        raise UnsupportedModelError(
+            f"{kind} has no decoder layer that can be pruned: none with ordinary self-attention "
+            "calls transformers' attention interface"
+        )
+    for module in chosen:
+        if isinstance(module.config, ConfigView):
+            raise UnsupportedModeError(
+                "this model is attached already: remove() that pruning first"
+            )
+        compat.original_attention(module, module.config)
+    return chosen
+
+
+Hook = Callable[..., Any]
+
+
+def _begin(pruning: Pruning) -> Hook:
+    """Model pre-hook: every forward gets a pruned cache, and a prompt's last one its spans."""
+
+    def begin(
+        model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            wanted = kwargs.get("use_cache")
+            if wanted is None:
+                wanted = getattr(compat.text_config(model), "use_cache", True)
+            if wanted is False:
+                raise UnsupportedModeError(
+                    "a forward without a cache cannot be pruned: use_cache=True, or remove()"
+                )
+            cache = PrunedCache(model)
+            kwargs = {**kwargs, "past_key_values": cache, "use_cache": True}
+        elif not isinstance(cache, PrunedCache):
+            raise UnsupportedModeError(
+                f"an attached model cannot use a {type(cache).__name__}: pass "
+                "past_key_values=plphp.PrunedCache(model), or none"
+            )
+        if kwargs.get("output_attentions"):
+            raise UnsupportedModeError(
+                "output_attentions=True is not available: dropped tokens have no attention"
+            )
+        source = {**({"input_ids": args[0]} if args else {}), **kwargs}
+        given = source.get("input_ids")
+        given = source.get("inputs_embeds") if given is None else given
+        if given is None:
+            raise ValueError("a forward of an attached model needs input_ids or inputs_embeds")
+        batch, columns = given.shape[:2]
+        past = cache.get_seq_length()
+        if cache.turn is None and not cache.generating and (columns > 1 or past == 0):
+            # A bare forward: what it brings is the prompt.
+            cache.open(Turn(columns, source, pruning.model.config, pruning.vision_mask))
+        turn = cache.turn
+        if turn is not None and past + columns >= turn.end:
+            turn.locate(batch, kwargs.get("attention_mask"))
+        return args, kwargs
+
+    return begin
+
+
+def _finish(pruning: Pruning) -> Hook:
+    """Model hook: a prompt that has been read becomes a report."""
+
+    def finish(
+        model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        cache = kwargs["past_key_values"]
+        turn = cache.turn
+        if turn is None or turn.spans is None:
+            return
+        cache.report = pruning.report = build_report(cache, turn)
+        cache.turn = None
+
+    return finish

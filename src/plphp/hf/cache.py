@@ -1,0 +1,159 @@
+"""A transformers cache whose layers are pruned once their prompt has been read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from plphp.cache import KVStore, Report, allocated
+from plphp.errors import UnsupportedModeError
+from plphp.hf import compat
+from plphp.hf.turn import Turn
+
+
+class PrunedLayer(CacheLayerMixin):
+    """One decoder layer: transformers' interface over a `KVStore`.
+
+    Lengths that transformers asks for are logical ones, as if nothing had been dropped.
+    store: what it holds, None before the first token
+    raw: whether that is every column, as the model's own masks expect
+    """
+
+    is_croppable = True
+
+    def __init__(self, window: int | None, cache: PrunedCache) -> None:
+        super().__init__()
+        self.window = window
+        self.cache = cache
+        self.is_sliding = window is not None
+        self.store: KVStore | None = None
+        self.raw = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append new keys and values (B, Hkv, T, D); return all that is held."""
+        if self.store is None:
+            self.is_initialized = True
+            self.store = KVStore(key_states, value_states, self.window)
+            return key_states, value_states
+        self.store.append(key_states, value_states)
+        return self.store.held()
+
+    @property
+    def logical(self) -> int:
+        """Columns seen so far, dropped ones included."""
+        return 0 if self.store is None else self.store.logical
+
+    def get_seq_length(self) -> int:
+        return self.logical
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.logical + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.store, self.raw, self.is_initialized = None, True, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.store is not None:
+            self.store.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.store is not None:
+            rows = torch.arange(len(self.store.keys), device=self.store.keys.device)
+            self.store.reorder(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.store is not None:
+            self.store.crop(abs(tokens_to_remove))
+
+
+class PrunedCache(Cache):
+    """Keys and values of one conversation, pruned turn by turn.
+
+    `generate(..., past_key_values=cache)` on an attached model keeps it for later turns.
+    max_len: columns (prompt and answer) to make room for at once; grows as needed without it.
+    Holds no gradients: a prompt's own forward can be differentiated, later tokens see constants.
+    Raises UnsupportedModeError for a model that is not attached.
+    """
+
+    def __init__(self, model: nn.Module, max_len: int | None = None, static: bool = False) -> None:
+        from plphp.hf.attach import attached
+
+        pruning = attached(model)
+        if pruning is None:
+            raise UnsupportedModeError(
+                "PrunedCache needs an attached model: call plphp.prune(model) first"
+            )
+        if static:
+            raise UnsupportedModeError(
+                "static pruned caches are not implemented yet: use static=False"
+            )
+        self.config = compat.text_config(pruning.model)
+        self.max_len = max_len
+        self.policy = pruning.policy
+        self.turn: Turn | None = None
+        self.generating = False  # inside generate(): forwards after the prompt are its steps
+        self.report: Report | None = None
+        super().__init__(layers=self._layers(0))
+
+    def _layers(self, prompt: int) -> list[Any]:
+        """A pruned layer wherever the layer's attention covers a prompt of that many columns.
+
+        Past a sliding window the prompt's last token does not see what would be ranked: such a
+        layer, and one of another kind, gets what transformers itself would use.
+        """
+        layers: list[Any] = compat.stock_layers(self.config)
+        for index, window in enumerate(compat.layer_windows(self.config)):
+            if window is None or (isinstance(window, int) and window >= prompt):
+                layers[index] = PrunedLayer(window, self)
+        return layers
+
+    def check(self) -> None:
+        """Raise UnsupportedModeError if an exception left this cache in the middle of a forward."""
+        lengths = {layer.logical for _, layer in self.pruned_layers()}
+        if self.turn is not None or len(lengths) > 1:
+            raise UnsupportedModeError(
+                "this cache was interrupted in the middle of a forward; start a new one"
+            )
+
+    def open(self, turn: Turn) -> None:
+        """Announce a prompt; the forwards that follow bring its columns."""
+        self.check()
+        turn.begin = self.get_seq_length()
+        if turn.begin == 0:
+            self.layers = self._layers(turn.length)
+        self.turn = turn
+
+    def pruned_layers(self) -> Iterator[tuple[int, PrunedLayer]]:
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, PrunedLayer):
+                yield index, layer
+
+    def reserve(self, logical: int) -> int | None:
+        """Slots to keep free in a layer that has seen `logical` columns; None for the default."""
+        return None if self.max_len is None else max(self.max_len - logical, 1)
+
+    def tensors(self) -> Iterator[Tensor]:
+        for layer in self.layers:
+            if not isinstance(layer, PrunedLayer):
+                yield from (t for t in (layer.keys, layer.values) if isinstance(t, Tensor))
+            elif layer.store is not None:
+                yield from layer.store.tensors()
+
+    def kv_bytes(self) -> int:
+        """Bytes allocated for this cache, counted by storage."""
+        return allocated(self.tensors())

@@ -1,0 +1,121 @@
+"""What plphp relies on in transformers, and what differs between its versions, in one place."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from torch import nn
+from transformers import cache_utils
+from transformers.modeling_utils import AttentionInterface
+
+from plphp.errors import UnsupportedModelError, UnsupportedTransformersError
+
+OLDEST = Version("5.16")
+ATTENTION = "plphp"  # our name in transformers' public registry of attention functions
+
+
+def check_version() -> None:
+    """Raise UnsupportedTransformersError where a seam is missing, whatever the version says."""
+    found = Version(transformers.__version__)
+    if found < OLDEST:
+        raise UnsupportedTransformersError(
+            f"plphp needs transformers {OLDEST} or newer, found {found}: "
+            "pip install -U transformers"
+        )
+    for owner, name in (
+        (AttentionInterface, "register"),
+        (AttentionInterface, "get_interface"),
+        (cache_utils, "CacheLayerMixin"),
+        (cache_utils, "get_layer_types_and_kwargs"),
+        (cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING"),
+    ):
+        if not hasattr(owner, name):
+            raise UnsupportedTransformersError(
+                f"transformers {found} has no {owner.__name__}.{name}, which plphp attaches to; "
+                "install the newest version that plphp names in its README"
+            )
+
+
+def attention_modules(model: nn.Module, config: Any) -> dict[int, nn.Module]:
+    """Layer index -> self-attention module of the text decoder.
+
+    Found by what the seam needs: a layer index, a cache passed by keyword, a config that names the
+    attention function, and free keyword arguments that reach that function.
+    """
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or not hasattr(module, "is_causal"):
+            continue
+        if getattr(getattr(module, "config", None), "model_type", None) != config.model_type:
+            continue
+        parameters = inspect.signature(type(module).forward).parameters
+        free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if "past_key_values" in parameters and free:
+            found[index] = module
+    return found
+
+
+def _layer_kinds(config: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Kind and options of every layer that has a cache of its own.
+
+    Up to 5.19 the options are one dict for all layers; later releases have one a layer.
+    """
+    kinds, options = cache_utils.get_layer_types_and_kwargs(config)
+    each = [options] * len(kinds) if isinstance(options, dict) else options
+    return list(zip(kinds, each, strict=False))
+
+
+def layer_windows(config: Any) -> list[int | str | None]:
+    """For every cached layer: None (full attention), a sliding window, or another kind's name.
+
+    Layers of another kind (linear, chunked, shared KV) cannot be pruned and are left alone.
+    """
+    windows: list[int | str | None] = []
+    for kind, options in _layer_kinds(config):
+        if kind == "full_attention":
+            windows.append(None)
+        elif kind == "sliding_attention":
+            windows.append(int(options["sliding_window"]))
+        else:
+            windows.append(str(kind))
+    return windows
+
+
+def stock_layers(config: Any) -> list[Any]:
+    """The cache layers that transformers itself would use."""
+    mapping = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
+    return [mapping[kind](**options) for kind, options in _layer_kinds(config)]
+
+
+def original_attention(module: nn.Module, config: Any) -> Callable[..., Any]:
+    """The attention function that the module would call under its own config.
+
+    `eager` is a function of the model's own file and in no registry.
+    """
+    name = config._attn_implementation
+    file = sys.modules[type(module).__module__]
+    eager = getattr(file, "eager_attention_forward", None)
+    registry = getattr(file, "ALL_ATTENTION_FUNCTIONS", None)
+    if registry is None or (name == "eager" and eager is None):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not call transformers' attention interface, so plphp "
+            "cannot see its queries and keys"
+        )
+    function: Callable[..., Any] = registry.get_interface(name, eager)
+    return function
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model inside a vision-language model."""
+    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+
+
+def register_attention(function: Callable[..., Any]) -> None:
+    """Offer a stateless function under our name; only attached modules ask for it."""
+    AttentionInterface.register(ATTENTION, function)

@@ -1,0 +1,115 @@
+"""What an attached model's generate() accepts, and what it refuses with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from plphp.errors import UnsupportedModeError
+from plphp.hf.cache import PrunedCache
+from plphp.hf.turn import Turn
+
+UNSUPPORTED_METHODS = ("generate_batch", "init_continuous_batching")
+
+
+def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A generate() that gives the original one a pruned cache and knows where the prompt ends."""
+
+    def generate(
+        inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        refuse(pruning.model, generation_config, kwargs)
+        cache = kwargs.pop("past_key_values", None)
+        if cache is None:
+            cache = PrunedCache(pruning.model)
+        elif not isinstance(cache, PrunedCache):
+            raise UnsupportedModeError(
+                f"an attached model cannot use a {type(cache).__name__}: pass "
+                "past_key_values=plphp.PrunedCache(model), or none"
+            )
+        cache.check()
+        source = dict(kwargs)
+        if inputs is not None:
+            source["input_ids" if inputs.dim() == 2 else "inputs_embeds"] = inputs
+        cache.open(
+            Turn(
+                length=new_columns(source, cache.get_seq_length()),
+                source=source,
+                config=pruning.model.config,
+                vision_mask=pruning.vision_mask,
+            )
+        )
+        cache.generating = True
+        try:
+            return original(inputs, generation_config, *args, past_key_values=cache, **kwargs)
+        finally:
+            cache.generating = False
+
+    return generate
+
+
+def refuse(model: nn.Module, generation_config: Any, kwargs: dict[str, Any]) -> None:
+    """Raise UnsupportedModeError for a mode that pruning cannot serve, before anything runs."""
+
+    def option(name: str) -> Any:
+        for source in (generation_config, getattr(model, "generation_config", None)):
+            if name in kwargs:
+                return kwargs[name]
+            if getattr(source, name, None) is not None:
+                return getattr(source, name)
+        return None
+
+    if option("use_cache") is False:
+        raise UnsupportedModeError("use_cache=False leaves no cache to prune; drop it or remove()")
+    kind = option("cache_implementation")
+    if kind not in (None, "dynamic"):
+        raise UnsupportedModeError(
+            f"cache_implementation={kind!r} brings a cache of its own; drop it: an attached model "
+            "makes a plphp.PrunedCache"
+        )
+    if option("output_attentions"):
+        raise UnsupportedModeError(
+            "output_attentions=True is not available: dropped tokens have no attention to return"
+        )
+    assisted = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+    for name in assisted:
+        if option(name) is not None:
+            raise UnsupportedModeError(
+                f"{name} (assisted decoding) is not supported with pruning yet; drop it"
+            )
+    if isinstance(kwargs.get("custom_generate"), str):
+        raise UnsupportedModeError(
+            "custom_generate code from a hub may bypass the cache; pass none, or remove()"
+        )
+
+
+def new_columns(source: dict[str, Any], past: int) -> int:
+    """Columns that this call adds to a cache that has seen `past`, as transformers counts them.
+
+    Prompts repeat the conversation, unless an attention mask longer than the ids says that only
+    what is new was passed.
+    """
+    for name in ("input_ids", "inputs_embeds"):
+        given = source.get(name)
+        if given is not None:
+            mask = source.get("attention_mask")
+            repeats = past and (mask is None or mask.shape[1] == given.shape[1])
+            length = int(given.shape[1] - past if repeats else given.shape[1])
+            if length < 1:
+                raise ValueError(f"the prompt adds no token to the {past} that the cache has seen")
+            return length
+    raise ValueError("generate() on an attached model needs input_ids or inputs_embeds")
+
+
+def refuse_method(name: str) -> Callable[..., Any]:
+    """A stand-in for a method of the model that would silently not prune."""
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedModeError(
+            f"{name}() batches continuously in a paged cache that pruning does not reach: use "
+            "generate(), or vLLM with plphp's plugin"
+        )
+
+    return refused

@@ -1,0 +1,63 @@
+"""From what a prompt's layers kept to the report that a user reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from plphp.cache import LayerReport, Report, layer_report, untouched_report
+from plphp.hf.cache import PrunedCache, PrunedLayer
+from plphp.hf.turn import Turn
+
+
+def build_report(cache: PrunedCache, turn: Turn) -> Report:
+    """The report of a finished prefill; everything in it is on the CPU."""
+    assert turn.spans is not None
+    counts = turn.spans.cpu()
+    return Report(
+        layers=tuple(_layer(cache, turn, index) for index in range(len(cache.layers))),
+        kv_bytes=cache.kv_bytes(),
+        kv_bytes_full=sum(_full_bytes(layer) for layer in cache.layers),
+        prompt=tuple((counts >= 0).sum(-1).tolist()),
+        images=tuple(counts.amax(-1).clamp(min=0).tolist()),
+        notes=(*turn.notes, *_notes(cache, turn)),
+    )
+
+
+def _layer(cache: PrunedCache, turn: Turn, index: int) -> LayerReport:
+    if index in turn.plans:
+        return layer_report(index, *turn.plans[index])
+    assert turn.spans is not None
+    pair = _pair(cache.layers[index])
+    kv_heads = pair[0].shape[1] if pair else 1
+    return untouched_report(index, turn.spans, turn.positions(), kv_heads)
+
+
+def _pair(layer: Any) -> list[Tensor]:
+    """Keys and values (B, Hkv, slots, D) of a layer, none where it holds no such thing."""
+    owner = layer.store if isinstance(layer, PrunedLayer) else layer
+    pair = [getattr(owner, name, None) for name in ("keys", "values")]
+    return [tensor for tensor in pair if isinstance(tensor, Tensor)]
+
+
+def _full_bytes(layer: Any) -> int:
+    """Bytes of all columns seen, dropped ones included; a layer left alone counts as it is."""
+    total = 0
+    for tensor in _pair(layer):
+        batch, heads, slots, dim = tensor.shape
+        columns = layer.logical if isinstance(layer, PrunedLayer) else slots
+        total += batch * heads * columns * dim * tensor.element_size()
+    return total
+
+
+def _notes(cache: PrunedCache, turn: Turn) -> list[str]:
+    assert turn.spans is not None
+    notes = []
+    if not bool((turn.spans > 0).any()):
+        notes.append("nothing was pruned: the prompt has no vision tokens")
+    alone = [i for i, layer in enumerate(cache.layers) if not isinstance(layer, PrunedLayer)]
+    if alone:
+        why = "their attention window does not cover the prompt, or they hold no ordinary KV cache"
+        notes.append(f"layers left alone: {', '.join(map(str, alone))} ({why})")
+    return notes

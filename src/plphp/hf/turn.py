@@ -1,0 +1,107 @@
+"""One prompt on its way into a cache: its columns, its images, its plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plphp.errors import UnsupportedModeError
+from plphp.models import find_spans, processor_inputs
+from plphp.policy import KeepPlan
+
+Mask = Tensor | Callable[..., Tensor] | None
+
+
+@dataclass
+class Turn:
+    """A prompt of `length` new columns, the first at column `begin` of its conversation.
+
+    source: the keyword arguments that describe it: input_ids, mm_token_type_ids, grids
+    spans: (B, length) once the whole prompt is there; `notes` on images that touch
+    tokens_before: (B,) tokens of earlier turns, padding not counted
+    plans: layer index -> what it kept, with the spans of the slots that it chose from
+    """
+
+    length: int
+    source: Mapping[str, Any]
+    config: Any
+    vision_mask: Mask = None
+    begin: int = 0
+    spans: Tensor | None = None
+    notes: tuple[str, ...] = ()
+    prunes: bool = False  # whether there is anything to drop: vision tokens or padding
+    tokens_before: Tensor | None = None
+    plans: dict[int, tuple[KeepPlan, Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.length
+
+    def locate(self, batch: int, attention_mask: Tensor | None) -> None:
+        """Find the images, for a forward of `batch` rows (beams repeat the prompt's rows)."""
+        spans = self._given() if self.vision_mask is not None else self._found()
+        if batch % len(spans):
+            raise UnsupportedModeError(
+                f"the prompt has {len(spans)} rows and the model sees {batch}"
+            )
+        spans = spans.repeat_interleave(batch // len(spans), dim=0)
+        self.tokens_before = torch.full((batch,), self.begin, device=spans.device)
+        mask = attention_mask if attention_mask is not None else self.source.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            mask = mask.to(spans.device).repeat_interleave(batch // len(mask), dim=0)
+            new = mask[:, : self.end][:, -self.length :]
+            spans = spans.masked_fill(new == 0, -1)
+            if mask.shape[1] >= self.end:
+                self.tokens_before = mask[:, : self.begin].sum(-1)
+        self.spans = spans
+        self.prunes = bool((spans != 0).any())
+
+    def positions(self) -> Tensor:
+        """Row-logical position (B, length) of each column: padding is not counted."""
+        assert self.spans is not None and self.tokens_before is not None
+        return (self.spans >= 0).cumsum(-1) - 1 + self.tokens_before[:, None]
+
+    def _found(self) -> Tensor:
+        spans, self.notes = find_spans(
+            self.config,
+            self._columns(self.source.get("input_ids")),
+            None,
+            self._columns(self.source.get("mm_token_type_ids")),
+            processor_inputs(self.source),
+        )
+        return spans
+
+    def _given(self) -> Tensor:
+        given = self.vision_mask
+        if callable(given) and not isinstance(given, Tensor):
+            given = given(self.source.get("input_ids"))
+        assert isinstance(given, Tensor)
+        if given.dim() != 2 or given.shape[1] < self.length:
+            raise ValueError(
+                f"vision_mask must be (B, N) with N at least {self.length} columns, "
+                f"got {tuple(given.shape)}"
+            )
+        return given[:, -self.length :].long()
+
+    def _columns(self, tensor: Tensor | None) -> Tensor | None:
+        """This prompt's columns of a (B, N) tensor that may also hold earlier turns."""
+        return None if tensor is None else tensor[:, -self.length :]
+
+
+def slot_spans(turn: Turn, start: Tensor, end: int) -> Tensor:
+    """Spans (B, end) of a layer's slots: earlier turns count as text, fillers as padding."""
+    assert turn.spans is not None
+    spans = turn.spans.to(start.device)
+    held = torch.zeros(len(spans), end - turn.length, dtype=spans.dtype, device=start.device)
+    slots = torch.cat([held, spans], -1)
+    return slots.masked_fill(torch.arange(end, device=start.device) < start[:, None], -1)
+
+
+def slot_positions(turn: Turn, end: int) -> Tensor:
+    """Row-logical position (B, end) of each slot of this turn; meaningless for earlier slots."""
+    positions = turn.positions()
+    return torch.nn.functional.pad(positions, (end - turn.length, 0))

@@ -1,0 +1,188 @@
+"""Which tokens of a prompt belong to which image: the spans that every policy reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plphp.errors import UnsupportedModelError
+from plphp.models.families import FAMILIES, GENERIC, Counts, Family, Inputs
+from plphp.policy.view import PADDING
+
+Run = tuple[int, int]  # columns [start, stop) of one unbroken run of vision tokens
+IMAGE, VIDEO = 1, 2  # codes of mm_token_type_ids
+
+
+def vision_spans(
+    config: Any,
+    input_ids: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    mm_token_type_ids: Tensor | None = None,
+    **inputs: Any,
+) -> Tensor:
+    """Spans (B, N) int64 of a prompt: 0 text, i > 0 the row's i-th image or video, -1 padding.
+
+    input_ids (B, N) int64, attention_mask (B, N) 0 for padding, mm_token_type_ids (B, N) as the
+    processor gives them. `inputs` takes what else the processor returned (image_grid_thw,
+    image_sizes, ...): it separates images that touch. Vision tokens come from mm_token_type_ids,
+    else from the config's image and video token ids.
+
+    Raises UnsupportedModelError where neither tells which tokens are vision.
+    """
+    return find_spans(config, input_ids, attention_mask, mm_token_type_ids, inputs)[0]
+
+
+def find_spans(
+    config: Any,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    mm_token_type_ids: Tensor | None,
+    inputs: Inputs,
+) -> tuple[Tensor, tuple[str, ...]]:
+    """`vision_spans`, with notes on images that could not be told apart."""
+    kinds = _kinds(config, input_ids, mm_token_type_ids)
+    if attention_mask is not None:
+        kinds = kinds.masked_fill(attention_mask == 0, PADDING)
+    rows: list[list[int]] = kinds.tolist()
+    family = FAMILIES.get(config.model_type, GENERIC)
+    spans = torch.where(kinds == PADDING, PADDING, torch.zeros_like(kinds)).cpu()
+    notes: list[str] = []
+    found = [_images(family, config, inputs, rows, kind, notes) for kind in (IMAGE, VIDEO)]
+    for row, images in enumerate(zip(*found, strict=True)):
+        # Images and videos are numbered together, in the order in which they appear.
+        for number, pieces in enumerate(sorted(images[0] + images[1]), start=1):
+            for start, stop in pieces:
+                spans[row, start:stop] = number
+    return spans.to(kinds.device), tuple(notes)
+
+
+def vision_token_ids(config: Any) -> dict[int, int]:
+    """Token id -> IMAGE or VIDEO, from the names that configs use."""
+    names = {
+        IMAGE: ("image_token_id", "image_token_index"),
+        VIDEO: ("video_token_id", "video_token_index"),
+    }
+    found: dict[int, int] = {}
+    for kind, keys in names.items():
+        for key in keys:
+            value = getattr(config, key, None)
+            if isinstance(value, int):
+                found.setdefault(value, kind)
+    return found
+
+
+def _kinds(config: Any, input_ids: Tensor | None, mm_token_type_ids: Tensor | None) -> Tensor:
+    """(B, N) int64: 0 text, IMAGE, VIDEO."""
+    if mm_token_type_ids is not None:
+        kinds = mm_token_type_ids.long()
+        return torch.where((kinds == IMAGE) | (kinds == VIDEO), kinds, 0)  # audio counts as text
+    ids = vision_token_ids(config)
+    if input_ids is None or not ids:
+        what = "input_ids" if ids else "an image_token_id in the config"
+        raise UnsupportedModelError(
+            f"cannot tell which tokens of {config.model_type!r} are vision tokens: no "
+            f"mm_token_type_ids and no {what}. Pass plphp.prune(model, vision_mask=...), "
+            "coded as plphp.vision_spans returns it."
+        )
+    kinds = torch.zeros_like(input_ids, dtype=torch.int64)
+    for token, kind in ids.items():
+        kinds = kinds.masked_fill(input_ids == token, kind)
+    return kinds
+
+
+def _images(
+    family: Family,
+    config: Any,
+    inputs: Inputs,
+    rows: list[list[int]],
+    kind: int,
+    notes: list[str],
+) -> list[list[list[Run]]]:
+    """For every row the images of one kind, each a list of runs."""
+    runs = [_runs(row, kind) for row in rows]
+    if not any(runs):
+        return [[] for _ in rows]
+    counts = (family.images if kind == IMAGE else family.videos)(config, inputs)
+    if family.tiles > 1:
+        return [_join_tiles(row, family.tiles) for row in runs]
+    images = _cut(runs, counts)
+    if images is None:
+        name = "images" if kind == IMAGE else "videos"
+        notes.append(f"{name} were told apart by the text between them only")
+        return [[[run] for run in row] for row in runs]
+    return images
+
+
+def _runs(row: list[int], kind: int) -> list[Run]:
+    runs: list[Run] = []
+    for column, value in enumerate(row):
+        if value != kind:
+            continue
+        if runs and runs[-1][1] == column:
+            runs[-1] = (runs[-1][0], column + 1)
+        else:
+            runs.append((column, column + 1))
+    return runs
+
+
+def _cut(runs: list[list[Run]], counts: Counts) -> list[list[list[Run]]] | None:
+    """Deal runs out to images of known sizes: touching images part, broken ones join.
+
+    None where the sizes do not add up to the runs.
+    """
+    if counts is None:
+        return [[[run] for run in row] for row in runs]
+    sizes = _endless(counts) if isinstance(counts, int) else iter(counts)
+    images: list[list[list[Run]]] = []
+    for row in runs:
+        images.append([])
+        missing = 0
+        for start, stop in row:
+            while start < stop:
+                if missing == 0:
+                    missing = next(sizes, 0)
+                    images[-1].append([])
+                if missing == 0:
+                    return None
+                taken = min(missing, stop - start)
+                images[-1][-1].append((start, start + taken))
+                start, missing = start + taken, missing - taken
+        if missing:
+            return None
+    whole = isinstance(counts, int) or next(sizes, 0) == 0
+    return images if whole else None
+
+
+def _endless(size: int) -> Iterator[int]:
+    while True:
+        yield size
+
+
+def _join_tiles(runs: list[Run], tiles: int) -> list[list[Run]]:
+    """Runs with one token between them form a chain; a chain of n * tiles runs is n images."""
+    chains: list[list[Run]] = []
+    for run in runs:
+        if chains and run[0] - chains[-1][-1][1] == 1:
+            chains[-1].append(run)
+        else:
+            chains.append([run])
+    images: list[list[Run]] = []
+    for chain in chains:
+        step = tiles if len(chain) % tiles == 0 else 1
+        images += [chain[i : i + step] for i in range(0, len(chain), step)]
+    return images
+
+
+def describes_vision(config: Any) -> bool:
+    """Whether the config alone names its vision tokens."""
+    return bool(vision_token_ids(config))
+
+
+def processor_inputs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a model call that help to separate images."""
+    names = ("image_grid_thw", "video_grid_thw", "image_sizes", "batch_num_images")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}

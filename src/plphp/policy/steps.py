@@ -1,0 +1,84 @@
+"""The steps that pruning methods share: plain functions from tensors to tensors.
+
+Shapes: B rows, H query heads, Hkv KV heads, N prompt columns, m images (the most in any row).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def vision_attention(probs: Tensor, spans: Tensor) -> Tensor:
+    """gamma (B,): mean over query heads of the attention mass on vision tokens (PLPHP, section 3).
+
+    probs (B, H, N) float32, spans (B, N). NaN where a row has no vision tokens.
+    """
+    vision = spans > 0
+    gamma = (probs * vision[:, None]).sum(-1).mean(-1)
+    return gamma.masked_fill(~vision.any(-1), float("nan"))
+
+
+def head_scores(probs: Tensor, kv_heads: int, gqa: str = "mean") -> Tensor:
+    """Scores (B, Hkv, N) of KV heads: the mean or max over the query heads that read them."""
+    batch, heads, length = probs.shape
+    grouped = probs.view(batch, kv_heads, heads // kv_heads, length)
+    return grouped.amax(2) if gqa == "max" else grouped.mean(2)
+
+
+def image_sizes(spans: Tensor) -> Tensor:
+    """Tokens of each image (B, m) int64; rows with fewer images end in zeros. One host read: m."""
+    images = max(int(spans.max()), 0) if spans.numel() else 0
+    ids = torch.arange(1, images + 1, device=spans.device)
+    return (spans[..., None] == ids).sum(1)
+
+
+def share(rate: Tensor, sizes: Tensor) -> Tensor:
+    """min(size, ceil(rate * size - 1e-6)) int64 in float64: the tokens that a rate keeps.
+
+    rate (B,) and sizes (B, m) -> (B, m). The 1e-6 keeps .3 * 10 at 3 and not at 4.
+    """
+    kept = torch.ceil(rate.double()[:, None] * sizes.double() - 1e-6)
+    return torch.minimum(kept.nan_to_num(0.0).clamp(min=0).long(), sizes)
+
+
+def ranks(scores: Tensor, groups: Tensor) -> Tensor:
+    """Rank (B, Hkv, N) of each column among the columns of its group, 0 the highest score.
+
+    scores (B, Hkv, N); groups (B, N) or (B, Hkv, N) int64. Ties go to the lower position.
+    """
+    groups = groups.expand_as(scores) if groups.dim() == 3 else groups[:, None].expand_as(scores)
+    by_score = scores.argsort(dim=-1, descending=True, stable=True)
+    # Sorting the score order by group keeps it inside each group: a rank is then the distance to
+    # the place where the group begins.
+    by_group = groups.gather(-1, by_score).argsort(dim=-1, stable=True)
+    order = by_score.gather(-1, by_group)
+    ordered = groups.gather(-1, order)
+    place = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    opens = torch.ones_like(ordered, dtype=torch.bool)
+    opens[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    begin = torch.where(opens, place, 0).cummax(-1).values
+    return torch.empty_like(order).scatter_(-1, order, place - begin)
+
+
+def select(scores: Tensor, spans: Tensor, quota: Tensor, total: Tensor | None = None) -> Tensor:
+    """Keep mask (B, Hkv, N): all text, the best `quota` of each image, then the best of the rest.
+
+    scores (B, Hkv, N), spans (B, N), quota (B, m) tokens per image, total (B,) vision tokens of a
+    row, at least the sum of its quota and by default just that. How many tokens are kept is the
+    same for all KV heads; which ones is each head's own choice.
+    """
+    vision = (spans > 0)[:, None].expand_as(scores)
+    limit = torch.cat([quota.new_zeros(len(quota), 1), quota], -1).gather(1, spans.clamp(min=0))
+    keep = vision & (ranks(scores, spans) < limit[:, None])
+    if total is not None:
+        rest = vision & ~keep
+        more = total - quota.sum(-1)
+        keep = keep | (rest & (ranks(scores, rest.long()) < more[:, None, None]))
+    return keep | (spans == 0)[:, None]
+
+
+def round_up(total: Tensor, spans: Tensor, multiple: int) -> Tensor:
+    """Raise vision totals (B,) until kept length, text included, is a multiple, or all is kept."""
+    text, vision = (spans == 0).sum(-1), (spans > 0).sum(-1)
+    return torch.minimum(total + -(text + total) % multiple, torch.maximum(vision, total))

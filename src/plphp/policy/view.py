@@ -1,0 +1,66 @@
+"""What a policy sees of a layer, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+TEXT, PADDING = 0, -1  # codes of a span tensor; i > 0 is the i-th image or video of the row
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One decoder layer at the end of a prompt of N columns (padding included).
+
+    probs: (B, H, N) float32, post-softmax attention of each row's last prompt token
+    spans: (B, N) int64, 0 text, i > 0 the i-th image or video, -1 padding (never attended)
+    kv_heads: Hkv, a divisor of H; query head h reads KV head h // (H / Hkv)
+    """
+
+    probs: Tensor
+    spans: Tensor
+    kv_heads: int
+    layer: int = 0
+    layers: int = 1
+
+
+@dataclass(frozen=True)
+class KeepPlan:
+    """The columns that every row and KV head keeps, text included.
+
+    columns: (B, Hkv, K) int64, ascending and right-aligned: row b uses the last `lengths[b]`
+        entries, the entries before them are fillers that must be hidden
+    lengths: (B,) int64, kept columns of each row, one count for all its heads; K is their maximum
+    gamma: (B,) float32, vision attention; NaN where a row has no vision tokens
+    rate: (B,) float64, retention rate that was asked for; NaN where a row has no vision tokens
+    classes: (B,) int64, index into LAYER_CLASSES; -1 where there is none
+    """
+
+    columns: Tensor
+    lengths: Tensor
+    gamma: Tensor
+    rate: Tensor
+    classes: Tensor
+
+
+LAYER_CLASSES = ("vision-indifferent", "vision-balanced", "vision-attentive")
+
+
+class Policy(Protocol):
+    """A per-layer policy: it sees one layer and says what to keep."""
+
+    def plan(self, view: LayerView) -> KeepPlan: ...
+
+
+def pack(keep: Tensor, gamma: Tensor, rate: Tensor, classes: Tensor) -> KeepPlan:
+    """Turn a keep mask (B, Hkv, N) with equal counts over heads into a plan. One host read: K."""
+    lengths = keep[:, 0].sum(-1)
+    longest = int(lengths.max())
+    # A stable sort of the mask moves the kept columns to the end and leaves them ascending, so
+    # that every row ends at the same slot and later tokens append at one place for all rows.
+    order = keep.to(torch.uint8).argsort(dim=-1, stable=True)
+    columns = order[..., keep.shape[-1] - longest :]
+    return KeepPlan(columns, lengths, gamma, rate, classes)

@@ -1,0 +1,228 @@
+"""Attaching: what is refused and when, what is left behind, how much memory a prefill holds."""
+
+import copy
+import gc
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import plphp
+from plphp.cache import allocated
+from plphp.policy import KeepPlan, LayerView
+
+QWEN = tiny.FAMILIES["qwen2_vl"]
+TEXT_ONLY = [tiny.RowSpec(images=0, text=20)]
+ONE = [tiny.RowSpec(images=1, text=20)]
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return QWEN.build(0)
+
+
+def prompt(model: torch.nn.Module, rows: list[tiny.RowSpec] = ONE) -> dict[str, Tensor]:
+    inputs: dict[str, Tensor] = QWEN.make_inputs(model, rows, 0)[0]
+    return inputs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "quantized"},
+        {"cache_implementation": "offloaded"},
+        {"cache_implementation": "paged"},
+        {"output_attentions": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"custom_generate": "someone/somewhere"},
+    ],
+    ids=lambda o: "-".join(map(str, *o.items())),
+)
+def test_modes_that_cannot_prune_are_refused(
+    model: torch.nn.Module, options: dict[str, object]
+) -> None:
+    with plphp.prune(model) as pruning:
+        with pytest.raises(plphp.UnsupportedModeError):
+            model.generate(**prompt(model), **GREEDY, **options)
+        assert pruning.report is None
+
+
+def test_caches_of_the_users_own_are_refused(model: torch.nn.Module) -> None:
+    config = model.config.get_text_config()
+    for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=200)):
+        with plphp.prune(model), pytest.raises(plphp.UnsupportedModeError, match="PrunedCache"):
+            model.generate(**prompt(model), **GREEDY, past_key_values=cache)
+        with plphp.prune(model), pytest.raises(plphp.UnsupportedModeError, match="PrunedCache"):
+            model(**prompt(model), past_key_values=cache)
+
+
+def test_refusals_beyond_generate(model: torch.nn.Module) -> None:
+    with plphp.prune(model):
+        with pytest.raises(plphp.UnsupportedModeError, match="attached already"):
+            plphp.prune(model)
+        with pytest.raises(plphp.UnsupportedModeError, match="generate_batch"):
+            model.generate_batch([[1, 2, 3]])
+        with pytest.raises(plphp.UnsupportedModeError, match="cache"):
+            model(**prompt(model), use_cache=False)
+        with pytest.raises(plphp.UnsupportedModeError, match="copied"):
+            copy.deepcopy(model)
+        with pytest.raises(plphp.UnsupportedModeError, match="model itself"):
+            model.model.language_model(torch.tensor([[9, 10]]))
+    with pytest.raises(plphp.UnsupportedModeError, match="attached"):
+        plphp.PrunedCache(model)
+
+
+def test_models_without_vision_are_refused() -> None:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    llama = LlamaForCausalLM(config)
+    with pytest.raises(plphp.UnsupportedModelError, match="vision"):
+        plphp.prune(llama)
+    assert "generate" not in vars(llama)
+    with pytest.raises(plphp.UnsupportedModelError, match="transformers model"):
+        plphp.prune(torch.nn.Linear(2, 2))
+
+
+def test_a_vision_mask_serves_where_the_config_is_silent() -> None:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    llama = LlamaForCausalLM(config).eval()
+    ids = torch.arange(2, 42)[None]
+    mask = torch.zeros(1, 40, dtype=torch.long)
+    mask[:, 5:25] = 1
+    for given in (mask, lambda input_ids: mask):
+        policy = plphp.PLPHP(r=0.5, delta_r=0)
+        with plphp.prune(llama, policy, vision_mask=given) as pruning:
+            llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+        assert pruning.report.retention == 0.5
+        assert pruning.report.images == (1,)
+
+
+def test_a_text_only_prompt_is_no_error(model: torch.nn.Module) -> None:
+    inputs = prompt(model, TEXT_ONLY)
+    wanted = model.generate(**inputs, **GREEDY)
+    with plphp.prune(model) as pruning:
+        assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+    assert pruning.report.retention == 1.0
+    assert "nothing was pruned" in str(pruning.report)
+    assert pruning.report.to_dict()["layers"][0]["gamma"] == [None]
+
+
+def test_a_bare_forward_treats_its_input_as_the_prompt(model: torch.nn.Module) -> None:
+    inputs = prompt(model)
+    with plphp.prune(model) as pruning:
+        wanted = model.generate(**inputs, **GREEDY)
+        by_generate = pruning.report
+        out = model(**inputs)
+        assert pruning.report.to_dict() == by_generate.to_dict()
+        ids = inputs["input_ids"]
+        for _ in range(GREEDY["max_new_tokens"]):
+            token = out.logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, token], 1)
+            out = model(token, past_key_values=out.past_key_values)
+        assert pruning.report.to_dict() == by_generate.to_dict()
+    assert torch.equal(ids, wanted)
+
+
+def test_an_interrupted_prompt_spoils_its_cache_only(model: torch.nn.Module) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("in the middle of a prompt")
+
+    inputs = prompt(model)
+    with plphp.prune(model):
+        wanted = model.generate(**inputs, **GREEDY)
+        cache = plphp.PrunedCache(model)
+        handle = model.model.language_model.layers[2].register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            model.generate(**inputs, **GREEDY, past_key_values=cache)
+        handle.remove()
+        with pytest.raises(plphp.UnsupportedModeError, match="interrupted"):
+            model.generate(**inputs, **GREEDY, past_key_values=cache)
+        assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+
+
+def test_two_models_in_two_threads_do_not_meet() -> None:
+    models = [QWEN.build(seed) for seed in (0, 1)]
+    inputs = [QWEN.make_inputs(m, ONE, seed)[0] for seed, m in enumerate(models)]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    with plphp.prune(models[0]):
+        wanted = [m.generate(**i, **options) for m, i in zip(models, inputs, strict=True)]
+        got: dict[int, list[Tensor]] = {0: [], 1: []}
+
+        def work(which: int) -> None:
+            for _ in range(3):
+                got[which].append(models[which].generate(**inputs[which], **options))
+
+        threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for which in (0, 1):
+        assert len(got[which]) == 3
+        assert all(torch.equal(out, wanted[which]) for out in got[which])
+
+
+@dataclass
+class Watching:
+    """A policy that notes how many bytes of keys and values are alive whenever it is asked."""
+
+    inner: plphp.PLPHP
+    heads: int
+    dim: int
+    seen: list[int] = field(default_factory=list)
+    others: set[int] = field(default_factory=set)  # storages that were alive before
+
+    def plan(self, view: LayerView) -> KeepPlan:
+        self.seen.append(self.alive())
+        return self.inner.plan(view)
+
+    def alive(self) -> int:
+        # type(), not isinstance: some lazy modules of other libraries dislike being asked
+        tensors = [o for o in gc.get_objects() if type(o) is Tensor]
+        kv = [t for t in tensors if t.dim() == 4 and t.shape[1::2] == (self.heads, self.dim)]
+        return allocated(t for t in kv if t.untyped_storage().data_ptr() not in self.others)
+
+
+def test_prefill_holds_at_most_two_full_layers_beside_the_pruned(model: torch.nn.Module) -> None:
+    text = model.config.get_text_config()
+    heads, dim = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+    policy = Watching(plphp.PLPHP(r=0.1, delta_r=0), heads, dim)
+    inputs = prompt(model, [tiny.RowSpec(images=3, text=20)])
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) is Tensor]
+    policy.others = {t.untyped_storage().data_ptr() for t in tensors}
+    with plphp.prune(model, policy), torch.no_grad():
+        out = model(**inputs)
+    cache = out.past_key_values
+    full = 2 * inputs["input_ids"].shape[1] * heads * dim * 4
+    assert cache.report.kv_bytes_full == full * text.num_hidden_layers
+    # When layer l is planned, the l layers before it are pruned and one or two are full.
+    pruned = [allocated(layer.store.tensors()) for layer in cache.layers]
+    for layer, alive in enumerate(policy.seen):
+        assert full <= alive <= sum(pruned[:layer]) + 2 * full
+    assert policy.alive() <= sum(pruned)
