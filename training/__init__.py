@@ -1,0 +1,1 @@
+"""How the embedded model of ``plphp.demo`` is made, and how it is measured."""

@@ -1,0 +1,188 @@
+"""What a model directory is made of: tokenizer, template, configuration, weights, settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+from training.easy_vqa import EasyVQA
+from training.pictures import COLOUR_NAMES, GLYPHS
+from training.questions import LEVELS, draw_prompt, draw_size
+
+END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
+SPECIAL_TOKENS = [
+    END_OF_TEXT,
+    "<|im_start|>",
+    END_OF_TURN,
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+NUMBERS = list("123456")
+CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text()
+PROCESSOR = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "rescale_factor": 1 / 255,
+    "resample": 3,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "min_pixels": 112 * 112,
+    "max_pixels": 280 * 280,
+    "size": {"shortest_edge": 112 * 112, "longest_edge": 280 * 280},
+}
+
+
+def make_tokenizer(easy: EasyVQA) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which every word of the tasks is one token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=480,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_corpus(easy), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TEXT,
+        extra_special_tokens=SPECIAL_TOKENS[1:],
+        model_max_length=4096,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    words = [
+        *GLYPHS,
+        *COLOUR_NAMES,
+        *NUMBERS,
+        "picture",
+        "object",
+        "answer",
+        "rectangle",
+        "yes",
+        "no",
+    ]
+    split = [word for word in words if len(tokenizer.encode(f" {word}")) != 1]
+    if split:
+        raise ValueError(f"words of more than one token, which the stages cannot train on: {split}")
+    return tokenizer
+
+
+def make_model(tokenizer: Any) -> Any:
+    """Initial weights, in float32."""
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(_config(tokenizer))
+    with torch.no_grad():
+        model.model.language_model.embed_tokens.weight.normal_(0, 0.06)
+        _start_queries_like_keys(model)
+    return model
+
+
+def export(model: Any, tokenizer: Any, folder: Path) -> None:
+    """The deliverable: bfloat16 weights (``model`` is converted), tokenizer, template, settings."""
+    model.to(torch.bfloat16)
+    for config in (model.config.text_config, model.config.vision_config):
+        config.dtype = torch.bfloat16
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
+        pad_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+        do_sample=False,
+        max_new_tokens=160,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for kind, prefix in (("image", ""), ("video", "video_")):
+        settings = PROCESSOR | {
+            f"{kind}_processor_type": f"Qwen2VL{kind.capitalize()}Processor",
+            "processor_class": "Qwen2VLProcessor",
+        }
+        text = json.dumps(settings, indent=1)
+        (folder / f"{prefix}preprocessor_config.json").write_text(text)
+
+
+def _corpus(easy: EasyVQA, prompts: int = 2500) -> list[str]:
+    rng = np.random.default_rng(5)
+    hardest = LEVELS[-1]
+    texts: list[str] = []
+    for _ in range(prompts):
+        _, drawn = draw_prompt(rng, hardest, *draw_size(rng, hardest))
+        _, sampled = easy.sample(rng)
+        for question in drawn + sampled:
+            texts += [question.text, question.answer]
+    texts += ["Picture 1:", "user\n", "assistant\n", "system\n"] * 300
+    texts += [f" {word}" for word in [*GLYPHS, *COLOUR_NAMES, *NUMBERS]] * 400
+    return texts
+
+
+def _config(tokenizer: Any) -> Qwen2VLConfig:
+    token = tokenizer.convert_tokens_to_ids
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 256,
+        "intermediate_size": 640,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 300.0,  # prompts are short: long wavelengths would tell nothing apart
+            "mrope_section": [2, 2, 12],
+        },
+        "bos_token_id": None,
+        "eos_token_id": token(END_OF_TURN),
+        "pad_token_id": token(END_OF_TEXT),
+        "tie_word_embeddings": True,
+    }
+    vision = {
+        "depth": 3,
+        "embed_dim": 128,
+        "num_heads": 4,
+        "hidden_size": text["hidden_size"],
+        "mlp_ratio": 4,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    return Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+
+
+def _start_queries_like_keys(model: Any) -> None:
+    """Tokens of like content attend to each other from the start (Trockman & Kolter, 2023)."""
+    config = model.config.text_config
+    size = config.hidden_size // config.num_attention_heads
+    group = config.num_attention_heads // config.num_key_value_heads
+    spread = config.hidden_size**-0.5
+    for layer in model.model.language_model.layers:
+        query, key = layer.self_attn.q_proj.weight.data, layer.self_attn.k_proj.weight.data
+        key.normal_(0, spread)
+        like_key = key.view(-1, size, config.hidden_size).repeat_interleave(group, 0)
+        query.copy_(0.8 * like_key.reshape_as(query) + 0.6 * spread * torch.randn_like(query))

@@ -1,0 +1,141 @@
+"""Packed samples: one prefix of pictures, several questions behind it, each blind to the others.
+
+Question tokens see the prefix and their own question (a block-causal mask), and their rotary
+positions start anew behind the prefix. So every question sees exactly what it would see alone, and
+the pictures are paid for once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from training.questions import Question
+from training.towers import run_text
+
+IGNORED = -100  # what ``cross_entropy`` ignores
+PREFIX = 0  # segment of the prefix; questions count from 1
+PADDING = 99  # segment of the padding
+
+
+@dataclass(frozen=True)
+class Packed:
+    ids: Tensor  # [B, L]
+    positions: Tensor  # [3, B, L]
+    labels: Tensor  # [B, L]
+    mask: Tensor  # [B, 1, L, L], True where a token may look
+    answers: list[list[tuple[str, int, int]]]  # of each row: task, first token, end
+
+
+class Answered(NamedTuple):
+    logits: Tensor  # [T, V], at the T answer tokens of all rows
+    labels: Tensor  # [T]
+    where: Tensor  # [B, L - 1], True T times
+    early: Tensor  # [B, L, d], hidden states after the first layers
+
+
+class _Row:
+    """One sample under construction: four parallel lists, and where its answers lie."""
+
+    def __init__(self, prefix: list[int]) -> None:
+        length = len(prefix)
+        self.ids, self.segments = list(prefix), [PREFIX] * length
+        self.positions, self.labels = [0] * length, [IGNORED] * length
+        self.answers: list[tuple[str, int, int]] = []
+
+    def add(self, task: str, question: list[int], answer: list[int], start: int) -> None:
+        """Append a question whose positions begin at ``start``."""
+        length = len(question) + len(answer)
+        self.answers.append((task, len(self.ids) + len(question), len(self.ids) + length))
+        self.positions += range(start, start + length)
+        self.segments += [len(self.answers)] * length
+        self.labels += [IGNORED] * len(question) + answer
+        self.ids += question + answer
+
+
+class Packer:
+    """Turns questions into tensors with a model's own tokens and positions."""
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        names = [
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|image_pad|>",
+        ]
+        start, self.end, self.vision_start, self.vision_end, self.image = (
+            tokenizer.convert_tokens_to_ids(names)
+        )
+        # Per instance; the same words come again and again.
+        self._encode = lru_cache(60_000)(lambda t: tokenizer.encode(t, add_special_tokens=False))
+        self._prefix = cache(self._make_prefix)
+        self._model = model.model
+        self._user = [start, *self._encode("user\n")]
+        self._turn = [self.end, *self._encode("\n"), start, *self._encode("assistant\n")]
+
+    def pack(self, pictures: int, side: int, samples: Sequence[Sequence[Question]]) -> Packed:
+        """Samples that have ``pictures`` pictures of ``side`` x ``side`` cells each."""
+        prefix, prefix_positions, start = self._prefix(pictures, side)
+        rows = []
+        for questions in samples:
+            row = _Row(prefix)
+            for task, text, answer in questions:
+                question = self._encode(text) + self._turn
+                row.add(task, question, [*self._encode(answer), self.end], start)
+            rows.append(row)
+        length = max(len(row.ids) for row in rows)
+        length += -length % 8  # kernels like multiples of 8
+        segments = _stack([row.segments for row in rows], length, PADDING)
+        positions = _stack([row.positions for row in rows], length, 0)[None].repeat(3, 1, 1)
+        positions[:, :, : len(prefix)] = prefix_positions[:, None]
+        return Packed(
+            ids=_stack([row.ids for row in rows], length, 0),
+            positions=positions,
+            labels=_stack([row.labels for row in rows], length, IGNORED),
+            mask=_block_causal(segments)[:, None],
+            answers=[row.answers for row in rows],
+        )
+
+    def _make_prefix(self, pictures: int, side: int) -> tuple[list[int], Tensor, int]:
+        """Tokens as the chat template writes them, their positions [3, P], the next position."""
+        ids = list(self._user)
+        for i in range(pictures):
+            header = self._encode(f"Picture {i + 1}:")
+            ids += [*header, self.vision_start, *[self.image] * (side * side), self.vision_end]
+        tokens = torch.tensor([ids])
+        grid = torch.tensor([[1, 2 * side, 2 * side]] * pictures)
+        is_image = (tokens == self.image).int()
+        positions, _ = self._model.get_rope_index(tokens, is_image, image_grid_thw=grid)
+        return ids, positions[:, 0], int(positions.max()) + 1
+
+
+def answer(model: Any, packed: Packed, features: Tensor, image: int) -> Answered:
+    """Run the text tower with ``features`` in the place of the ``image`` tokens."""
+    text = model.model.language_model
+    embedded = text.embed_tokens(packed.ids).to(features.dtype)
+    embedded = embedded.masked_scatter((packed.ids == image)[..., None], features)
+    hidden, early = run_text(text, embedded, packed.positions, packed.mask)
+    labels = packed.labels[:, 1:]
+    where = labels != IGNORED
+    logits = model.lm_head(hidden[:, :-1][where]).float()
+    return Answered(logits, labels[where], where, early)
+
+
+def _block_causal(segments: Tensor) -> Tensor:
+    length = segments.shape[1]
+    looks_back = torch.ones(length, length, dtype=torch.bool).tril()
+    own_question = segments[:, None, :] == segments[:, :, None]
+    return ((segments[:, None, :] == PREFIX) | own_question) & looks_back
+
+
+def _stack(rows: Sequence[list[int]], length: int, padding: int) -> Tensor:
+    return torch.stack(
+        [functional.pad(torch.tensor(row), (0, length - len(row)), value=padding) for row in rows]
+    )

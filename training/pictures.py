@@ -1,0 +1,152 @@
+"""Pictures: boards of 28-pixel cells that hold coloured letters and shapes.
+
+28 pixels are one token of the language model (two patches of 14, merged), so a board of n x n cells
+is n * n vision tokens. A *scene* scatters a few things of distinct colours; a *page* is a dense
+block of letters in one colour, to be read. Everything is drawn from a numpy ``Generator``, so a
+seed fixes it; the order of the draws is part of that contract.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import matplotlib
+import numpy as np
+from numpy.random import Generator
+from PIL import Image, ImageDraw, ImageFont
+
+CELL = 28
+COLOURS = {
+    "red": (228, 18, 18),
+    "green": (10, 165, 25),
+    "blue": (20, 40, 235),
+    "black": (15, 15, 15),
+    "gray": (128, 128, 128),
+    "teal": (0, 140, 140),
+    "brown": (160, 48, 40),
+    "yellow": (248, 232, 0),
+}  # the eight colours of easy-VQA
+COLOUR_NAMES = list(COLOURS)
+COLOUR_VALUES = np.array(list(COLOURS.values()), np.float32)
+LETTERS = list("ABCDEFGHJKLMNPQRSTUVWXYZ")  # no I, no O: too like 1 and 0 and each other's strokes
+SHAPES = ["circle", "square", "triangle", "star"]
+GLYPHS = LETTERS + SHAPES
+
+FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+FONTS = ["DejaVuSans-Bold.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono-Bold.ttf"]
+FONT_SIZES = (18, 21, 24)
+STYLES = len(FONT_SIZES) * len(FONTS)
+
+
+class Thing(NamedTuple):
+    """What one cell holds, as indices into ``GLYPHS`` and ``COLOUR_NAMES``."""
+
+    glyph: int
+    colour: int
+
+    def __str__(self) -> str:
+        return f"{COLOUR_NAMES[self.colour]} {GLYPHS[self.glyph]}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A board of ``side`` x ``side`` cells; ``things`` maps (row, column) to what is there."""
+
+    side: int
+    things: dict[tuple[int, int], Thing]
+    kind: Literal["scene", "page"]
+
+
+def draw_scene(
+    rng: Generator, side: int, glyphs: Collection[int], colours: Collection[int]
+) -> Picture:
+    """The given things, each in a cell of its own."""
+    cells = rng.permutation(side * side)[: len(glyphs)]
+    things = {
+        (int(cell) // side, int(cell) % side): Thing(int(glyph), int(colour))
+        for cell, glyph, colour in zip(cells, glyphs, colours, strict=True)
+    }
+    return Picture(side, things, "scene")
+
+
+def draw_page(rng: Generator, side: int, rows: int, columns: int) -> Picture:
+    """A block of ``rows`` x ``columns`` distinct letters in one colour, somewhere on the board."""
+    top, left = int(rng.integers(side - rows + 1)), int(rng.integers(side - columns + 1))
+    glyphs = rng.permutation(len(LETTERS))[: rows * columns]
+    colour = int(rng.integers(len(COLOURS)))
+    things = {
+        (top + i // columns, left + i % columns): Thing(int(glyphs[i]), colour)
+        for i in range(rows * columns)
+    }
+    return Picture(side, things, "page")
+
+
+def render(picture: Picture, rng: Generator) -> np.ndarray:
+    """uint8 [28 side, 28 side, 3]: light background, jittered things, noise."""
+    size = picture.side * CELL
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = rng.integers(215, 256, 3)
+    for (row, column), thing in picture.things.items():
+        mask = MASKS[thing.glyph, rng.integers(STYLES)]
+        mask = np.roll(mask, tuple(rng.integers(-2, 3, 2)), (0, 1))[..., None]
+        colour = np.clip(COLOUR_VALUES[thing.colour] + rng.integers(-14, 15, 3), 0, 255)
+        cell = image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+        cell *= 1 - mask
+        cell += mask * colour
+    y, x = rng.integers(0, NOISE.shape[1] - size + 1, 2)
+    image += NOISE[rng.integers(len(NOISE)), y : y + size, x : x + size, None]
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def to_patches(image: np.ndarray) -> np.ndarray:
+    """[4 side^2, 588]: the values and order of ``Qwen2VLImageProcessor``, one of its two frames."""
+    high, wide = image.shape[0] // 14, image.shape[1] // 14
+    pixels = (image.astype(np.float32) / 255 - 0.5) / 0.5
+    merged = pixels.reshape(high // 2, 2, 14, wide // 2, 2, 14, 3)
+    return merged.transpose(0, 3, 1, 4, 6, 2, 5).reshape(high * wide, 588)
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, radius: float) -> None:
+    middle = CELL / 2
+    low, high = middle - radius, middle + radius
+    if shape == "circle":
+        draw.ellipse([low, low, high, high], fill=255)
+    elif shape == "square":
+        draw.rectangle([low, low, high, high], fill=255)
+    elif shape == "triangle":
+        draw.polygon([(middle, low), (low, high), (high, high)], fill=255)
+    elif shape == "star":
+        draw.polygon([_star_corner(middle, radius, corner) for corner in range(10)], fill=255)
+
+
+def _star_corner(middle: float, radius: float, corner: int) -> tuple[float, float]:
+    reach = radius * (1.2, 0.5)[corner % 2]
+    angle = corner * math.pi / 5
+    return middle + reach * math.sin(angle), middle - reach * math.cos(angle)
+
+
+def _draw_letter(draw: ImageDraw.ImageDraw, letter: str, font_file: str, size: int) -> None:
+    font = ImageFont.truetype(FONT_FOLDER / font_file, size)
+    left, top, right, bottom = draw.textbbox((0, 0), letter, font=font)
+    corner = ((CELL - (right - left)) / 2 - left, (CELL - (bottom - top)) / 2 - top)
+    draw.text(corner, letter, font=font, fill=255)
+
+
+def _mask(glyph: str, font_file: str, size: int) -> np.ndarray:
+    image = Image.new("L", (CELL, CELL), 0)
+    draw = ImageDraw.Draw(image)
+    if glyph in SHAPES:
+        _draw_shape(draw, glyph, size * 0.42)
+    else:
+        _draw_letter(draw, glyph, font_file, size)
+    return np.asarray(image, np.float32) / 255
+
+
+MASKS = np.array(
+    [[_mask(glyph, font, size) for size in FONT_SIZES for font in FONTS] for glyph in GLYPHS]
+)  # [glyph, style, 28, 28], from 0 (background) to 1
+NOISE = np.random.default_rng(0).normal(0, 4, (8, 320, 320)).astype(np.float32)

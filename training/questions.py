@@ -1,0 +1,259 @@
+"""Prompts: a few pictures that belong together, and questions about them with their answers.
+
+Which pictures a prompt may hold is a ``Level``; what may be asked of them is a task, one function
+each below. A task that has no unambiguous question about the given pictures gives None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from numpy.random import Generator
+
+from training.pictures import (
+    COLOUR_NAMES,
+    GLYPHS,
+    Picture,
+    Thing,
+    draw_page,
+    draw_scene,
+)
+
+Range = tuple[int, int]  # both ends included
+Item = TypeVar("Item")
+
+PAGE_SHARE = 0.3
+# What a packed sample asks; a task named twice is asked twice.
+MIX = [
+    *("color", "color", "refcolor", "refcolor"),
+    *("what", "what", "which", "all"),
+    *("describe", "describe", "read", "read", "describe_all"),
+]
+
+
+class Question(NamedTuple):
+    task: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """How hard the pictures of a prompt are."""
+
+    pictures: Range
+    side: Range
+    things: Range  # in a scene
+    page_rows: Range
+    page_columns: Range
+    max_vision_tokens: int
+    question_tokens: int  # what the questions and answers of one packed sample take, about
+
+
+LEVELS = (
+    Level((2, 2), (4, 4), (2, 3), (1, 1), (2, 3), 32, 130),
+    Level((2, 3), (4, 5), (2, 4), (1, 1), (3, 4), 75, 170),
+    Level((2, 4), (4, 6), (3, 4), (1, 2), (3, 5), 150, 200),
+    Level((2, 6), (4, 8), (3, 5), (1, 2), (3, 6), 390, 240),
+)
+
+
+def draw_size(rng: Generator, level: Level) -> tuple[int, int]:
+    """How many pictures, and how many cells to a side: what all samples of a batch share."""
+    while True:
+        count, side = _within(rng, level.pictures), _within(rng, level.side)
+        if count * side * side <= level.max_vision_tokens:
+            return count, side
+
+
+def draw_pictures(rng: Generator, level: Level, count: int, side: int) -> list[Picture]:
+    """Scenes and pages, at least one scene; two glyphs recur in several, the others in one."""
+    kinds = ["page" if rng.random() < PAGE_SHARE else "scene" for _ in range(count)]
+    if "scene" not in kinds:
+        kinds[int(rng.integers(count))] = "scene"
+    scenes = [i for i, kind in enumerate(kinds) if kind == "scene"]
+    glyphs, unused = _share_glyphs(rng, scenes)
+    pictures = []
+    for i, kind in enumerate(kinds):
+        if kind == "page":
+            rows = _within(rng, level.page_rows)
+            narrowest, widest = level.page_columns
+            columns = _within(rng, (narrowest, min(widest, side)))
+            pictures.append(draw_page(rng, side, rows, columns))
+            continue
+        wanted = _within(rng, level.things)
+        while len(glyphs[i]) < wanted and unused:
+            glyphs[i].append(unused.pop())
+        # Within a scene no colour occurs twice, so that a colour names one thing.
+        colours = rng.permutation(len(COLOUR_NAMES))[: len(glyphs[i])]
+        pictures.append(draw_scene(rng, side, glyphs[i], colours))
+    return pictures
+
+
+def draw_prompt(
+    rng: Generator, level: Level, count: int, side: int, tasks: Sequence[str] = MIX
+) -> tuple[list[Picture], list[Question]]:
+    """Pictures and one question for every task that they allow, none twice."""
+    pictures = draw_pictures(rng, level, count, side)
+    facts = Facts(pictures)
+    asked = (ask(facts, task, rng) for task in tasks)
+    # A dict drops repeats and keeps the order.
+    return pictures, list(dict.fromkeys(question for question in asked if question))
+
+
+class Facts:
+    """What is where in the pictures of one prompt, as the tasks need to know it."""
+
+    def __init__(self, pictures: Sequence[Picture]) -> None:
+        self.pictures = pictures
+        self.scenes = [i for i, picture in enumerate(pictures) if picture.kind == "scene"]
+        self.pages = [i for i, picture in enumerate(pictures) if picture.kind == "page"]
+        self.on_pages = {thing for i in self.pages for thing in pictures[i].things.values()}
+        self.places: dict[int, list[tuple[int, int]]] = {}  # glyph -> (scene, colour) of each
+        for i in self.scenes:
+            for thing in in_raster_order(pictures[i]):
+                self.places.setdefault(thing.glyph, []).append((i, thing.colour))
+
+    def single_glyphs(self) -> list[int]:
+        """Glyphs that occur once in the prompt, pages included: "the K" must be one thing."""
+        letters = {thing.glyph for thing in self.on_pages}
+        return [g for g, where in self.places.items() if len(where) == 1 and g not in letters]
+
+    def repeated_glyphs(self) -> list[int]:
+        """Glyphs of several scenes; all glyphs if there are none."""
+        repeated = [g for g, where in self.places.items() if len(where) > 1]
+        return repeated or sorted(self.places)
+
+
+def ask(facts: Facts, task: str, rng: Generator) -> Question | None:
+    """A question of the given task."""
+    found = TASKS[task](facts, rng)
+    return Question(task, *found) if found else None
+
+
+def in_raster_order(picture: Picture) -> list[Thing]:
+    return [thing for _, thing in sorted(picture.things.items())]
+
+
+def listing(picture: Picture) -> str:
+    """The things of a scene in the fixed order of the colours."""
+    return ", ".join(str(t) for t in sorted(picture.things.values(), key=lambda t: t.colour))
+
+
+def reading(picture: Picture) -> str:
+    """The letters of a page, row by row."""
+    rows: dict[int, list[str]] = {}
+    for (row, _), thing in sorted(picture.things.items()):
+        rows.setdefault(row, []).append(GLYPHS[thing.glyph])
+    return " / ".join(" ".join(row) for row in rows.values())
+
+
+Asked = tuple[str, str] | None  # a question and its answer
+
+
+def _color(facts: Facts, rng: Generator) -> Asked:
+    glyphs = facts.single_glyphs()
+    if not glyphs:
+        return None
+    glyph = _pick(rng, glyphs)
+    scene, colour = facts.places[glyph][0]
+    return f"what color is the {GLYPHS[glyph]}?", _has_colour(glyph, scene, colour)
+
+
+def _refcolor(facts: Facts, rng: Generator) -> Asked:
+    glyph = _pick(rng, facts.repeated_glyphs())
+    scene, colour = _pick(rng, facts.places[glyph])
+    question = f"what color is the {GLYPHS[glyph]} in picture {scene + 1}?"
+    return question, _has_colour(glyph, scene, colour)
+
+
+def _what(facts: Facts, rng: Generator) -> Asked:
+    scene = _pick(rng, facts.scenes)
+    thing = _pick(rng, sorted(facts.pictures[scene].things.values()))
+    where = f"{COLOUR_NAMES[thing.colour]} object in picture {scene + 1}"
+    return (
+        f"what is {COLOUR_NAMES[thing.colour]} in picture {scene + 1}?",
+        f"the {where} is the {GLYPHS[thing.glyph]}",
+    )
+
+
+def _which(facts: Facts, rng: Generator) -> Asked:
+    glyph = _pick(rng, facts.repeated_glyphs())
+    scene, colour = _pick(rng, facts.places[glyph])
+    thing = Thing(glyph, colour)
+    alike = sum(other == colour for _, other in facts.places[glyph])
+    if alike > 1 or thing in facts.on_pages:
+        return None
+    return f"which picture has the {thing}?", f"the {thing} is in picture {scene + 1}"
+
+
+def _all(facts: Facts, rng: Generator) -> Asked:
+    colour = int(rng.integers(len(COLOUR_NAMES)))
+    found = [
+        f"{GLYPHS[thing.glyph]} in picture {scene + 1}"
+        for scene in facts.scenes
+        for thing in in_raster_order(facts.pictures[scene])
+        if thing.colour == colour
+    ]
+    if not found or any(thing.colour == colour for thing in facts.on_pages):
+        return None
+    return f"list the {COLOUR_NAMES[colour]} objects.", ", ".join(found)
+
+
+def _describe(facts: Facts, rng: Generator) -> Asked:
+    scene = _pick(rng, facts.scenes)
+    answer = f"picture {scene + 1}: {listing(facts.pictures[scene])}"
+    return f"describe picture {scene + 1}.", answer
+
+
+def _describe_all(facts: Facts, rng: Generator) -> Asked:
+    parts = [
+        f"picture {i + 1}: {listing(picture) if picture.kind == 'scene' else 'text'}"
+        for i, picture in enumerate(facts.pictures)
+    ]
+    return "describe all pictures.", "; ".join(parts)
+
+
+def _read(facts: Facts, rng: Generator) -> Asked:
+    if not facts.pages:
+        return None
+    page = _pick(rng, facts.pages)
+    return f"read picture {page + 1}.", f"picture {page + 1}: {reading(facts.pictures[page])}"
+
+
+TASKS: dict[str, Callable[[Facts, Generator], Asked]] = {
+    "color": _color,
+    "refcolor": _refcolor,
+    "what": _what,
+    "which": _which,
+    "all": _all,
+    "describe": _describe,
+    "describe_all": _describe_all,
+    "read": _read,
+}
+
+
+def _share_glyphs(rng: Generator, scenes: list[int]) -> tuple[dict[int, list[int]], list[int]]:
+    """For every scene the recurring glyphs that it gets, and the glyphs that nobody has yet."""
+    order = [int(glyph) for glyph in rng.permutation(len(GLYPHS))]
+    recurring, unused = order[:2], order[2:]
+    glyphs: dict[int, list[int]] = {scene: [] for scene in scenes}
+    for glyph in recurring:
+        shuffled = rng.permutation(scenes)
+        for scene in shuffled[: int(rng.integers(2, 4))]:
+            glyphs[int(scene)].append(glyph)
+    return glyphs, unused
+
+
+def _has_colour(glyph: int, scene: int, colour: int) -> str:
+    return f"the {GLYPHS[glyph]} in picture {scene + 1} is {COLOUR_NAMES[colour]}"
+
+
+def _pick(rng: Generator, items: Sequence[Item]) -> Item:
+    return items[int(rng.integers(len(items)))]
+
+
+def _within(rng: Generator, span: Range) -> int:
+    return int(rng.integers(span[0], span[1] + 1))
