@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from plphp.errors import (
+    InputError,
     PlphpError,
     UnsupportedModeError,
     UnsupportedModelError,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PLPHP",
+    "InputError",
     "LayerReport",
     "PlphpError",
     "PrunedCache",

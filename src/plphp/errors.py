@@ -15,3 +15,7 @@ class UnsupportedModeError(PlphpError):
 
 class UnsupportedTransformersError(PlphpError):
     """The installed transformers lacks a seam that plphp attaches to."""
+
+
+class InputError(PlphpError, ValueError):
+    """What was given cannot be used: a file, a prompt, an option."""

@@ -11,7 +11,11 @@ from typing import Annotated
 import typer
 
 from plphp import __version__
+from plphp.cli.console import command
 from plphp.cli.demo import demo
+from plphp.cli.doctor import doctor
+from plphp.cli.env import env
+from plphp.cli.generate import generate
 
 app = typer.Typer(
     add_completion=False,
@@ -19,7 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune the vision tokens of large vision-language models, layer by layer, head by head.",
 )
-app.command()(demo)
+for function in (demo, generate, doctor, env):
+    app.command()(command(function))
 
 
 def _version(wanted: bool) -> None:
@@ -48,28 +53,30 @@ def root(
 
 def main() -> None:
     """Entry point of the `plphp` command."""
+    debug = "--debug" in sys.argv
+    if debug:  # wherever it stands
+        sys.argv.remove("--debug")
+        sys.argv.insert(1, "--debug")
     try:
         code = app(standalone_mode=False)
-    except KeyboardInterrupt:
-        code = _fail("interrupted", 130)
-    except BrokenPipeError:
-        # Whoever read our output has had enough (head, less): not an error. Python would
-        # complain about the unflushed rest at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
     except Exception as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
-        code = _fail(_one_line(error), 2)
+        print(f"plphp: {one_line(error)}", file=sys.stderr)
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What went wrong and what to do about it, on one line."""
-    message = getattr(error, "message", None) or str(error) or type(error).__name__
-    return " ".join(str(message).split())
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"plphp: {message}", file=sys.stderr)
-    return code
+    memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    if memory or "can't allocate memory" in str(error):
+        return (
+            "no memory left: use fewer or smaller images, --dtype bfloat16, a smaller model, or "
+            "another --device"
+        )
+    format_message = getattr(error, "format_message", None)  # usage errors of the command line
+    message = format_message() if format_message else str(error)
+    return " ".join((message or type(error).__name__).split())

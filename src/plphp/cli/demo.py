@@ -6,16 +6,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from plphp.cli.options import Alpha, Beta, DeltaR, Device, Dtype, Json, Rate
-from plphp.policy import PLPHP, Policy
+from plphp.cli import options as o
+from plphp.cli.console import stderr, stdout
+from plphp.policy import Policy
 
 if TYPE_CHECKING:
     from plphp.bench import Comparison
@@ -65,59 +66,44 @@ class Answer:
 
 
 def demo(
-    r: Rate = 0.4,
-    delta_r: DeltaR = 0.3,
-    alpha: Alpha = 0.25,
-    beta: Beta = 0.1,
-    as_json: Json = False,
-    device: Device = "cpu",
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Number format.")] = "float32",
+    r: o.Rate = None,
+    delta_r: o.DeltaR = None,
+    alpha: o.Alpha = None,
+    beta: o.Beta = None,
+    device: o.Device = "cpu",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format.")
+    ] = "float32",
     rounds: Annotated[int, typer.Option(min=1, help="How often each answer is timed.")] = 3,
+    as_json: o.Json = False,
 ) -> None:
     """Ask the embedded model about bundled pictures, with its full and with a pruned cache."""
-    policy = PLPHP(r=r, delta_r=delta_r, alpha=alpha, beta=beta)
+    policy = o.chosen_policy("plphp", r=r, delta_r=delta_r, alpha=alpha, beta=beta)
     answers = ask(policy, device, dtype, rounds, quiet=as_json)
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "note": NOTE,
-                    "summary": summary(answers),
-                    "questions": [answer.to_dict() for answer in answers],
-                },
-                indent=1,
-            )
-        )
+        questions = [answer.to_dict() for answer in answers]
+        found = {"note": NOTE, "summary": summary(answers), "questions": questions}
+        print(json.dumps(found, indent=1))
         return
-    console = Console()
+    console = stdout()
     console.print(_answers(answers))
-    longest = max(answers, key=lambda a: sum(a.compared.report.prompt))
-    console.print(_layers(longest))
+    console.print(_layers(max(answers, key=lambda a: sum(a.compared.report.prompt))))
     console.print(_costs(answers))
-    for line in _words(answers):
+    for line in (*_words(answers), f"[dim]{NOTE}[/dim]"):
         console.print(line)
-    console.print(f"[dim]{NOTE}[/dim]")
 
 
-def ask(policy: Policy, device: str, dtype: Dtype, rounds: int, quiet: bool) -> list[Answer]:
+def ask(policy: Policy, device: str, dtype: str, rounds: int, quiet: bool) -> list[Answer]:
     """Answer every bundled question, full and pruned in turn."""
-    import torch
-    from PIL import Image
-
     from plphp.bench import compare
-    from plphp.demo.model import load
+    from plphp.cli.inputs import load, open_image
 
-    root = files("plphp.demo")
-    questions = json.loads(root.joinpath("questions.json").read_text())
-    embedded = load(getattr(torch, dtype), device)
+    root = Path(str(files("plphp.demo")))
+    questions = json.loads((root / "questions.json").read_text())
+    embedded = load("embedded", dtype, device)
     answers = []
-    for q in track(
-        questions, "asking", console=Console(stderr=True), disable=quiet, transient=True
-    ):
-        pictures = []
-        for name in q["images"]:
-            with root.joinpath("pictures", name).open("rb") as file:
-                pictures.append(Image.open(file).convert("RGB"))
+    for q in track(questions, "asking", console=stderr(), disable=quiet, transient=True):
+        pictures = [open_image(root / "pictures" / name) for name in q["images"]]
         inputs = embedded.inputs(pictures, q["question"])
         compared = compare(embedded.model, inputs, policy, rounds, do_sample=False)
         answers.append(

@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-Rate = Annotated[float, typer.Option("--r", help="Retention rate of vision-balanced layers.")]
+from plphp.policy import Policy, policy
+
+PolicyName = Annotated[str, typer.Option("--policy", help="Pruning method.")]
+Rate = Annotated[
+    float | None, typer.Option("--r", help="Retention rate of vision-balanced layers. [0.4]")
+]
 DeltaR = Annotated[
-    float, typer.Option("--delta-r", help="How much more or less other layers keep.")
+    float | None, typer.Option("--delta-r", help="How much more or less other layers keep. [0.3]")
 ]
 Alpha = Annotated[
-    float, typer.Option("--alpha", help="Vision attention from which a layer is attentive.")
+    float | None,
+    typer.Option("--alpha", help="Vision attention from which a layer is attentive. [0.25]"),
 ]
 Beta = Annotated[
-    float, typer.Option("--beta", help="Vision attention below which a layer is indifferent.")
+    float | None,
+    typer.Option("--beta", help="Vision attention below which a layer is indifferent. [0.1]"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Budget = Annotated[
+    str | None, typer.Option("--budget", help="image: a rate per image; global: one for all.")
+]
+Gqa = Annotated[
+    str | None, typer.Option("--gqa", help="mean or max over the query heads of a KV head.")
+]
+MinTokens = Annotated[
+    int | None, typer.Option("--min-tokens", help="Least tokens kept of each image.")
+]
+RoundTo = Annotated[
+    int | None, typer.Option("--round-to", help="Raise kept lengths to a multiple.")
+]
+Model = Annotated[str, typer.Option("--model", help="'embedded', a local directory, or a hub id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, ...")]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Number format; auto is what the weights have."),
+]
+Attention = Annotated[
+    str | None, typer.Option("--attn", help="sdpa, eager, flash_attention_2, flex_attention, ...")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+
+
+def chosen_policy(name: str, **options: Any) -> Policy:
+    """The policy with the options that were given; the others keep their own defaults."""
+    return policy(name, **{key: value for key, value in options.items() if value is not None})

@@ -34,6 +34,7 @@ class Pruning:
         self.policy = policy
         self.vision_mask = vision_mask
         self.report: Report | None = None
+        self.layers: tuple[int, ...] = ()  # decoder layers that are attached
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> Pruning:
@@ -84,6 +85,7 @@ def prune(model: Any, policy: Policy | None = None, *, vision_mask: Mask = None)
     modules = _prunable(model, vision_mask)
     pruning = Pruning(model, policy, vision_mask)
     compat.register_attention(pruned_attention)
+    pruning.layers = tuple(module.layer_idx for module in modules)
     for module in modules:
         pruning._set(module, "config", ConfigView(module))
         handle = module.register_forward_pre_hook(pass_layer, with_kwargs=True)
@@ -111,7 +113,7 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _prunable(model: Any, vision_mask: Mask) -> list[nn.Module]:
+def _prunable(model: Any, vision_mask: Mask) -> list[Any]:
     """The attention modules to attach to, or the reason why there are none."""
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise UnsupportedModelError(

@@ -1,0 +1,47 @@
+"""`plphp env`: what a bug report needs."""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+import json
+import os
+import platform
+from typing import Any
+
+from plphp import __version__
+from plphp.cli.options import Json
+
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "triton", "vllm", "pillow")
+
+
+def env(as_json: Json = False) -> None:
+    """Print versions and devices, for a bug report."""
+    found = describe()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:{width}}  {value}")
+
+
+def describe() -> dict[str, Any]:
+    """Name -> value, in the order in which a reader asks."""
+    import torch
+
+    found: dict[str, Any] = {
+        "plphp": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    found["cuda"] = torch.version.cuda
+    found["devices"] = [
+        torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+    ]
+    return found

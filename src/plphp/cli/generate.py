@@ -1,0 +1,253 @@
+"""`plphp generate`: answers about images of the user's own, one prompt or many."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from plphp.cli import options as o
+from plphp.cli.console import stderr, stdout
+from plphp.errors import InputError
+from plphp.policy import Policy
+
+if TYPE_CHECKING:
+    from plphp.bench import Comparison
+    from plphp.cli.inputs import Runnable
+
+
+@dataclass(frozen=True)
+class Job:
+    """A loaded model, how it is pruned, and what generate() is told."""
+
+    loaded: Runnable
+    policy: Policy
+    policy_name: str
+    generation: Mapping[str, Any]
+
+
+def generate(
+    image: Annotated[list[str] | None, typer.Option(help="An image file; may be repeated.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="A video file; may be repeated.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question; else standard input.")] = None,
+    model: o.Model = "embedded",
+    batch: Annotated[
+        Path | None, typer.Option(help="A directory of images, or JSONL of images and prompt.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where --batch writes its JSONL.")] = None,
+    policy: o.PolicyName = "plphp",
+    r: o.Rate = None,
+    delta_r: o.DeltaR = None,
+    alpha: o.Alpha = None,
+    beta: o.Beta = None,
+    budget: o.Budget = None,
+    gqa: o.Gqa = None,
+    min_tokens: o.MinTokens = None,
+    round_to: o.RoundTo = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Full and pruned in turn.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="How often --compare times each.")] = 3,
+    report: Annotated[bool, typer.Option("--report", help="Print what each layer kept.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from this probability mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    dtype: o.Dtype = "auto",
+    device: o.Device = "cpu",
+    attn: o.Attention = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    as_json: o.Json = False,
+) -> None:
+    """Answer a prompt about images with a pruned cache. Streams the answer as it comes."""
+    chosen = o.chosen_policy(
+        policy,
+        r=r,
+        delta_r=delta_r,
+        alpha=alpha,
+        beta=beta,
+        budget=budget,
+        gqa=gqa,
+        min_tokens=min_tokens,
+        round_to=round_to,
+    )
+    generation = _generation(max_new_tokens, temperature, top_p, top_k)
+    images, videos = image or [], video or []
+    _check_files(images, videos)
+    if batch is not None:
+        _check_batch(batch, out, [*images, *videos], compare, prompt)
+    else:
+        prompt = _standard_input() if prompt is None else prompt
+        if not prompt.strip():
+            raise InputError("the prompt is empty: give --prompt TEXT, or standard input")
+    if compare and generation["do_sample"]:
+        raise InputError("--compare needs greedy answers: drop the sampling options")
+    from plphp.cli.inputs import load
+
+    job = Job(load(model, dtype, device, attn, trust_remote_code), chosen, policy, generation)
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+    if batch is not None and out is not None:
+        from plphp.cli.batch import run_batch
+
+        run_batch(job, batch, out, prompt, answer, as_json)
+    elif compare:
+        _print_comparison(job, images, videos, prompt or "", rounds, as_json)
+    else:
+        _print_answer(job, images, videos, prompt or "", report, as_json)
+
+
+def answer(
+    job: Job,
+    images: Sequence[str],
+    prompt: str,
+    videos: Sequence[str] = (),
+    streamer: Any = None,
+) -> tuple[str, dict[str, Any], str]:
+    """The text, the report as a dict, and the report as text."""
+    import torch
+
+    from plphp.cli.inputs import make_inputs
+    from plphp.hf import prune
+
+    inputs = make_inputs(job.loaded, images, prompt, videos)
+    extra = {} if streamer is None else {"streamer": streamer}
+    with torch.inference_mode(), prune(job.loaded.model, job.policy) as pruning:
+        tokens = job.loaded.model.generate(**inputs, **job.generation, **extra)
+    assert pruning.report is not None
+    text = job.loaded.decode(tokens[0, inputs["input_ids"].shape[1] :])
+    return text, pruning.report.to_dict(), str(pruning.report)
+
+
+def _print_answer(
+    job: Job,
+    images: Sequence[str],
+    videos: Sequence[str],
+    prompt: str,
+    full_report: bool,
+    as_json: bool,
+) -> None:
+    from transformers import TextStreamer
+
+    streamer = None
+    if not as_json:
+        streamer = TextStreamer(job.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    text, numbers, table = answer(job, images, prompt, videos, streamer)
+    if as_json:
+        print(json.dumps({**_what(job, images, prompt), "answer": text, "report": numbers}))
+        return
+    sys.stdout.flush()
+    print(table if full_report else table.splitlines()[-1 - len(numbers["notes"])], file=sys.stderr)
+    if not full_report:
+        for note in numbers["notes"]:
+            print(note, file=sys.stderr)
+
+
+def _print_comparison(
+    job: Job,
+    images: Sequence[str],
+    videos: Sequence[str],
+    prompt: str,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    from plphp.bench import compare
+    from plphp.cli.inputs import make_inputs
+
+    inputs = make_inputs(job.loaded, images, prompt, videos)
+    with stderr().status("generating, full and pruned in turn"):
+        compared = compare(job.loaded.model, inputs, job.policy, rounds, **job.generation)
+    numbers = _comparison(job, compared)
+    if as_json:
+        report = compared.report.to_dict()
+        print(json.dumps({**_what(job, images, prompt), **numbers, "report": report}))
+        return
+    table = Table(title=f"{compared.report.retention:.0%} of the vision K/V kept")
+    for name in ("", "full", "pruned"):
+        table.add_column(name, overflow="fold")
+    rows = {
+        "answer": "{}",
+        "kv_bytes": "{:,}",
+        "first_token_ms": "{:.1f}",
+        "ms_per_token": "{:.2f}",
+    }
+    for name, form in rows.items():
+        full, pruned = (form.format(numbers[which][name]) for which in ("full", "pruned"))
+        table.add_row(name.replace("_", " "), full, pruned)
+    stdout().print(table)
+    for note in compared.report.notes:
+        print(note, file=sys.stderr)
+
+
+def _comparison(job: Job, compared: Comparison) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "answer": job.loaded.decode(run.tokens),
+            "kv_bytes": run.kv_bytes,
+            "first_token_ms": run.first_ms,
+            "ms_per_token": run.step_ms,
+        }
+        for name, run in (("full", compared.full), ("pruned", compared.pruned))
+    }
+
+
+def _what(job: Job, images: Sequence[str], prompt: str) -> dict[str, Any]:
+    settings: dict[str, Any] = asdict(job.policy) if is_dataclass(job.policy) else {}
+    return {
+        "images": list(images),
+        "prompt": prompt,
+        "policy": {"name": job.policy_name, **settings},
+    }
+
+
+def _generation(
+    max_new_tokens: int, temperature: float | None, top_p: float | None, top_k: int | None
+) -> dict[str, Any]:
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    for name, low, high in (("temperature", 0.0, None), ("top_p", 0.0, 1.0), ("top_k", 0, None)):
+        value = sampling.get(name)
+        if value is not None and (value <= low or (high is not None and value > high)):
+            most = "" if high is None else f" and at most {high}"
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} must be above {low}{most}, got {value}")
+    return {"max_new_tokens": max_new_tokens, "do_sample": bool(sampling), **sampling}
+
+
+def _check_files(images: Sequence[str], videos: Sequence[str]) -> None:
+    """Say at once what cannot be read: a model takes a while to load."""
+    from plphp.cli.inputs import open_image
+
+    for path in images:
+        open_image(path)
+    for path in videos:
+        if not Path(path).is_file():
+            raise InputError(f"video {path}: no such file")
+
+
+def _check_batch(
+    batch: Path, out: Path | None, files: Sequence[str], compare: bool, prompt: str | None
+) -> None:
+    if out is None:
+        raise InputError("--batch needs --out FILE for its answers")
+    if out.exists():
+        raise InputError(f"{out} exists already: move it away, or give another --out")
+    if files or compare:
+        raise InputError("--batch goes without --image, --video and --compare")
+    if not batch.exists():
+        raise InputError(f"--batch {batch}: no such file or directory")
+    if batch.is_dir() and prompt is None:
+        raise InputError("--batch with a directory needs --prompt, asked of every image")
+
+
+def _standard_input() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError("give --prompt TEXT, or the prompt on standard input")
+    return sys.stdin.read().strip()

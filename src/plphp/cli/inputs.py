@@ -1,0 +1,220 @@
+"""Models and files as a user names them, turned into what a generation needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from plphp.errors import InputError, UnsupportedModelError
+
+EMBEDDED = "embedded"
+
+
+class Runnable(Protocol):
+    """A model with what turns pictures and a question into its inputs."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    def inputs(self, images: Sequence[Image.Image], question: str) -> dict[str, Tensor]: ...
+    def decode(self, ids: Tensor) -> str: ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model of the user's choice with its processor."""
+
+    model: Any
+    processor: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def inputs(
+        self, images: Sequence[Image.Image], question: str, videos: Sequence[Path] = ()
+    ) -> dict[str, Tensor]:
+        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+        content += [{"type": "video", "path": str(path)} for path in videos]
+        content.append({"type": "text", "text": question})
+        encoded = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        made: Mapping[str, Any] = encoded.to(self.model.device, dtype=self.model.dtype)
+        return dict(made)
+
+    def decode(self, ids: Tensor) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def load(
+    name: str, dtype: str, device: str, attention: str | None = None, trust: bool = False
+) -> Runnable:
+    """The embedded model, a local directory, or a hub id. Raises InputError with what to do."""
+    check_device(device)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    kind: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if name == EMBEDDED or (_is_qwen2_vl(name) and not _has_torchvision()):
+        from plphp.demo.model import WEIGHTS
+        from plphp.demo.model import load as load_embedded
+
+        path = WEIGHTS if name == EMBEDDED else Path(name)
+        embedded = load_embedded(torch.float32 if kind == "auto" else kind, device, path)
+        if attention:
+            _set_attention(embedded.model, attention)
+        return embedded
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    config = load_config(name, trust)
+    options: dict[str, Any] = {"dtype": kind, "trust_remote_code": trust}
+    if attention:
+        options["attn_implementation"] = attention
+    if type(config) not in AutoModelForImageTextToText._model_mapping and not trust:
+        raise UnsupportedModelError(
+            f"{name} ({config.model_type}) is not a vision-language model that transformers knows"
+        )
+    with _reading(name):
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust)
+        model = AutoModelForImageTextToText.from_pretrained(name, **options)
+    return Loaded(model.to(device).eval(), processor)
+
+
+def load_config(name: str, trust: bool = False) -> Any:
+    """The config of a model by name. Raises InputError for what is no model."""
+    from transformers import AutoConfig
+
+    if name == EMBEDDED:
+        from plphp.demo.model import WEIGHTS
+
+        name = str(WEIGHTS)
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{name} is a directory without a config.json: not a model")
+    if path.is_file():
+        raise InputError(f"{name} is a file; --model takes a directory, a hub id, or 'embedded'")
+    if name.startswith((".", "/", "~")) and not path.exists():
+        raise InputError(f"{name}: no such directory")
+    with _reading(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what transformers says about a model that cannot be read into one line."""
+    try:
+        yield
+    except OSError as error:
+        if "connect" in str(error) or "offline" in str(error):
+            raise InputError(
+                f"{name} is not on this machine and the model hub cannot be reached; give a local "
+                "directory, or unset HF_HUB_OFFLINE and check the network"
+            ) from error
+        raise InputError(f"cannot load {name}: {_first_sentence(error)}") from error
+    except (ValueError, ImportError) as error:
+        raise InputError(f"cannot load {name}: {_first_sentence(error)}") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).partition(". ")[0]
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """An RGB image. Raises InputError that names the file and says what is wrong with it."""
+    file = Path(path)
+    if not file.exists():
+        raise InputError(f"image {path}: no such file")
+    if file.is_dir():
+        raise InputError(f"image {path}: is a directory; --batch takes directories")
+    if file.stat().st_size == 0:
+        raise InputError(f"image {path}: the file is empty")
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns of bombs at first: a picture of 90 megapixels is refused here.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                return image.convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        most = Image.MAX_IMAGE_PIXELS or 0
+        raise InputError(
+            f"image {path}: more than {most:,} pixels (a decompression bomb?); make it smaller"
+        ) from None
+    except UnidentifiedImageError:
+        raise InputError(f"image {path}: not an image that Pillow can read") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"image {path}: broken or truncated ({error})") from None
+
+
+def make_inputs(
+    loaded: Runnable, images: Sequence[str], prompt: str, videos: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The model's inputs. Raises InputError for files, shapes and lengths that do not fit."""
+    pictures = [open_image(path) for path in images]
+    if not prompt.strip():
+        raise InputError("the prompt is empty")
+    try:
+        if not videos:
+            inputs = loaded.inputs(pictures, prompt)
+        elif isinstance(loaded, Loaded):
+            inputs = loaded.inputs(pictures, prompt, [Path(path) for path in videos])
+        else:
+            raise InputError("the embedded model reads pictures, not videos: choose a --model")
+    except (ValueError, ImportError) as error:
+        if isinstance(error, InputError):
+            raise
+        names = ", ".join([*images, *videos])
+        raise InputError(f"{names}: the model's processor refuses: {error}") from error
+    limit = getattr(
+        loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None
+    )
+    length = inputs["input_ids"].shape[1]
+    if limit is not None and length >= limit:
+        raise InputError(
+            f"the prompt takes {length} tokens with {len(images)} images and the model holds "
+            f"{limit}: use fewer or smaller images"
+        )
+    return inputs
+
+
+def check_device(device: str) -> None:
+    """Raise InputError for a device that torch does not have here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = _first_sentence(error)
+        raise InputError(f"--device {device} cannot be used here: {reason}") from error
+
+
+def _set_attention(model: Any, attention: str) -> None:
+    try:
+        model.set_attn_implementation(attention)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"--attn {attention}: {error}") from error
+
+
+def _is_qwen2_vl(name: str) -> bool:
+    """A local Qwen2-VL: its processor needs torchvision, its pictures do not."""
+    if not (Path(name) / "config.json").is_file():
+        return False
+    return bool(load_config(name).model_type == "qwen2_vl")
+
+
+def _has_torchvision() -> bool:
+    return importlib.util.find_spec("torchvision") is not None
