@@ -46,7 +46,7 @@ CASES = [
     Case("rate below 0", "generate --r .1 --prompt x", "r - delta_r must be at least 0"),
     Case("thresholds crossed", "generate --beta .5 --prompt x", "beta must be at most alpha"),
     Case("unknown budget", "generate --budget all --prompt x", "budget must be one of"),
-    Case("rate that is no number", "generate --r high --prompt x", "Input should be a valid number"),
+    Case("rate that is no number", "generate --r high --prompt x", "should be a valid number"),
     Case("unknown option", "generate --rate .4 --prompt x", "No such option: --rate"),
     Case("unknown command", "prune", "No such command 'prune'"),
     Case("temperature of 0", "generate --temperature 0 --prompt x", "--temperature must be above"),

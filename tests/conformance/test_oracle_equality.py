@@ -381,7 +381,7 @@ def state_of(model: PreTrainedModel) -> dict[str, object]:
     return state
 
 
-class Interruption(Exception):  # noqa: N818
+class Interruption(Exception):
     pass
 
 

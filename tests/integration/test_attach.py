@@ -6,12 +6,12 @@ import threading
 from dataclasses import dataclass, field
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import plphp
+import tiny
 from plphp.cache import allocated
 from plphp.policy import KeepPlan, LayerView
 

@@ -62,7 +62,7 @@ def test_compact_keeps_the_plan_and_frees_the_rest() -> None:
             start = int(store.start[row])
             assert torch.equal(held_k[row, head, start:], keys[row, head, keep[row, head]])
             assert torch.equal(held_v[row, head, start:], values[row, head, keep[row, head]])
-    assert allocated([store.keys, store.values]) == old // 40 * (11 + 16)
+    assert allocated([store.keys, store.values]) == old // 40 * (11 + 14)  # half of the 29 dropped
     assert store.keys.untyped_storage().data_ptr() != keys.untyped_storage().data_ptr()
 
 

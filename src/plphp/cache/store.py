@@ -57,7 +57,9 @@ class KVStore:
     def compact(self, plan: KeepPlan, reserve: int | None = None) -> None:
         """Keep only the plan's slots, in fresh buffers; the old ones are freed with their views."""
         longest = plan.columns.shape[-1]
-        capacity = longest + (slack(longest) if reserve is None else reserve)
+        # On short prompts slack would outweigh what was dropped: half of it is freed for sure.
+        spare = min(slack(longest), (self.end - longest) // 2) if reserve is None else reserve
+        capacity = longest + spare
         self.keys = _take(self.keys, plan.columns, capacity)
         self.values = _take(self.values, plan.columns, capacity)
         if self.positions is not None:
