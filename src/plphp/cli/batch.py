@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def run_batch(
             _write(file, record)
             progress.advance(task)
     os.replace(part, out)
-    stderr().print(f"{len(lines)} lines in {out}, {failed} of them errors", highlight=False)
+    print(f"{len(lines)} lines in {out}, {failed} of them errors", file=sys.stderr)
 
 
 def read_lines(source: Path, prompt: str | None) -> Iterator[Line]:
