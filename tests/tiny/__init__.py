@@ -1,0 +1,59 @@
+"""Tiny random models of the real transformers classes, and prompts for them.
+
+Images are pixels that go through the model's own vision tower, prompts have the placeholder layout
+that the family's processor writes, and `spans` is known from how the prompt was put together: it is
+read from no config and guessed from no ids. A row is drawn from its own `RowSpec` and the seed
+alone, so that the same row can be asked for by itself and inside a padded batch.
+
+A new family is one entry in the file of its relatives.
+"""
+
+from tiny import google, grids, idefics, llava, tiles
+from tiny.base import (
+    IMAGE,
+    PAD,
+    SPECIAL,
+    TEXT,
+    VIDEO,
+    VOCAB,
+    Family,
+    Image,
+    Row,
+    RowSpec,
+    left_pad,
+    mm_types,
+    no_types,
+    randomize,
+)
+
+__all__ = [
+    "CORE", "CROSSING", "FAMILIES", "IMAGE", "NONE", "ONE", "PAD", "ROWS", "SPECIAL", "TEXT",
+    "THREE", "VARIANTS", "VIDEO", "VIDEOS", "VOCAB", "Family", "Image", "Row", "RowSpec",
+    "left_pad", "mm_types", "no_types", "randomize",
+]  # fmt: skip
+
+EVERY = [*grids.FAMILIES, *llava.FAMILIES, *idefics.FAMILIES, *tiles.FAMILIES, *google.FAMILIES]
+
+# All families of design.md, section 6; the installed transformers may lack some
+FAMILIES: dict[str, Family] = {family.name: family for family in EVERY}
+# One of each kind of position and mask, for tests that need no more
+CORE: dict[str, Family] = {
+    name: FAMILIES[name] for name in ("qwen2_vl", "llava", "llava_onevision", "idefics2")
+}
+# The same classes in other circumstances
+VARIANTS: dict[str, Family] = {family.name: family for family in idefics.VARIANTS}
+
+# Rows that conformance tests use: one image, three, and both beside a row without any
+ONE = RowSpec(images=1, text=40)
+THREE = RowSpec(images=3, text=40)
+NONE = RowSpec(images=0, text=23)
+ROWS: dict[str, tuple[RowSpec, ...]] = {
+    "one": (ONE,),
+    "three": (THREE,),
+    "batch": (NONE, ONE, THREE),
+}
+# Two videos in a row, beside one and beside none
+VIDEOS = (NONE, RowSpec(images=0, text=30, videos=1), RowSpec(images=0, text=30, videos=2))
+# Three images of 22 and this text are 122 and 125 tokens: decoding crosses the window of
+# idefics2_window
+CROSSING = (RowSpec(images=3, text=56), RowSpec(images=3, text=59))

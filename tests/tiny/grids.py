@@ -1,0 +1,236 @@
+"""Families whose processors cut images and videos into patch grids: Qwen-VL and GLM-4V.
+
+Qwen-VL: <|vision_start|>, one <|image_pad|> per 2 x 2 patches, <|vision_end|>. Qwen3-VL shows a
+video frame by frame, a timestamp before each. GLM-4V does so behind each frame and inside
+<|begin_of_video|> ... <|end_of_video|>, and its frames are written with the image's token.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from tiny.base import (
+    DIGITS,
+    GRID,
+    IMAGE,
+    PATCH,
+    ROW,
+    STAMP,
+    TEXT,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    Family,
+    Image,
+    Row,
+    flat,
+    mm_types,
+    noise,
+)
+
+GRIDS = ((8, 12), (12, 12), (8, 8), (4, 20))  # in patches, height and width
+FRAMES = (2, 3)  # temporal patches, two frames each
+VIDEO_GRIDS = ((4, 8), (4, 4))
+VIDEO_START, VIDEO_END = GRID, ROW  # of GLM-4V
+IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
+TOWER = {
+    "depth": 2,
+    "num_heads": 4,
+    "patch_size": PATCH,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+
+
+def qwen2_vl_config() -> PreTrainedConfig:
+    return transformers.Qwen2VLConfig(
+        text_config=TEXT | ROPE,
+        vision_config=TOWER | {"embed_dim": 64, "hidden_size": TEXT["hidden_size"], "mlp_ratio": 2},
+        **IDS,
+    )
+
+
+def qwen2_5_vl_config() -> PreTrainedConfig:
+    return transformers.Qwen2_5_VLConfig(
+        text_config=TEXT | ROPE,
+        vision_config=TOWER
+        | {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "out_hidden_size": TEXT["hidden_size"],
+            "window_size": 4 * PATCH,
+            "fullatt_block_indexes": [1],
+        },
+        **IDS,
+    )
+
+
+# the features of both tower blocks reach the first decoder layers directly (deepstack)
+QWEN3_TOWER = TOWER | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "out_hidden_size": TEXT["hidden_size"],
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 1],
+}
+
+
+def qwen3_vl_config() -> PreTrainedConfig:
+    return transformers.Qwen3VLConfig(
+        text_config=TEXT | ROPE | {"head_dim": 16}, vision_config=QWEN3_TOWER, **IDS
+    )
+
+
+def qwen3_vl_moe_config() -> PreTrainedConfig:
+    return transformers.Qwen3VLMoeConfig(
+        text_config=TEXT
+        | ROPE
+        | {
+            "head_dim": 16,
+            "moe_intermediate_size": 64,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": False,
+        },
+        vision_config=QWEN3_TOWER,
+        **IDS,
+    )
+
+
+def glm4v_config() -> PreTrainedConfig:
+    return transformers.Glm4vConfig(
+        text_config=TEXT | ROPE,
+        vision_config=TOWER
+        | {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "out_hidden_size": TEXT["hidden_size"],
+            "image_size": 48,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=VISION_START,
+        image_end_token_id=VISION_END,
+        video_start_token_id=VIDEO_START,
+        video_end_token_id=VIDEO_END,
+    )
+
+
+def image(config: Any, index: int, count: int, generator: torch.Generator) -> Image:
+    height, width = GRIDS[(index + count) % len(GRIDS)]
+    layout = (VISION_START, *[IMAGE] * (height * width // 4), VISION_END)
+    # one frame is shown twice to the temporal patch
+    frame = noise(generator, 3, height * width, PATCH * PATCH).transpose(0, 1)
+    pixels = frame.unsqueeze(2).expand(-1, -1, 2, -1).reshape(height * width, -1)
+    return Image(layout, pixels, (1, height, width))
+
+
+def clip(index: int, generator: torch.Generator, layout: tuple[int, ...]) -> Image:
+    """A video: patches come flattened, as the processor does."""
+    size = video_size(index)
+    patches = size[0] * size[1] * size[2]
+    pixels = noise(generator, 3, patches, 2 * PATCH * PATCH).transpose(0, 1).reshape(patches, -1)
+    return Image(layout, pixels, size, video=True)
+
+
+def video_size(index: int) -> tuple[int, int, int]:
+    return (FRAMES[index % 2], *VIDEO_GRIDS[index % 2])
+
+
+def frame_tokens(index: int) -> int:
+    _, height, width = video_size(index)
+    return height * width // 4
+
+
+def qwen2_video(config: Any, index: int, count: int, generator: torch.Generator) -> Image:
+    tokens = frame_tokens(index) * video_size(index)[0]
+    return clip(index, generator, (VISION_START, *[VIDEO] * tokens, VISION_END))
+
+
+def qwen3_video(config: Any, index: int, count: int, generator: torch.Generator) -> Image:
+    """<0.3 seconds><|vision_start|>...<|vision_end|><0.8 seconds>... inside the chat template's
+    own <|vision_start|> and <|vision_end|>."""
+    layout = [VISION_START]
+    for frame in range(video_size(index)[0]):
+        stamp = (STAMP, DIGITS[frame], STAMP)
+        layout += [*stamp, VISION_START, *[VIDEO] * frame_tokens(index), VISION_END]
+    return clip(index, generator, (*layout, VISION_END))
+
+
+def glm4v_video(config: Any, index: int, count: int, generator: torch.Generator) -> Image:
+    layout = [VIDEO_START]
+    for frame in range(video_size(index)[0]):
+        tokens = [IMAGE] * frame_tokens(index)
+        layout += [VISION_START, *tokens, VISION_END, DIGITS[frame]]
+    return clip(index, generator, (*layout, VIDEO_END))
+
+
+def collate(rows: list[Row]) -> dict[str, Tensor]:
+    inputs = {}
+    for video, pixels, grid in (
+        (False, "pixel_values", "image_grid_thw"),
+        (True, "pixel_values_videos", "video_grid_thw"),
+    ):
+        items = [item for item in flat(rows) if item.video == video]
+        if items:
+            inputs[pixels] = torch.cat([item.pixels for item in items])
+            inputs[grid] = torch.tensor([item.size for item in items])
+    return inputs
+
+
+FAMILIES = (
+    Family(
+        "qwen2_vl",
+        "Qwen2VLForConditionalGeneration",
+        qwen2_vl_config,
+        image,
+        collate,
+        qwen2_video,
+        mm_types,
+    ),
+    Family(
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        qwen2_5_vl_config,
+        image,
+        collate,
+        qwen2_video,
+        mm_types,
+    ),
+    Family(
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        qwen3_vl_config,
+        image,
+        collate,
+        qwen3_video,
+        mm_types,
+    ),
+    Family(
+        "qwen3_vl_moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        qwen3_vl_moe_config,
+        image,
+        collate,
+        qwen3_video,
+        mm_types,
+    ),
+    Family(
+        "glm4v",
+        "Glm4vForConditionalGeneration",
+        glm4v_config,
+        image,
+        collate,
+        glm4v_video,
+        mm_types,
+    ),
+)
