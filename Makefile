@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint test-gpu wheel retrain clean
+.PHONY: demo test lint docs figures test-gpu wheel retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -22,6 +22,12 @@ test: $(VENV)/.installed-dev lint
 
 lint: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: $(VENV)/.installed-docs
+	cd $(ROOT) && NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+figures: $(VENV)/.installed-docs
+	cd $(ROOT) && $(BIN)/python docs/make_figures.py
 
 test-gpu: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python -m pytest -m gpu
@@ -47,5 +53,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e "$(ROOT)[dev]" $(if $(CUDA),,-c $(CONSTRAINTS))
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(PIP) -e "$(ROOT)[docs]" $(if $(CUDA),,-c $(CONSTRAINTS))
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ROOT)/dist $(ROOT)/build
+	rm -rf $(VENV) $(ROOT)/dist $(ROOT)/build $(ROOT)/site
