@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from plphp.errors import UnsupportedModelError
-from plphp.models.families import FAMILIES, GENERIC, Counts, Family, Inputs
+from plphp.models.families import FAMILIES, GENERIC, Family
+from plphp.models.layouts import Run
+from plphp.models.sizes import NEEDED, Inputs
 from plphp.policy.view import PADDING
 
-Run = tuple[int, int]  # columns [start, stop) of one unbroken run of vision tokens
 IMAGE, VIDEO = 1, 2  # codes of mm_token_type_ids
 
 
@@ -51,7 +53,8 @@ def find_spans(
     family = FAMILIES.get(config.model_type, GENERIC)
     spans = torch.where(kinds == PADDING, PADDING, torch.zeros_like(kinds)).cpu()
     notes: list[str] = []
-    found = [_images(family, config, inputs, rows, kind, notes) for kind in (IMAGE, VIDEO)]
+    ids: list[list[int]] | None = None if input_ids is None else input_ids.tolist()
+    found = [_images(family, config, inputs, rows, ids, kind, notes) for kind in (IMAGE, VIDEO)]
     for row, images in enumerate(zip(*found, strict=True)):
         # Images and videos are numbered together, in the order in which they appear.
         for number, pieces in enumerate(sorted(images[0] + images[1]), start=1):
@@ -63,7 +66,7 @@ def find_spans(
 def vision_token_ids(config: Any) -> dict[int, int]:
     """Token id -> IMAGE or VIDEO, from the names that configs use."""
     names = {
-        IMAGE: ("image_token_id", "image_token_index"),
+        IMAGE: ("image_token_id", "image_token_index", "image_patch_id"),
         VIDEO: ("video_token_id", "video_token_index"),
     }
     found: dict[int, int] = {}
@@ -76,20 +79,35 @@ def vision_token_ids(config: Any) -> dict[int, int]:
 
 
 def _kinds(config: Any, input_ids: Tensor | None, mm_token_type_ids: Tensor | None) -> Tensor:
-    """(B, N) int64: 0 text, IMAGE, VIDEO."""
-    if mm_token_type_ids is not None:
-        kinds = mm_token_type_ids.long()
-        return torch.where((kinds == IMAGE) | (kinds == VIDEO), kinds, 0)  # audio counts as text
-    ids = vision_token_ids(config)
-    if input_ids is None or not ids:
-        what = "input_ids" if ids else "an image_token_id in the config"
+    """(B, N) int64: 0 text, IMAGE, VIDEO.
+
+    Placeholder ids say where features are, token types whether they are an image's or a video's:
+    some processors give start, end and tile tokens the type of an image too, or no type at all.
+    """
+    named = _named(config, input_ids)
+    if mm_token_type_ids is None:
+        if named is not None:
+            return named
+        what = "input_ids" if vision_token_ids(config) else "an image_token_id in the config"
         raise UnsupportedModelError(
             f"cannot tell which tokens of {config.model_type!r} are vision tokens: no "
             f"mm_token_type_ids and no {what}. Pass plphp.prune(model, vision_mask=...), "
             "coded as plphp.vision_spans returns it."
         )
+    types = mm_token_type_ids.long()
+    types = torch.where((types == IMAGE) | (types == VIDEO), types, 0)  # audio counts as text
+    if named is None or not bool((named > 0).any()):
+        return types
+    return torch.where((named > 0) & (types > 0), types, named)
+
+
+def _named(config: Any, input_ids: Tensor | None) -> Tensor | None:
+    """Kinds (B, N) by the config's token ids; None where it names none or there are no ids."""
+    names = vision_token_ids(config)
+    if input_ids is None or not names:
+        return None
     kinds = torch.zeros_like(input_ids, dtype=torch.int64)
-    for token, kind in ids.items():
+    for token, kind in names.items():
         kinds = kinds.masked_fill(input_ids == token, kind)
     return kinds
 
@@ -99,6 +117,7 @@ def _images(
     config: Any,
     inputs: Inputs,
     rows: list[list[int]],
+    ids: list[list[int]] | None,
     kind: int,
     notes: list[str],
 ) -> list[list[list[Run]]]:
@@ -107,14 +126,14 @@ def _images(
     if not any(runs):
         return [[] for _ in rows]
     counts = (family.images if kind == IMAGE else family.videos)(config, inputs)
-    if family.tiles > 1:
-        return [_join_tiles(row, family.tiles) for row in runs]
-    images = _cut(runs, counts)
-    if images is None:
+    if counts is not None:
+        images = _cut(runs, counts)
+        if images is not None:
+            return images
         name = "images" if kind == IMAGE else "videos"
         notes.append(f"{name} were told apart by the text between them only")
-        return [[[run] for run in row] for row in runs]
-    return images
+    each = [None] * len(rows) if ids is None else ids
+    return [family.layout(row, own) for row, own in zip(runs, each, strict=True)]
 
 
 def _runs(row: list[int], kind: int) -> list[Run]:
@@ -129,14 +148,13 @@ def _runs(row: list[int], kind: int) -> list[Run]:
     return runs
 
 
-def _cut(runs: list[list[Run]], counts: Counts) -> list[list[list[Run]]] | None:
+def _cut(runs: list[list[Run]], counts: list[int] | int) -> list[list[list[Run]]] | None:
     """Deal runs out to images of known sizes: touching images part, broken ones join.
 
     None where the sizes do not add up to the runs.
     """
-    if counts is None:
-        return [[[run] for run in row] for row in runs]
-    sizes = _endless(counts) if isinstance(counts, int) else iter(counts)
+    tokens = sum(stop - start for row in runs for start, stop in row)
+    sizes = repeat(counts) if isinstance(counts, int) else iter(_newest(counts, tokens))
     images: list[list[list[Run]]] = []
     for row in runs:
         images.append([])
@@ -153,28 +171,16 @@ def _cut(runs: list[list[Run]], counts: Counts) -> list[list[list[Run]]] | None:
                 start, missing = start + taken, missing - taken
         if missing:
             return None
-    whole = isinstance(counts, int) or next(sizes, 0) == 0
-    return images if whole else None
-
-
-def _endless(size: int) -> Iterator[int]:
-    while True:
-        yield size
-
-
-def _join_tiles(runs: list[Run], tiles: int) -> list[list[Run]]:
-    """Runs with one token between them form a chain; a chain of n * tiles runs is n images."""
-    chains: list[list[Run]] = []
-    for run in runs:
-        if chains and run[0] - chains[-1][-1][1] == 1:
-            chains[-1].append(run)
-        else:
-            chains.append([run])
-    images: list[list[Run]] = []
-    for chain in chains:
-        step = tiles if len(chain) % tiles == 0 else 1
-        images += [chain[i : i + step] for i in range(0, len(chain), step)]
     return images
+
+
+def _newest(sizes: list[int], tokens: int) -> list[int]:
+    """The last sizes, as far as they are needed: a later turn may repeat those of earlier ones."""
+    first = len(sizes)
+    while first and tokens > 0:
+        first -= 1
+        tokens -= sizes[first]
+    return sizes[first:]
 
 
 def describes_vision(config: Any) -> bool:
@@ -184,5 +190,4 @@ def describes_vision(config: Any) -> bool:
 
 def processor_inputs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a model call that help to separate images."""
-    names = ("image_grid_thw", "video_grid_thw", "image_sizes", "batch_num_images")
-    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    return {name: kwargs[name] for name in NEEDED if kwargs.get(name) is not None}

@@ -1,0 +1,127 @@
+"""How many vision tokens an image takes, from the config and what the processor returned.
+
+Each function answers for the images of one call, in the order in which their tokens appear: a list
+(one number an image), one number (every image alike), or None where only the prompt tells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+Inputs = Mapping[str, Any]
+Counts = list[int] | int | None
+Sizes = Callable[[Any, Inputs], Counts]
+
+# The entries of a model call that these functions read
+NEEDED = (
+    "image_grid_thw",
+    "video_grid_thw",
+    "image_sizes",
+    "batch_num_images",
+    "pixel_values_videos",
+)
+
+
+def unknown(config: Any, inputs: Inputs) -> Counts:
+    return None
+
+
+def grid(name: str) -> Sizes:
+    """Qwen-VL, GLM-4V: `name` holds (t, h, w) patches of each image, merged in squares."""
+
+    def counts(config: Any, inputs: Inputs) -> Counts:
+        patches = inputs.get(name)
+        if patches is None:
+            return None
+        merge = config.vision_config.spatial_merge_size**2
+        sizes: list[int] = (patches.prod(-1) // merge).tolist()
+        return sizes
+
+    return counts
+
+
+def fixed(name: str) -> Sizes:
+    """Every image takes what the config says under `name`."""
+    return lambda config, inputs: getattr(config, name, None)
+
+
+def patches(config: Any, inputs: Inputs) -> Counts:
+    """LLaVA: a square of patches; CLIP towers add a class token, "default" drops one token."""
+    vision = config.vision_config
+    classes = 1 if "clip" in vision.model_type and "siglip" not in vision.model_type else 0
+    strategy = getattr(config, "vision_feature_select_strategy", "full")
+    return _side(config) ** 2 + classes - (1 if strategy == "default" else 0)
+
+
+def merged_patches(config: Any, inputs: Inputs) -> Counts:
+    """Mistral 3: `image_sizes` in pixels, one token for a square of merged patches."""
+    sizes: Tensor | None = inputs.get("image_sizes")
+    if sizes is None:
+        return None
+    step = int(config.vision_config.patch_size) * int(config.spatial_merge_size)
+    return [(int(h) // step) * (int(w) // step) for h, w in sizes.tolist()]
+
+
+def anyres(config: Any, inputs: Inputs) -> Counts:
+    """LLaVA-NeXT, LLaVA-OneVision: a base square, then the unpadded tiles of the best pinpoint.
+
+    OneVision's samples of several images (`batch_num_images`) take the base and one newline.
+    """
+    sizes: Tensor | None = inputs.get("image_sizes")
+    base = patches(config, inputs)
+    if sizes is None or not isinstance(base, int):
+        return None
+    per_sample = inputs.get("batch_num_images")
+    alone = [True] * len(sizes)
+    if per_sample is not None:
+        alone = [n == 1 for n in per_sample.tolist() for _ in range(n)]
+    return [
+        base + (_tiles(config, int(h), int(w)) if one else 1)
+        for (h, w), one in zip(sizes.tolist(), alone, strict=True)
+    ]
+
+
+def pooled_frames(config: Any, inputs: Inputs) -> Counts:
+    """LLaVA-OneVision: every frame pooled to half its side, and one newline a video."""
+    pixels: Tensor | None = inputs.get("pixel_values_videos")
+    if pixels is None:
+        return None
+    videos, frames = pixels.shape[:2]
+    return [frames * math.ceil(_side(config) / 2) ** 2 + 1] * videos
+
+
+def _side(config: Any) -> int:
+    vision = config.vision_config
+    return int(vision.image_size) // int(vision.patch_size)
+
+
+def _tiles(config: Any, height: int, width: int) -> int:
+    """Tokens of an image's tiles: rows x columns after unpadding, and a newline a row."""
+    fit_h, fit_w = max(config.image_grid_pinpoints, key=lambda p: _fit(p[0], p[1], height, width))
+    size, side = int(config.vision_config.image_size), _side(config)
+    rows, columns = side * int(fit_h // size), side * int(fit_w // size)
+    if width / height > columns / rows:
+        rows -= (rows - int(round(height * columns / width, 7))) // 2 * 2
+    else:
+        columns -= (columns - int(round(width * rows / height, 7))) // 2 * 2
+    ratio = math.sqrt(rows * columns / _most(config))
+    if ratio > 1.1:
+        rows, columns = int(rows // ratio), int(columns // ratio)
+    return rows * columns + rows
+
+
+def _most(config: Any) -> float:
+    """Patches that tiles are shrunk to: "anyres_max_9" is nine base squares, others know no end."""
+    name, _, tiles = str(getattr(config, "vision_aspect_ratio", "")).rpartition("_")
+    return int(tiles) * _side(config) ** 2 if name == "anyres_max" else math.inf
+
+
+def _fit(fit_h: int, fit_w: int, height: int, width: int) -> tuple[int, int]:
+    """How well a resolution holds an image: most pixels used, then fewest wasted."""
+    scale = min(fit_w / width, fit_h / height)
+    used = min(int(width * scale) * int(height * scale), width * height)
+    return used, used - fit_h * fit_w
