@@ -226,3 +226,22 @@ def test_prefill_holds_at_most_two_full_layers_beside_the_pruned(model: torch.nn
     for layer, alive in enumerate(policy.seen):
         assert full <= alive <= sum(pruned[:layer]) + 2 * full
     assert policy.alive() <= sum(pruned)
+
+
+def test_shared_configs_are_never_written_to(model: torch.nn.Module) -> None:
+    before = model.config.to_dict(), sorted(vars(model.config.get_text_config()))
+    with plphp.prune(model):
+        model.generate(**prompt(model), **GREEDY)
+        assert (model.config.to_dict(), sorted(vars(model.config.get_text_config()))) == before
+    assert (model.config.to_dict(), sorted(vars(model.config.get_text_config()))) == before
+
+
+def test_lengths_are_logical_and_memory_is_physical(model: torch.nn.Module) -> None:
+    inputs = prompt(model)
+    length = inputs["input_ids"].shape[1]
+    with plphp.prune(model, plphp.PLPHP(r=0.1, delta_r=0)), torch.no_grad():
+        cache = model(**inputs).past_key_values
+    for layer in range(len(cache.layers)):
+        assert cache.get_seq_length(layer) == length
+        assert cache.get_mask_sizes(1, layer) == (length + 1, 0)
+        assert cache.layers[layer].store.keys.shape[2] < length

@@ -101,6 +101,13 @@ class KVStore:
         self.end -= columns
         self.logical -= columns
 
+    def to(self, device: torch.device) -> None:
+        """Move every buffer to a device."""
+        self.keys, self.values = self.keys.to(device), self.values.to(device)
+        self.start = self.start.to(device)
+        if self.positions is not None:
+            self.positions = self.positions.to(device)
+
     def tensors(self) -> list[Tensor]:
         """Every tensor that the layer keeps allocated."""
         every = [self.keys, self.values, self.start]

@@ -14,9 +14,10 @@ from plphp.hf import compat
 from plphp.hf.attention import ConfigView, pass_layer, pruned_attention
 from plphp.hf.cache import PrunedCache
 from plphp.hf.generate import UNSUPPORTED_METHODS, refuse_method, wrap
+from plphp.hf.positions import later_positions, position_shift
 from plphp.hf.report import build_report
 from plphp.hf.turn import Mask, Turn
-from plphp.models import FAMILIES, describes_vision
+from plphp.models import describes_vision, refusal
 from plphp.policy import PLPHP, Policy
 
 MARK = "_plphp"  # attribute of an attached model that holds its Pruning
@@ -120,8 +121,8 @@ def _prunable(model: Any, vision_mask: Mask) -> list[Any]:
             f"plphp.prune needs a transformers model, got {type(model).__name__}"
         )
     kind = getattr(model.config, "model_type", "unknown")
-    if kind in FAMILIES and FAMILIES[kind].refused:
-        raise UnsupportedModelError(f"{kind}: {FAMILIES[kind].refused}")
+    if reason := refusal(model.config):
+        raise UnsupportedModelError(f"{kind}: {reason}")
     if vision_mask is None and not describes_vision(model.config):
         raise UnsupportedModelError(
             f"{kind} names no image or video tokens in its config: either it is not a "
@@ -155,26 +156,8 @@ def _begin(pruning: Pruning) -> Hook:
     def begin(
         model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            wanted = kwargs.get("use_cache")
-            if wanted is None:
-                wanted = getattr(compat.text_config(model), "use_cache", True)
-            if wanted is False:
-                raise UnsupportedModeError(
-                    "a forward without a cache cannot be pruned: use_cache=True, or remove()"
-                )
-            cache = PrunedCache(model)
-            kwargs = {**kwargs, "past_key_values": cache, "use_cache": True}
-        elif not isinstance(cache, PrunedCache):
-            raise UnsupportedModeError(
-                f"an attached model cannot use a {type(cache).__name__}: pass "
-                "past_key_values=plphp.PrunedCache(model), or none"
-            )
-        if kwargs.get("output_attentions"):
-            raise UnsupportedModeError(
-                "output_attentions=True is not available: dropped tokens have no attention"
-            )
+        cache = _cache_of(model, kwargs)
+        kwargs = {**kwargs, "past_key_values": cache}
         source = {**({"input_ids": args[0]} if args else {}), **kwargs}
         given = source.get("input_ids")
         given = source.get("inputs_embeds") if given is None else given
@@ -182,15 +165,44 @@ def _begin(pruning: Pruning) -> Hook:
             raise ValueError("a forward of an attached model needs input_ids or inputs_embeds")
         batch, columns = given.shape[:2]
         past = cache.get_seq_length()
-        if cache.turn is None and not cache.generating and (columns > 1 or past == 0):
-            # A bare forward: what it brings is the prompt.
-            cache.open(Turn(columns, source, pruning.model.config, pruning.vision_mask))
+        if not cache.generating:
+            cache.check()
+            if columns > 1 or past == 0:  # a bare forward: what it brings is the prompt
+                cache.open(Turn(columns, source, pruning.model.config, pruning.vision_mask))
+            positions = later_positions(model, cache.shift, past, columns, source)
+            if positions is not None:
+                kwargs["position_ids"] = positions
         turn = cache.turn
         if turn is not None and past + columns >= turn.end:
             turn.locate(batch, kwargs.get("attention_mask"))
         return args, kwargs
 
     return begin
+
+
+def _cache_of(model: nn.Module, kwargs: dict[str, Any]) -> PrunedCache:
+    """The cache of a forward, made if there is none. Raises for what pruning cannot serve."""
+    if kwargs.get("output_attentions"):
+        raise UnsupportedModeError(
+            "output_attentions=True is not available: dropped tokens have no attention to return"
+        )
+    cache = kwargs.get("past_key_values")
+    wanted = kwargs.get("use_cache")
+    if wanted is None and cache is None:
+        wanted = getattr(compat.text_config(model), "use_cache", True)
+    if wanted is False:
+        raise UnsupportedModeError(
+            "a forward without a cache cannot be pruned: use_cache=True, or remove()"
+        )
+    if cache is None:
+        kwargs["use_cache"] = True
+        return PrunedCache(model)
+    if not isinstance(cache, PrunedCache):
+        raise UnsupportedModeError(
+            f"an attached model cannot use a {type(cache).__name__}: pass "
+            "past_key_values=plphp.PrunedCache(model), or none"
+        )
+    return cache
 
 
 def _finish(pruning: Pruning) -> Hook:
@@ -203,6 +215,8 @@ def _finish(pruning: Pruning) -> Hook:
         turn = cache.turn
         if turn is None or turn.spans is None:
             return
+        cache.shift = position_shift(model, kwargs.get("position_ids"), turn.end - 1, turn.spans)
+        cache.last_image = max(cache.last_image, turn.last_image)
         cache.report = pruning.report = build_report(cache, turn)
         cache.turn = None
 

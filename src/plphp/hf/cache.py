@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,7 @@ class PrunedLayer(CacheLayerMixin):
         self.is_sliding = window is not None
         self.store: KVStore | None = None
         self.raw = True
+        self.home: torch.device | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -77,8 +79,28 @@ class PrunedLayer(CacheLayerMixin):
             self.store.reorder(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns: text after the last image, of which every column is held."""
+        columns = abs(tokens_to_remove)
+        if self.store is None:
+            return
+        if self.store.logical - columns < self.cache.last_image:
+            raise UnsupportedModeError(
+                f"cannot crop {columns} tokens: that reaches into pruned images; start a new cache"
+            )
+        self.store.crop(columns)
+
+    def offload(self) -> None:
+        self.to(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        if self.home is not None:
+            self.to(self.home)
+
+    def to(self, device: torch.device) -> None:
+        """Move what is held; `prefetch` brings it back to where it was computed."""
         if self.store is not None:
-            self.store.crop(abs(tokens_to_remove))
+            self.home = self.home or self.store.keys.device
+            self.store.to(device)
 
 
 class PrunedCache(Cache):
@@ -108,6 +130,8 @@ class PrunedCache(Cache):
         self.turn: Turn | None = None
         self.generating = False  # inside generate(): forwards after the prompt are its steps
         self.report: Report | None = None
+        self.shift: Tensor | None = None  # (B,) position minus column of what comes next
+        self.last_image = 0  # columns up to the last vision token
         super().__init__(layers=self._layers(0))
 
     def _layers(self, prompt: int) -> list[Any]:
@@ -153,6 +177,25 @@ class PrunedCache(Cache):
                 yield from (t for t in (layer.keys, layer.values) if isinstance(t, Tensor))
             elif layer.store is not None:
                 yield from layer.store.tensors()
+
+    def to(self, device: torch.device | str) -> PrunedCache:
+        """Move every layer to a device."""
+        for _, layer in self.pruned_layers():
+            layer.to(torch.device(device))
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the conversation to a safetensors file; see `storage.save_cache`."""
+        from plphp.hf.storage import save_cache
+
+        save_cache(self, path)
+
+    @classmethod
+    def load(cls, model: Any, path: str | os.PathLike[str]) -> PrunedCache:
+        """Read a conversation that `save` wrote, for an attached model of the same kind."""
+        from plphp.hf.storage import load_cache
+
+        return load_cache(model, path)
 
     def kv_bytes(self) -> int:
         """Bytes allocated for this cache, counted by storage."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from plphp.errors import UnsupportedModeError
 from plphp.hf.cache import PrunedCache
+from plphp.hf.positions import later_positions
 from plphp.hf.turn import Turn
 
 UNSUPPORTED_METHODS = ("generate_batch", "init_continuous_batching")
@@ -33,14 +35,13 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         source = dict(kwargs)
         if inputs is not None:
             source["input_ids" if inputs.dim() == 2 else "inputs_embeds"] = inputs
-        cache.open(
-            Turn(
-                length=new_columns(source, cache.get_seq_length()),
-                source=source,
-                config=pruning.model.config,
-                vision_mask=pruning.vision_mask,
-            )
-        )
+        past = cache.get_seq_length()
+        length = new_columns(source, past)
+        positions = later_positions(pruning.model, cache.shift, past, length, source)
+        if positions is not None:  # else generate() would take those of the model's last prompt
+            columns = length if source.get("input_ids") is None else source["input_ids"].shape[1]
+            kwargs["position_ids"] = torch.nn.functional.pad(positions, (columns - length, 0))
+        cache.open(Turn(length, source, pruning.model.config, pruning.vision_mask))
         cache.generating = True
         try:
             return original(inputs, generation_config, *args, past_key_values=cache, **kwargs)

@@ -60,6 +60,13 @@ class Turn:
         self.spans = spans
         self.prunes = bool((spans != 0).any())
 
+    @property
+    def last_image(self) -> int:
+        """Columns of the conversation up to this prompt's last vision token; 0 without any."""
+        assert self.spans is not None
+        columns = (self.spans > 0).any(0).nonzero()
+        return self.begin + int(columns[-1]) + 1 if len(columns) else 0
+
     def positions(self) -> Tensor:
         """Row-logical position (B, length) of each column: padding is not counted."""
         assert self.spans is not None and self.tokens_before is not None
