@@ -8,7 +8,7 @@ token is hidden by -inf in its layer, row and KV head, from the first decoding s
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -200,20 +200,32 @@ class Selection:
 
 
 def select(
-    probabilities: list[Tensor], spans: Tensor, numbers: Numbers, num_kv_heads: int
+    probabilities: list[Tensor],
+    spans: Tensor,
+    numbers: Numbers,
+    num_kv_heads: int,
+    whole: Collection[int] = (),
 ) -> Selection:
-    """`probabilities` and `spans` in columns of the padded batch."""
+    """`probabilities` and `spans` in columns of the padded batch; `whole` layers keep all."""
     rows = range(spans.shape[0])
     unpadded = [spans[row, padding(spans[row]) :].tolist() for row in rows]
     choices = tuple(
         tuple(
-            choose(layer[row, :, padding(spans[row]) :], unpadded[row], numbers, num_kv_heads)
+            keep_all(unpadded[row], num_kv_heads)
+            if index in whole
+            else choose(layer[row, :, padding(spans[row]) :], unpadded[row], numbers, num_kv_heads)
             for row in rows
         )
-        for layer in probabilities
+        for index, layer in enumerate(probabilities)
     )
     vision = tuple(frozenset(j for j, span in enumerate(row) if span > 0) for row in unpadded)
     return Selection(choices, vision)
+
+
+def keep_all(spans: list[int], num_kv_heads: int) -> RowChoice:
+    """A layer that is left alone."""
+    vision = frozenset(j for j, span in enumerate(spans) if span > 0)
+    return RowChoice(math.nan, None, None, (vision,) * num_kv_heads, (frozenset(),) * num_kv_heads)
 
 
 def choose(

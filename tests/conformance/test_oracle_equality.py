@@ -1,15 +1,13 @@
-"""The package against the oracle: what it selects, what it decodes, what it leaves behind.
+"""The package against the oracle in depth: invariants 1 to 5 on one family of each kind.
 
-Invariants 1 to 5 of the definition, through the public API alone.
+`test_matrix.py` holds every family against the same checks.
 """
 
 import gc
-import math
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,150 +22,35 @@ from transformers import (
 
 import oracle
 import tiny
+from invariants import (
+    EVERY,
+    KV_HEADS,
+    LOGITS,
+    Truth,
+    attach,
+    cache_for,
+    check_decoding,
+    check_keeping_all,
+    check_rows_alone,
+    check_selection,
+    generate,
+    kept_of,
+    plphp_policy,
+    run_pruned,
+    state_of,
+    truth,
+)
 from oracle import Numbers
 
-STEPS = 16
 SEEDS = (0, 1, 2)
-KV_HEADS = tiny.TEXT["num_key_value_heads"]
-EVERY = {**tiny.FAMILIES, **tiny.VARIANTS}
-ROWS = {**tiny.ROWS, "crossing": tiny.CROSSING}
 CASES = [
     *((name, rows, seed) for name in tiny.CORE for rows in tiny.ROWS for seed in SEEDS),
     *(("idefics2_split", rows, 0) for rows in tiny.ROWS),
     *(("idefics2_window", rows, 0) for rows in ("batch", "crossing")),
 ]
-LOGITS = 1e-4
-EXEMPT = 0.02
 
 every_case = pytest.mark.parametrize(("name", "rows", "seed"), CASES)
 every_family = pytest.mark.parametrize("name", tiny.CORE)
-
-
-# --- what the oracle and the untouched model say --------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Truth:
-    inputs: dict[str, Tensor]
-    spans: Tensor
-    probabilities: list[Tensor]
-    numbers: Numbers
-    tokens: Tensor  # of the untouched model
-    logits: Tensor
-
-    def select(self, **options: object) -> oracle.Selection:
-        numbers = replace(self.numbers, **options)
-        return oracle.select(self.probabilities, self.spans, numbers, KV_HEADS)
-
-
-@cache
-def truth(name: str, seed: int, rows: str) -> Truth:
-    model = EVERY[name].build(seed)
-    inputs, spans = EVERY[name].make_inputs(model, ROWS[rows], seed)
-    probabilities = oracle.prefill(model, inputs)
-    tokens, logits = generate(model, inputs)
-    numbers = thresholds(oracle.select(probabilities, spans, Numbers(), KV_HEADS))
-    return Truth(inputs, spans, probabilities, numbers, tokens, logits)
-
-
-def thresholds(selection: oracle.Selection) -> Numbers:
-    """alpha and beta between the model's own gammas, so that layers of all three classes occur."""
-    gammas = sorted(g for layer in selection.choices for row in layer if (g := row.gamma) >= 0)
-    third = max(1, len(gammas) // 3)
-    return Numbers(
-        r=0.4,
-        delta_r=0.3,
-        alpha=(gammas[-third - 1] + gammas[-third]) / 2,
-        beta=(gammas[third - 1] + gammas[third]) / 2,
-    )
-
-
-def generate(
-    model: PreTrainedModel, inputs: dict[str, Tensor], steps: int = STEPS, **kwargs: object
-) -> tuple[Tensor, Tensor]:
-    out = model.generate(
-        **inputs,
-        max_new_tokens=steps,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **kwargs,
-    )
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
-
-
-# --- what the package says ------------------------------------------------------------------------
-
-
-def attach(model: PreTrainedModel, numbers: Numbers) -> Any:
-    """The package's handle; options at their defaults are left to it."""
-    import plphp
-
-    always = ("r", "delta_r", "alpha", "beta")
-    given = {
-        key: value
-        for key, value in asdict(numbers).items()
-        if key in always or value != getattr(Numbers(), key)
-    }
-    return plphp.prune(model, plphp.PLPHP(**given))
-
-
-def cache_for(model: PreTrainedModel) -> Any:
-    import plphp
-
-    return plphp.PrunedCache(model)
-
-
-def run_pruned(
-    model: PreTrainedModel, inputs: dict[str, Tensor], numbers: Numbers
-) -> tuple[Tensor, Tensor, Any]:
-    """(tokens, logits, report) of a generate() while the model is attached."""
-    with attach(model, numbers) as pruning:
-        tokens, logits = generate(model, inputs)
-        return tokens, logits, pruning.report
-
-
-def kept_of(report: Any) -> list[Tensor]:
-    return [layer.kept for layer in report.layers]
-
-
-def per_row(values: Any) -> list[float]:
-    """A report's numbers, one a row, in a tensor or a sequence: None is NaN."""
-    return [math.nan if value is None else float(value) for value in values]
-
-
-def class_name(value: Any) -> str | None:
-    """Whether a report says attentive, vision-attentive or an enum of them."""
-    value = getattr(value, "value", value)
-    return None if value is None else str(value).lower().removeprefix("vision-")
-
-
-def check_selection(truth: Truth, report: Any, **options: object) -> None:
-    selection = truth.select(**options)
-    for layer, (choices, reported) in enumerate(zip(selection.choices, report.layers, strict=True)):
-        where = f"layer {layer}"
-        gammas = [row.gamma for row in choices]
-        assert per_row(reported.gamma) == pytest.approx(gammas, abs=1e-5, nan_ok=True), where
-        sure = [row for row, choice in enumerate(choices) if not choice.near_threshold]
-        classes, rates = list(map(class_name, reported.layer_class)), per_row(reported.rate)
-        for row in sure:
-            assert classes[row] == choices[row].layer_class, f"{where}, row {row}"
-            rate = math.nan if choices[row].rate is None else choices[row].rate
-            assert rates[row] == pytest.approx(rate, abs=1e-6, nan_ok=True), f"{where}, row {row}"
-    verdict = oracle.compare(selection, kept_of(report))
-    assert not verdict.wrong, "\n".join(verdict.wrong)
-    assert verdict.share <= EXEMPT
-
-
-def check_decoding(
-    model: PreTrainedModel, truth: Truth, tokens: Tensor, logits: Tensor, report: Any
-) -> None:
-    """Given the reported selection: the oracle is led along the tokens, so each step compares."""
-    _, expected = oracle.decode(
-        model, truth.inputs, truth.spans, kept_of(report), STEPS, tokens=tokens
-    )
-    assert (logits - expected).abs().max() < LOGITS
-    assert torch.equal(tokens, expected.argmax(-1))
 
 
 # --- 2. Selection and decoding equal the oracle's -------------------------------------------------
@@ -206,27 +89,12 @@ def test_options_equal_the_oracle(name: str, options: dict[str, object]) -> None
     check_decoding(model, expected, tokens, logits, report)
 
 
-@every_family
-def test_retention_is_the_share_of_vision_entries_kept(name: str) -> None:
-    expected = truth(name, 0, "batch")
-    _, _, report = run_pruned(EVERY[name].build(0), expected.inputs, expected.numbers)
-    kept = sum(int((layer >= 0).sum()) for layer in kept_of(report))
-    vision = int((expected.spans > 0).sum()) * KV_HEADS * len(report.layers)
-    assert report.retention == pytest.approx(kept / vision)
-
-
 # --- 1. Keeping all is the untouched model --------------------------------------------------------
 
 
 @every_case
 def test_keeping_all_is_the_untouched_model(name: str, rows: str, seed: int) -> None:
-    expected = truth(name, seed, rows)
-    model = EVERY[name].build(seed)
-    tokens, logits, report = run_pruned(model, expected.inputs, Numbers(r=1.0, delta_r=0.0))
-    assert torch.equal(tokens, expected.tokens)
-    assert (logits - expected.logits).abs().max() < LOGITS
-    for layer in kept_of(report):
-        assert (layer >= 0).sum(-1).eq((expected.spans > 0).sum(1, keepdim=True)).all()
+    check_keeping_all(truth(name, seed, rows), EVERY[name].build(seed))
 
 
 # --- 3. A row of a padded batch is the row alone --------------------------------------------------
@@ -236,33 +104,14 @@ def test_keeping_all_is_the_untouched_model(name: str, rows: str, seed: int) -> 
     ("name", "seed"), [(name, seed) for name, rows, seed in CASES if rows == "batch"]
 )
 def test_a_row_of_a_batch_is_the_row_alone(name: str, seed: int) -> None:
-    family = EVERY[name]
     expected = truth(name, seed, "batch")
-    model = family.build(seed)
-    tokens, logits, report = run_pruned(model, expected.inputs, expected.numbers)
-    compared = 0
-    for row, spec in enumerate(ROWS["batch"]):
-        alone, _ = family.make_inputs(model, [spec], seed)
-        its_tokens, its_logits, its_report = run_pruned(model, alone, expected.numbers)
-        if differing_positions(kept_of(report), row, kept_of(its_report)):
-            # only where the oracle calls it a tie; then the two rows decode different caches
-            assert not oracle.compare(expected.select(), kept_of(report)).wrong
-            continue
-        compared += 1
-        assert torch.equal(its_tokens[0], tokens[row])
-        assert (its_logits[0] - logits[row]).abs().max() < LOGITS
-    assert compared >= 2
+    model = EVERY[name].build(seed)
+    run = run_pruned(model, expected.inputs, expected.numbers)
 
+    def excuse(report: Any) -> bool:
+        return not oracle.compare(expected.select(), kept_of(report)).wrong
 
-def differing_positions(batch: list[Tensor], row: int, alone: list[Tensor]) -> int:
-    def sets(layer: Tensor, index: int) -> list[set[int]]:
-        return [set(head.tolist()) - {-1} for head in layer[index]]
-
-    return sum(
-        len(mine ^ other)
-        for together, single in zip(batch, alone, strict=True)
-        for mine, other in zip(sets(together, row), sets(single, 0), strict=True)
-    )
+    check_rows_alone(expected, model, plphp_policy(expected.numbers), run, excuse)
 
 
 @every_family
@@ -364,21 +213,6 @@ def test_a_report_keeps_no_cache_tensor_alive(name: str) -> None:
 
 
 # --- 5. The model is as it was --------------------------------------------------------------------
-
-
-def state_of(model: PreTrainedModel) -> dict[str, object]:
-    """Everything that attaching could leave behind on a module."""
-    hooks = [attribute for attribute in vars(model) if attribute.endswith("_hooks")]
-    assert hooks, "this is how torch stores hooks"
-    state: dict[str, object] = {}
-    for name, module in model.named_modules():
-        state[f"{name} attributes"] = set(vars(module))
-        state[f"{name} class"] = type(module)
-        state[f"{name} hooks"] = [len(getattr(module, hook) or ()) for hook in hooks]
-        if hasattr(module, "config"):
-            state[f"{name} config"] = id(module.config)
-            state[f"{name} attention"] = module.config._attn_implementation
-    return state
 
 
 class Interruption(Exception):

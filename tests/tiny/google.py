@@ -42,7 +42,7 @@ def gemma3_config() -> PreTrainedConfig:
             "head_dim": 16,
             "query_pre_attn_scalar": 16,
             "sliding_window": WINDOW,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "layer_types": ["full_attention", "sliding_attention", *["full_attention"] * 2],
         },
         vision_config=siglip_config(SIDE),
         mm_tokens_per_image=9,
@@ -128,7 +128,7 @@ FAMILIES = (
         gemma3_image,
         collate,
         types=gemma3_types,
-        sliding=(0, 2),
+        sliding=(1,),
         window=WINDOW,
     ),
     Family(

@@ -1,0 +1,276 @@
+"""What must hold of every policy on every family: section 2 of the design, through the public API.
+
+`truth` is what the oracle and the untouched model say of a family's prompts, computed once; every
+`check_...` holds a pruned run against it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import oracle
+import tiny
+from oracle import Numbers
+
+STEPS = 16
+KV_HEADS = tiny.TEXT["num_key_value_heads"]
+EVERY = {**tiny.FAMILIES, **tiny.VARIANTS}
+ROWS = {**tiny.ROWS, "crossing": tiny.CROSSING, "videos": tiny.VIDEOS}
+LOGITS = 1e-4
+EXEMPT = 0.02
+
+
+# --- what the oracle and the untouched model say --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Truth:
+    name: str
+    seed: int
+    rows: tuple[tiny.RowSpec, ...]
+    inputs: dict[str, Tensor]
+    spans: Tensor
+    probabilities: list[Tensor]
+    numbers: Numbers  # PLPHP's, with thresholds between this model's own gammas
+    tokens: Tensor  # of the untouched model
+    logits: Tensor
+
+    def build(self) -> PreTrainedModel:
+        return EVERY[self.name].build(self.seed)
+
+    @property
+    def whole(self) -> set[int]:
+        """Layers that pruning leaves alone."""
+        return EVERY[self.name].whole_layers(self.spans.shape[1])
+
+    @property
+    def mask(self) -> Tensor | None:
+        """What only the caller knows: which frames make a video, in families that do not tell."""
+        told = EVERY[self.name].videos_told or not any(row.videos for row in self.rows)
+        return None if told else self.spans
+
+    def select(self, **options: object) -> oracle.Selection:
+        numbers = replace(self.numbers, **options)
+        return oracle.select(self.probabilities, self.spans, numbers, KV_HEADS, self.whole)
+
+
+@cache
+def truth(name: str, seed: int, rows: str) -> Truth:
+    model = EVERY[name].build(seed)
+    inputs, spans = EVERY[name].make_inputs(model, ROWS[rows], seed)
+    probabilities = oracle.prefill(model, inputs)
+    tokens, logits = generate(model, inputs)
+    whole = EVERY[name].whole_layers(spans.shape[1])
+    numbers = thresholds(oracle.select(probabilities, spans, Numbers(), KV_HEADS, whole))
+    return Truth(name, seed, ROWS[rows], inputs, spans, probabilities, numbers, tokens, logits)
+
+
+def thresholds(selection: oracle.Selection) -> Numbers:
+    """alpha and beta between the model's own gammas, so that layers of all three classes occur."""
+    gammas = sorted(g for layer in selection.choices for row in layer if (g := row.gamma) >= 0)
+    third = max(1, len(gammas) // 3)
+    return Numbers(
+        r=0.4,
+        delta_r=0.3,
+        alpha=(gammas[-third - 1] + gammas[-third]) / 2,
+        beta=(gammas[third - 1] + gammas[third]) / 2,
+    )
+
+
+def generate(
+    model: PreTrainedModel, inputs: dict[str, Tensor], steps: int = STEPS, **kwargs: object
+) -> tuple[Tensor, Tensor]:
+    out = model.generate(
+        **inputs,
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **kwargs,
+    )
+    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
+
+
+# --- what the package says ------------------------------------------------------------------------
+
+
+def plphp_policy(numbers: Numbers) -> Any:
+    """PLPHP with these numbers; options at their defaults are left to the package."""
+    import plphp
+
+    always = ("r", "delta_r", "alpha", "beta")
+    given = {
+        key: value
+        for key, value in asdict(numbers).items()
+        if key in always or value != getattr(Numbers(), key)
+    }
+    return plphp.PLPHP(**given)
+
+
+def attach(model: PreTrainedModel, numbers: Numbers) -> Any:
+    """The package's handle."""
+    import plphp
+
+    return plphp.prune(model, plphp_policy(numbers))
+
+
+def cache_for(model: PreTrainedModel) -> Any:
+    import plphp
+
+    return plphp.PrunedCache(model)
+
+
+def run_policy(
+    model: PreTrainedModel, inputs: dict[str, Tensor], policy: Any, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Any]:
+    """(tokens, logits, report) of a generate() while the model is attached."""
+    import plphp
+
+    with plphp.prune(model, policy, vision_mask=mask) as pruning:
+        tokens, logits = generate(model, inputs)
+        return tokens, logits, pruning.report
+
+
+def run_pruned(
+    model: PreTrainedModel, inputs: dict[str, Tensor], numbers: Numbers
+) -> tuple[Tensor, Tensor, Any]:
+    return run_policy(model, inputs, plphp_policy(numbers))
+
+
+def kept_of(report: Any) -> list[Tensor]:
+    return [layer.kept for layer in report.layers]
+
+
+def per_row(values: Any) -> list[float]:
+    """A report's numbers, one a row, in a tensor or a sequence: None is NaN."""
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def class_name(value: Any) -> str | None:
+    """Whether a report says attentive, vision-attentive or an enum of them."""
+    value = getattr(value, "value", value)
+    return None if value is None else str(value).lower().removeprefix("vision-")
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_spans(truth: Truth) -> None:
+    """Images are counted as a person counts them."""
+    import plphp
+
+    if truth.mask is None:
+        found = plphp.vision_spans(truth.build().config, **truth.inputs)
+        assert torch.equal(found, truth.spans)
+
+
+def check_selection(truth: Truth, report: Any, **options: object) -> None:
+    selection = truth.select(**options)
+    for layer, (choices, reported) in enumerate(zip(selection.choices, report.layers, strict=True)):
+        where = f"layer {layer}"
+        gammas = [row.gamma for row in choices]
+        assert per_row(reported.gamma) == pytest.approx(gammas, abs=1e-5, nan_ok=True), where
+        sure = [row for row, choice in enumerate(choices) if not choice.near_threshold]
+        classes, rates = list(map(class_name, reported.layer_class)), per_row(reported.rate)
+        for row in sure:
+            assert classes[row] == choices[row].layer_class, f"{where}, row {row}"
+            rate = math.nan if choices[row].rate is None else choices[row].rate
+            assert rates[row] == pytest.approx(rate, abs=1e-6, nan_ok=True), f"{where}, row {row}"
+    verdict = oracle.compare(selection, kept_of(report))
+    assert not verdict.wrong, "\n".join(verdict.wrong)
+    assert verdict.share <= EXEMPT
+
+
+def check_whole_layers(truth: Truth, report: Any) -> None:
+    """Layers that are left alone are reported, the others are pruned wherever there is an image."""
+    alone = {index for index, layer in enumerate(report.layers) if not layer.pruned}
+    assert alone == truth.whole
+    said = [note for note in report.notes if "left alone" in note]
+    assert len(said) == bool(truth.whole)
+    assert all(str(layer) in note for note in said for layer in truth.whole)
+
+
+def check_retention(truth: Truth, report: Any) -> None:
+    """Retention is the share of vision entries that is kept, and tokens of padding never are."""
+    kept = sum(int((layer >= 0).sum()) for layer in kept_of(report))
+    vision = int((truth.spans > 0).sum()) * KV_HEADS * len(report.layers)
+    assert report.retention == pytest.approx(kept / vision)
+    assert report.images == tuple(truth.spans.amax(1).clamp(min=0).tolist())
+    assert report.prompt == tuple((truth.spans >= 0).sum(1).tolist())
+
+
+def check_decoding(
+    model: PreTrainedModel, truth: Truth, tokens: Tensor, logits: Tensor, report: Any
+) -> None:
+    """Given the reported selection: the oracle is led along the tokens, so each step compares."""
+    _, expected = oracle.decode(
+        model, truth.inputs, truth.spans, kept_of(report), STEPS, tokens=tokens
+    )
+    assert (logits - expected).abs().max() < LOGITS
+    assert torch.equal(tokens, expected.argmax(-1))
+
+
+def check_keeping_all(truth: Truth, model: PreTrainedModel) -> None:
+    """A policy that drops nothing is the untouched model."""
+    everything = plphp_policy(Numbers(r=1.0, delta_r=0.0))
+    tokens, logits, report = run_policy(model, truth.inputs, everything, truth.mask)
+    assert torch.equal(tokens, truth.tokens)
+    assert (logits - truth.logits).abs().max() < LOGITS
+    for layer in kept_of(report):
+        assert (layer >= 0).sum(-1).eq((truth.spans > 0).sum(1, keepdim=True)).all()
+
+
+def check_rows_alone(
+    truth: Truth,
+    model: PreTrainedModel,
+    policy: Any,
+    run: tuple[Tensor, Tensor, Any],
+    excuse: Callable[[Any], bool],
+) -> None:
+    """A row of a padded batch is the row alone, unless the oracle calls what differs a tie."""
+    tokens, logits, report = run
+    compared = 0
+    for row, spec in enumerate(truth.rows):
+        alone, spans = EVERY[truth.name].make_inputs(model, [spec], truth.seed)
+        mask = None if truth.mask is None else spans
+        its_tokens, its_logits, its_report = run_policy(model, alone, policy, mask)
+        if differing_positions(kept_of(report), row, kept_of(its_report)):
+            assert excuse(report)  # then the two rows decode different caches
+            continue
+        compared += 1
+        assert torch.equal(its_tokens[0], tokens[row])
+        assert (its_logits[0] - logits[row]).abs().max() < LOGITS
+    assert compared >= 2
+
+
+def differing_positions(batch: Sequence[Tensor], row: int, alone: Sequence[Tensor]) -> int:
+    def sets(layer: Tensor, index: int) -> list[set[int]]:
+        return [set(head.tolist()) - {-1} for head in layer[index]]
+
+    return sum(
+        len(mine ^ other)
+        for together, single in zip(batch, alone, strict=True)
+        for mine, other in zip(sets(together, row), sets(single, 0), strict=True)
+    )
+
+
+def state_of(model: PreTrainedModel) -> dict[str, object]:
+    """Everything that attaching could leave behind on a module."""
+    hooks = [attribute for attribute in vars(model) if attribute.endswith("_hooks")]
+    assert hooks, "this is how torch stores hooks"
+    state: dict[str, object] = {}
+    for name, module in model.named_modules():
+        state[f"{name} attributes"] = set(vars(module))
+        state[f"{name} class"] = type(module)
+        state[f"{name} hooks"] = [len(getattr(module, hook) or ()) for hook in hooks]
+        if hasattr(module, "config"):
+            state[f"{name} config"] = id(module.config)
+            state[f"{name} attention"] = module.config._attn_implementation
+    return state
