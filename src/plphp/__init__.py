@@ -10,6 +10,7 @@ Method: Meng et al. 2025, arXiv 2502.14504.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,10 @@ _LATER = {
     "prune": "plphp.hf",
     "vision_spans": "plphp.models",
 }
+
+
+# One logger, silent until an application asks for it.
+logging.getLogger("plphp").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

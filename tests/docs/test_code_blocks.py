@@ -1,7 +1,7 @@
 """What README, CONTRIBUTING and docs show is run: Python, command lines, and what they print.
 
 Fences that count: ```python (all of a page, in order, in one namespace), ```console (`$ plphp ...`
-lines, the lines below a command being its output), and any fence with title="FILE", which is a
+and `$ cat FILE` lines, the lines below being their output), and any fence with title="FILE", a
 file that the page's code finds beside it. `$ make demo` is checked as the command that it calls.
 """
 
@@ -105,6 +105,10 @@ class Processor:
         }
         return BatchFeature({**tokens, **pixels})
 
+    @property
+    def tokenizer(self) -> Any:
+        return embedded().tokenizer
+
     def decode(self, ids: torch.Tensor, skip_special_tokens: bool = False) -> str:
         return str(embedded().tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
@@ -171,7 +175,7 @@ def test_console_blocks_print_what_they_show(
     for command in commands(page):
         line, _, after = command.line.partition(";")
         words = shlex.split(line.replace("make demo", "plphp demo --rounds 1"))
-        if words[0] != "plphp":
+        if words[0] not in ("plphp", "cat"):
             continue
         assert after.strip() in ("", "echo $?"), f"{command.line}: only `; echo $?` is understood"
         if line not in SEEN:
@@ -191,6 +195,8 @@ def test_console_blocks_print_what_they_show(
 def run(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> tuple[int, str]:
+    if words[0] == "cat":
+        return 0, Path(words[1]).read_text()
     monkeypatch.setattr(sys, "argv", words)
     capfd.readouterr()
     with pytest.raises(SystemExit) as end:
