@@ -35,6 +35,7 @@ class Run:
 
     @property
     def first_ms(self) -> float:
+        """Median milliseconds until the first token, over the rounds."""
         return 1e3 * median(self.first)
 
     @property
@@ -45,7 +46,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same prompt, full and pruned, measured A B A B on the same machine."""
+    """The same prompt, full and pruned, measured A B A B on the same machine.
+
+    report: of the last pruned round
+    """
 
     full: Run
     pruned: Run
@@ -85,7 +89,12 @@ def compare(
 ) -> Comparison:
     """Generate full, pruned, full, pruned, ... for one prompt; `options` go to generate().
 
+    inputs: what the model's generate() takes, a batch of one row
+    rounds: how often each way is timed
+    options: greedy ones, without a streamer or a cache, which are needed here
+
     A short round of both comes first and is not counted: first calls pay for what later ones have.
+    Raises what `plphp.prune` raises for a model that cannot be pruned.
     """
     _pair(model, inputs, policy, {**options, "max_new_tokens": 2})
     pairs = [_pair(model, inputs, policy, options) for _ in range(rounds)]

@@ -13,9 +13,10 @@ from plphp.policy import LAYER_CLASSES, KeepPlan
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One decoder layer; every field but `layer` has one entry per batch row.
+    """One decoder layer; every field but `layer` and `pruned` has one entry per batch row.
 
-    gamma: vision attention, NaN where a row has no vision tokens
+    layer: its index in the decoder, from 0
+    gamma: vision attention, 0 to 1 (PLPHP, section 3), NaN where a row has no vision tokens
     layer_class: "vision-attentive", "vision-balanced", "vision-indifferent", or None
     rate: the retention rate asked for, NaN where a row has no vision tokens
     kept: (B, Hkv, K) int64 on the CPU, row-logical positions of kept vision tokens, -1 pads
@@ -41,9 +42,9 @@ class LayerReport:
 class Report:
     """The last finished prefill.
 
-    retention: kept vision K/V entries over all vision K/V entries, over layers
-    kv_bytes: allocated for the cache after the prefill, slack and fillers included
-    kv_bytes_full: what keys and values of the unpruned prompt would take, padding included
+    layers: one entry a decoder layer, in their order
+    kv_bytes: bytes allocated for the cache after the prefill, slack and fillers included
+    kv_bytes_full: bytes that keys and values of the unpruned prompt would take, padding included
     prompt: (B,) prompt tokens of each row, padding not counted
     images: (B,) images and videos of each row
     notes: what a reader should know: layers left alone, images that could not be told apart
@@ -58,11 +59,15 @@ class Report:
 
     @property
     def retention(self) -> float:
+        """Kept vision K/V entries over all, over layers, 0 to 1; 1 without vision tokens."""
         kept = sum(int((layer.kept >= 0).sum()) for layer in self.layers)
         return _ratio(kept, sum(sum(a.vision) * a.kept.shape[1] for a in self.layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and strings, ready for JSON; NaN becomes None."""
+        """Plain numbers, lists and strings, ready for JSON; NaN becomes None.
+
+        `kept` becomes `kept_per_head`, how many vision tokens each KV head of a row kept.
+        """
         return {
             "retention": self.retention,
             "kv_bytes": self.kv_bytes,

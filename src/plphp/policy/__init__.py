@@ -13,7 +13,10 @@ __all__ = ["LAYER_CLASSES", "PLPHP", "POLICIES", "KeepPlan", "LayerView", "Polic
 
 
 def policy(name: str, **options: Any) -> Policy:
-    """A policy by its name: `policy("plphp", r=.3)`. ValueError names what is unknown."""
+    """A policy by its name and its options: `policy("plphp", r=.3)`.
+
+    Raises ValueError for an unknown name or option, and for a value out of range, naming it.
+    """
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; known are {', '.join(sorted(POLICIES))}")
     known = POLICIES[name].__dataclass_fields__

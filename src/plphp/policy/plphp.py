@@ -28,7 +28,7 @@ Gqa = Literal["mean", "max"]
 
 @dataclass(frozen=True)
 class PLPHP:
-    """The method of the paper, with its defaults.
+    """The method of the paper (arXiv 2502.14504, section 3), with its defaults.
 
     r, delta_r: retention rate and its change, 0 <= r - delta_r and r + delta_r <= 1
     alpha, beta: thresholds on vision attention, beta <= alpha
@@ -74,7 +74,10 @@ class PLPHP:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
     def rate(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes (B,) int64 (index into LAYER_CLASSES) and rates (B,) float64 of gamma (B,)."""
+        """Classes (B,) int64 (index into LAYER_CLASSES) and rates (B,) float64 of gamma (B,).
+
+        Where gamma is NaN, because a row has no vision tokens, -1 and NaN.
+        """
         classes = 1 + (gamma >= self.alpha).long() - (gamma < self.beta).long()
         classes = classes.masked_fill(gamma.isnan(), -1)
         levels = [self.r - self.delta_r, self.r, self.r + self.delta_r, float("nan")]
@@ -92,7 +95,10 @@ class PLPHP:
         return pack(keep, gamma, rate, classes)
 
     def counts(self, rate: Tensor, spans: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Vision tokens to keep: per image (B, m), and in all (B,) where that is more."""
+        """Vision tokens to keep, int64: per image (B, m), and in all (B,) where that is more.
+
+        rate (B,) float64, spans (B, N).
+        """
         sizes = steps.image_sizes(spans)
         quota = sizes.clamp(max=self.min_tokens)
         if self.budget == "image":

@@ -20,7 +20,10 @@ def vision_attention(probs: Tensor, spans: Tensor) -> Tensor:
 
 
 def head_scores(probs: Tensor, kv_heads: int, gqa: str = "mean") -> Tensor:
-    """Scores (B, Hkv, N) of KV heads: the mean or max over the query heads that read them."""
+    """Scores (B, Hkv, N) of KV heads: the mean or max over the query heads that read them.
+
+    probs (B, H, N) float32; PLPHP, section 3, takes the mean.
+    """
     batch, heads, length = probs.shape
     grouped = probs.view(batch, kv_heads, heads // kv_heads, length)
     return grouped.amax(2) if gqa == "max" else grouped.mean(2)
@@ -79,6 +82,9 @@ def select(scores: Tensor, spans: Tensor, quota: Tensor, total: Tensor | None = 
 
 
 def round_up(total: Tensor, spans: Tensor, multiple: int) -> Tensor:
-    """Raise vision totals (B,) until kept length, text included, is a multiple, or all is kept."""
+    """Raise vision totals (B,) until kept length, text included, is a multiple, or all is kept.
+
+    total (B,) int64, spans (B, N) -> (B,) int64, never above a row's vision tokens.
+    """
     text, vision = (spans == 0).sum(-1), (spans > 0).sum(-1)
     return torch.minimum(total + -(text + total) % multiple, torch.maximum(vision, total))

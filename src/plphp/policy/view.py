@@ -18,6 +18,7 @@ class LayerView:
     probs: (B, H, N) float32, post-softmax attention of each row's last prompt token
     spans: (B, N) int64, 0 text, i > 0 the i-th image or video, -1 padding (never attended)
     kv_heads: Hkv, a divisor of H; query head h reads KV head h // (H / Hkv)
+    layer, layers: index of this layer, from 0, and how many the decoder has
     """
 
     probs: Tensor
@@ -50,13 +51,22 @@ LAYER_CLASSES = ("vision-indifferent", "vision-balanced", "vision-attentive")
 
 
 class Policy(Protocol):
-    """A per-layer policy: it sees one layer and says what to keep."""
+    """A per-layer policy: it sees one layer and says what to keep.
 
-    def plan(self, view: LayerView) -> KeepPlan: ...
+    A frozen dataclass whose fields are its options and whose constructor refuses bad ones with a
+    ValueError that names the field. Its tensors stay on the device of `view.probs`.
+    """
+
+    def plan(self, view: LayerView) -> KeepPlan:
+        """What every row and KV head keeps of one layer, equally much for all heads of a row."""
+        ...
 
 
 def pack(keep: Tensor, gamma: Tensor, rate: Tensor, classes: Tensor) -> KeepPlan:
-    """Turn a keep mask (B, Hkv, N) with equal counts over heads into a plan. One host read: K."""
+    """Turn a keep mask (B, Hkv, N) bool with equal counts over heads into a plan.
+
+    gamma, rate, classes: (B,) each, handed on as they are, see `KeepPlan`. One host read: K.
+    """
     lengths = keep[:, 0].sum(-1)
     longest = int(lengths.max())
     # A stable sort of the mask moves the kept columns to the end and leaves them ascending, so
