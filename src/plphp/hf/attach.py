@@ -143,6 +143,8 @@ def _prunable(model: Any, vision_mask: Mask) -> list[Any]:
             raise UnsupportedModeError(
                 "this model is attached already: remove() that pruning first"
             )
+        if hasattr(module, "sinks"):
+            raise UnsupportedModelError(f"{kind} uses attention sinks; it cannot be scored")
         compat.original_attention(module, module.config)
     return chosen
 

@@ -90,13 +90,13 @@ class PrunedLayer(CacheLayerMixin):
         self.store.crop(columns)
 
     def offload(self) -> None:
-        self.to(torch.device("cpu"))
+        self.move(torch.device("cpu"))
 
     def prefetch(self) -> None:
         if self.home is not None:
-            self.to(self.home)
+            self.move(self.home)
 
-    def to(self, device: torch.device) -> None:
+    def move(self, device: torch.device) -> None:
         """Move what is held; `prefetch` brings it back to where it was computed."""
         if self.store is not None:
             self.home = self.home or self.store.keys.device
@@ -174,15 +174,17 @@ class PrunedCache(Cache):
     def tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:
             if not isinstance(layer, PrunedLayer):
-                yield from (t for t in (layer.keys, layer.values) if isinstance(t, Tensor))
+                yield from compat.held_tensors(layer)
             elif layer.store is not None:
                 yield from layer.store.tensors()
 
-    def to(self, device: torch.device | str) -> PrunedCache:
-        """Move every layer to a device."""
+    def move(self, device: torch.device | str) -> None:
+        """Move every layer to a device.
+
+        Not named `to`: accelerate calls that on every argument of a module that it dispatches.
+        """
         for _, layer in self.pruned_layers():
-            layer.to(torch.device(device))
-        return self
+            layer.move(torch.device(device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the conversation to a safetensors file; see `storage.save_cache`."""

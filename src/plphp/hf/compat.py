@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 from transformers import cache_utils
 from transformers.modeling_utils import AttentionInterface
 
@@ -77,14 +77,35 @@ def layer_windows(config: Any) -> list[int | str | None]:
     Layers of another kind (linear, chunked, shared KV) cannot be pruned and are left alone.
     """
     windows: list[int | str | None] = []
-    for kind, options in _layer_kinds(config):
-        if kind == "full_attention":
+    lent = _lenders(config)
+    for index, (kind, options) in enumerate(_layer_kinds(config)):
+        if index in lent:
+            windows.append("shared_kv")
+        elif kind == "full_attention":
             windows.append(None)
         elif kind == "sliding_attention":
             windows.append(int(options["sliding_window"]))
         else:
             windows.append(str(kind))
     return windows
+
+
+def _lenders(config: Any) -> set[int]:
+    """Layers whose keys and values later layers attend to as well (Gemma 3n, Gemma 4).
+
+    Those layers choose for themselves what they look at: what they borrow has to stay whole.
+    """
+    kinds = getattr(config, "layer_types", None) or []
+    first = len(kinds) - (getattr(config, "num_kv_shared_layers", None) or 0)
+    return {max(i for i in range(first) if kinds[i] == kind) for kind in kinds[first:]}
+
+
+def held_tensors(layer: Any) -> list[Tensor]:
+    """What one of transformers' own cache layers holds: keys and values, or states."""
+    found: list[Any] = []
+    for value in vars(layer).values():
+        found += value.values() if isinstance(value, dict) else [value]
+    return [value for value in found if isinstance(value, Tensor)]
 
 
 def stock_layers(config: Any) -> list[Any]:

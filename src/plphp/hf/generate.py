@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,11 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         refuse(pruning.model, generation_config, kwargs)
+        # "dynamic" asks for what we bring anyway, but may not stand beside a cache.
+        kwargs.pop("cache_implementation", None)
+        if getattr(generation_config, "cache_implementation", None) is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.cache_implementation = None
         cache = kwargs.pop("past_key_values", None)
         if cache is None:
             cache = PrunedCache(pruning.model)

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from plphp.cache import LayerReport, Report, layer_report, untouched_report
+from plphp.cache import LayerReport, Report, allocated, layer_report, untouched_report
+from plphp.hf import compat
 from plphp.hf.cache import PrunedCache, PrunedLayer
 from plphp.hf.turn import Turn
 
@@ -43,11 +44,12 @@ def _pair(layer: Any) -> list[Tensor]:
 
 def _full_bytes(layer: Any) -> int:
     """Bytes of all columns seen, dropped ones included; a layer left alone counts as it is."""
+    if not isinstance(layer, PrunedLayer):
+        return allocated(compat.held_tensors(layer))
     total = 0
     for tensor in _pair(layer):
-        batch, heads, slots, dim = tensor.shape
-        columns = layer.logical if isinstance(layer, PrunedLayer) else slots
-        total += batch * heads * columns * dim * tensor.element_size()
+        batch, heads, _, dim = tensor.shape
+        total += batch * heads * layer.logical * dim * tensor.element_size()
     return total
 
 
@@ -58,6 +60,9 @@ def _notes(cache: PrunedCache, turn: Turn) -> list[str]:
         notes.append("nothing was pruned: the prompt has no vision tokens")
     alone = [i for i, layer in enumerate(cache.layers) if not isinstance(layer, PrunedLayer)]
     if alone:
-        why = "their attention window does not cover the prompt, or they hold no ordinary KV cache"
+        why = (
+            "their attention window does not cover the prompt, other layers share their keys and "
+            "values, or they hold no ordinary KV cache"
+        )
         notes.append(f"layers left alone: {', '.join(map(str, alone))} ({why})")
     return notes
