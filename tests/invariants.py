@@ -22,7 +22,7 @@ from oracle import Numbers
 STEPS = 16
 KV_HEADS = tiny.TEXT["num_key_value_heads"]
 EVERY = {**tiny.FAMILIES, **tiny.VARIANTS}
-ROWS = {**tiny.ROWS, "crossing": tiny.CROSSING, "videos": tiny.VIDEOS}
+ROWS = {**tiny.ROWS, "crossing": tiny.CROSSING, "videos": tiny.VIDEOS, "touching": tiny.TOUCHING}
 LOGITS = 1e-4
 EXEMPT = 0.02
 

@@ -25,12 +25,36 @@ from tiny.base import (
     no_types,
     randomize,
 )
+from tiny.refused import REFUSED, Refused
 
 __all__ = [
-    "CORE", "CROSSING", "FAMILIES", "IMAGE", "NONE", "ONE", "PAD", "ROWS", "SPECIAL", "TEXT",
-    "THREE", "VARIANTS", "VIDEO", "VIDEOS", "VOCAB", "Family", "Image", "Row", "RowSpec",
-    "left_pad", "mm_types", "no_types", "randomize",
-]  # fmt: skip
+    "CORE",
+    "CROSSING",
+    "FAMILIES",
+    "IMAGE",
+    "NONE",
+    "ONE",
+    "PAD",
+    "REFUSED",
+    "ROWS",
+    "SPECIAL",
+    "TEXT",
+    "THREE",
+    "TOUCHING",
+    "VARIANTS",
+    "VIDEO",
+    "VIDEOS",
+    "VOCAB",
+    "Family",
+    "Image",
+    "Refused",
+    "Row",
+    "RowSpec",
+    "left_pad",
+    "mm_types",
+    "no_types",
+    "randomize",
+]
 
 EVERY = [*grids.FAMILIES, *llava.FAMILIES, *idefics.FAMILIES, *tiles.FAMILIES, *google.FAMILIES]
 
@@ -54,6 +78,8 @@ ROWS: dict[str, tuple[RowSpec, ...]] = {
 }
 # Two videos in a row, beside one and beside none
 VIDEOS = (NONE, RowSpec(images=0, text=30, videos=1), RowSpec(images=0, text=30, videos=2))
+# Three images without text between them
+TOUCHING = (NONE, RowSpec(images=3, text=30, touching=True))
 # Three images of 22 and this text are 122 and 125 tokens: decoding crosses the window of
 # idefics2_window
 CROSSING = (RowSpec(images=3, text=56), RowSpec(images=3, text=59))

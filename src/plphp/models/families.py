@@ -67,4 +67,10 @@ def refusal(config: Any) -> str:
             "its encoder reads the images and its decoder reaches them by cross-attention: there "
             "are no vision tokens in the decoder's KV cache that this method could drop"
         )
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    if getattr(text, "kv_lora_rank", None):
+        return (
+            "its layers cache one compressed latent a token for all heads (multi-head latent "
+            "attention): no head could keep tokens of its own"
+        )
     return ""
