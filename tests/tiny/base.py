@@ -129,10 +129,14 @@ class Family:
         return model
 
     def make_inputs(
-        self, model: PreTrainedModel, rows: Sequence[RowSpec], seed: int
+        self, model: PreTrainedModel | PreTrainedConfig, rows: Sequence[RowSpec], seed: int
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """(inputs for forward and generate, spans): rows are padded on the left."""
-        drawn = [self._row(model.config, spec, seed) for spec in rows]
+        """(inputs for forward and generate, spans): rows are padded on the left.
+
+        A config does as well as its model.
+        """
+        config = getattr(model, "config", model)
+        drawn = [self._row(config, spec, seed) for spec in rows]
         ids = left_pad([row.ids for row in drawn], PAD)
         spans = left_pad([row.spans for row in drawn], -1)
         inputs = {"input_ids": ids, "attention_mask": (spans >= 0).long()}

@@ -17,12 +17,14 @@ from plphp.models.sizes import Sizes
 class Family:
     """images, videos: tokens per image and per video, where the processor's outputs tell
     layout: which runs make up an image, where they do not
+    frames: frames of a video are written as images are, and only a caller can tell
     refused: why the family cannot be pruned, where it cannot
     """
 
     images: Sizes = sizes.unknown
     videos: Sizes = sizes.unknown
     layout: Layout = layouts.apart
+    frames: bool = False
     refused: str = ""
 
 
@@ -42,9 +44,9 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": Family(images=sizes.anyres, videos=sizes.pooled_frames),
     "idefics2": Family(layout=layouts.fives),
     "idefics3": TILES_THEN_WHOLE,
-    "smolvlm": TILES_THEN_WHOLE,  # a frame of a video is written as an image: it counts as one
+    "smolvlm": Family(layout=layouts.whole_last, frames=True),
     "aya_vision": TILES_THEN_WHOLE,
-    "internvl": GENERIC,  # <img> and </img> around all tiles of an image, or a frame of a video
+    "internvl": Family(frames=True),  # <img> and </img> around all tiles of an image, or a frame
     "ovis2": ONE_TOKEN_BETWEEN,
     "cohere2_vision": ONE_TOKEN_BETWEEN,
     "mistral3": Family(images=sizes.merged_patches, layout=layouts.chained),

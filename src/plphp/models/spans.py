@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from plphp.models.sizes import NEEDED, Inputs
 from plphp.policy.view import PADDING
 
 IMAGE, VIDEO = 1, 2  # codes of mm_token_type_ids
+FRAMES = (
+    "images of one size may be frames of a video, which this family writes as images: each counts "
+    "as an image of its own unless vision_mask=... says otherwise"
+)
 
 
 def vision_spans(
@@ -127,13 +131,22 @@ def _images(
         return [[] for _ in rows]
     counts = (family.images if kind == IMAGE else family.videos)(config, inputs)
     if counts is not None:
-        images = _cut(runs, counts)
-        if images is not None:
-            return images
+        cut = _cut(runs, counts)
+        if cut is not None:
+            return cut
         name = "images" if kind == IMAGE else "videos"
         notes.append(f"{name} were told apart by the text between them only")
     each = [None] * len(rows) if ids is None else ids
-    return [family.layout(row, own) for row, own in zip(runs, each, strict=True)]
+    images = [family.layout(row, own) for row, own in zip(runs, each, strict=True)]
+    if family.frames and any(map(_may_be_frames, images)):
+        notes.append(FRAMES)
+    return images
+
+
+def _may_be_frames(images: list[list[Run]]) -> bool:
+    """Whether two neighbours are one run each and equally long, as the frames of a video are."""
+    sizes = [sum(stop - start for start, stop in image) * (len(image) == 1) for image in images]
+    return any(a == b > 0 for a, b in pairwise(sizes))
 
 
 def _runs(row: list[int], kind: int) -> list[Run]:
