@@ -4,7 +4,8 @@
 
 ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 PYTHON ?= python3
-VENV ?= $(ROOT)/.venv
+VENV ?= $(ROOT)/.venv$(if $(CUDA),-cuda)
+OLDEST ?= 5.16.0
 BIN := $(VENV)/bin
 CONSTRAINTS := $(ROOT)/constraints.txt
 DEVICE := $(if $(CUDA),cuda,cpu)
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint docs figures test-gpu wheel retrain clean
+.PHONY: demo test test-all test-oldest test-gpu lint support docs figures wheel retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -28,6 +29,15 @@ docs: $(VENV)/.installed-docs
 
 figures: $(VENV)/.installed-docs
 	cd $(ROOT) && $(BIN)/python docs/make_figures.py
+
+# Everything but what needs a GPU: the full matrix, long random runs, compiled modes.
+test-all: $(VENV)/.installed-dev lint
+	cd $(ROOT) && $(BIN)/python -m pytest -m "not gpu"
+
+# Two minutes on the oldest transformers that is supported; OLDEST=5.19.0 for another.
+test-oldest: $(VENV)-$(OLDEST)/.installed
+	cd $(ROOT) && $(VENV)-$(OLDEST)/bin/python -m pytest -m "not slow and not gpu" \
+		tests/integration/test_attach.py tests/integration/test_conversation.py tests/unit
 
 test-gpu: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python -m pytest -m gpu
@@ -57,5 +67,13 @@ $(VENV)/.installed-docs: $(VENV)/.installed-dev
 	$(PIP) -e "$(ROOT)[docs]" $(if $(CUDA),,-c $(CONSTRAINTS))
 	touch $@
 
+$(VENV)-$(OLDEST)/.installed: $(CONSTRAINTS) $(ROOT)/pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) $(shell grep '^torch==' $(CONSTRAINTS)) $(TORCH_FROM)
+	grep -vE '^(transformers|tokenizers|huggingface_hub|hf-xet)==' $(CONSTRAINTS) > $(@D)/constraints.txt
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) -e "$(ROOT)[test]" transformers==$(OLDEST) \
+		-c $(@D)/constraints.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ROOT)/dist $(ROOT)/build $(ROOT)/site
+	rm -rf $(VENV) $(VENV)-$(OLDEST) $(ROOT)/dist $(ROOT)/build $(ROOT)/site

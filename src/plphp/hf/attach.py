@@ -36,6 +36,7 @@ class Pruning:
         self.vision_mask = vision_mask
         self.report: Report | None = None
         self.layers: tuple[int, ...] = ()  # decoder layers that are attached
+        self.over_ranks = compat.over_ranks(model)
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> Pruning:

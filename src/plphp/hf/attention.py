@@ -7,6 +7,7 @@ kept, under a mask of its own: the model's masks are sized for a cache that was 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -140,7 +141,10 @@ def _prune(module: nn.Module, query: Tensor, layer: PrunedLayer, kwargs: dict[st
         kwargs.get("softcap"),
     )
     index = int(module.layer_idx)  # type: ignore[arg-type]
-    plan = cache.policy.plan(LayerView(probs, spans, keys.shape[1], index, len(cache.layers)))
+    view = LayerView(probs, spans, keys.shape[1], index, len(cache.layers))
+    if cache.over_ranks is not None:
+        view = replace(view, over_ranks=cache.over_ranks)
+    plan = cache.policy.plan(view)
     turn.plans[index] = (plan, spans, slot_positions(turn, store.end))
     store.compact(plan, cache.reserve(store.logical))
     layer.raw = False

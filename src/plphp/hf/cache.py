@@ -127,6 +127,7 @@ class PrunedCache(Cache):
         self.config = compat.text_config(pruning.model)
         self.max_len = max_len
         self.policy = pruning.policy
+        self.over_ranks = pruning.over_ranks
         self.turn: Turn | None = None
         self.generating = False  # inside generate(): forwards after the prompt are its steps
         self.report: Report | None = None

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
@@ -140,3 +141,25 @@ def text_config(model: nn.Module) -> Any:
 def register_attention(function: Callable[..., Any]) -> None:
     """Offer a stateless function under our name; only attached modules ask for it."""
     AttentionInterface.register(ATTENTION, function)
+
+
+def over_ranks(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """A mean over the tensor-parallel ranks of a model loaded with tp_plan, or None without.
+
+    transformers keeps the mesh on the model; each rank holds an equal share of every layer's heads.
+    """
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None:
+        return None
+    names = mesh.mesh_dim_names or ()
+    part = mesh["tp"] if "tp" in names and mesh.ndim > 1 else mesh
+    if part.ndim != 1 or part.size() == 1 or (names and "tp" not in names):
+        return None
+    group, size = part.get_group(), int(part.size())
+
+    def mean(tensor: Tensor) -> Tensor:
+        summed = tensor.clone()
+        torch.distributed.all_reduce(summed, group=group)
+        return summed / size
+
+    return mean

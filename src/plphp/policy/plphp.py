@@ -87,7 +87,7 @@ class PLPHP:
     def plan(self, view: LayerView) -> KeepPlan:
         """What to keep of one layer. Two host reads: the number of images and the kept length."""
         spans = view.spans
-        gamma = steps.vision_attention(view.probs, spans)
+        gamma = view.over_ranks(steps.vision_attention(view.probs, spans))
         classes, rate = self.rate(gamma)
         quota, total = self.counts(rate, spans)
         scores = steps.head_scores(view.probs, view.kv_heads, self.gqa)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 
 TEXT, PADDING = 0, -1  # codes of a span tensor; i > 0 is the i-th image or video of the row
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class LayerView:
     kv_heads: int
     layer: int = 0
     layers: int = 1
+    over_ranks: Callable[[Tensor], Tensor] = _same
 
 
 @dataclass(frozen=True)
