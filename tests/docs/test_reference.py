@@ -41,10 +41,12 @@ def members(thing: Any) -> dict[str, Any]:
     if not inspect.isclass(thing):
         return {}
     kinds = (property, staticmethod, classmethod)
+    fields = vars(thing).get("__dataclass_fields__", {})
     return {
         name: value
         for name, value in vars(thing).items()
-        if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, kinds))
+        if not name.startswith("_") and name not in fields
+        if inspect.isfunction(value) or isinstance(value, kinds)
     }
 
 
