@@ -24,6 +24,8 @@ class LayerView:
     spans: (B, N) int64, 0 text, i > 0 the i-th image or video, -1 padding (never attended)
     kv_heads: Hkv, a divisor of H; query head h reads KV head h // (H / Hkv)
     layer, layers: index of this layer, from 0, and how many the decoder has
+    over_ranks: mean of a tensor over tensor-parallel ranks, which each see a share of the heads;
+        the tensor itself without them
     """
 
     probs: Tensor
