@@ -21,7 +21,7 @@ from oracle import Numbers
 
 STEPS = 16
 KV_HEADS = tiny.TEXT["num_key_value_heads"]
-EVERY = {**tiny.FAMILIES, **tiny.VARIANTS}
+EVERY = {**tiny.FAMILIES, **tiny.VARIANTS, **tiny.DECODERS}
 ROWS = {**tiny.ROWS, "crossing": tiny.CROSSING, "videos": tiny.VIDEOS, "touching": tiny.TOUCHING}
 LOGITS = 1e-4
 EXEMPT = 0.02
@@ -58,7 +58,15 @@ class Truth:
 
     def select(self, **options: object) -> oracle.Selection:
         numbers = replace(self.numbers, **options)
-        return oracle.select(self.probabilities, self.spans, numbers, KV_HEADS, self.whole)
+        return selection(self.name, self.probabilities, self.spans, numbers)
+
+
+def selection(
+    name: str, probabilities: list[Tensor], spans: Tensor, numbers: Numbers
+) -> oracle.Selection:
+    whole = EVERY[name].whole_layers(spans.shape[1])
+    keyless = EVERY[name].keyless
+    return oracle.select(probabilities, spans, numbers, KV_HEADS, whole, keyless)
 
 
 @cache
@@ -67,14 +75,15 @@ def truth(name: str, seed: int, rows: str) -> Truth:
     inputs, spans = EVERY[name].make_inputs(model, ROWS[rows], seed)
     probabilities = oracle.prefill(model, inputs)
     tokens, logits = generate(model, inputs)
-    whole = EVERY[name].whole_layers(spans.shape[1])
-    numbers = thresholds(oracle.select(probabilities, spans, Numbers(), KV_HEADS, whole))
+    numbers = thresholds(selection(name, probabilities, spans, Numbers()))
     return Truth(name, seed, ROWS[rows], inputs, spans, probabilities, numbers, tokens, logits)
 
 
 def thresholds(selection: oracle.Selection) -> Numbers:
     """alpha and beta between the model's own gammas, so that layers of all three classes occur."""
     gammas = sorted(g for layer in selection.choices for row in layer if (g := row.gamma) >= 0)
+    if len(gammas) == 1:  # balanced
+        return Numbers(r=0.4, delta_r=0.3, alpha=2 * gammas[0], beta=gammas[0] / 2)
     third = max(1, len(gammas) // 3)
     return Numbers(
         r=0.4,
@@ -200,7 +209,8 @@ def check_whole_layers(truth: Truth, report: Any) -> None:
 def check_retention(truth: Truth, report: Any) -> None:
     """Retention is the share of vision entries that is kept, and tokens of padding never are."""
     kept = sum(int((layer >= 0).sum()) for layer in kept_of(report))
-    vision = int((truth.spans > 0).sum()) * KV_HEADS * len(report.layers)
+    heads = sum(layer.shape[1] for layer in kept_of(report))
+    vision = int((truth.spans > 0).sum()) * heads
     assert report.retention == pytest.approx(kept / vision)
     assert report.images == tuple(truth.spans.amax(1).clamp(min=0).tolist())
     assert report.prompt == tuple((truth.spans >= 0).sum(1).tolist())

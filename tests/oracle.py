@@ -69,17 +69,35 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
 def instrumented(model: PreTrainedModel) -> tuple[PreTrainedModel, list[Probe]]:
-    """A deep copy whose decoder attends through `attend`, and its probes, layer by layer."""
+    """A deep copy whose decoder attends through `attend`, and its probes, layer by layer.
+
+    The probe of a layer without attention stays empty.
+    """
     assert "generate" not in vars(model), "the oracle needs a model to which nothing is attached"
     model = copy.deepcopy(model)
     decoder = model.get_decoder()
     decoder.config._attn_implementation = ATTENTION
     probes = []
     for layer in decoder.layers:
-        assert layer.self_attn.config._attn_implementation == ATTENTION
-        layer.self_attn.oracle_probe = Probe()
-        probes.append(layer.self_attn.oracle_probe)
+        probes.append(Probe())
+        if attends(layer):
+            assert layer.self_attn.config._attn_implementation == ATTENTION
+            layer.self_attn.oracle_probe = probes[-1]
     return model, probes
+
+
+def attends(layer: torch.nn.Module) -> bool:
+    return hasattr(layer, "self_attn")
+
+
+def whole_cache(model: PreTrainedModel) -> DynamicCache:
+    """A cache that keeps every token of every layer, sliding ones too: one made without a config.
+
+    Layers with a state in place of a cache need the config.
+    """
+    decoder = model.get_decoder()
+    every = all(attends(layer) for layer in decoder.layers)
+    return DynamicCache() if every else DynamicCache(config=decoder.config)
 
 
 class Forced(LogitsProcessor):
@@ -98,14 +116,13 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """(tokens [B, steps], logits [B, steps, V]) of the model's own greedy generate().
 
-    generate() and not a loop of ours: positions, M-RoPE deltas included, are then the model's. A
-    cache made without a config keeps every token of every layer, sliding layers too.
+    generate() and not a loop of ours: positions, M-RoPE deltas included, are then the model's.
     """
     out = model.generate(
         **inputs,
         max_new_tokens=steps,
         do_sample=False,
-        past_key_values=DynamicCache(),
+        past_key_values=whole_cache(model),
         logits_processor=[] if tokens is None else [Forced(tokens)],
         output_logits=True,
         return_dict_in_generate=True,
@@ -114,10 +131,15 @@ def generate(
 
 
 def prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Each layer's attention of the last prompt token: float64 [B, H, N], N with the padding."""
+    """Each layer's attention of the last prompt token: float64 [B, H, N], N with the padding.
+
+    Empty for a layer without attention.
+    """
     model, probes = instrumented(model)
     generate(model, inputs, steps=1)
-    return [probe.probabilities for probe in probes]
+    return [
+        torch.empty(0) if probe.probabilities is None else probe.probabilities for probe in probes
+    ]
 
 
 def decode(
@@ -135,7 +157,7 @@ def decode(
     """
     model, probes = instrumented(model)
     for probe, layer in zip(probes, kept, strict=True):
-        probe.hidden = hidden_columns(spans, layer)
+        probe.hidden = hidden_columns(spans, layer) if layer.shape[1] else None
     return generate(model, inputs, steps, tokens)
 
 
@@ -205,13 +227,17 @@ def select(
     numbers: Numbers,
     num_kv_heads: int,
     whole: Collection[int] = (),
+    keyless: Collection[int] = (),
 ) -> Selection:
-    """`probabilities` and `spans` in columns of the padded batch; `whole` layers keep all."""
+    """`probabilities` and `spans` in columns of the padded batch.
+
+    `whole` layers keep all, of which `keyless` ones have no keys of their own and so no KV heads.
+    """
     rows = range(spans.shape[0])
     unpadded = [spans[row, padding(spans[row]) :].tolist() for row in rows]
     choices = tuple(
         tuple(
-            keep_all(unpadded[row], num_kv_heads)
+            keep_all(unpadded[row], 0 if index in keyless else num_kv_heads)
             if index in whole
             else choose(layer[row, :, padding(spans[row]) :], unpadded[row], numbers, num_kv_heads)
             for row in rows
@@ -308,7 +334,7 @@ def top(score: dict[int, float], candidates: set[int], count: int) -> tuple[list
 
 def pad_positions(rows: list[tuple[frozenset[int], ...]]) -> Tensor:
     """[B, Hkv, K], each head's positions ascending, then -1."""
-    width = max(len(head) for row in rows for head in row)
+    width = max((len(head) for row in rows for head in row), default=0)
     return torch.tensor(
         [[sorted(head) + [-1] * (width - len(head)) for head in row] for row in rows],
         dtype=torch.long,

@@ -8,7 +8,7 @@ alone, so that the same row can be asked for by itself and inside a padded batch
 A new family is one entry in the file of its relatives.
 """
 
-from tiny import google, grids, idefics, llava, tiles
+from tiny import decoders, google, grids, idefics, llava, tiles
 from tiny.base import (
     IMAGE,
     PAD,
@@ -25,11 +25,12 @@ from tiny.base import (
     no_types,
     randomize,
 )
-from tiny.refused import REFUSED, Refused
+from tiny.refused import MODELS, Refused
 
 __all__ = [
     "CORE",
     "CROSSING",
+    "DECODERS",
     "FAMILIES",
     "IMAGE",
     "NONE",
@@ -66,6 +67,11 @@ CORE: dict[str, Family] = {
 }
 # The same classes in other circumstances
 VARIANTS: dict[str, Family] = {family.name: family for family in idefics.VARIANTS}
+
+# One class around decoders whose layers are not all ordinary attention
+DECODERS: dict[str, Family] = {family.name: family for family in decoders.HYBRID}
+# Models that cannot be pruned
+REFUSED: dict[str, Refused] = {model.name: model for model in (*MODELS, *decoders.HOPELESS)}
 
 # Rows that conformance tests use: one image, three, and both beside a row without any
 ONE = RowSpec(images=1, text=40)

@@ -99,7 +99,8 @@ class Family:
     collate: the model inputs that carry the pixels of a batch's rows
     types: what the processor says of token types, from 0 text, 1 image, 2 video
     merged: a token that the processor writes once where two meet
-    sliding, window: layers that see that many columns only: left alone when prompts are longer
+    alone, longer: layers that pruning leaves alone, for prompts of more columns than that
+    keyless: those of them that have no keys and values of their own
     videos_told: whether what the processor returns says which frames make a video
     """
 
@@ -111,8 +112,9 @@ class Family:
     draw_video: Draw | None = None
     types: Callable[[Tensor], dict[str, Tensor]] = no_types
     merged: int | None = None
-    sliding: tuple[int, ...] = ()
-    window: int = 0
+    alone: tuple[int, ...] = ()
+    longer: int = 0
+    keyless: tuple[int, ...] = ()
     videos_told: bool = True
 
     @property
@@ -147,7 +149,7 @@ class Family:
 
     def whole_layers(self, length: int) -> set[int]:
         """Layers that pruning leaves alone for prompts of `length` columns, padding included."""
-        return set(self.sliding) if length > self.window else set()
+        return set(self.alone) if length > self.longer else set()
 
     def _row(self, config: PreTrainedConfig, spec: RowSpec, seed: int) -> Row:
         generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, spec)).encode()))
@@ -203,8 +205,9 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
     layers = model.get_decoder().layers
     sharp = {
         id(projection.weight): math.sqrt(std)
-        for layer, std in zip(layers, SHARPNESS[: len(layers)], strict=True)
-        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+        for attention, std in zip(attentions(layers), SHARPNESS, strict=True)
+        for name in ("q_proj", "k_proj")
+        if (projection := getattr(attention, name, None)) is not None
     }
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -223,6 +226,11 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
         model.lm_head.weight[:SPECIAL] = 0.0
 
 
+def attentions(layers: Any) -> list[Any]:
+    """Each layer's attention; None for a layer of another kind."""
+    return [getattr(layer, "self_attn", None) for layer in layers]
+
+
 def fan_in(name: str, weight: Tensor) -> int:
     """Inputs of one output: experts hold a matrix each, all else one row an output."""
     return min(weight.shape[1:]) if "experts" in name else weight[0].numel()
@@ -230,9 +238,9 @@ def fan_in(name: str, weight: Tensor) -> int:
 
 def sharpen_norms(layers: Any) -> None:
     """Where queries and keys are normalized, their weights do not tell layers apart: norms do."""
-    for layer, std in zip(layers, SHARPNESS, strict=False):
-        norm = getattr(layer.self_attn, "k_norm", None)
-        if norm is not None:
+    for attention, std in zip(attentions(layers), SHARPNESS, strict=True):
+        norm = getattr(attention, "k_norm", None)
+        if getattr(norm, "weight", None) is not None:
             gain = norm(torch.ones(1, 1, norm.weight.shape[-1])).mean()  # some start at 0 and add 1
             norm.weight.add_((std - 1) * gain)
 

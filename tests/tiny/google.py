@@ -128,8 +128,8 @@ FAMILIES = (
         gemma3_image,
         collate,
         types=gemma3_types,
-        sliding=(1,),
-        window=WINDOW,
+        alone=(1,),
+        longer=WINDOW,
     ),
     Family(
         "paligemma",

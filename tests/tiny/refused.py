@@ -60,11 +60,8 @@ def t5gemma2_config() -> PreTrainedConfig:
     )
 
 
-REFUSED = {
-    family.name: family
-    for family in (
-        Refused("mllama", "MllamaForConditionalGeneration", mllama_config),
-        Refused("t5gemma2", "T5Gemma2ForConditionalGeneration", t5gemma2_config),
-        Refused("llama", "LlamaForCausalLM", llama_config),
-    )
-}
+MODELS = (
+    Refused("mllama", "MllamaForConditionalGeneration", mllama_config),
+    Refused("t5gemma2", "T5Gemma2ForConditionalGeneration", t5gemma2_config),
+    Refused("llama", "LlamaForCausalLM", llama_config),
+)

@@ -187,7 +187,7 @@ FAMILIES = (
         cohere2_vision_config,
         cohere2_image,
         collate,
-        sliding=(0,),
-        window=WINDOW,
+        alone=(0,),
+        longer=WINDOW,
     ),
 )

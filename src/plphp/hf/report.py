@@ -19,7 +19,7 @@ def build_report(cache: PrunedCache, turn: Turn) -> Report:
     return Report(
         layers=tuple(_layer(cache, turn, index) for index in range(len(cache.layers))),
         kv_bytes=cache.kv_bytes(),
-        kv_bytes_full=sum(_full_bytes(layer) for layer in cache.layers),
+        kv_bytes_full=sum(_full_bytes(layer, turn.end) for layer in cache.layers),
         prompt=tuple((counts >= 0).sum(-1).tolist()),
         images=tuple(counts.amax(-1).clamp(min=0).tolist()),
         notes=(*turn.notes, *_notes(cache, turn)),
@@ -31,7 +31,7 @@ def _layer(cache: PrunedCache, turn: Turn, index: int) -> LayerReport:
         return layer_report(index, *turn.plans[index])
     assert turn.spans is not None
     pair = _pair(cache.layers[index])
-    kv_heads = pair[0].shape[1] if pair else 1
+    kv_heads = pair[0].shape[1] if pair else 0  # such as a linear layer: it has no entries
     return untouched_report(index, turn.spans, turn.positions(), kv_heads)
 
 
@@ -42,14 +42,14 @@ def _pair(layer: Any) -> list[Tensor]:
     return [tensor for tensor in pair if isinstance(tensor, Tensor)]
 
 
-def _full_bytes(layer: Any) -> int:
+def _full_bytes(layer: Any, seen: int) -> int:
     """Bytes of all columns seen, dropped ones included; a layer left alone counts as it is."""
     if not isinstance(layer, PrunedLayer):
         return allocated(compat.held_tensors(layer))
     total = 0
     for tensor in _pair(layer):
         batch, heads, _, dim = tensor.shape
-        total += batch * heads * layer.logical * dim * tensor.element_size()
+        total += batch * heads * seen * dim * tensor.element_size()
     return total
 
 
