@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plphp.cache import KVStore, allocated
+from plphp.cache import KVStore, StaticStore, allocated
 from plphp.policy import KeepPlan
 from plphp.policy.view import pack
 
@@ -107,3 +107,36 @@ def test_reorder_moves_rows_and_crop_forgets_the_end() -> None:
     store.crop(2)
     assert store.end == store.logical == 4
     assert torch.equal(store.held()[0][2], keys[0, :, :4])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 30), st.lists(st.integers(1, 5), max_size=6), st.sampled_from([None, 24]))
+def test_a_frozen_store_is_the_same_store(
+    length: int, steps: list[int], window: int | None
+) -> None:
+    """Appending, hiding and thawing with lengths on the device, against lengths on the host."""
+    store, _, _ = filled(length, window)
+    keep = torch.rand(2, 3, length) > 0.4
+    keep[0] = keep[0, :1]  # every head keeps equally many
+    keep[1] = keep[1, :1]
+    keep[..., -1] = True
+    store.compact(plan(keep), reserve=40)
+    other = KVStore(store.keys.clone(), store.values.clone())
+    other.window, other.start, other.ragged = store.window, store.start, store.ragged
+    other.end, other.logical = store.end, store.logical
+    other.positions = None if store.positions is None else store.positions.clone()
+    frozen = StaticStore(other)
+    for step in steps:
+        keys, values = torch.randn(2, 3, step, 4), torch.randn(2, 3, step, 5)
+        store.append(keys, values)
+        frozen.append(keys, values)
+        wanted = store.visible(step)
+        got = frozen.visible(step)
+        assert not got[..., store.end :].any()
+        wanted = torch.ones(1, 1, 1, 1, dtype=torch.bool) if wanted is None else wanted
+        shape = (2, 3, step, store.end)
+        assert torch.equal(got[..., : store.end].expand(shape), wanted.expand(shape))
+    thawed = frozen.thaw()
+    assert (thawed.end, thawed.logical, thawed.ragged) == (store.end, store.logical, store.ragged)
+    for a, b in zip(thawed.held(), store.held(), strict=True):
+        assert torch.equal(a, b)

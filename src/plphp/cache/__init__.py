@@ -2,6 +2,16 @@
 
 from plphp.cache.memory import allocated
 from plphp.cache.report import LayerReport, Report, layer_report, untouched_report
+from plphp.cache.static import StaticStore, bucketed
 from plphp.cache.store import KVStore
 
-__all__ = ["KVStore", "LayerReport", "Report", "allocated", "layer_report", "untouched_report"]
+__all__ = [
+    "KVStore",
+    "LayerReport",
+    "Report",
+    "StaticStore",
+    "allocated",
+    "bucketed",
+    "layer_report",
+    "untouched_report",
+]

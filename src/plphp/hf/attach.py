@@ -167,16 +167,16 @@ def _begin(pruning: Pruning) -> Hook:
         if given is None:
             raise ValueError("a forward of an attached model needs input_ids or inputs_embeds")
         batch, columns = given.shape[:2]
-        past = cache.get_seq_length()
         if not cache.generating:
             cache.check()
+            past = int(cache.get_seq_length())
             if columns > 1 or past == 0:  # a bare forward: what it brings is the prompt
                 cache.open(Turn(columns, source, pruning.model.config, pruning.vision_mask))
             positions = later_positions(model, cache.shift, past, columns, source)
             if positions is not None:
                 kwargs["position_ids"] = positions
         turn = cache.turn
-        if turn is not None and past + columns >= turn.end:
+        if turn is not None and int(cache.get_seq_length()) + columns >= turn.end:
             turn.locate(batch, kwargs.get("attention_mask"))
         return args, kwargs
 

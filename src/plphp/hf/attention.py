@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from plphp.attention import attend, last_token_probabilities
+from plphp.cache import KVStore
 from plphp.errors import (
     UnsupportedModeError,
     UnsupportedModelError,
@@ -102,9 +103,9 @@ def pruned_attention(
         output, weights = original(view.module_view, query, key, value, attention_mask, **kwargs)
     else:
         output, weights = _attend(module, query, key, value, layer, kwargs), None
-    if isinstance(layer, PrunedLayer):
+    if isinstance(layer, PrunedLayer) and layer.cache.turn is not None:
         with torch.no_grad():
-            _prune(module, query, layer, kwargs)
+            _prune(module, query, layer, layer.cache.turn, kwargs)
     return output, weights
 
 
@@ -123,10 +124,12 @@ def _attend(
     return output.transpose(1, 2).contiguous()
 
 
-def _prune(module: nn.Module, query: Tensor, layer: PrunedLayer, kwargs: dict[str, Any]) -> None:
+def _prune(
+    module: nn.Module, query: Tensor, layer: PrunedLayer, turn: Turn, kwargs: dict[str, Any]
+) -> None:
     """Score the prompt's last token and compact, once the layer holds the whole prompt."""
-    cache, store, turn = layer.cache, layer.store, layer.cache.turn
-    if store is None or turn is None or not turn.prunes or store.logical < turn.end:
+    cache, store = layer.cache, layer.store
+    if not isinstance(store, KVStore) or not turn.prunes or store.logical < turn.end:
         return
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
@@ -146,8 +149,11 @@ def _prune(module: nn.Module, query: Tensor, layer: PrunedLayer, kwargs: dict[st
         view = replace(view, over_ranks=cache.over_ranks)
     plan = cache.policy.plan(view)
     turn.plans[index] = (plan, spans, slot_positions(turn, store.end))
-    store.compact(plan, cache.reserve(store.logical))
+    longest = plan.columns.shape[-1]
+    store.compact(plan, cache.reserve(longest, store.logical))
     layer.raw = False
+    if cache.static:
+        layer.freeze()
 
 
 def _last_queries(query: Tensor, turn: Turn, logical: int) -> Tensor:

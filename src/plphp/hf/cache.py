@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from plphp.cache import KVStore, Report, allocated
+from plphp.cache import KVStore, Report, StaticStore, allocated, bucketed
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.turn import Turn
@@ -31,8 +31,9 @@ class PrunedLayer(CacheLayerMixin):
         self.window = window
         self.cache = cache
         self.is_sliding = window is not None
-        self.store: KVStore | None = None
+        self.store: KVStore | StaticStore | None = None
         self.raw = True
+        self.is_compileable = cache.static
         self.home: torch.device | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -49,19 +50,28 @@ class PrunedLayer(CacheLayerMixin):
         self.store.append(key_states, value_states)
         return self.store.held()
 
-    @property
-    def logical(self) -> int:
-        """Columns seen so far, dropped ones included."""
+    def freeze(self) -> None:
+        """Move lengths to the device: what follows is decoding."""
+        if isinstance(self.store, KVStore):
+            self.store = StaticStore(self.store)
+
+    def thaw(self) -> None:
+        """Bring lengths back to the host: what follows is a prompt."""
+        if isinstance(self.store, StaticStore):
+            self.store = self.store.thaw()
+
+    def get_seq_length(self) -> Any:
+        """Columns seen so far, dropped ones included; a tensor while the layer is frozen."""
         return 0 if self.store is None else self.store.logical
 
-    def get_seq_length(self) -> int:
-        return self.logical
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.logical + query_length, 0
+        if isinstance(self.store, StaticStore) and self.cache.max_len is not None:
+            return self.cache.max_len, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        return -1
+        most = self.cache.max_len
+        return most if self.cache.static and most is not None else -1
 
     def reset(self) -> None:
         self.store, self.raw, self.is_initialized = None, True, False
@@ -83,7 +93,7 @@ class PrunedLayer(CacheLayerMixin):
         columns = abs(tokens_to_remove)
         if self.store is None:
             return
-        if self.store.logical - columns < self.cache.last_image:
+        if int(self.store.logical) - columns < self.cache.last_image:
             raise UnsupportedModeError(
                 f"cannot crop {columns} tokens: that reaches into pruned images; start a new cache"
             )
@@ -98,6 +108,8 @@ class PrunedLayer(CacheLayerMixin):
 
     def move(self, device: torch.device) -> None:
         """Move what is held; `prefetch` brings it back to where it was computed."""
+        if isinstance(self.store, StaticStore):
+            raise UnsupportedModeError("a static cache stays on its device")
         if self.store is not None:
             self.home = self.home or self.store.keys.device
             self.store.to(device)
@@ -108,6 +120,7 @@ class PrunedCache(Cache):
 
     `generate(..., past_key_values=cache)` on an attached model keeps it for later turns.
     max_len: columns (prompt and answer) to make room for at once; grows as needed without it.
+    static: keep lengths on the device and buffers in place, for compiled decoding; needs max_len.
     Holds no gradients: a prompt's own forward can be differentiated, later tokens see constants.
     Raises UnsupportedModeError for a model that is not attached.
     """
@@ -120,12 +133,10 @@ class PrunedCache(Cache):
             raise UnsupportedModeError(
                 "PrunedCache needs an attached model: call plphp.prune(model) first"
             )
-        if static:
-            raise UnsupportedModeError(
-                "static pruned caches are not implemented yet: use static=False"
-            )
+        if static and max_len is None:
+            raise ValueError("static=True needs max_len, the columns of prompt and answer together")
         self.config = compat.text_config(pruning.model)
-        self.max_len = max_len
+        self.max_len, self.static = max_len, static
         self.policy = pruning.policy
         self.over_ranks = pruning.over_ranks
         self.turn: Turn | None = None
@@ -149,7 +160,7 @@ class PrunedCache(Cache):
 
     def check(self) -> None:
         """Raise UnsupportedModeError if an exception left this cache in the middle of a forward."""
-        lengths = {layer.logical for _, layer in self.pruned_layers()}
+        lengths = {int(layer.get_seq_length()) for _, layer in self.pruned_layers()}
         if self.turn is not None or len(lengths) > 1:
             raise UnsupportedModeError(
                 "this cache was interrupted in the middle of a forward; start a new one"
@@ -158,9 +169,19 @@ class PrunedCache(Cache):
     def open(self, turn: Turn) -> None:
         """Announce a prompt; the forwards that follow bring its columns."""
         self.check()
+        for _, layer in self.pruned_layers():
+            layer.thaw()
         turn.begin = self.get_seq_length()
+        if self.max_len is not None and self.static and turn.end > self.max_len:
+            raise ValueError(f"the prompt ends at column {turn.end}, max_len is {self.max_len}")
         if turn.begin == 0:
             self.layers = self._layers(turn.length)
+            if self.static and not all(isinstance(layer, PrunedLayer) for layer in self.layers):
+                raise UnsupportedModeError(
+                    "static=True needs every layer to be prunable; this model has others: "
+                    "use static=False"
+                )
+        turn.static = self.static
         self.turn = turn
 
     def pruned_layers(self) -> Iterator[tuple[int, PrunedLayer]]:
@@ -168,9 +189,12 @@ class PrunedCache(Cache):
             if isinstance(layer, PrunedLayer):
                 yield index, layer
 
-    def reserve(self, logical: int) -> int | None:
-        """Slots to keep free in a layer that has seen `logical` columns; None for the default."""
-        return None if self.max_len is None else max(self.max_len - logical, 1)
+    def reserve(self, longest: int, logical: int) -> int | None:
+        """Slots to keep free beside `longest` kept ones of `logical` columns; None by default."""
+        if self.max_len is None:
+            return None
+        more = max(self.max_len - logical, 1)
+        return bucketed(longest + more) - longest if self.static else more
 
     def tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:

@@ -41,12 +41,18 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         source = dict(kwargs)
         if inputs is not None:
             source["input_ids" if inputs.dim() == 2 else "inputs_embeds"] = inputs
-        past = cache.get_seq_length()
+        past = int(cache.get_seq_length())
         length = new_columns(source, past)
         positions = later_positions(pruning.model, cache.shift, past, length, source)
         if positions is not None:  # else generate() would take those of the model's last prompt
             columns = length if source.get("input_ids") is None else source["input_ids"].shape[1]
             kwargs["position_ids"] = torch.nn.functional.pad(positions, (columns - length, 0))
+        answer = kwargs.get("max_new_tokens")
+        if cache.static and answer is not None and past + length + answer - 1 > cache.max_len:
+            raise ValueError(
+                f"{past + length} columns and {answer} new tokens do not fit max_len="
+                f"{cache.max_len}"
+            )
         cache.open(Turn(length, source, pruning.model.config, pruning.vision_mask))
         cache.generating = True
         try:

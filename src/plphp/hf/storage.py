@@ -32,9 +32,10 @@ def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
             raise UnsupportedModeError(
                 f"layer {index} was left to transformers; such a cache cannot be saved"
             )
-        if layer.store is None:
-            raise UnsupportedModeError("the cache is empty: nothing to save")
         store = layer.store
+        if not isinstance(store, KVStore):
+            what = "is empty" if store is None else "is static"
+            raise UnsupportedModeError(f"the cache {what}: it cannot be saved")
         keys, values = store.held()
         held = {"keys": keys, "values": values, "start": store.start}
         if store.positions is not None:

@@ -35,6 +35,7 @@ class Turn:
     notes: tuple[str, ...] = ()
     prunes: bool = False  # whether there is anything to drop: vision tokens or padding
     tokens_before: Tensor | None = None
+    static: bool = False  # lengths go to the device afterwards: every layer is compacted
     plans: dict[int, tuple[KeepPlan, Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -51,14 +52,15 @@ class Turn:
         spans = spans.repeat_interleave(batch // len(spans), dim=0)
         self.tokens_before = torch.full((batch,), self.begin, device=spans.device)
         mask = attention_mask if attention_mask is not None else self.source.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = _padding(mask, self.end)
+        if mask is not None:
             mask = mask.to(spans.device).repeat_interleave(batch // len(mask), dim=0)
             new = mask[:, : self.end][:, -self.length :]
             spans = spans.masked_fill(new == 0, -1)
             if mask.shape[1] >= self.end:
                 self.tokens_before = mask[:, : self.begin].sum(-1)
         self.spans = spans
-        self.prunes = bool((spans != 0).any())
+        self.prunes = self.static or bool((spans != 0).any())
 
     @property
     def last_image(self) -> int:
@@ -97,6 +99,18 @@ class Turn:
     def _columns(self, tensor: Tensor | None) -> Tensor | None:
         """This prompt's columns of a (B, N) tensor that may also hold earlier turns."""
         return None if tensor is None else tensor[:, -self.length :]
+
+
+def _padding(mask: Any, end: int) -> Tensor | None:
+    """(B, columns) 0 for padding, of a 2D mask or of the 4D masks that static caches get."""
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 2:
+        return mask
+    row = mask[:, 0, -1, :end]  # what the last token of the prompt may see
+    return row if row.dtype == torch.bool else row == 0
 
 
 def slot_spans(turn: Turn, start: Tensor, end: int) -> Tensor:

@@ -1,0 +1,121 @@
+"""Static caches: the same tokens with lengths on the device, and one graph for every step."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CompileConfig
+
+import plphp
+import tiny
+
+FAMILIES = ("qwen2_vl", "llava", "llava_onevision", "idefics2")
+SOME = plphp.PLPHP(r=0.3, delta_r=0.2, alpha=0.6, beta=0.5)
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
+MAX_LEN = 256
+
+
+def case(name: str, prompts: int = 1) -> tuple[Any, list[dict[str, Tensor]]]:
+    family = tiny.FAMILIES[name]
+    model = family.build(0)
+    return model, [family.make_inputs(model, tiny.ROWS["batch"], i)[0] for i in range(prompts)]
+
+
+def static(model: Any) -> plphp.PrunedCache:
+    return plphp.PrunedCache(model, static=True, max_len=MAX_LEN)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_static_cache_gives_the_same_tokens(name: str) -> None:
+    model, (inputs,) = case(name)
+    with plphp.prune(model, SOME) as pruning:
+        wanted = model.generate(**inputs, **GREEDY)
+        dynamic = pruning.report
+        cache = static(model)
+        assert torch.equal(model.generate(**inputs, **GREEDY, past_key_values=cache), wanted)
+        beams = {**GREEDY, "num_beams": 3}
+        searched = model.generate(**inputs, **beams)
+        again = model.generate(**inputs, **beams, past_key_values=static(model))
+        assert torch.equal(again, searched)
+    for one, other in zip(dynamic.layers, cache.report.layers, strict=True):
+        assert torch.equal(one.kept, other.kept)
+
+
+def compiled(name: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = CompileConfig(mode="default")
+    config._compile_all_devices = True  # transformers compiles on accelerators only otherwise
+    model, prompts = case(name, prompts=3)
+    with plphp.prune(model, SOME) as pruning:
+        for inputs in prompts:
+            wanted = model.generate(**inputs, **GREEDY)
+            capacity = [layer.kept.shape for layer in pruning.report.layers]
+            got = model.generate(
+                **inputs, **GREEDY, past_key_values=static(model), compile_config=config
+            )
+            assert torch.equal(got, wanted), capacity
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1, "recompiled by a step or by a prompt"
+    assert not counters["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_decoding_is_one_graph_for_every_step_and_prompt() -> None:
+    compiled("llava")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"llava"}))
+def test_compiled_decoding_of_every_family(name: str) -> None:
+    compiled(name)
+
+
+def test_later_turns_on_a_static_cache() -> None:
+    model, (inputs,) = case("llava")
+    row = {k: v for k, v in inputs.items() if k != "pixel_values"}
+    more = torch.full((3, 5), 20)
+
+    def talk(cache: plphp.PrunedCache) -> Tensor:
+        first = model.generate(**inputs, **GREEDY, past_key_values=cache)
+        ids = torch.cat([first, more], 1)
+        mask = torch.cat([row["attention_mask"], torch.ones(3, 17, dtype=torch.long)], 1)
+        options = {"attention_mask": mask, **GREEDY}
+        out: Tensor = model.generate(input_ids=ids, **options, past_key_values=cache)
+        return out
+
+    with plphp.prune(model, SOME):
+        wanted = talk(plphp.PrunedCache(model))
+        assert torch.equal(talk(static(model)), wanted)
+
+
+def test_what_does_not_fit_is_said_at_once() -> None:
+    model, (inputs,) = case("llava")
+    with plphp.prune(model, SOME):
+        with pytest.raises(ValueError, match="needs max_len"):
+            plphp.PrunedCache(model, static=True)
+        small = plphp.PrunedCache(model, static=True, max_len=100)
+        with pytest.raises(ValueError, match="do not fit max_len"):
+            model.generate(**inputs, **GREEDY, past_key_values=small)
+        with pytest.raises(ValueError, match="max_len is 100"):
+            model(**inputs, past_key_values=small)
+        cache = static(model)
+        model.generate(**inputs, **GREEDY, past_key_values=cache)
+        with pytest.raises(plphp.UnsupportedModeError, match="static"):
+            cache.save("nowhere.safetensors")
+
+
+def test_bytes_of_a_static_cache_are_counted() -> None:
+    model, (inputs,) = case("llava")
+    with plphp.prune(model, SOME):
+        cache = static(model)
+        model.generate(**inputs, **GREEDY, past_key_values=cache)
+    storages = {}
+    for layer in cache.layers:
+        for tensor in vars(layer.store).values():
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    assert cache.report.kv_bytes == cache.kv_bytes() == sum(storages.values())
