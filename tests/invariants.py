@@ -180,19 +180,22 @@ def check_spans(truth: Truth) -> None:
         assert torch.equal(found, truth.spans)
 
 
-def check_selection(truth: Truth, report: Any, **options: object) -> None:
+def check_selection(
+    truth: Truth, report: Any, rows: Sequence[bool] | None = None, **options: object
+) -> None:
+    """`rows`: which rows of the batch to look at; all of them without."""
     selection = truth.select(**options)
+    looked = [row for row in range(len(truth.rows)) if rows is None or rows[row]]
     for layer, (choices, reported) in enumerate(zip(selection.choices, report.layers, strict=True)):
-        where = f"layer {layer}"
-        gammas = [row.gamma for row in choices]
-        assert per_row(reported.gamma) == pytest.approx(gammas, abs=1e-5, nan_ok=True), where
-        sure = [row for row, choice in enumerate(choices) if not choice.near_threshold]
-        classes, rates = list(map(class_name, reported.layer_class)), per_row(reported.rate)
-        for row in sure:
-            assert classes[row] == choices[row].layer_class, f"{where}, row {row}"
-            rate = math.nan if choices[row].rate is None else choices[row].rate
-            assert rates[row] == pytest.approx(rate, abs=1e-6, nan_ok=True), f"{where}, row {row}"
-    verdict = oracle.compare(selection, kept_of(report))
+        gammas, rates = per_row(reported.gamma), per_row(reported.rate)
+        for row in looked:
+            where, choice = f"layer {layer}, row {row}", choices[row]
+            assert gammas[row] == pytest.approx(choice.gamma, abs=1e-5, nan_ok=True), where
+            if not choice.near_threshold:
+                assert class_name(reported.layer_class[row]) == choice.layer_class, where
+                rate = math.nan if choice.rate is None else choice.rate
+                assert rates[row] == pytest.approx(rate, abs=1e-6, nan_ok=True), where
+    verdict = oracle.compare(oracle.only(selection, looked), [k[looked] for k in kept_of(report)])
     assert not verdict.wrong, "\n".join(verdict.wrong)
     assert verdict.share <= EXEMPT
 

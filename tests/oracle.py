@@ -248,6 +248,12 @@ def select(
     return Selection(choices, vision)
 
 
+def only(selection: Selection, rows: list[int]) -> Selection:
+    """Some rows of a selection."""
+    choices = tuple(tuple(layer[row] for row in rows) for layer in selection.choices)
+    return Selection(choices, tuple(selection.vision[row] for row in rows))
+
+
 def keep_all(spans: list[int], num_kv_heads: int) -> RowChoice:
     """A layer that is left alone."""
     vision = frozenset(j for j, span in enumerate(spans) if span > 0)

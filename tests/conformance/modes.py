@@ -1,15 +1,19 @@
 """The modes of the matrix: which prompts, on which families, and what must hold of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from methods import Method
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import oracle
+import plphp
 import tiny
 from invariants import (
+    EVERY,
     LOGITS,
     Truth,
     check_decoding,
@@ -28,6 +32,10 @@ from invariants import (
 from oracle import Numbers
 
 
+class NotApplicable(Exception):
+    """transformers itself cannot do it with this family."""
+
+
 def always(family: tiny.Family) -> bool:
     return True
 
@@ -40,6 +48,7 @@ def has_videos(family: tiny.Family) -> bool:
 class Mode:
     """rows: a name in `invariants.ROWS`, prompts of three rows are compared with each row alone
     attention: the attention implementation while the prompt is read
+    call: options of generate()
     """
 
     name: str
@@ -47,6 +56,7 @@ class Mode:
     rows: str = ""
     applies: Callable[[tiny.Family], bool] = always
     attention: str = ""
+    call: dict[str, object] = field(default_factory=dict, hash=False)
 
 
 def check_images(mode: Mode, family: str, method: Method) -> None:
@@ -89,14 +99,72 @@ def tie(expected: Truth, method: Method) -> Callable[[Any], bool]:
 
 def check_text(mode: Mode, family: str, method: Method) -> None:
     """A text-only prompt is no error: nothing is pruned and the report says so."""
-    model = tiny.FAMILIES[family].build(0)
-    inputs, _ = tiny.FAMILIES[family].make_inputs(model, [tiny.NONE], seed=0)
+    model = EVERY[family].build(0)
+    inputs, _ = EVERY[family].make_inputs(model, [tiny.NONE], seed=0)
     tokens, logits = generate(model, inputs)
     pruned, pruned_logits, report = run_policy(model, inputs, method.make(Numbers()))
     assert torch.equal(pruned, tokens)
     assert (pruned_logits - logits).abs().max() < LOGITS
     assert all((layer == -1).all() for layer in kept_of(report))
     assert any("no vision tokens" in note for note in report.notes)
+
+
+def check_call(mode: Mode, family: str, method: Method) -> None:
+    """Another way to call generate(): keeping all changes no token, and the selection is right.
+
+    Rows that transformers itself reads differently in this mode have no oracle: chunks cut images
+    apart that see themselves in both directions, and GLM-4V's images get mixed up when rows of
+    several are repeated.
+    """
+    expected = truth(family, 0, mode.rows)
+    model = expected.build()
+    try:
+        untouched, first = call(mode, model, expected)
+    except Exception as error:
+        raise NotApplicable(f"{type(error).__name__} without pruning too") from error
+    with plphp.prune(model, plphp.PLPHP(r=1.0, delta_r=0.0), vision_mask=expected.mask):
+        assert torch.equal(call(mode, model, expected)[0], untouched)
+    with plphp.prune(model, method.make(expected.numbers), vision_mask=expected.mask) as pruning:
+        call(mode, model, expected)
+        report = pruning.report
+    copies = len(report.prompt) // len(expected.rows)
+    alike = (first - expected.logits[:, :1].repeat_interleave(copies, 0)).abs().amax(
+        (1, 2)
+    ) < LOGITS
+    if not any(row.images and alike[i * copies] for i, row in enumerate(expected.rows)):
+        raise NotApplicable("transformers itself reads the images differently")
+    for copy in range(copies):
+        own = slice(copy, None, copies)
+        if method.options is not None:
+            check_selection(expected, rows_of(report, own), alike[own].tolist(), **method.options)
+
+
+def call(mode: Mode, model: PreTrainedModel, expected: Truth) -> tuple[Tensor, Tensor]:
+    """(sequences, logits (rows, 1, V) after the prompt), whatever is drawn by the same seed."""
+    torch.manual_seed(0)
+    out = model.generate(
+        **expected.inputs,
+        max_new_tokens=8,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **mode.call,
+    )
+    return out.sequences, out.logits[0][:, None]
+
+
+def rows_of(report: Any, rows: slice) -> Any:
+    """A report of some rows: beams and samples repeat each prompt."""
+    layers = tuple(
+        replace(
+            layer,
+            gamma=layer.gamma[rows],
+            layer_class=layer.layer_class[rows],
+            rate=layer.rate[rows],
+            kept=layer.kept[rows],
+        )
+        for layer in report.layers
+    )
+    return replace(report, layers=layers)
 
 
 MODES: dict[str, Mode] = {
@@ -109,5 +177,13 @@ MODES: dict[str, Mode] = {
         Mode("video", check_images, "videos", has_videos),
         Mode("eager attention", check_images, "batch", attention="eager"),
         Mode("text only", check_text),
+        Mode("beam search", check_call, "batch", call={"num_beams": 2}),
+        Mode(
+            "sampling, two answers",
+            check_call,
+            "batch",
+            call={"do_sample": True, "num_return_sequences": 2},
+        ),
+        Mode("chunked prefill", check_call, "batch", call={"prefill_chunk_size": 16}),
     )
 }

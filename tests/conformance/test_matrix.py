@@ -5,6 +5,7 @@ of all cells, `PLPHP_WRITE_DOCS=1` rewrites the page; every other run is held ag
 """
 
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from datetime import date
@@ -14,11 +15,12 @@ import pytest
 import torch
 import transformers
 from methods import METHODS
-from modes import MODES
+from modes import MODES, NotApplicable
 from sampling import pairwise
 
 import plphp
 import tiny
+from invariants import EVERY
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 WORKS, NOT_APPLICABLE = "works", "not applicable"
@@ -45,6 +47,7 @@ MUST_WORK: dict[str, tuple[str, ...]] = {
     "paligemma": IMAGES,
     "mistral3": IMAGES,
 }
+DECODER_MODES = (*IMAGES, "text only", "beam search", "chunked prefill")
 APPLICABLE = [
     (name, method, mode.name)
     for name, family in tiny.FAMILIES.items()
@@ -53,6 +56,8 @@ APPLICABLE = [
     if mode.applies(family)
 ]
 SAMPLE = pairwise(APPLICABLE)
+# What a decoder's layers are has nothing to do with how images are cut or policies choose
+DECODERS = [(name, "plphp", mode) for name in tiny.DECODERS for mode in DECODER_MODES]
 
 
 @dataclass
@@ -72,27 +77,30 @@ def results() -> Results:
     return Results()
 
 
+NORMAL = {*SAMPLE, *(cell for cell in DECODERS if cell[2] == "padded batch")}
 CELLS = [
     pytest.param(
         *cell,
-        marks=() if cell in SAMPLE else pytest.mark.slow,
+        marks=() if cell in NORMAL else pytest.mark.slow,
         id="-".join(cell).replace(" ", "_"),
     )
-    for cell in APPLICABLE
+    for cell in (*APPLICABLE, *DECODERS)
 ]
 
 
 @pytest.mark.parametrize(("family", "method", "mode"), CELLS)
 def test_cell(family: str, method: str, mode: str, results: Results) -> None:
-    if not tiny.FAMILIES[family].available:
+    if not EVERY[family].available:
         results.note(family, mode, NOT_APPLICABLE)
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     begin = time.perf_counter()
     try:
         MODES[mode].check(MODES[mode], family, METHODS[method])
         result = WORKS if told(family, mode) else "works, given a `vision_mask`"
+    except NotApplicable as reason:
+        result = f"{NOT_APPLICABLE}: {reason}"
     except (plphp.UnsupportedModelError, plphp.UnsupportedModeError) as error:
-        if mode in MUST_WORK[family]:
+        if mode in MUST_WORK.get(family, ()):
             raise
         result = f"refused: {error}"
     results.note(family, mode, result)
@@ -101,7 +109,7 @@ def test_cell(family: str, method: str, mode: str, results: Results) -> None:
 
 
 def told(family: str, mode: str) -> bool:
-    return mode != "video" or tiny.FAMILIES[family].videos_told
+    return mode != "video" or EVERY[family].videos_told
 
 
 @pytest.mark.parametrize("name", tiny.REFUSED)
@@ -132,68 +140,92 @@ def test_a_sample_has_every_pair() -> None:
 # --- docs/support.md ------------------------------------------------------------------------------
 
 
-def table(results: Results) -> list[str]:
-    """One line a family, none of its cells empty."""
-    head = ["family", *MODES]
-    lines = [head, ["---"] * len(head)]
-    for family in tiny.FAMILIES:
-        lines.append([f"`{family}`", *(cell(results, family, mode) for mode in MODES)])
-    for name in tiny.REFUSED:
-        lines.append([f"`{name}`", *[cell(results, name, "")] * len(MODES)])
-    return [f"| {' | '.join(line)} |" for line in lines]
+LINES = [*tiny.FAMILIES, *tiny.DECODERS, *tiny.REFUSED]
 
 
-def cell(results: Results, family: str, mode: str) -> str:
-    said = results.said.get((family, mode), {NOT_APPLICABLE})
-    return "; ".join(sorted(said)).replace("|", "\\|")
+def said(results: Results, family: str, mode: str) -> str:
+    everything = "" if family in tiny.REFUSED else mode
+    return "; ".join(sorted(results.said.get((family, everything), {NOT_APPLICABLE})))
+
+
+def table(results: Results) -> tuple[list[str], list[str]]:
+    """One line a family, none of its cells empty; reasons are footnotes."""
+    lines, notes = [["family", *MODES], ["---"] * (len(MODES) + 1)], []
+    for family in LINES:
+        line = [f"`{family}`"]
+        for mode in MODES:
+            short, _, reason = said(results, family, mode).partition(": ")
+            if reason and reason not in notes:
+                notes.append(reason)
+            line.append(f"{short} ({notes.index(reason) + 1})" if reason else short)
+        lines.append(line)
+    numbered = [f"{number}. {note}" for number, note in enumerate(notes, start=1)]
+    return [f"| {' | '.join(line)} |" for line in lines], numbered
 
 
 def page(results: Results) -> str:
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     made = (
-        f"{results.cells} cells in {results.seconds:.0f} s, none failed: {versions}, "
+        f"{results.cells} cells in {results.seconds:.0f} s, none failed: {versions},\n"
         f"{torch.get_num_threads()} CPU threads, {date.today().isoformat()}."
     )
-    return TEXT.format(table="\n".join(table(results)), made=made, policies=", ".join(METHODS))
+    lines, notes = table(results)
+    return TEXT.format(
+        table="\n".join(lines), notes="\n".join(notes), made=made, policies=", ".join(METHODS)
+    )
 
 
 TEXT = """# What is supported
 
 `make support` makes this page from a run of `tests/conformance/test_matrix.py`: every family on a
 tiny random model of its real transformers class, every policy, every mode, against an independent
-oracle. A family's cell says "works" when it does so under all of: {policies}.
+oracle. A family's cell says "works" when it does so under all of:
+{policies}.
 
 {table}
+
+{notes}
 
 {made}
 
 - Checked in every cell with images: images are counted as a person counts them, selection and
   decoding equal the oracle's, keeping all equals the untouched model, a row of a padded batch
-  equals the row alone, and the model is afterwards as it was.
+  equals the row alone, and the model is afterwards as it was. Beams, samples and chunks: keeping
+  all changes no token, and the selection is the oracle's.
 - `internvl` and `smolvlm` write the frames of a video as they write images, and nothing in the
   prompt's tensors tells them apart: each frame counts as an image, and the report says so.
   `plphp.prune(model, vision_mask=...)` makes them one video.
 - `gemma3` and `cohere2_vision` have sliding-window layers. Where a prompt is longer than their
-  window they are left alone and the report names them; the full-attention layers are pruned.
+  window they are left alone and the report names them; the full-attention layers are pruned. So it
+  is with linear, convolutional and chunked layers, and with layers whose keys others share: the
+  `llava + ...` lines are the LLaVA class around such decoders.
 - Classes that are not listed are found by their config's image token id, every unbroken run of
   those tokens an image, or refused.
 """
 
 
+def shown() -> dict[str, dict[str, str]]:
+    """The table of the page, reasons in place of their numbers."""
+    lines = PAGE.read_text().splitlines()
+    reasons = dict(line.split(". ", 1) for line in lines if line[:1].isdigit() and ". " in line)
+    found: dict[str, dict[str, str]] = {}
+    for line in lines:
+        if line.startswith("| `"):
+            family, *cells = line.strip("| ").split(" | ")
+            whole = [re.sub(r" \((\d+)\)$", lambda m: f": {reasons[m[1]]}", c) for c in cells]
+            found[family.strip("`")] = dict(zip(MODES, whole, strict=True))
+    return found
+
+
 def test_the_page_says_what_works(results: Results) -> None:
     """Cells that ran say what the page says; with PLPHP_WRITE_DOCS=1 and all cells, they are it."""
     if os.environ.get("PLPHP_WRITE_DOCS"):
-        assert results.cells == len(APPLICABLE), "the page is made from a run of all cells"
+        assert results.cells == len(CELLS), "the page is made from a run of all cells"
         PAGE.write_text(page(results))
-    lines = PAGE.read_text().splitlines()
-    head = ["family", *MODES]
-    shown = {
-        cells[0].strip("`"): dict(zip(head, cells, strict=True))
-        for line in lines
-        if line.startswith("| `") and (cells := line.strip("| ").split(" | "))
-    }
-    assert set(shown) == {*tiny.FAMILIES, *tiny.REFUSED}
-    assert all(all(row.values()) for row in shown.values()), "no empty cell"
-    for (family, mode), said in results.said.items():
+    cells = shown()
+    assert list(cells) == LINES
+    assert all(all(line.values()) for line in cells.values()), "no empty cell"
+    for family, mode in results.said:
         for column in [mode] if mode else MODES:
-            assert shown[family][column] in {*said, NOT_APPLICABLE} or said == {NOT_APPLICABLE}
+            now = said(results, family, column)
+            assert now in (cells[family][column], NOT_APPLICABLE), f"{family}, {column}"
