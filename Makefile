@@ -12,6 +12,8 @@ DEVICE := $(if $(CUDA),cuda,cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 export HF_HUB_OFFLINE ?= 1
+# Threads that spin while they wait cost a busy machine up to a hundred times the work.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-all test-oldest test-gpu lint support docs figures wheel retrain clean
 

@@ -117,7 +117,7 @@ def test_a_batch_reports_bad_lines_in_place(run: Callable, tmp_path: Path, pictu
     result = run(*batch(source, out))
     assert result.code == 0
     assert "20 lines" in result.err
-    assert "5 of them errors" in result.err
+    assert "errors: 5" in result.err
     check_batch(out, 20, 5)
     record = json.loads(out.read_text().splitlines()[0])
     assert record["id"] == "n0"

@@ -94,7 +94,8 @@ class Report:
         rows = ["layer  gamma  class                rate  kept"]
         for a in self.layers:
             for row, gamma in enumerate(a.gamma):
-                name = a.layer_class[row] or ("no vision tokens" if a.pruned else "left alone")
+                name = a.layer_class[row] or ("-" if a.pruned else "left alone")
+                name = name if a.vision[row] else "no vision tokens"
                 kept = int((a.kept[row] >= 0).sum()) // max(a.kept.shape[1], 1)
                 rows.append(
                     f"{a.layer:5d}  {gamma:5.3f}  {name:19s}  {a.rate[row]:4.2f}  "

@@ -50,7 +50,7 @@ def run_batch(
             _write(file, record)
             progress.advance(task)
     os.replace(part, out)
-    print(f"{len(lines)} lines in {out}, {failed} of them errors", file=sys.stderr)
+    print(f"{len(lines)} lines in {out}, errors: {failed}", file=sys.stderr)
 
 
 def read_lines(source: Path, prompt: str | None) -> Iterator[Line]:

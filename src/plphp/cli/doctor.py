@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import Annotated, Any
 
 import typer
@@ -110,7 +111,7 @@ def diagnose(
     alone = len(windows) - len(pruned_layers)
     sizes = []
     for rate in (policy.r - policy.delta_r, policy.r, policy.r + policy.delta_r):
-        kept = text_tokens + images * min(tokens_per_image, round(rate * tokens_per_image + 0.5))
+        kept = text_tokens + images * min(tokens_per_image, ceil(rate * tokens_per_image - 1e-6))
         sizes.append(per_layer * (alone * length + len(pruned_layers) * kept))
     return Diagnosis(
         model=name,
@@ -175,7 +176,7 @@ def _print(d: Diagnosis) -> None:
         f"vision tokens: found by {d.found_by}",
         f"layers: {len(d.prunable_layers)} of {d.layers} can be pruned",
         f"bytes a vision token: {d.token_bytes:,} in all layers, {d.prunable_bytes:,} prunable",
-        f"a prompt of {d.images} images of {d.tokens_per_image} tokens and {d.text_tokens} text "
+        f"a prompt of {d.images} x {d.tokens_per_image} vision tokens and {d.text_tokens} text "
         f"tokens: {d.full:,} bytes full",
     ]
     if d.prunable:
