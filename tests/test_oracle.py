@@ -10,7 +10,11 @@ import oracle
 import tiny
 from oracle import Numbers
 
-EVERY = {**tiny.FAMILIES, **tiny.VARIANTS}
+EVERY = {
+    name: family
+    for name, family in {**tiny.FAMILIES, **tiny.VARIANTS}.items()
+    if family.available and not family.keyless
+}
 STEPS = 16
 
 

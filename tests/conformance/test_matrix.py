@@ -32,6 +32,7 @@ MUST_WORK: dict[str, tuple[str, ...]] = {
     "qwen2_5_vl": (*IMAGES, "video"),
     "qwen3_vl": (*IMAGES, "video"),
     "qwen3_vl_moe": (*IMAGES, "video"),
+    "qwen3_5": (*IMAGES, "video"),
     "glm4v": (*IMAGES, "video"),
     "llava": IMAGES,
     "llava_next": IMAGES,

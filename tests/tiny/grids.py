@@ -106,6 +106,29 @@ def qwen3_vl_moe_config() -> PreTrainedConfig:
     )
 
 
+def qwen3_5_config() -> PreTrainedConfig:
+    """Linear attention in the first layer, and rotary positions of a part of each head."""
+    return transformers.Qwen3_5Config(
+        text_config=TEXT
+        | {
+            "head_dim": 16,
+            "layer_types": ["linear_attention", *["full_attention"] * 3],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [1, 1, 0],
+                "partial_rotary_factor": 0.25,
+            },
+        },
+        vision_config={k: v for k, v in QWEN3_TOWER.items() if k != "deepstack_visual_indexes"},
+        tie_word_embeddings=False,
+        **IDS,
+    )
+
+
 def glm4v_config() -> PreTrainedConfig:
     return transformers.Glm4vConfig(
         text_config=TEXT | ROPE,
@@ -223,6 +246,17 @@ FAMILIES = (
         collate,
         qwen3_video,
         mm_types,
+    ),
+    Family(
+        "qwen3_5",
+        "Qwen3_5ForConditionalGeneration",
+        qwen3_5_config,
+        image,
+        collate,
+        qwen3_video,
+        mm_types,
+        alone=(0,),
+        keyless=(0,),
     ),
     Family(
         "glm4v",

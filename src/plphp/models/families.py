@@ -38,7 +38,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": GRIDS,
     "qwen3_vl": GRIDS,  # a video's frames have timestamps between them
     "qwen3_vl_moe": GRIDS,
+    "qwen3_5": GRIDS,
+    "qwen3_5_moe": GRIDS,
     "glm4v": GRIDS,
+    "glm4v_moe": GRIDS,
     "llava": Family(images=sizes.patches),  # Mantis-SigLIP-Llama3 is this class
     "llava_next": Family(images=sizes.anyres),
     "llava_onevision": Family(images=sizes.anyres, videos=sizes.pooled_frames),
