@@ -30,6 +30,7 @@ class Probe:
         None  # [B, Hkv, N] bool: columns of the prompt that decoding must not see
     )
     probabilities: Tensor | None = None  # [B, H, N] of the prompt's last token
+    capped: bool = True  # up to transformers 5.19, "sdpa" leaves soft caps out
 
 
 def attend(
@@ -51,7 +52,7 @@ def attend(
     key, value = (x.double().repeat_interleave(groups, dim=1) for x in (key, value))
     logits = query.double() @ key.transpose(2, 3)
     logits = logits * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    if softcap is not None:
+    if softcap is not None and probe.capped:
         logits = softcap * torch.tanh(logits / softcap)
     # a padding query sees nothing: the mask's finite minimum keeps its (unused) output finite
     logits = logits + attention_mask.double()
@@ -76,10 +77,11 @@ def instrumented(model: PreTrainedModel) -> tuple[PreTrainedModel, list[Probe]]:
     assert "generate" not in vars(model), "the oracle needs a model to which nothing is attached"
     model = copy.deepcopy(model)
     decoder = model.get_decoder()
+    capped = decoder.config._attn_implementation != "sdpa"
     decoder.config._attn_implementation = ATTENTION
     probes = []
     for layer in decoder.layers:
-        probes.append(Probe())
+        probes.append(Probe(capped=capped))
         if attends(layer):
             assert layer.self_attn.config._attn_implementation == ATTENTION
             layer.self_attn.oracle_probe = probes[-1]

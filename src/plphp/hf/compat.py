@@ -133,6 +133,15 @@ def original_attention(module: nn.Module, config: Any) -> Callable[..., Any]:
     return function
 
 
+def softcap(config: Any, kwargs: dict[str, Any]) -> float | None:
+    """The soft cap that the model's own attention function applies to its logits, if any.
+
+    Up to 5.19 "sdpa" leaves it out without a word, so its users never had it; later it refuses.
+    """
+    cap: float | None = kwargs.get("softcap")
+    return None if config.original._attn_implementation == "sdpa" else cap
+
+
 def text_config(model: nn.Module) -> Any:
     """The config of the language model inside a vision-language model."""
     return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]

@@ -17,7 +17,7 @@ def build_report(cache: PrunedCache, turn: Turn) -> Report:
     assert turn.spans is not None
     counts = turn.spans.cpu()
     return Report(
-        layers=tuple(_layer(cache, turn, index) for index in range(len(cache.layers))),
+        layers=tuple(_layer(cache, turn, index) for index in range(_depth(cache))),
         kv_bytes=cache.kv_bytes(),
         kv_bytes_full=sum(_full_bytes(layer, turn.end) for layer in cache.layers),
         prompt=tuple((counts >= 0).sum(-1).tolist()),
@@ -30,9 +30,14 @@ def _layer(cache: PrunedCache, turn: Turn, index: int) -> LayerReport:
     if index in turn.plans:
         return layer_report(index, *turn.plans[index])
     assert turn.spans is not None
-    pair = _pair(cache.layers[index])
+    pair = _pair(cache.layers[index]) if index < len(cache.layers) else []
     kv_heads = pair[0].shape[1] if pair else 0  # such as a linear layer: it has no entries
     return untouched_report(index, turn.spans, turn.positions(), kv_heads)
+
+
+def _depth(cache: PrunedCache) -> int:
+    """Decoder layers; up to 5.19 those that share other layers' keys are none of the cache's."""
+    return max(len(cache.layers), getattr(cache.config, "num_hidden_layers", 0))
 
 
 def _pair(layer: Any) -> list[Tensor]:
@@ -58,7 +63,8 @@ def _notes(cache: PrunedCache, turn: Turn) -> list[str]:
     notes = []
     if not bool((turn.spans > 0).any()):
         notes.append("nothing was pruned: the prompt has no vision tokens")
-    alone = [i for i, layer in enumerate(cache.layers) if not isinstance(layer, PrunedLayer)]
+    pruned = {index for index, _ in cache.pruned_layers()}
+    alone = [index for index in range(_depth(cache)) if index not in pruned]
     if alone:
         why = (
             "their attention window does not cover the prompt, other layers share their keys and "
