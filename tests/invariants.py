@@ -22,7 +22,13 @@ from oracle import Numbers
 STEPS = 16
 KV_HEADS = tiny.TEXT["num_key_value_heads"]
 EVERY = {**tiny.FAMILIES, **tiny.VARIANTS, **tiny.DECODERS}
-ROWS = {**tiny.ROWS, "crossing": tiny.CROSSING, "videos": tiny.VIDEOS, "touching": tiny.TOUCHING}
+ROWS = {
+    **tiny.ROWS,
+    "five": (tiny.RowSpec(images=5, text=60),),
+    "crossing": tiny.CROSSING,
+    "videos": tiny.VIDEOS,
+    "touching": tiny.TOUCHING,
+}
 LOGITS = 1e-4
 EXEMPT = 0.02
 

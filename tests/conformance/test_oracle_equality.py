@@ -89,6 +89,20 @@ def test_options_equal_the_oracle(name: str, options: dict[str, object]) -> None
     check_decoding(model, expected, tokens, logits, report)
 
 
+@pytest.mark.parametrize("name", ["llava", "idefics2", "idefics2_split"])
+def test_mantis_with_five_interleaved_images_is_really_pruned(name: str) -> None:
+    """SigLIP + Llama 3 in the LLaVA class, and Idefics2, whose default config slides everywhere."""
+    expected = truth(name, 0, "five")
+    model = EVERY[name].build(0)
+    tokens, logits, report = run_pruned(model, expected.inputs, Numbers(r=0.2, delta_r=0.0))
+    assert report.images == (5,)
+    assert report.notes == ()
+    for layer in report.layers:
+        assert layer.pruned
+        assert layer.retention == pytest.approx(0.2, abs=0.02)
+    check_decoding(model, expected, tokens, logits, report)
+
+
 # --- 1. Keeping all is the untouched model --------------------------------------------------------
 
 
