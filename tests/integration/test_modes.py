@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import plphp
 import tiny
+from plphp.cache import KVStore
 
 FAMILIES = ("qwen2_vl", "llava", "llava_onevision", "idefics2")
 KEEP_ALL = plphp.PLPHP(r=1, delta_r=0)
@@ -48,7 +49,7 @@ def case(name: str, rows: str = "batch") -> tuple[Any, dict[str, Tensor]]:
 
 def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
     torch.manual_seed(7)
-    out: Tensor = model.generate(**inputs, **{**GREEDY, **options})
+    out: Tensor = model.generate(**{**GREEDY, **inputs, **options})
     return out
 
 
@@ -189,6 +190,46 @@ def test_eager_prefill_prunes_as_sdpa_does(name: str) -> None:
         assert torch.equal(generate(model, inputs), wanted)
     for one, other in zip(by_sdpa.layers, pruning.report.layers, strict=True):
         assert torch.equal(one.kept, other.kept)
+
+
+def test_the_first_forward_of_prompt_lookup_holds_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test above relies on."""
+    model, inputs = case("llava", "three")
+    inputs["input_ids"][:, -2:] = inputs["input_ids"][:, 1:3]
+    columns: list[int] = []
+    split = KVStore.split
+
+    def noted(store: KVStore, guesses: int) -> tuple[Tensor, Tensor]:
+        columns.append(guesses)
+        return split(store, guesses)
+
+    monkeypatch.setattr(KVStore, "split", noted)
+    with plphp.prune(model, SOME):
+        generate(model, inputs, prompt_lookup_num_tokens=3)
+    assert columns == [3] * len(columns) != []
+
+
+@pytest.mark.parametrize("how", ["prompt lookup", "same model", "other model"])
+@every_family
+def test_assisted_decoding_says_what_greedy_says(name: str, how: str) -> None:
+    """The first forward may hold guesses: they are no prompt, and what is wrong is taken back."""
+    model, inputs = case(name, "three")
+    ids = inputs["input_ids"].clone()
+    ids[:, -2:] = ids[:, 1:3]  # so that prompt lookup guesses from the first forward on
+    inputs = {**inputs, "input_ids": ids, "max_new_tokens": 20}
+    other = tiny.FAMILIES[name].build(1 if how == "other model" else 0)
+    options = {
+        "prompt lookup": {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1},
+        "same model": {"assistant_model": other},
+        "other model": {"assistant_model": other},
+    }[how]
+    with plphp.prune(model, SOME) as pruning:
+        wanted = generate(model, inputs)
+        greedy = pruning.report
+        got = generate(model, inputs, **options)
+    assert torch.equal(got, wanted)
+    for one, assisted in zip(greedy.layers, pruning.report.layers, strict=True):
+        assert torch.equal(one.kept, assisted.kept)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, **_: Any) -> Tensor:

@@ -101,6 +101,12 @@ class KVStore:
         self.end -= columns
         self.logical -= columns
 
+    def split(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Take the last `columns` columns out: keys (B, Hkv, columns, D), values."""
+        keys, values = (held[:, :, self.end - columns :].clone() for held in self.held())
+        self.crop(columns)
+        return keys, values
+
     def to(self, device: torch.device) -> None:
         """Move every buffer to a device."""
         self.keys, self.values = self.keys.to(device), self.values.to(device)

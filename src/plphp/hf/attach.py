@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,8 @@ from plphp.hf.report import build_report
 from plphp.hf.turn import Mask, Turn
 from plphp.models import describes_vision, refusal
 from plphp.policy import PLPHP, Policy
+
+logger = logging.getLogger("plphp")
 
 MARK = "_plphp"  # attribute of an attached model that holds its Pruning
 
@@ -218,9 +221,12 @@ def _finish(pruning: Pruning) -> Hook:
         turn = cache.turn
         if turn is None or turn.spans is None:
             return
-        cache.shift = position_shift(model, kwargs.get("position_ids"), turn.end - 1, turn.spans)
+        drafts = int(cache.get_seq_length()) - turn.end
+        cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, turn)
         cache.last_image = max(cache.last_image, turn.last_image)
-        cache.report = pruning.report = build_report(cache, turn)
+        cache.report = pruning.report = report = build_report(cache, turn)
         cache.turn = None
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s", str(report).splitlines()[-1 - len(report.notes)])
 
     return finish

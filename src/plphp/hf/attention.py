@@ -120,7 +120,7 @@ def _attend(
     assert layer.store is not None
     visible = layer.store.visible(query.shape[2])
     scale = _scale(module, query, kwargs)
-    output = attend(query, key, value, visible, scale, kwargs.get("softcap"))
+    output = attend(query, key, value, visible, scale, compat.softcap(module.config, kwargs))
     return output.transpose(1, 2).contiguous()
 
 
@@ -134,14 +134,16 @@ def _prune(
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"{type(module).__name__} uses {what}; it cannot be scored")
+    first = store.logical - query.shape[2]  # column of this forward's first query
+    drafts = store.split(store.logical - turn.end)  # assisted decoding guesses past the prompt
     spans = slot_spans(turn, store.start, store.end)
     keys, _ = store.held()
     probs = last_token_probabilities(
-        _last_queries(query, turn, store.logical),
+        _last_queries(query, turn, first),
         keys,
         spans >= 0,
         _scale(module, query, kwargs),
-        kwargs.get("softcap"),
+        compat.softcap(module.config, kwargs),
     )
     index = int(module.layer_idx)  # type: ignore[arg-type]
     view = LayerView(probs, spans, keys.shape[1], index, len(cache.layers))
@@ -151,17 +153,18 @@ def _prune(
     turn.plans[index] = (plan, spans, slot_positions(turn, store.end))
     longest = plan.columns.shape[-1]
     store.compact(plan, cache.reserve(longest, store.logical))
+    store.append(*drafts)
     layer.raw = False
     if cache.static:
         layer.freeze()
 
 
-def _last_queries(query: Tensor, turn: Turn, logical: int) -> Tensor:
-    """(B, H, D): each row's query of its last prompt token, of the T queries of this forward."""
+def _last_queries(query: Tensor, turn: Turn, first: int) -> Tensor:
+    """(B, H, D): each row's query of its last prompt token; queries (B, H, T, D) from `first`."""
     assert turn.spans is not None
     columns = torch.arange(turn.length, device=turn.spans.device)
     last = torch.where(turn.spans >= 0, columns, -1).amax(-1)
-    place = last.to(query.device) + turn.begin - (logical - query.shape[2])
+    place = last.to(query.device) + turn.begin - first
     return query[torch.arange(len(query), device=query.device), :, place]
 
 

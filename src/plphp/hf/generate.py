@@ -14,6 +14,7 @@ from plphp.hf.cache import PrunedCache
 from plphp.hf.positions import later_positions
 from plphp.hf.turn import Turn
 
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 UNSUPPORTED_METHODS = ("generate_batch", "init_continuous_batching")
 
 
@@ -47,6 +48,8 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         if positions is not None:  # else generate() would take those of the model's last prompt
             columns = length if source.get("input_ids") is None else source["input_ids"].shape[1]
             kwargs["position_ids"] = torch.nn.functional.pad(positions, (columns - length, 0))
+        if cache.static and any(kwargs.get(name) is not None for name in ASSISTED):
+            raise UnsupportedModeError("assisted decoding takes tokens back: use static=False")
         answer = kwargs.get("max_new_tokens")
         if cache.static and answer is not None and past + length + answer - 1 > cache.max_len:
             raise ValueError(
@@ -86,12 +89,6 @@ def refuse(model: nn.Module, generation_config: Any, kwargs: dict[str, Any]) -> 
         raise UnsupportedModeError(
             "output_attentions=True is not available: dropped tokens have no attention to return"
         )
-    assisted = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-    for name in assisted:
-        if option(name) is not None:
-            raise UnsupportedModeError(
-                f"{name} (assisted decoding) is not supported with pruning yet; drop it"
-            )
     if isinstance(kwargs.get("custom_generate"), str):
         raise UnsupportedModeError(
             "custom_generate code from a hub may bypass the cache; pass none, or remove()"

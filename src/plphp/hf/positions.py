@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plphp.hf.turn import Turn
 from plphp.models import processor_inputs
 
 
@@ -24,14 +25,16 @@ def mrope_module(model: Any) -> Any:
     return None
 
 
-def position_shift(model: Any, position_ids: Tensor | None, column: int, spans: Tensor) -> Tensor:
-    """(B,) position minus column of the text that follows a prompt whose last column is `column`.
+def position_shift(model: Any, position_ids: Tensor | None, drafts: int, turn: Turn) -> Tensor:
+    """(B,) position minus column of the text that follows a prompt.
 
-    position_ids (B, T) or (axes, B, T) of the forward that ended with that column, or None where
-    the model computed them itself and left its deltas behind.
+    position_ids (B, T) or (axes, B, T) of the forward that brought the prompt's last column, and
+    `drafts` more after it; None where the model computed them and left its deltas behind.
     """
+    assert turn.spans is not None
+    spans, column = turn.spans, turn.end - 1
     if position_ids is not None:
-        last = position_ids.reshape(-1, *position_ids.shape[-2:])[-1, :, -1]
+        last = position_ids.reshape(-1, *position_ids.shape[-2:])[-1, :, -1 - drafts]
         return (last - column).expand(len(spans)).to(spans.device)
     padding = (spans < 0).sum(-1)
     module = mrope_module(model)
