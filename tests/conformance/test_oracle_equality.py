@@ -99,7 +99,7 @@ def test_mantis_with_five_interleaved_images_is_really_pruned(name: str) -> None
     assert report.notes == ()
     for layer in report.layers:
         assert layer.pruned
-        assert layer.retention == pytest.approx(0.2, abs=0.02)
+        assert layer.retention == pytest.approx(0.2, abs=0.03)
     check_decoding(model, expected, tokens, logits, report)
 
 
