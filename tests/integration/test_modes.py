@@ -7,6 +7,7 @@ differ in how tokens are asked for (streams, chunks, wrappers, threads) equal pl
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -351,6 +352,34 @@ def test_offloaded_weights() -> None:
     model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     with plphp.prune(model, SOME):
         assert torch.equal(generate(model, inputs), wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_on_two_devices(tmp_path: Path) -> None:
+    """device_map with half of the decoder on the disk: each layer's plan is made where it runs."""
+    pytest.importorskip("accelerate")
+    model, inputs = case("llava")
+    with plphp.prune(model, SOME):
+        wanted = generate(model, inputs)
+    model.save_pretrained(tmp_path / "model")
+    placed = {name: "cpu" for name, _ in model.named_children()}
+    placed |= {f"model.{name}": "cpu" for name, _ in model.model.named_children()}
+    del placed["model"], placed["model.language_model"]
+    decoder = model.get_decoder()
+    placed |= {f"model.language_model.{name}": "cpu" for name, _ in decoder.named_children()}
+    del placed["model.language_model.layers"]
+    for layer in range(len(decoder.layers)):
+        placed[f"model.language_model.layers.{layer}"] = "disk" if layer % 2 else "cpu"
+    spread = (
+        type(model)
+        .from_pretrained(tmp_path / "model", device_map=placed, offload_folder=tmp_path / "offload")
+        .eval()
+    )
+    spread.generation_config.eos_token_id = None
+    assert spread.get_decoder().layers[1].self_attn.q_proj.weight.device.type == "meta"
+    with plphp.prune(spread, SOME) as pruning:
+        assert torch.equal(generate(spread, inputs), wanted)
+    assert pruning.report.retention < 1
 
 
 @every_family
