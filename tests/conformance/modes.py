@@ -121,7 +121,7 @@ def check_call(mode: Mode, family: str, method: Method) -> None:
     try:
         untouched, first = call(mode, model, expected)
     except Exception as error:
-        raise NotApplicable(f"{type(error).__name__} without pruning too") from error
+        raise NotApplicable(f"transformers itself fails, {type(error).__name__}") from error
     with plphp.prune(model, plphp.PLPHP(r=1.0, delta_r=0.0), vision_mask=expected.mask):
         assert torch.equal(call(mode, model, expected)[0], untouched)
     with plphp.prune(model, method.make(expected.numbers), vision_mask=expected.mask) as pruning:
@@ -132,7 +132,7 @@ def check_call(mode: Mode, family: str, method: Method) -> None:
         (1, 2)
     ) < LOGITS
     if not any(row.images and alike[i * copies] for i, row in enumerate(expected.rows)):
-        raise NotApplicable("transformers itself reads the images differently")
+        raise NotApplicable("transformers itself reads the images differently so")
     for copy in range(copies):
         own = slice(copy, None, copies)
         if method.options is not None:

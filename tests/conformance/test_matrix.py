@@ -48,7 +48,6 @@ MUST_WORK: dict[str, tuple[str, ...]] = {
     "paligemma": IMAGES,
     "mistral3": IMAGES,
 }
-DECODER_MODES = (*IMAGES, "text only", "beam search", "chunked prefill")
 APPLICABLE = [
     (name, method, mode.name)
     for name, family in tiny.FAMILIES.items()
@@ -58,7 +57,12 @@ APPLICABLE = [
 ]
 SAMPLE = pairwise(APPLICABLE)
 # What a decoder's layers are has nothing to do with how images are cut or policies choose
-DECODERS = [(name, "plphp", mode) for name in tiny.DECODERS for mode in DECODER_MODES]
+DECODERS = [
+    (name, "plphp", mode.name)
+    for name, family in tiny.DECODERS.items()
+    for mode in MODES.values()
+    if mode.applies(family)
+]
 
 
 @dataclass
@@ -199,7 +203,7 @@ oracle. A family's cell says "works" when it does so under all of:
 - `gemma3` and `cohere2_vision` have sliding-window layers. Where a prompt is longer than their
   window they are left alone and the report names them; the full-attention layers are pruned. So it
   is with linear, convolutional and chunked layers, and with layers whose keys others share: the
-  `llava + ...` lines are the LLaVA class around such decoders.
+  `llava + ...` lines are the LLaVA class around such decoders, under plphp alone.
 - Classes that are not listed are found by their config's image token id, every unbroken run of
   those tokens an image, or refused.
 """
