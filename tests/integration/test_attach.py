@@ -244,3 +244,31 @@ def test_lengths_are_logical_and_memory_is_physical(model: torch.nn.Module) -> N
         assert cache.get_seq_length(layer) == length
         assert cache.get_mask_sizes(1, layer) == (length + 1, 0)
         assert cache.layers[layer].store.keys.shape[2] < length
+
+
+def test_a_refused_call_leaves_a_kept_cache_usable(model: torch.nn.Module) -> None:
+    inputs = prompt(model)
+    with plphp.prune(model):
+        wanted = model.generate(**inputs, **GREEDY)
+        cache = plphp.PrunedCache(model)
+        with pytest.raises(ValueError, match="nonsense"):
+            model.generate(**inputs, **GREEDY, nonsense=1, past_key_values=cache)
+        assert torch.equal(model.generate(**inputs, **GREEDY, past_key_values=cache), wanted)
+
+
+def test_a_cache_follows_its_model_and_the_policy_in_force(model: torch.nn.Module) -> None:
+    inputs = prompt(model)
+    with plphp.prune(model, plphp.PLPHP(r=1, delta_r=0)):
+        cache = plphp.PrunedCache(model)
+    with plphp.prune(model, plphp.PLPHP(r=0.25, delta_r=0)):
+        model.generate(**inputs, **GREEDY, past_key_values=cache)
+    assert cache.report.retention == pytest.approx(0.25, abs=0.02)
+    other = QWEN.build(0)
+    with plphp.prune(other), pytest.raises(plphp.UnsupportedModeError, match="another model"):
+        other.generate(**inputs, **GREEDY, past_key_values=cache)
+
+
+def test_a_generation_config_that_brings_a_cache_is_refused(model: torch.nn.Module) -> None:
+    model.generation_config.cache_implementation = "dynamic"
+    with plphp.prune(model), pytest.raises(plphp.UnsupportedModeError, match="set it to None"):
+        model.generate(**prompt(model), **GREEDY)

@@ -13,7 +13,7 @@ from plphp.cache import Report
 from plphp.errors import UnsupportedModeError, UnsupportedModelError
 from plphp.hf import compat
 from plphp.hf.attention import ConfigView, pass_layer, pruned_attention
-from plphp.hf.cache import PrunedCache
+from plphp.hf.cache import PrunedCache, own_cache
 from plphp.hf.generate import UNSUPPORTED_METHODS, refuse_method, wrap
 from plphp.hf.positions import later_positions, position_shift
 from plphp.hf.report import build_report
@@ -174,7 +174,8 @@ def _begin(pruning: Pruning) -> Hook:
             cache.check()
             past = int(cache.get_seq_length())
             if columns > 1 or past == 0:  # a bare forward: what it brings is the prompt
-                cache.open(Turn(columns, source, pruning.model.config, pruning.vision_mask))
+                prompt = Turn(columns, source, pruning.model.config, pruning.vision_mask)
+                cache.open(prompt, pruning.policy)
             positions = later_positions(model, cache.shift, past, columns, source)
             if positions is not None:
                 kwargs["position_ids"] = positions
@@ -202,13 +203,9 @@ def _cache_of(model: nn.Module, kwargs: dict[str, Any]) -> PrunedCache:
         )
     if cache is None:
         kwargs["use_cache"] = True
-        return PrunedCache(model)
-    if not isinstance(cache, PrunedCache):
-        raise UnsupportedModeError(
-            f"an attached model cannot use a {type(cache).__name__}: pass "
-            "past_key_values=plphp.PrunedCache(model), or none"
-        )
-    return cache
+    if isinstance(cache, PrunedCache) and cache.generating:
+        return cache  # generate() has looked at it, and a compiled step should not again
+    return own_cache(cache, model)
 
 
 def _finish(pruning: Pruning) -> Hook:

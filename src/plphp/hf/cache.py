@@ -14,6 +14,7 @@ from plphp.cache import KVStore, Report, StaticStore, allocated, bucketed
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.turn import Turn
+from plphp.policy import Policy
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -166,9 +167,19 @@ class PrunedCache(Cache):
                 "this cache was interrupted in the middle of a forward; start a new one"
             )
 
-    def open(self, turn: Turn) -> None:
+    def settle(self) -> None:
+        """End a generate(): a prompt of which nothing was read, after a refusal, is forgotten."""
+        self.generating = False
+        if self.turn is None:
+            return
+        lengths = {int(layer.get_seq_length()) for _, layer in self.pruned_layers()}
+        if lengths == {self.turn.begin}:
+            self.turn = None
+
+    def open(self, turn: Turn, policy: Policy) -> None:
         """Announce a prompt; the forwards that follow bring its columns."""
         self.check()
+        self.policy = policy
         for _, layer in self.pruned_layers():
             layer.thaw()
         turn.begin = self.get_seq_length()
@@ -227,3 +238,17 @@ class PrunedCache(Cache):
     def kv_bytes(self) -> int:
         """Bytes allocated for this cache, counted by storage."""
         return allocated(self.tensors())
+
+
+def own_cache(cache: Any, model: Any) -> PrunedCache:
+    """The cache that a call brought, or a new one. Raises UnsupportedModeError for any other."""
+    if cache is None:
+        return PrunedCache(model)
+    if not isinstance(cache, PrunedCache):
+        raise UnsupportedModeError(
+            f"an attached model cannot use a {type(cache).__name__}: pass "
+            "past_key_values=plphp.PrunedCache(model), or none"
+        )
+    if cache.config is not compat.text_config(model):
+        raise UnsupportedModeError("this cache belongs to another model; make one for this model")
+    return cache

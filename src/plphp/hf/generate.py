@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plphp.errors import UnsupportedModeError
-from plphp.hf.cache import PrunedCache
+from plphp.hf.cache import PrunedCache, own_cache
 from plphp.hf.positions import later_positions
 from plphp.hf.turn import Turn
 
@@ -24,46 +24,45 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     def generate(
         inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        refuse(pruning.model, generation_config, kwargs)
+        model = pruning.model
+        refuse(model, generation_config, kwargs)
         # "dynamic" asks for what we bring anyway, but may not stand beside a cache.
         kwargs.pop("cache_implementation", None)
         if getattr(generation_config, "cache_implementation", None) is not None:
             generation_config = copy.copy(generation_config)
             generation_config.cache_implementation = None
-        cache = kwargs.pop("past_key_values", None)
-        if cache is None:
-            cache = PrunedCache(pruning.model)
-        elif not isinstance(cache, PrunedCache):
-            raise UnsupportedModeError(
-                f"an attached model cannot use a {type(cache).__name__}: pass "
-                "past_key_values=plphp.PrunedCache(model), or none"
-            )
+        cache = own_cache(kwargs.pop("past_key_values", None), model)
         cache.check()
         source = dict(kwargs)
         if inputs is not None:
             source["input_ids" if inputs.dim() == 2 else "inputs_embeds"] = inputs
         past = int(cache.get_seq_length())
         length = new_columns(source, past)
-        positions = later_positions(pruning.model, cache.shift, past, length, source)
+        positions = later_positions(model, cache.shift, past, length, source)
         if positions is not None:  # else generate() would take those of the model's last prompt
             columns = length if source.get("input_ids") is None else source["input_ids"].shape[1]
             kwargs["position_ids"] = torch.nn.functional.pad(positions, (columns - length, 0))
-        if cache.static and any(kwargs.get(name) is not None for name in ASSISTED):
-            raise UnsupportedModeError("assisted decoding takes tokens back: use static=False")
-        answer = kwargs.get("max_new_tokens")
-        if cache.static and answer is not None and past + length + answer - 1 > cache.max_len:
-            raise ValueError(
-                f"{past + length} columns and {answer} new tokens do not fit max_len="
-                f"{cache.max_len}"
-            )
-        cache.open(Turn(length, source, pruning.model.config, pruning.vision_mask))
+        if cache.static:
+            _fit(cache, past + length, kwargs)
+        cache.open(Turn(length, source, model.config, pruning.vision_mask), pruning.policy)
         cache.generating = True
         try:
             return original(inputs, generation_config, *args, past_key_values=cache, **kwargs)
         finally:
-            cache.generating = False
+            cache.settle()
 
     return generate
+
+
+def _fit(cache: PrunedCache, prompt: int, kwargs: dict[str, Any]) -> None:
+    """Raise for an answer that a static cache cannot hold or take back."""
+    if any(kwargs.get(name) is not None for name in ASSISTED):
+        raise UnsupportedModeError("assisted decoding takes tokens back: use static=False")
+    answer = kwargs.get("max_new_tokens")
+    if answer is not None and cache.max_len is not None and prompt + answer - 1 > cache.max_len:
+        raise ValueError(
+            f"{prompt} columns and {answer} new tokens do not fit max_len={cache.max_len}"
+        )
 
 
 def refuse(model: nn.Module, generation_config: Any, kwargs: dict[str, Any]) -> None:
@@ -84,6 +83,13 @@ def refuse(model: nn.Module, generation_config: Any, kwargs: dict[str, Any]) -> 
         raise UnsupportedModeError(
             f"cache_implementation={kind!r} brings a cache of its own; drop it: an attached model "
             "makes a plphp.PrunedCache"
+        )
+    own = getattr(model, "generation_config", None)
+    if getattr(own, "cache_implementation", None) is not None:
+        # generate() merges it into whatever is passed, and refuses it beside our cache.
+        raise UnsupportedModeError(
+            "model.generation_config.cache_implementation is set; set it to None, the default: an "
+            "attached model makes a plphp.PrunedCache"
         )
     if option("output_attentions"):
         raise UnsupportedModeError(
