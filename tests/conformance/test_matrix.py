@@ -46,6 +46,7 @@ MUST_WORK: dict[str, tuple[str, ...]] = {
     "cohere2_vision": IMAGES,
     "gemma3": IMAGES,
     "paligemma": IMAGES,
+    "pixtral": IMAGES,
     "mistral3": IMAGES,
 }
 APPLICABLE = [

@@ -8,7 +8,7 @@ alone, so that the same row can be asked for by itself and inside a padded batch
 A new family is one entry in the file of its relatives.
 """
 
-from tiny import decoders, google, grids, idefics, llava, tiles
+from tiny import decoders, grids, idefics, llava, others, tiles
 from tiny.base import (
     IMAGE,
     PAD,
@@ -57,7 +57,7 @@ __all__ = [
     "randomize",
 ]
 
-EVERY = [*grids.FAMILIES, *llava.FAMILIES, *idefics.FAMILIES, *tiles.FAMILIES, *google.FAMILIES]
+EVERY = [*grids.FAMILIES, *llava.FAMILIES, *idefics.FAMILIES, *tiles.FAMILIES, *others.FAMILIES]
 
 # All families of design.md, section 6; the installed transformers may lack some
 FAMILIES: dict[str, Family] = {family.name: family for family in EVERY}

@@ -50,19 +50,24 @@ def fixed(name: str) -> Sizes:
 
 
 def patches(config: Any, inputs: Inputs) -> Counts:
-    """LLaVA: a square of patches; CLIP towers add a class token, "default" drops one token."""
+    """LLaVA: a square of patches; CLIP towers add a class token, "default" drops one token.
+
+    Pixtral-12B is this class with a tower that takes images of any size.
+    """
     vision = config.vision_config
+    if vision.model_type == "pixtral":
+        return merged_patches(config, inputs)
     classes = 1 if "clip" in vision.model_type and "siglip" not in vision.model_type else 0
     strategy = getattr(config, "vision_feature_select_strategy", "full")
     return _side(config) ** 2 + classes - (1 if strategy == "default" else 0)
 
 
 def merged_patches(config: Any, inputs: Inputs) -> Counts:
-    """Mistral 3: `image_sizes` in pixels, one token for a square of merged patches."""
+    """Pixtral: `image_sizes` in pixels, one token for a patch; Mistral 3 merges squares of them."""
     sizes: Tensor | None = inputs.get("image_sizes")
     if sizes is None:
         return None
-    step = int(config.vision_config.patch_size) * int(config.spatial_merge_size)
+    step = int(config.vision_config.patch_size) * int(getattr(config, "spatial_merge_size", 1))
     return [(int(h) // step) * (int(w) // step) for h, w in sizes.tolist()]
 
 

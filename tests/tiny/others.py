@@ -1,8 +1,8 @@
-"""Gemma 3 and PaliGemma, whose image tokens see each other in both directions, and Mistral 3.
+"""Gemma 3 and PaliGemma, whose image tokens see each other in both directions; Mistral 3, Pixtral.
 
 Gemma 3: two newlines, <start_of_image>, a fixed number of tokens, <end_of_image>, two newlines;
 layers take turns between a sliding window and full attention. PaliGemma: a fixed number of tokens,
-and the whole prompt is seen in both directions. Mistral 3 (Pixtral): rows of patches, [IMG_BREAK]
+and the whole prompt is seen in both directions. Pixtral and Mistral 3: rows of patches, [IMG_BREAK]
 behind each but the last, which has [IMG_END].
 """
 
@@ -76,6 +76,19 @@ def mistral3_config() -> PreTrainedConfig:
     )
 
 
+def pixtral_config() -> PreTrainedConfig:
+    """Pixtral-12B: the LLaVA class, without the merger of Mistral 3."""
+    return transformers.LlavaConfig(
+        text_config=transformers.MistralConfig(**TEXT, head_dim=16, sliding_window=None),
+        vision_config=transformers.PixtralVisionConfig(
+            **VISION, num_hidden_layers=2, image_size=48, patch_size=2 * PATCH
+        ),
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+
+
 def gemma3_image(config: Any, index: int, count: int, generator: torch.Generator) -> Image:
     run = [IMAGE] * config.mm_tokens_per_image
     layout = (NEWLINE, NEWLINE, VISION_START, *run, VISION_END, NEWLINE, NEWLINE)
@@ -87,9 +100,9 @@ def paligemma_image(config: Any, index: int, count: int, generator: torch.Genera
     return Image(run, noise(generator, 3, SIDE, SIDE), (SIDE, SIDE))
 
 
-def mistral3_image(config: Any, index: int, count: int, generator: torch.Generator) -> Image:
+def pixtral_image(config: Any, index: int, count: int, generator: torch.Generator) -> Image:
     height, width = PIXTRAL_SIZES[(index + count) % len(PIXTRAL_SIZES)]
-    step = PATCH * config.spatial_merge_size
+    step = 2 * PATCH  # a patch of Pixtral, and what Mistral 3 merges to one
     row = [*[IMAGE] * (width // step), BREAK]
     layout = [*(row * (height // step))[:-1], VISION_END]
     return Image(tuple(layout), noise(generator, 3, height, width), (height, width))
@@ -99,7 +112,7 @@ def collate(rows: list[Row]) -> dict[str, Tensor]:
     return {"pixel_values": torch.stack([image.pixels for image in flat(rows)])}
 
 
-def mistral3_collate(rows: list[Row]) -> dict[str, Tensor]:
+def pixtral_collate(rows: list[Row]) -> dict[str, Tensor]:
     images = flat(rows)
     height, width = (max(image.size[i] for image in images) for i in (0, 1))
     pixels = torch.zeros(len(images), 3, height, width)
@@ -140,10 +153,17 @@ FAMILIES = (
         types=prefix_types,
     ),
     Family(
+        "pixtral",
+        "LlavaForConditionalGeneration",
+        pixtral_config,
+        pixtral_image,
+        pixtral_collate,
+    ),
+    Family(
         "mistral3",
         "Mistral3ForConditionalGeneration",
         mistral3_config,
-        mistral3_image,
-        mistral3_collate,
+        pixtral_image,
+        pixtral_collate,
     ),
 )
