@@ -53,6 +53,7 @@ FAMILIES: dict[str, Family] = {
     "ovis2": ONE_TOKEN_BETWEEN,
     "cohere2_vision": ONE_TOKEN_BETWEEN,
     "mistral3": Family(images=sizes.merged_patches, layout=layouts.chained),
+    # each crop of pan and scan (off by default) is written as an image, and counts as one
     "gemma3": Family(images=sizes.fixed("mm_tokens_per_image")),
     "paligemma": Family(images=sizes.patches),
     "mllama": Family(
