@@ -1,6 +1,7 @@
 """The command line, run in this process as a shell would run it."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,8 +38,11 @@ def run(
 ) -> Callable[..., Result]:
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["plphp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            plphp.cli.main()
+        try:
+            with pytest.raises(SystemExit) as end:
+                plphp.cli.main()
+        finally:
+            logging.disable(logging.NOTSET)  # a command silences what libraries log
         captured = capsys.readouterr()
         return Result(int(end.value.code or 0), captured.out, captured.err)
 

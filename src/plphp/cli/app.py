@@ -47,7 +47,7 @@ def root(
         # transformers' advice is for programmers; a command's own lines are what a user reads.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         warnings.filterwarnings("ignore")
 
 

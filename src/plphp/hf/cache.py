@@ -208,6 +208,9 @@ class PrunedCache(Cache):
         return bucketed(longest + more) - longest if self.static else more
 
     def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that the cache keeps allocated."""
+        if self.shift is not None:
+            yield self.shift
         for layer in self.layers:
             if not isinstance(layer, PrunedLayer):
                 yield from compat.held_tensors(layer)
