@@ -32,6 +32,10 @@ docs: $(VENV)/.installed-docs
 figures: $(VENV)/.installed-docs
 	cd $(ROOT) && $(BIN)/python docs/make_figures.py
 
+# Runs every cell of the matrix (about 7 minutes on 2 cores) and writes docs/support.md.
+support: $(VENV)/.installed-dev
+	cd $(ROOT) && PLPHP_WRITE_DOCS=1 $(BIN)/python -m pytest tests/conformance/test_matrix.py
+
 # Everything but what needs a GPU: the full matrix, long random runs, compiled modes.
 test-all: $(VENV)/.installed-dev lint
 	cd $(ROOT) && $(BIN)/python -m pytest -m "not gpu"
@@ -39,7 +43,8 @@ test-all: $(VENV)/.installed-dev lint
 # Two minutes on the oldest transformers that is supported; OLDEST=5.19.0 for another.
 test-oldest: $(VENV)-$(OLDEST)/.installed
 	cd $(ROOT) && $(VENV)-$(OLDEST)/bin/python -m pytest -m "not slow and not gpu" \
-		tests/integration/test_attach.py tests/integration/test_conversation.py tests/unit
+		tests/integration/test_attach.py tests/integration/test_conversation.py tests/unit \
+		tests/conformance/test_layouts.py
 
 test-gpu: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python -m pytest -m gpu
