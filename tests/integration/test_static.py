@@ -113,8 +113,8 @@ def test_bytes_of_a_static_cache_are_counted() -> None:
         cache = static(model)
         model.generate(**inputs, **GREEDY, past_key_values=cache)
     storages = {}
-    for layer in cache.layers:
-        for tensor in vars(layer.store).values():
+    for owner in (cache, *(layer.store for layer in cache.layers)):
+        for tensor in vars(owner).values():
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
