@@ -49,7 +49,13 @@ CASES = [
     *(("idefics2_window", rows, 0) for rows in ("batch", "crossing")),
 ]
 
-every_case = pytest.mark.parametrize(("name", "rows", "seed"), CASES)
+
+def marked(cases: list[tuple[Any, ...]]) -> list[Any]:
+    """The first seed in every run, the others with the slow tests: the matrix covers the rest."""
+    return [pytest.param(*case, marks=[pytest.mark.slow] * (case[-1] > 0)) for case in cases]
+
+
+every_case = pytest.mark.parametrize(("name", "rows", "seed"), marked(CASES))
 every_family = pytest.mark.parametrize("name", tiny.CORE)
 
 
@@ -115,7 +121,7 @@ def test_keeping_all_is_the_untouched_model(name: str, rows: str, seed: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "seed"), [(name, seed) for name, rows, seed in CASES if rows == "batch"]
+    ("name", "seed"), marked([(name, seed) for name, rows, seed in CASES if rows == "batch"])
 )
 def test_a_row_of_a_batch_is_the_row_alone(name: str, seed: int) -> None:
     expected = truth(name, seed, "batch")
