@@ -228,6 +228,8 @@ def test_the_page_says_what_works(results: Results) -> None:
     if os.environ.get("PLPHP_WRITE_DOCS"):
         assert results.cells == len(CELLS), "the page is made from a run of all cells"
         PAGE.write_text(page(results))
+    if f"transformers {transformers.__version__}," not in PAGE.read_text():
+        pytest.skip("the page speaks of another transformers")
     cells = shown()
     assert list(cells) == LINES
     assert all(all(line.values()) for line in cells.values()), "no empty cell"
