@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from math import ceil
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from plphp.cli import options as o
 from plphp.cli.console import stdout
 from plphp.errors import PlphpError
-from plphp.policy import PLPHP
+from plphp.policy import PLPHP, steps
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,7 @@ def doctor(
     as_json: o.Json = False,
 ) -> None:
     """Say whether a model can be pruned, and what a prompt would take, from its config alone."""
-    default = PLPHP()
-    policy = PLPHP(
-        r=default.r if r is None else r, delta_r=default.delta_r if delta_r is None else delta_r
-    )
+    policy = cast(PLPHP, o.chosen_policy("plphp", r=r, delta_r=delta_r))
     from plphp.cli.inputs import load_config
 
     config = load_config(model, trust_remote_code)
@@ -92,6 +88,8 @@ def diagnose(
     trust: bool = False,
 ) -> Diagnosis:
     """Attach to the model on the meta device: the same checks as a real one, no memory."""
+    import torch
+
     from plphp.hf import compat, prune
 
     reason = ""
@@ -107,11 +105,13 @@ def diagnose(
     length = vision + text_tokens
     per_layer = _layer_bytes(text, dtype)
     # A window that is shorter than the prompt leaves its layer alone.
-    pruned_layers = [i for i in layers if windows[i] is None or int(windows[i] or 0) >= length]
+    pruned_layers = [i for i in layers if compat.covers(windows[i], length)]
     alone = len(windows) - len(pruned_layers)
+    tokens = torch.tensor([[tokens_per_image]])
     sizes = []
     for rate in (policy.r - policy.delta_r, policy.r, policy.r + policy.delta_r):
-        kept = text_tokens + images * min(tokens_per_image, ceil(rate * tokens_per_image - 1e-6))
+        share = steps.share(torch.tensor([rate], dtype=torch.float64), tokens)
+        kept = text_tokens + images * int(share)
         sizes.append(per_layer * (alone * length + len(pruned_layers) * kept))
     return Diagnosis(
         model=name,

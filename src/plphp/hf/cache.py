@@ -155,7 +155,7 @@ class PrunedCache(Cache):
         """
         layers: list[Any] = compat.stock_layers(self.config)
         for index, window in enumerate(compat.layer_windows(self.config)):
-            if window is None or (isinstance(window, int) and window >= prompt):
+            if compat.covers(window, prompt):
                 layers[index] = PrunedLayer(window, self)
         return layers
 

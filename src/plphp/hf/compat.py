@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import transformers
@@ -89,6 +89,11 @@ def layer_windows(config: Any) -> list[int | str | None]:
         else:
             windows.append(str(kind))
     return windows
+
+
+def covers(window: int | str | None, prompt: int) -> TypeGuard[int | None]:
+    """Whether a layer of `layer_windows` attends to all of a prompt, so that it can be pruned."""
+    return window is None or (isinstance(window, int) and window >= prompt)
 
 
 def _lenders(config: Any) -> set[int]:
