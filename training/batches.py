@@ -10,9 +10,9 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
+from plphp.demo.boards import render, to_patches
+from plphp.demo.questions import Level, Question, draw_prompt, draw_size
 from training.easy_vqa import SIDE, EasyVQA
-from training.pictures import render, to_patches
-from training.questions import Level, Question, draw_prompt, draw_size
 
 PICTURE_TOKENS = 4000  # per step, about: what two cores do in 1.4 seconds
 EASY_TOKENS = 1400

@@ -16,9 +16,9 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
+from plphp.demo.boards import COLOUR_NAMES, GLYPHS
+from plphp.demo.questions import LEVELS, draw_prompt, draw_size
 from training.easy_vqa import EasyVQA
-from training.pictures import COLOUR_NAMES, GLYPHS
-from training.questions import LEVELS, draw_prompt, draw_size
 
 END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 SPECIAL_TOKENS = [

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
-from training.pictures import COLOUR_NAMES
-from training.questions import Question
+from plphp.demo.boards import COLOUR_NAMES
+from plphp.demo.questions import Question
 
 Split = Literal["train", "test"]
 

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from plphp.demo.boards import render
 from plphp.demo.model import WEIGHTS, Embedded, load
+from plphp.demo.questions import LEVELS, TASKS, Level, draw_prompt, draw_size
 from training.easy_vqa import EasyVQA
-from training.pictures import render
-from training.questions import LEVELS, TASKS, Level, draw_prompt, draw_size
 
 SEED = 20240
 

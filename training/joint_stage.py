@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from plphp.demo.questions import LEVELS
 from training.batches import Batch, easy_batch, picture_batch
 from training.easy_vqa import EasyVQA
 from training.optim import MuonAdamW
 from training.packing import Packed, Packer, answer
-from training.questions import LEVELS
 from training.schedule import Leg, Phase
 from training.towers import encode_pictures
 

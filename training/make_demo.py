@@ -15,9 +15,9 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
+from plphp.demo.boards import Picture, render
 from plphp.demo.model import WEIGHTS
-from training.pictures import Picture, render
-from training.questions import LEVELS, Facts, Question, ask, draw_pictures
+from plphp.demo.questions import LEVELS, Facts, Question, ask, draw_pictures
 
 SEED = 31005
 DEMO = WEIGHTS.parent

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from training.questions import Question
+from plphp.demo.questions import Question
 from training.towers import run_text
 
 IGNORED = -100  # what ``cross_entropy`` ignores

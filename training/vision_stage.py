@@ -16,10 +16,10 @@ from numpy.random import Generator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from plphp.demo.boards import COLOUR_NAMES, GLYPHS, Picture, draw_scene, render
 from training.batches import as_patches
 from training.easy_vqa import SHAPES, SIDE, EasyVQA
 from training.optim import MuonAdamW
-from training.pictures import COLOUR_NAMES, GLYPHS, Picture, draw_scene, render
 from training.schedule import Leg
 from training.towers import encode_pictures
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from numpy.random import Generator
 
-from training.pictures import (
+from plphp.demo.boards import (
     COLOUR_NAMES,
     GLYPHS,
     Picture,
