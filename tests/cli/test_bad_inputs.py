@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import plphp
-from plphp.cli import inputs
+from plphp import inputs
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
 HEAD = "| what is wrong | arguments | printed on stderr | exit code |\n|---|---|---|---|\n"

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 import plphp.cli
 import plphp.demo.model
 import plphp.hf.attach
-from plphp.cli.inputs import open_image
+from plphp.inputs import open_image
 from plphp.models import FAMILIES
 from plphp.policy import POLICIES
 

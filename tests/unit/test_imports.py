@@ -18,10 +18,11 @@ LEVELS = {
     "hf": 3,
     "vllm": 3,
     "demo": 4,
-    "eval": 4,
     "bench": 4,
-    "report": 4,
-    "cli": 5,
+    "inputs": 5,
+    "eval": 6,
+    "report": 6,
+    "cli": 7,
 }
 
 

@@ -96,7 +96,7 @@ def demo(
 def ask(policy: Policy, device: str, dtype: str, rounds: int, quiet: bool) -> list[Answer]:
     """Answer every bundled question, full and pruned in turn."""
     from plphp.bench import compare
-    from plphp.cli.inputs import load, open_image
+    from plphp.inputs import load, open_image
 
     root = Path(str(files("plphp.demo")))
     questions = json.loads((root / "questions.json").read_text())

@@ -56,7 +56,7 @@ def doctor(
 ) -> None:
     """Say whether a model can be pruned, and what a prompt would take, from its config alone."""
     policy = cast(PLPHP, o.chosen_policy("plphp", r=r, delta_r=delta_r))
-    from plphp.cli.inputs import load_config
+    from plphp.inputs import load_config
 
     config = load_config(model, trust_remote_code)
     found = diagnose(

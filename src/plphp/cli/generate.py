@@ -19,7 +19,7 @@ from plphp.policy import Policy
 
 if TYPE_CHECKING:
     from plphp.bench import Comparison
-    from plphp.cli.inputs import Runnable
+    from plphp.inputs import Runnable
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def generate(
             raise InputError("the prompt is empty: give --prompt TEXT, or standard input")
     if compare and generation["do_sample"]:
         raise InputError("--compare needs greedy answers: drop the sampling options")
-    from plphp.cli.inputs import load
+    from plphp.inputs import load
 
     job = Job(load(model, dtype, device, attn, trust_remote_code), chosen, policy, generation)
     if seed is not None:
@@ -114,8 +114,8 @@ def answer(
     """The text, the report as a dict, and the report as text."""
     import torch
 
-    from plphp.cli.inputs import make_inputs
     from plphp.hf import prune
+    from plphp.inputs import make_inputs
 
     inputs = make_inputs(job.loaded, images, prompt, videos)
     extra = {} if streamer is None else {"streamer": streamer}
@@ -159,7 +159,7 @@ def _print_comparison(
     as_json: bool,
 ) -> None:
     from plphp.bench import compare
-    from plphp.cli.inputs import make_inputs
+    from plphp.inputs import make_inputs
 
     inputs = make_inputs(job.loaded, images, prompt, videos)
     with stderr().status("generating, full and pruned in turn"):
@@ -223,7 +223,7 @@ def _generation(
 
 def _check_files(images: Sequence[str], videos: Sequence[str]) -> None:
     """Say at once what cannot be read: a model takes a while to load."""
-    from plphp.cli.inputs import open_image
+    from plphp.inputs import open_image
 
     for path in images:
         open_image(path)

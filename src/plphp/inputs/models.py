@@ -1,11 +1,9 @@
-"""Models and files as a user names them, turned into what a generation needs."""
+"""Models as a user names them, with what turns pictures and a question into their inputs."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +11,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from plphp.errors import InputError, UnsupportedModelError
 
 EMBEDDED = "embedded"
+
+Prompt = tuple[Sequence[Image.Image], str]  # the pictures, then the question about them
 
 
 class Runnable(Protocol):
@@ -30,6 +30,7 @@ class Runnable(Protocol):
     @property
     def tokenizer(self) -> Any: ...
     def inputs(self, images: Sequence[Image.Image], question: str) -> dict[str, Tensor]: ...
+    def batch(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]: ...
     def decode(self, ids: Tensor) -> str: ...
 
 
@@ -47,21 +48,38 @@ class Loaded:
     def inputs(
         self, images: Sequence[Image.Image], question: str, videos: Sequence[Path] = ()
     ) -> dict[str, Tensor]:
-        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-        content += [{"type": "video", "path": str(path)} for path in videos]
-        content.append({"type": "text", "text": question})
+        """What `model.generate(**inputs)` needs for one prompt."""
+        return self._encode([_user(images, question, videos)])
+
+    def batch(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Several prompts, padded on the left, as generate() wants them."""
+        self.tokenizer.padding_side = "left"
+        chats = [[_user(images, question)] for images, question in prompts]
+        # Not every processor knows how to pad, and a single prompt needs none.
+        return self._encode(chats, padding=True) if len(chats) > 1 else self._encode(chats[0])
+
+    def _encode(self, chats: list[Any], **options: Any) -> dict[str, Tensor]:
         encoded = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
+            chats,
             tokenize=True,
             add_generation_prompt=True,
             return_dict=True,
             return_tensors="pt",
+            **options,
         )
         made: Mapping[str, Any] = encoded.to(self.model.device, dtype=self.model.dtype)
         return dict(made)
 
     def decode(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _user(
+    images: Sequence[Image.Image], question: str, videos: Sequence[Path] = ()
+) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    content += [{"type": "video", "path": str(path)} for path in videos]
+    return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 
 def load(
@@ -134,63 +152,6 @@ def _reading(name: str) -> Iterator[None]:
 
 def _first_sentence(error: Exception) -> str:
     return " ".join(str(error).split()).partition(". ")[0]
-
-
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """An RGB image. Raises InputError that names the file and says what is wrong with it."""
-    file = Path(path)
-    if not file.exists():
-        raise InputError(f"image {path}: no such file")
-    if file.is_dir():
-        raise InputError(f"image {path}: is a directory; --batch takes directories")
-    if file.stat().st_size == 0:
-        raise InputError(f"image {path}: the file is empty")
-    try:
-        with warnings.catch_warnings():
-            # Pillow only warns of bombs at first: a picture of 90 megapixels is refused here.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                return image.convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        most = Image.MAX_IMAGE_PIXELS or 0
-        raise InputError(
-            f"image {path}: more than {most:,} pixels (a decompression bomb?); make it smaller"
-        ) from None
-    except UnidentifiedImageError:
-        raise InputError(f"image {path}: not an image that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"image {path}: broken or truncated ({error})") from None
-
-
-def make_inputs(
-    loaded: Runnable, images: Sequence[str], prompt: str, videos: Sequence[str] = ()
-) -> dict[str, Tensor]:
-    """The model's inputs. Raises InputError for files, shapes and lengths that do not fit."""
-    pictures = [open_image(path) for path in images]
-    if not prompt.strip():
-        raise InputError("the prompt is empty")
-    try:
-        if not videos:
-            inputs = loaded.inputs(pictures, prompt)
-        elif isinstance(loaded, Loaded):
-            inputs = loaded.inputs(pictures, prompt, [Path(path) for path in videos])
-        else:
-            raise InputError("the embedded model reads pictures, not videos: choose a --model")
-    except (ValueError, ImportError) as error:
-        if isinstance(error, InputError):
-            raise
-        names = ", ".join([*images, *videos])
-        raise InputError(f"{names}: the model's processor refuses: {error}") from error
-    limit = getattr(
-        loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None
-    )
-    length = inputs["input_ids"].shape[1]
-    if limit is not None and length >= limit:
-        raise InputError(
-            f"the prompt takes {length} tokens with {len(images)} images and the model holds "
-            f"{limit}: use fewer or smaller images"
-        )
-    return inputs
 
 
 def check_device(device: str) -> None:

@@ -1,0 +1,25 @@
+"""Models and files as a user names them, turned into what a generation needs."""
+
+from plphp.inputs.images import open_image
+from plphp.inputs.models import (
+    EMBEDDED,
+    Loaded,
+    Prompt,
+    Runnable,
+    check_device,
+    load,
+    load_config,
+)
+from plphp.inputs.prompts import make_inputs
+
+__all__ = [
+    "EMBEDDED",
+    "Loaded",
+    "Prompt",
+    "Runnable",
+    "check_device",
+    "load",
+    "load_config",
+    "make_inputs",
+    "open_image",
+]
