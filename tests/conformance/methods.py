@@ -41,10 +41,15 @@ def _other(name: str) -> Method:
     return Method(name, lambda numbers: POLICIES[name]())
 
 
+def prunes_the_cache(name: str) -> bool:
+    """Methods of the other kinds have invariants and tests of their own."""
+    return POLICIES[name]().kind in ("layer", "layers")
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         *(_plphp(name, options) for name, options in OPTIONS.items()),
-        *(_other(name) for name in POLICIES if name != "plphp"),
+        *(_other(name) for name in POLICIES if name != "plphp" and prunes_the_cache(name)),
     )
 }

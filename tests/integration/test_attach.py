@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 import plphp
 import tiny
 from plphp.cache import allocated
-from plphp.policy import KeepPlan, LayerView
+from plphp.policy import KeepPlan, LayerView, Policy
 
 QWEN = tiny.FAMILIES["qwen2_vl"]
 TEXT_ONLY = [tiny.RowSpec(images=0, text=20)]
@@ -187,7 +187,7 @@ def test_two_models_in_two_threads_do_not_meet() -> None:
 
 
 @dataclass
-class Watching:
+class Watching(Policy):
     """A policy that notes how many bytes of keys and values are alive whenever it is asked."""
 
     inner: plphp.PLPHP

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from plphp.attention import reference, sdpa
-from plphp.attention.scoring import last_token_probabilities
+from plphp.attention.scoring import last_token_probabilities, window_probabilities
 
-__all__ = ["attend", "last_token_probabilities"]
+__all__ = ["attend", "last_token_probabilities", "window_probabilities"]
 
 
 def attend(

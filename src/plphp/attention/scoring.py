@@ -1,4 +1,4 @@
-"""The last prompt token's attention, computed beside the model's own: one row, never N x N."""
+"""The last prompt tokens' attention, computed beside the model's own: a few rows, never N x N."""
 
 from __future__ import annotations
 
@@ -8,20 +8,31 @@ from torch import Tensor
 BLOCK = 4096  # keys converted to float32 at a time, so that scoring needs no second cache
 
 
+def window_probabilities(
+    q: Tensor, k: Tensor, visible: Tensor, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Post-softmax attention (B, H, W, S) float32 of a few queries per row.
+
+    q (B, H, W, D) after RoPE, k (B, Hkv, S, D) after RoPE, visible (B, W, S) bool: which keys each
+    query sees. Softmax over them in float32 whatever the model's dtype; zeros for a query that sees
+    nothing.
+    """
+    batch, heads, queries, dim = q.shape
+    grouped = q.float().reshape(batch, k.shape[1], -1, dim) * scale  # G * W queries of a KV head
+    parts = torch.split(k, BLOCK, dim=2)
+    logits = torch.cat([grouped @ part.float().transpose(2, 3) for part in parts], -1)
+    logits = logits.view(batch, heads, queries, -1)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~visible[:, None], -torch.inf)
+    return logits.softmax(-1).masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
+
+
 def last_token_probabilities(
     q: Tensor, k: Tensor, valid: Tensor, scale: float, softcap: float | None = None
 ) -> Tensor:
     """Post-softmax attention (B, H, S) float32 of one query per row (PLPHP, section 3).
 
-    q (B, H, D) after RoPE, k (B, Hkv, S, D) after RoPE, valid (B, S) bool: False for padding.
-    Softmax over the valid keys in float32 whatever the model's dtype.
+    q (B, H, D), valid (B, S) bool: False for padding; otherwise as `window_probabilities`.
     """
-    batch, heads, dim = q.shape
-    grouped = q.float().reshape(batch, k.shape[1], heads // k.shape[1], dim) * scale
-    parts = torch.split(k, BLOCK, dim=2)
-    blocks = [grouped @ part.float().transpose(2, 3) for part in parts]
-    logits = torch.cat(blocks, -1)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~valid[:, None, None], -torch.inf)
-    return logits.softmax(-1).reshape(batch, heads, -1)
+    return window_probabilities(q[:, :, None], k, valid[:, None], scale, softcap)[:, :, 0]

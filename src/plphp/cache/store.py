@@ -68,6 +68,17 @@ class KVStore:
         self.ragged = bool((plan.lengths != longest).any())
         self.end = longest
 
+    def name_columns(self, plan: KeepPlan, logical: int) -> None:
+        """Say which columns the held slots are: tokens left before this layer, as planned.
+
+        plan: columns (B, 1 or Hkv, end) of the `logical` columns that the model was given
+        """
+        self.start = self.end - plan.lengths
+        self.ragged = bool((plan.lengths != self.end).any())
+        self.logical = logical
+        if self.positions is not None:
+            self.positions = plan.columns.to(torch.int32).expand_as(self.positions).contiguous()
+
     def visible(self, queries: int) -> Tensor | None:
         """Which slots the last `queries` columns attend to, True for yes.
 

@@ -17,9 +17,10 @@ from plphp.hf.cache import PrunedCache, own_cache
 from plphp.hf.generate import UNSUPPORTED_METHODS, refuse_method, wrap
 from plphp.hf.positions import later_positions, position_shift
 from plphp.hf.report import build_report
+from plphp.hf.sequence import attach_sequence, decoder_layers, refuse_turn
 from plphp.hf.turn import Mask, Turn
-from plphp.models import describes_vision, refusal
-from plphp.policy import PLPHP, Policy
+from plphp.models import describes_vision, refusal, sequence_refusal
+from plphp.policy import PLPHP, Policy, SequencePolicy
 
 logger = logging.getLogger("plphp")
 
@@ -88,8 +89,10 @@ def prune(model: Any, policy: Policy | None = None, *, vision_mask: Mask = None)
     model = _base(model)
     policy = PLPHP() if policy is None else policy
     modules = _prunable(model, vision_mask)
+    undo = _attach_kind(model, policy, modules)
     pruning = Pruning(model, policy, vision_mask)
     compat.register_attention(pruned_attention)
+    pruning._undo += undo
     pruning.layers = tuple(module.layer_idx for module in modules)
     for module in modules:
         pruning._set(module, "config", ConfigView(module))
@@ -105,6 +108,27 @@ def prune(model: Any, policy: Policy | None = None, *, vision_mask: Mask = None)
             pruning._set(model, name, refuse_method(name))
     pruning._set(model, MARK, pruning)
     return pruning
+
+
+def _attach_kind(model: Any, policy: Policy, modules: list[Any]) -> list[Callable[[], None]]:
+    """Hooks of a method that works on hidden states, none for others. Raises what `prune` does."""
+    if policy.kind == "images":
+        raise UnsupportedModeError(
+            f"{type(policy).__name__} makes pictures smaller, before the model: resize them to "
+            "policy.size(width, height, multiple) and leave the model as it is"
+        )
+    policy.check(len(modules))
+    if not isinstance(policy, SequencePolicy):
+        return []
+    if reason := sequence_refusal(model.config):
+        raise UnsupportedModelError(f"{model.config.model_type}: {reason}")
+    layers = decoder_layers(model, modules)
+    if len(layers) < len(compat.layer_windows(compat.text_config(model))):
+        raise UnsupportedModelError(
+            f"{type(policy).__name__} drops hidden states, and some layers of this decoder have no "
+            "ordinary attention: what they need would be missing"
+        )
+    return attach_sequence(policy, layers)
 
 
 def attached(model: Any) -> Pruning | None:
@@ -182,6 +206,7 @@ def _begin(pruning: Pruning) -> Hook:
         turn = cache.turn
         if turn is not None and int(cache.get_seq_length()) + columns >= turn.end:
             turn.locate(batch, kwargs.get("attention_mask"))
+            refuse_turn(cache, turn, columns)
         return args, kwargs
 
     return begin

@@ -7,26 +7,21 @@ kept, under a mask of its own: the model's masks are sized for a cache that was 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from plphp.attention import attend, last_token_probabilities
-from plphp.cache import KVStore
+from plphp.attention import attend
 from plphp.errors import (
     UnsupportedModeError,
-    UnsupportedModelError,
     UnsupportedTransformersError,
 )
 from plphp.hf import compat
 from plphp.hf.cache import PrunedCache, PrunedLayer
-from plphp.hf.turn import Turn, slot_positions, slot_spans
-from plphp.policy import LayerView
+from plphp.hf.pruning import after_attention
 
 LAYER = "plphp_layer"  # keyword that carries the cache layer from the hook to the function
-REFUSED = {"s_aux": "attention sinks", "position_bias": "position biases"}
 
 
 class ConfigView:
@@ -105,7 +100,7 @@ def pruned_attention(
         output, weights = _attend(module, query, key, value, layer, kwargs), None
     if isinstance(layer, PrunedLayer) and layer.cache.turn is not None:
         with torch.no_grad():
-            _prune(module, query, layer, layer.cache.turn, kwargs)
+            after_attention(module, query, layer, layer.cache.turn, kwargs)
     return output, weights
 
 
@@ -119,55 +114,6 @@ def _attend(
 ) -> Tensor:
     assert layer.store is not None
     visible = layer.store.visible(query.shape[2])
-    scale = _scale(module, query, kwargs)
+    scale = compat.scale(query, kwargs)
     output = attend(query, key, value, visible, scale, compat.softcap(module.config, kwargs))
     return output.transpose(1, 2).contiguous()
-
-
-def _prune(
-    module: nn.Module, query: Tensor, layer: PrunedLayer, turn: Turn, kwargs: dict[str, Any]
-) -> None:
-    """Score the prompt's last token and compact, once the layer holds the whole prompt."""
-    cache, store = layer.cache, layer.store
-    if not isinstance(store, KVStore) or not turn.prunes or store.logical < turn.end:
-        return
-    for name, what in REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} uses {what}; it cannot be scored")
-    first = store.logical - query.shape[2]  # column of this forward's first query
-    drafts = store.split(store.logical - turn.end)  # assisted decoding guesses past the prompt
-    spans = slot_spans(turn, store.start, store.end)
-    keys, _ = store.held()
-    probs = last_token_probabilities(
-        _last_queries(query, turn, first),
-        keys,
-        spans >= 0,
-        _scale(module, query, kwargs),
-        compat.softcap(module.config, kwargs),
-    )
-    index = int(module.layer_idx)  # type: ignore[arg-type]
-    view = LayerView(probs, spans, keys.shape[1], index, len(cache.layers))
-    if cache.over_ranks is not None:
-        view = replace(view, over_ranks=cache.over_ranks)
-    plan = cache.policy.plan(view)
-    turn.plans[index] = (plan, spans, slot_positions(turn, store.end))
-    longest = plan.columns.shape[-1]
-    store.compact(plan, cache.reserve(longest, store.logical))
-    store.append(*drafts)
-    layer.raw = False
-    if cache.static:
-        layer.freeze()
-
-
-def _last_queries(query: Tensor, turn: Turn, first: int) -> Tensor:
-    """(B, H, D): each row's query of its last prompt token; queries (B, H, T, D) from `first`."""
-    assert turn.spans is not None
-    columns = torch.arange(turn.length, device=turn.spans.device)
-    last = torch.where(turn.spans >= 0, columns, -1).amax(-1)
-    place = last.to(query.device) + turn.begin - first
-    return query[torch.arange(len(query), device=query.device), :, place]
-
-
-def _scale(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> float:
-    scale = kwargs.get("scaling")
-    return float(query.shape[-1] ** -0.5 if scale is None else scale)

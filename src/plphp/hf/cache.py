@@ -36,6 +36,7 @@ class PrunedLayer(CacheLayerMixin):
         self.raw = True
         self.is_compileable = cache.static
         self.home: torch.device | None = None
+        self.recent: Tensor | None = None  # the last queries of a prompt that comes in chunks
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -50,6 +51,10 @@ class PrunedLayer(CacheLayerMixin):
             return key_states, value_states
         self.store.append(key_states, value_states)
         return self.store.held()
+
+    def with_recent(self, query: Tensor) -> Tensor:
+        """Queries (B, H, T, D) of a forward, after those kept of the chunks before it."""
+        return query if self.recent is None else torch.cat([self.recent, query], 2)
 
     def freeze(self) -> None:
         """Move lengths to the device: what follows is decoding."""
@@ -75,7 +80,7 @@ class PrunedLayer(CacheLayerMixin):
         return most if self.cache.static and most is not None else -1
 
     def reset(self) -> None:
-        self.store, self.raw, self.is_initialized = None, True, False
+        self.store, self.raw, self.is_initialized, self.recent = None, True, False, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.store is not None:
@@ -139,6 +144,7 @@ class PrunedCache(Cache):
         self.config = compat.text_config(pruning.model)
         self.max_len, self.static = max_len, static
         self.policy = pruning.policy
+        self.attached = frozenset(pruning.layers)
         self.over_ranks = pruning.over_ranks
         self.turn: Turn | None = None
         self.generating = False  # inside generate(): forwards after the prompt are its steps
@@ -200,12 +206,32 @@ class PrunedCache(Cache):
             if isinstance(layer, PrunedLayer):
                 yield index, layer
 
+    def prunable(self) -> list[int]:
+        """Indices of the layers that are pruned: attached, and with a cache layer of ours."""
+        return [index for index, _ in self.pruned_layers() if index in self.attached]
+
     def reserve(self, longest: int, logical: int) -> int | None:
         """Slots to keep free beside `longest` kept ones of `logical` columns; None by default."""
         if self.max_len is None:
             return None
         more = max(self.max_len - logical, 1)
         return bucketed(longest + more) - longest if self.static else more
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put rows (B',) in a new order, positions of later turns included."""
+        super().reorder_cache(beam_idx)
+        if self.shift is not None:
+            self.shift = self.shift[beam_idx.to(self.shift.device)]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.shift is not None:
+            self.shift = self.shift[indices.to(self.shift.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.shift is not None:
+            self.shift = self.shift.repeat_interleave(repeats)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that the cache keeps allocated."""

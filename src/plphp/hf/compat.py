@@ -147,6 +147,12 @@ def softcap(config: Any, kwargs: dict[str, Any]) -> float | None:
     return None if config.original._attn_implementation == "sdpa" else cap
 
 
+def scale(query: Tensor, kwargs: dict[str, Any]) -> float:
+    """What the model multiplies its logits with. query (B, H, T, D)."""
+    given = kwargs.get("scaling")
+    return float(query.shape[-1] ** -0.5 if given is None else given)
+
+
 def text_config(model: nn.Module) -> Any:
     """The config of the language model inside a vision-language model."""
     return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]

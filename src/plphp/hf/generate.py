@@ -13,6 +13,7 @@ from plphp.errors import UnsupportedModeError
 from plphp.hf.cache import PrunedCache, own_cache
 from plphp.hf.positions import later_positions
 from plphp.hf.turn import Turn
+from plphp.policy import SequencePolicy
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 UNSUPPORTED_METHODS = ("generate_batch", "init_continuous_batching")
@@ -26,6 +27,8 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         model = pruning.model
         refuse(model, generation_config, kwargs)
+        if isinstance(pruning.policy, SequencePolicy):
+            refuse_pieces(pruning.policy, generation_config, kwargs)
         # "dynamic" asks for what we bring anyway, but may not stand beside a cache.
         kwargs.pop("cache_implementation", None)
         if getattr(generation_config, "cache_implementation", None) is not None:
@@ -63,6 +66,16 @@ def _fit(cache: PrunedCache, prompt: int, kwargs: dict[str, Any]) -> None:
         raise ValueError(
             f"{prompt} columns and {answer} new tokens do not fit max_len={cache.max_len}"
         )
+
+
+def refuse_pieces(policy: SequencePolicy, generation_config: Any, kwargs: dict[str, Any]) -> None:
+    """Raise UnsupportedModeError where a prompt would not be read alone and in one forward."""
+    for name in (*ASSISTED, "prefill_chunk_size"):
+        if (kwargs.get(name) or getattr(generation_config, name, None)) is not None:
+            raise UnsupportedModeError(
+                f"{type(policy).__name__} drops hidden states: {name} would split the prompt or "
+                "add to it; drop it, or use a method that prunes the cache"
+            )
 
 
 def refuse(model: nn.Module, generation_config: Any, kwargs: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from plphp.cache import LayerReport, Report, allocated, layer_report, untouched_
 from plphp.hf import compat
 from plphp.hf.cache import PrunedCache, PrunedLayer
 from plphp.hf.turn import Turn
+from plphp.policy import SequencePolicy
 
 
 def build_report(cache: PrunedCache, turn: Turn) -> Report:
@@ -65,6 +66,11 @@ def _notes(cache: PrunedCache, turn: Turn) -> list[str]:
         notes.append("nothing was pruned: the prompt has no vision tokens")
     pruned = {index for index, _ in cache.pruned_layers()}
     alone = [index for index in range(_depth(cache)) if index not in pruned]
+    if cache.policy.kind == "layers":
+        notes.append("planned after the last layer: until then the whole prompt was held")
+    if turn.leaving is not None and isinstance(cache.policy, SequencePolicy):
+        at = cache.policy.leave_at(len(cache.layers))
+        notes.append(f"tokens left before layer {at}: earlier layers hold them all")
     if alone:
         why = (
             "their attention window does not cover the prompt, other layers share their keys and "

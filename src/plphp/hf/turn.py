@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from plphp.errors import UnsupportedModeError
+from plphp.hf.leaving import Leaving
 from plphp.models import find_spans, processor_inputs
 from plphp.policy import KeepPlan
 
@@ -36,6 +37,8 @@ class Turn:
     prunes: bool = False  # whether there is anything to drop: vision tokens or padding
     tokens_before: Tensor | None = None
     static: bool = False  # lengths go to the device afterwards: every layer is compacted
+    leaving: Leaving | None = None  # of a sequence method: what stays, once that is known
+    waiting: dict[int, Any] = field(default_factory=dict)  # layers looked at and not planned yet
     plans: dict[int, tuple[KeepPlan, Tensor, Tensor]] = field(default_factory=dict)
 
     @property

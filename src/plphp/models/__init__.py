@@ -1,6 +1,6 @@
 """Which tokens are vision: one small entry a model family."""
 
-from plphp.models.families import FAMILIES, refusal
+from plphp.models.families import FAMILIES, refusal, sequence_refusal
 from plphp.models.spans import describes_vision, find_spans, processor_inputs, vision_spans
 
 __all__ = [
@@ -9,5 +9,6 @@ __all__ = [
     "find_spans",
     "processor_inputs",
     "refusal",
+    "sequence_refusal",
     "vision_spans",
 ]

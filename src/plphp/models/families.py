@@ -5,7 +5,7 @@ A family that is not listed is found by its config's token ids, every unbroken r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plphp.models import layouts, sizes
@@ -19,6 +19,7 @@ class Family:
     layout: which runs make up an image, where they do not
     frames: frames of a video are written as images are, and only a caller can tell
     refused: why the family cannot be pruned, where it cannot
+    whole: why no token can leave its hidden states (FastV, VTW), where none can
     """
 
     images: Sizes = sizes.unknown
@@ -26,9 +27,13 @@ class Family:
     layout: Layout = layouts.apart
     frames: bool = False
     refused: str = ""
+    whole: str = ""
 
+
+DEEPSTACK = "image features are added to the hidden states of several layers, so no token may leave"
 
 GRIDS = Family(images=sizes.grid("image_grid_thw"), videos=sizes.grid("video_grid_thw"))
+DEEPSTACK_GRIDS = replace(GRIDS, whole=DEEPSTACK)
 TILES_THEN_WHOLE = Family(layout=layouts.whole_last)
 ONE_TOKEN_BETWEEN = Family(layout=layouts.chained)
 GENERIC = Family()
@@ -36,8 +41,8 @@ GENERIC = Family()
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": GRIDS,
     "qwen2_5_vl": GRIDS,
-    "qwen3_vl": GRIDS,  # a video's frames have timestamps between them
-    "qwen3_vl_moe": GRIDS,
+    "qwen3_vl": DEEPSTACK_GRIDS,  # a video's frames have timestamps between them
+    "qwen3_vl_moe": DEEPSTACK_GRIDS,
     "qwen3_5": GRIDS,
     "qwen3_5_moe": GRIDS,
     "glm4v": GRIDS,
@@ -61,6 +66,11 @@ FAMILIES: dict[str, Family] = {
         "there is nothing that this method could drop"
     ),
 }
+
+
+def sequence_refusal(config: Any) -> str:
+    """Why no token can leave the hidden states of such models; empty where it can."""
+    return FAMILIES.get(getattr(config, "model_type", ""), GENERIC).whole
 
 
 def refusal(config: Any) -> str:

@@ -4,17 +4,56 @@ from __future__ import annotations
 
 from typing import Any
 
+from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy
+from plphp.policy.downsample import Downsample
+from plphp.policy.fastv import FastV
+from plphp.policy.full import Full
 from plphp.policy.plphp import PLPHP
-from plphp.policy.view import LAYER_CLASSES, KeepPlan, LayerView, Policy
+from plphp.policy.plphp_flat import PLPHPFlat
+from plphp.policy.plphp_global import PLPHPGlobal
+from plphp.policy.plphp_shared import PLPHPShared
+from plphp.policy.pyramidkv import PyramidKV
+from plphp.policy.random import Random
+from plphp.policy.snapkv import SnapKV
+from plphp.policy.uniform import Uniform
+from plphp.policy.view import LAYER_CLASSES, KeepPlan, LayerView
+from plphp.policy.vl_cache import VLCache
+from plphp.policy.vtw import VTW
 
-POLICIES: dict[str, Any] = {"plphp": PLPHP}
+POLICIES: dict[str, Any] = {
+    "full": Full,
+    "plphp": PLPHP,
+    "plphp-shared": PLPHPShared,
+    "plphp-flat": PLPHPFlat,
+    "plphp-global": PLPHPGlobal,
+    "random": Random,
+    "uniform": Uniform,
+    "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "vl-cache": VLCache,
+    "fastv": FastV,
+    "vtw": VTW,
+    "downsample": Downsample,
+}
 
-__all__ = ["LAYER_CLASSES", "PLPHP", "POLICIES", "KeepPlan", "LayerView", "Policy", "policy"]
+__all__ = [
+    "LAYER_CLASSES",
+    "PLPHP",
+    "POLICIES",
+    "CachePolicy",
+    "KeepPlan",
+    "LayerView",
+    "Look",
+    "Policy",
+    "SequencePolicy",
+    "policy",
+]
 
 
 def policy(name: str, **options: Any) -> Policy:
-    """A policy by its name and its options: `policy("plphp", r=.3)`.
+    """A policy by its name and its options: `policy("plphp", r=.3)`, `policy("snapkv", budget=.2)`.
 
+    Every method takes `budget`, the share of vision K/V kept over all layers, 0 to 1.
     Raises ValueError for an unknown name or option, and for a value out of range, naming it.
     """
     if name not in POLICIES:

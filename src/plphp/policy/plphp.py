@@ -20,19 +20,29 @@ import torch
 from torch import Tensor
 
 from plphp.policy import steps
-from plphp.policy.view import KeepPlan, LayerView, pack
+from plphp.policy.base import (
+    CachePolicy,
+    Kind,
+    Look,
+    Scope,
+    check_choice,
+    check_count,
+    check_share,
+)
+from plphp.policy.view import LayerView
 
-Budget = Literal["image", "global"]
 Gqa = Literal["mean", "max"]
 
 
 @dataclass(frozen=True)
-class PLPHP:
+class PLPHP(CachePolicy):
     """The method of the paper (arXiv 2502.14504, section 3), with its defaults.
 
     r, delta_r: retention rate and its change, 0 <= r - delta_r and r + delta_r <= 1
     alpha, beta: thresholds on vision attention, beta <= alpha
-    budget: "image" keeps the rate of every image, "global" ranks all images together
+    budget: "image" keeps the rate of every image, "global" ranks all images together; a number
+        scales the layers' rates so that this share of all vision K/V is kept, which can only be
+        known after the last layer: the whole prompt's cache is alive until then
     gqa: how the query heads of a KV head vote, "mean" (the paper) or "max"
     min_tokens: a floor on the kept tokens of each image
     round_to: kept lengths, text included, are raised to a multiple (paged engines)
@@ -44,7 +54,7 @@ class PLPHP:
     delta_r: float = 0.3
     alpha: float = 0.25
     beta: float = 0.1
-    budget: Budget = "image"
+    budget: Scope | float = "image"
     gqa: Gqa = "mean"
     min_tokens: int = 0
     round_to: int = 1
@@ -65,13 +75,21 @@ class PLPHP:
             raise ValueError(f"r + delta_r must be at most 1, got {self.r} + {self.delta_r}")
         if self.beta > self.alpha:
             raise ValueError(f"beta must be at most alpha, got {self.beta} > {self.alpha}")
-        for name, kinds in (("budget", get_args(Budget)), ("gqa", get_args(Gqa))):
-            if getattr(self, name) not in kinds:
-                raise ValueError(f"{name} must be one of {kinds}, got {getattr(self, name)!r}")
-        for name, least in (("min_tokens", 0), ("round_to", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if isinstance(self.budget, str):
+            check_choice("budget", self.budget, get_args(Scope))
+        else:
+            check_share("budget", self.budget)
+        check_choice("gqa", self.gqa, get_args(Gqa))
+        check_count("min_tokens", self.min_tokens, 0)
+        check_count("round_to", self.round_to, 1)
+
+    @property
+    def kind(self) -> Kind:
+        return "layer" if isinstance(self.budget, str) else "layers"
+
+    @property
+    def scope(self) -> Scope:  # type: ignore[override]
+        return "global" if self.budget == "global" else "image"
 
     def rate(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Classes (B,) int64 (index into LAYER_CLASSES) and rates (B,) float64 of gamma (B,).
@@ -84,27 +102,11 @@ class PLPHP:
         table = torch.tensor(levels, dtype=torch.float64, device=gamma.device)
         return classes, table[classes]
 
-    def plan(self, view: LayerView) -> KeepPlan:
-        """What to keep of one layer. Two host reads: the number of images and the kept length."""
-        spans = view.spans
-        gamma = view.over_ranks(steps.vision_attention(view.probs, spans))
+    def look(self, view: LayerView) -> Look:
+        gamma = view.over_ranks(steps.vision_attention(view.probs, view.spans))
         classes, rate = self.rate(gamma)
-        quota, total = self.counts(rate, spans)
-        scores = steps.head_scores(view.probs, view.kv_heads, self.gqa)
-        keep = steps.select(scores, spans, quota, total)
-        return pack(keep, gamma, rate, classes)
+        return Look(self.scores(view), view.spans, rate, gamma, classes)
 
-    def counts(self, rate: Tensor, spans: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Vision tokens to keep, int64: per image (B, m), and in all (B,) where that is more.
-
-        rate (B,) float64, spans (B, N).
-        """
-        sizes = steps.image_sizes(spans)
-        quota = sizes.clamp(max=self.min_tokens)
-        if self.budget == "image":
-            quota = torch.maximum(quota, steps.share(rate, sizes))
-            if self.round_to == 1:
-                return quota, None
-        whole = steps.share(rate, sizes.sum(-1, keepdim=True))[:, 0]
-        total = quota.sum(-1) if self.budget == "image" else torch.maximum(whole, quota.sum(-1))
-        return quota, steps.round_up(total, spans, self.round_to)
+    def scores(self, view: LayerView) -> Tensor:
+        """(B, Hkv, N) float32: what every KV head reads from every column."""
+        return steps.head_scores(view.probs, view.kv_heads, self.gqa)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from plphp.policy.view import LayerView
+
 
 def vision_attention(probs: Tensor, spans: Tensor) -> Tensor:
     """gamma (B,): mean over query heads of the attention mass on vision tokens (PLPHP, section 3).
@@ -27,6 +29,39 @@ def head_scores(probs: Tensor, kv_heads: int, gqa: str = "mean") -> Tensor:
     batch, heads, length = probs.shape
     grouped = probs.view(batch, kv_heads, heads // kv_heads, length)
     return grouped.amax(2) if gqa == "max" else grouped.mean(2)
+
+
+def shared_scores(view: LayerView) -> Tensor:
+    """Scores (B, Hkv, N) that are the same for all heads: the mean over every query head."""
+    mean = view.over_ranks(view.probs.mean(1, keepdim=True))
+    return mean.expand(-1, view.kv_heads, -1)
+
+
+def window_mean(window: Tensor) -> Tensor:
+    """(B, H, W, N) attention of the last prompt tokens -> (B, H, N) their mean (SnapKV, eq. 1).
+
+    Rows of zeros stand for tokens that a prompt does not have, and do not count.
+    """
+    tokens = (window[:, 0].sum(-1) > 0).sum(-1).clamp(min=1)
+    return window.sum(2) / tokens[:, None, None]
+
+
+def meet_budget(asked: Tensor, budget: float) -> Tensor:
+    """Rates (L, B) in proportion to `asked` (L, B), none above 1, with the mean `budget` per row.
+
+    float64; NaN where a row asks for NaN, because it has no vision tokens. What a layer cannot
+    use, because it is whole, goes to the others; layers that ask for 0 get something last.
+    """
+    want = asked.double().nan_to_num(0.0) + 1e-9
+    layers = len(want)
+    rates = torch.zeros_like(want)
+    whole = torch.zeros_like(want, dtype=torch.bool)
+    for _ in range(layers):  # each round fills at least one more layer, or is the last to matter
+        left = budget * layers - whole.sum(0)
+        scale = left / want.masked_fill(whole, 0.0).sum(0).clamp(min=1e-12)
+        rates = torch.where(whole, 1.0, want * scale)
+        whole = whole | (rates >= 1)
+    return rates.clamp(0, 1).masked_fill(asked.isnan(), torch.nan)
 
 
 def image_sizes(spans: Tensor) -> Tensor:

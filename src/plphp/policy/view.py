@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +25,11 @@ class LayerView:
     layer, layers: index of this layer, from 0, and how many the decoder has
     over_ranks: mean of a tensor over tensor-parallel ranks, which each see a share of the heads;
         the tensor itself without them
+    window: (B, H, W, N) float32, the same attention of the last W prompt tokens, the last one
+        last; W is at most the policy's own `window`, and rows of zeros stand for tokens that a
+        prompt does not have
+    asked: (B, W) int64, the columns of those W tokens, -1 where there is none
+    values: (B, Hkv, N, Dv) what the layer would store, or None; a plan must not keep it
     """
 
     probs: Tensor
@@ -34,6 +38,9 @@ class LayerView:
     layer: int = 0
     layers: int = 1
     over_ranks: Callable[[Tensor], Tensor] = _same
+    window: Tensor | None = None
+    asked: Tensor | None = None
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,18 +63,6 @@ class KeepPlan:
 
 
 LAYER_CLASSES = ("vision-indifferent", "vision-balanced", "vision-attentive")
-
-
-class Policy(Protocol):
-    """A per-layer policy: it sees one layer and says what to keep.
-
-    A frozen dataclass whose fields are its options and whose constructor refuses bad ones with a
-    ValueError that names the field. Its tensors stay on the device of `view.probs`.
-    """
-
-    def plan(self, view: LayerView) -> KeepPlan:
-        """What every row and KV head keeps of one layer, equally much for all heads of a row."""
-        ...
 
 
 def pack(keep: Tensor, gamma: Tensor, rate: Tensor, classes: Tensor) -> KeepPlan:

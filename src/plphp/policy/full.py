@@ -1,0 +1,23 @@
+"""Keep everything: what all other methods are compared with, through the same code as they."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plphp.policy import steps
+from plphp.policy.base import CachePolicy, Look, flat_look
+from plphp.policy.view import LayerView
+
+
+@dataclass(frozen=True)
+class Full(CachePolicy):
+    """No pruning. budget: 1; anything else is a ValueError."""
+
+    budget: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.budget != 1:
+            raise ValueError(f"budget must be 1 for a full cache, got {self.budget!r}")
+
+    def look(self, view: LayerView) -> Look:
+        return flat_look(view, steps.head_scores(view.probs, view.kv_heads), 1.0)

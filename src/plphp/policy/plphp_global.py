@@ -1,0 +1,23 @@
+"""PLPHP without "per image": one ranking over the vision tokens of all images of a prompt.
+
+    keep = the top ceil(r_l |V| - 1e-6) of V = V_1 u ... u V_m by s[g, .]
+
+An ablation of arXiv 2502.14504: an image that the question is not about may keep nothing. Without a
+number as its budget it is `PLPHP(budget="global")`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plphp.policy.base import Scope
+from plphp.policy.plphp import PLPHP
+
+
+@dataclass(frozen=True)
+class PLPHPGlobal(PLPHP):
+    """PLPHP that ranks all images together. Options and errors as PLPHP's."""
+
+    @property
+    def scope(self) -> Scope:  # type: ignore[override]
+        return "global"

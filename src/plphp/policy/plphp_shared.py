@@ -1,0 +1,24 @@
+"""PLPHP without "per head": the layer rates of PLPHP, one selection for all heads of a layer.
+
+    s[j] = mean_h p[h, j]
+
+An ablation of arXiv 2502.14504: what does it bring that each head keeps tokens of its own?
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from plphp.policy import steps
+from plphp.policy.plphp import PLPHP
+from plphp.policy.view import LayerView
+
+
+@dataclass(frozen=True)
+class PLPHPShared(PLPHP):
+    """PLPHP whose heads keep the same tokens. Options and errors as PLPHP's, without `gqa`."""
+
+    def scores(self, view: LayerView) -> Tensor:
+        return steps.shared_scores(view)

@@ -1,0 +1,37 @@
+"""PyramidKV (Cai et al. 2024, arXiv 2406.02069) for vision tokens: SnapKV with fewer tokens above.
+
+    r_l = top + (bottom - top) * (1 - l / (L - 1)),  mean over layers = budget
+    top = budget / slope, bottom = 2 budget - top;  where bottom would pass 1: bottom = 1 and
+    top = 2 budget - 1
+
+Layer 0 keeps most, the last layer least. Scores are SnapKV's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plphp.policy.snapkv import SnapKV
+from plphp.policy.view import LayerView
+
+
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV with layer budgets in a pyramid. Raises ValueError.
+
+    budget, window, kernel: as SnapKV's, the budget a mean over layers
+    slope: how many times its mean share the last layer goes below it, at least 1 (1: no pyramid)
+    """
+
+    slope: float = 20.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.slope, (int, float)) or not self.slope >= 1:
+            raise ValueError(f"slope must be a number of at least 1, got {self.slope!r}")
+
+    def share(self, view: LayerView) -> float:
+        bottom = min(2 * self.budget - self.budget / self.slope, 1.0)
+        top = 2 * self.budget - bottom
+        depth = view.layer / max(view.layers - 1, 1)
+        return min(max(bottom + (top - bottom) * depth, 0.0), 1.0)

@@ -1,0 +1,49 @@
+"""Random pruning: the control below which no method may fall.
+
+    keep = of each image i  min(|V_i|, ceil(budget |V_i| - 1e-6))  tokens, drawn anew for
+           every layer and every KV head
+
+The draw is a hash of (seed, layer, head, position), so that a row keeps the same tokens alone and
+in a batch, on every device and in every run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plphp.policy.base import CachePolicy, Look, check_count, check_share, flat_look
+from plphp.policy.view import LayerView
+
+
+@dataclass(frozen=True)
+class Random(CachePolicy):
+    """Random tokens. budget: the share kept, 0 to 1; seed: of the draw. Raises ValueError."""
+
+    budget: float = 0.4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_share("budget", self.budget)
+        check_count("seed", self.seed, 0)
+
+    def look(self, view: LayerView) -> Look:
+        position = ((view.spans >= 0).cumsum(-1) - 1)[:, None]
+        heads = torch.arange(view.kv_heads, device=position.device)[:, None]
+        drawn = scramble(scramble(scramble(self.seed + scramble(position)) + view.layer) + heads)
+        # 24 bits are what float32 tells apart.
+        return flat_look(view, (drawn & 0xFFFFFF).float(), self.budget)
+
+
+def scramble(x: Tensor) -> Tensor:
+    """An int64 hash in which every bit of x moves every bit of the result, never negative.
+
+    Three rounds of multiply and xor-shift on 31 bits: products stay within 62 bits.
+    """
+    x = x & 0x7FFFFFFF
+    for factor in (0x2C1B3C6D, 0x297A2D39, 0x1B56C4E9):
+        x = x ^ (x >> 15)
+        x = (x * factor) & 0x7FFFFFFF
+    return x ^ (x >> 16)
