@@ -97,11 +97,24 @@ def pruned_attention(
         original = compat.original_attention(module, view.original)
         output, weights = original(view.module_view, query, key, value, attention_mask, **kwargs)
     else:
-        output, weights = _attend(module, query, key, value, layer, kwargs), None
+        among = _among(attention_mask, query.shape[2])
+        output, weights = _attend(module, query, key, value, among, layer, kwargs), None
     if isinstance(layer, PrunedLayer) and layer.cache.turn is not None:
         with torch.no_grad():
             after_attention(module, query, layer, layer.cache.turn, kwargs)
     return output, weights
+
+
+def _among(mask: Any, queries: int) -> Tensor | None:
+    """(B or 1, 1, T, T) bool: what a later turn's columns see of each other, None if all before.
+
+    The model's own mask knows of padding between turns and of images that see themselves in both
+    directions. Its last columns are this turn's, whatever was dropped before.
+    """
+    if queries == 1 or not isinstance(mask, Tensor) or mask.dim() != 4:
+        return None
+    block = mask[..., -queries:]
+    return block if block.dtype == torch.bool else block == 0
 
 
 def _attend(
@@ -109,11 +122,16 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    among: Tensor | None,
     layer: PrunedLayer,
     kwargs: dict[str, Any],
 ) -> Tensor:
     assert layer.store is not None
     visible = layer.store.visible(query.shape[2])
+    if among is not None and visible is not None:
+        old = visible[..., : -among.shape[-1]]
+        lead = torch.broadcast_shapes(old.shape[:2], among.shape[:2])
+        visible = torch.cat([part.expand(*lead, -1, -1) for part in (old, among)], -1)
     scale = compat.scale(query, kwargs)
     output = attend(query, key, value, visible, scale, compat.softcap(module.config, kwargs))
     return output.transpose(1, 2).contiguous()
