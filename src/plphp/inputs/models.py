@@ -49,16 +49,25 @@ class Loaded:
         self, images: Sequence[Image.Image], question: str, videos: Sequence[Path] = ()
     ) -> dict[str, Tensor]:
         """What `model.generate(**inputs)` needs for one prompt."""
-        return self._encode([_user(images, question, videos)])
+        return self.encode([_user(images, question, videos)])
 
     def batch(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Several prompts, padded on the left, as generate() wants them."""
-        self.tokenizer.padding_side = "left"
-        chats = [[_user(images, question)] for images, question in prompts]
-        # Not every processor knows how to pad, and a single prompt needs none.
-        return self._encode(chats, padding=True) if len(chats) > 1 else self._encode(chats[0])
+        return self.encode_all([[_user(images, question)] for images, question in prompts])
 
-    def _encode(self, chats: list[Any], **options: Any) -> dict[str, Tensor]:
+    def encode_all(self, chats: Sequence[list[Any]], **options: Any) -> dict[str, Tensor]:
+        """Several chats, each a list of messages as chat templates take them, padded on the left.
+
+        options: the processor's
+        """
+        self.tokenizer.padding_side = "left"
+        # Not every processor knows how to pad, and a single prompt needs none.
+        if len(chats) == 1:
+            return self.encode(chats[0], **options)
+        return self.encode(list(chats), padding=True, **options)
+
+    def encode(self, chats: list[Any], **options: Any) -> dict[str, Tensor]:
+        """One chat, or several of one length. Raises ValueError for what the processor refuses."""
         encoded = self.processor.apply_chat_template(
             chats,
             tokenize=True,
@@ -85,7 +94,12 @@ def _user(
 def load(
     name: str, dtype: str, device: str, attention: str | None = None, trust: bool = False
 ) -> Runnable:
-    """The embedded model, a local directory, or a hub id. Raises InputError with what to do."""
+    """The embedded model, a local directory, or a hub id. Raises InputError with what to do.
+
+    device: a torch device, or "auto" to spread the layers over all of them
+    """
+    spread = device == "auto" and name != EMBEDDED
+    device = "cpu" if device == "auto" else device
     check_device(device)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
@@ -105,6 +119,8 @@ def load(
     options: dict[str, Any] = {"dtype": kind, "trust_remote_code": trust}
     if attention:
         options["attn_implementation"] = attention
+    if spread:
+        options["device_map"] = "auto"
     if type(config) not in AutoModelForImageTextToText._model_mapping and not trust:
         raise UnsupportedModelError(
             f"{name} ({config.model_type}) is not a vision-language model that transformers knows"
@@ -112,7 +128,7 @@ def load(
     with _reading(name):
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust)
         model = AutoModelForImageTextToText.from_pretrained(name, **options)
-    return Loaded(model.to(device).eval(), processor)
+    return Loaded((model if spread else model.to(device)).eval(), processor)
 
 
 def load_config(name: str, trust: bool = False) -> Any:
