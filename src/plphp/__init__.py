@@ -25,7 +25,7 @@ from plphp.policy import PLPHP, policy
 
 if TYPE_CHECKING:
     from plphp.cache import LayerReport, Report
-    from plphp.hf import PrunedCache, Pruning, prune
+    from plphp.hf import PrunedCache, Pruning, calibrate, prune
     from plphp.models import vision_spans
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedTransformersError",
     "__version__",
+    "calibrate",
     "policy",
     "prune",
     "vision_spans",
@@ -53,6 +54,7 @@ _LATER = {
     "PrunedCache": "plphp.hf",
     "Pruning": "plphp.hf",
     "Report": "plphp.cache",
+    "calibrate": "plphp.hf",
     "prune": "plphp.hf",
     "vision_spans": "plphp.models",
 }

@@ -2,5 +2,6 @@
 
 from plphp.hf.attach import Pruning, prune
 from plphp.hf.cache import PrunedCache
+from plphp.hf.calibrate import calibrate
 
-__all__ = ["PrunedCache", "Pruning", "prune"]
+__all__ = ["PrunedCache", "Pruning", "calibrate", "prune"]

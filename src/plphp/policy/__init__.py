@@ -8,7 +8,7 @@ from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy
 from plphp.policy.downsample import Downsample
 from plphp.policy.fastv import FastV
 from plphp.policy.full import Full
-from plphp.policy.plphp import PLPHP
+from plphp.policy.plphp import PLPHP, calibrated
 from plphp.policy.plphp_flat import PLPHPFlat
 from plphp.policy.plphp_global import PLPHPGlobal
 from plphp.policy.plphp_shared import PLPHPShared
@@ -46,6 +46,7 @@ __all__ = [
     "Look",
     "Policy",
     "SequencePolicy",
+    "calibrated",
     "policy",
 ]
 

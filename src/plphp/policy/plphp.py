@@ -110,3 +110,21 @@ class PLPHP(CachePolicy):
     def scores(self, view: LayerView) -> Tensor:
         """(B, Hkv, N) float32: what every KV head reads from every column."""
         return steps.head_scores(view.probs, view.kv_heads, self.gqa)
+
+
+def calibrated(gammas: list[float], budget: float, spread: float = 0.75) -> PLPHP:
+    """PLPHP with alpha and beta at the 2/3 and 1/3 quantiles of observed vision attention.
+
+    r and delta_r = spread * r are such that these layers would keep `budget` on the average; where
+    r + delta_r would pass 1, delta_r = 1 - r.
+    """
+    check_share("budget", budget)
+    check_share("spread", spread)
+    observed = torch.tensor(gammas, dtype=torch.float64)
+    beta, alpha = torch.quantile(observed, torch.tensor([1 / 3, 2 / 3]).double()).tolist()
+    # Ties may make one class larger than another: r makes up for it.
+    tilt = float((observed >= alpha).double().mean() - (observed < beta).double().mean())
+    r = budget / (1 + spread * tilt)
+    if r * (1 + spread) > 1:
+        r = min((budget - tilt) / (1 - tilt), 1.0) if tilt < 1 else budget
+    return PLPHP(r=r, delta_r=min(spread * r, 1 - r), alpha=alpha, beta=beta)

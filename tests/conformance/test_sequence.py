@@ -1,0 +1,167 @@
+"""Methods whose tokens leave the hidden states, against an oracle in which nothing leaves.
+
+There every layer from K on hides the dropped columns from all queries by its mask. That is the same
+for all tokens that stay: nothing that they attend to is missing, and nothing else is there.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import oracle
+import plphp
+import tiny
+from invariants import EVERY, LOGITS, generate, state_of, truth
+
+KEEP = 0.4
+REFUSED = {  # why no token may leave the hidden states of these
+    "qwen3_vl": "added to the hidden states",
+    "qwen3_vl_moe": "added to the hidden states",
+    "qwen3_5": "no ordinary attention",
+    "gemma3": "some layers cannot be pruned|no ordinary attention",
+    "cohere2_vision": "some layers cannot be pruned|no ordinary attention",
+}
+METHODS = {
+    "fastv": lambda: plphp.policy("fastv", layer=2, keep=KEEP),
+    "vtw": lambda: plphp.policy("vtw", layer=2),
+}
+
+
+@contextmanager
+def hidden_from(model: Any, first: int, dropped: Tensor) -> Iterator[None]:
+    """Columns that are True in `dropped` (B, N) cannot be attended to in layers from `first` on."""
+
+    def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs["attention_mask"].clone()
+        batch, columns = dropped.shape
+        mask = mask.expand(batch, *mask.shape[1:]).clone()
+        part = mask[..., :columns]
+        part.masked_fill_(dropped[:, None, None], torch.finfo(mask.dtype).min)
+        return args, {**kwargs, "attention_mask": mask}
+
+    layers = model.get_decoder().layers[first:]
+    handles = [layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in layers]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def dropped_columns(spans: Tensor, kept: Tensor) -> Tensor:
+    """(B, N) bool of vision columns that are not among the row-logical positions kept (B, 1, K)."""
+    logical = (spans >= 0).cumsum(-1) - 1
+    stays = (logical[:, :, None] == kept[:, 0][:, None]).any(-1)
+    return (spans > 0) & ~stays
+
+
+def best(scores: Tensor, spans: Tensor, keep: float) -> tuple[list[int], float]:
+    """One row's columns with the highest scores, and by how much the last one got in."""
+    vision = (spans > 0).nonzero()[:, 0]
+    count = min(len(vision), int(-(-(keep * len(vision) - 1e-6) // 1)))
+    order = scores[vision].sort(descending=True, stable=True)
+    margin = float(order.values[count - 1] - order.values[count]) if count < len(vision) else 1.0
+    return sorted(vision[order.indices[:count]].tolist()), margin
+
+
+@pytest.mark.parametrize("rows", ["one", "batch"])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_leaving_equals_hiding(family: str, name: str, rows: str) -> None:
+    expected = truth(family, 0, rows)
+    model = expected.build()
+    if family in REFUSED:
+        before = state_of(model)
+        errors = (plphp.UnsupportedModelError, plphp.UnsupportedModeError)
+        with pytest.raises(errors, match=REFUSED[family]), plphp.prune(model, METHODS[name]()):
+            generate(model, expected.inputs)
+        assert state_of(model) == before
+        return
+    with plphp.prune(model, METHODS[name](), vision_mask=expected.mask) as pruning:
+        tokens, logits = generate(model, expected.inputs)
+        report = pruning.report
+    for layer in report.layers[:2]:
+        assert layer.retention == 1
+    assert len({layer.retention for layer in report.layers[2:]}) == 1
+    kept = report.layers[2].kept
+    if name == "fastv":
+        check_ranking(expected, kept)
+    model.set_attn_implementation("eager")
+    with hidden_from(model, 2, dropped_columns(expected.spans, kept)):
+        wanted, wanted_logits = oracle.generate(model, expected.inputs, len(tokens[0]), tokens)
+    assert torch.equal(tokens, wanted)
+    assert (logits - wanted_logits).abs().max() < LOGITS
+    if any(row.images for row in expected.rows):
+        assert (logits - expected.logits).abs().max() > LOGITS, "nothing left"
+
+
+def check_ranking(expected: Any, kept: Tensor) -> None:
+    """Kept is what the last token attends to most in layer 1, but for ties."""
+    scores = expected.probabilities[1].mean(1)
+    for row, spans in enumerate(expected.spans):
+        if not bool((spans > 0).any()):
+            continue
+        wanted, margin = best(scores[row], spans, KEEP)
+        logical = ((spans >= 0).cumsum(-1) - 1)[wanted].tolist()
+        got = [position for position in kept[row, 0].tolist() if position >= 0]
+        assert got == logical or margin < 1e-5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_of_unequal_length_and_no_padding(name: str) -> None:
+    """Rows of one length that keep unequally many: fillers are hidden without a mask to copy."""
+    model = EVERY["llava"].build(0)
+    specs = [tiny.RowSpec(images=1, text=40), tiny.RowSpec(images=2, text=40)]
+    alone = [EVERY["llava"].make_inputs(model, [spec], 0)[0] for spec in specs]
+    lengths = [inputs["input_ids"].shape[1] for inputs in alone]
+    specs[0] = tiny.RowSpec(images=1, text=40 + lengths[1] - lengths[0])
+    inputs, spans = EVERY["llava"].make_inputs(model, specs, 0)
+    assert bool((spans >= 0).all())
+    del inputs["attention_mask"]
+    with plphp.prune(model, METHODS[name]()):
+        together, _ = generate(model, inputs)
+        for row, spec in enumerate(specs):
+            one, _ = EVERY["llava"].make_inputs(model, [spec], 0)
+            assert torch.equal(generate(model, one)[0][0], together[row])
+
+
+def test_prompts_that_come_in_pieces_are_refused() -> None:
+    expected = truth("llava", 0, "one")
+    model = expected.build()
+    with plphp.prune(model, METHODS["fastv"]()):
+        with pytest.raises(plphp.UnsupportedModeError, match="prefill_chunk_size"):
+            generate(model, expected.inputs, prefill_chunk_size=16)
+        with pytest.raises(plphp.UnsupportedModeError, match="prompt_lookup"):
+            generate(model, expected.inputs, prompt_lookup_num_tokens=3)
+        cache = plphp.PrunedCache(model, max_len=256, static=True)
+        with pytest.raises(plphp.UnsupportedModeError, match="static"):
+            generate(model, expected.inputs, past_key_values=cache)
+
+
+def test_a_budget_out_of_reach_is_said_when_attaching() -> None:
+    model = EVERY["llava"].build(0)
+    with pytest.raises(ValueError, match="budget must be at least layer / layers = 2 / 4"):
+        plphp.prune(model, plphp.policy("fastv", budget=0.2))
+    with plphp.prune(model, plphp.policy("fastv", budget=0.2 + 0.1, layer=1)):
+        pass
+
+
+def test_a_text_only_prompt_and_a_second_turn_pass_through() -> None:
+    expected = truth("llava", 0, "one")
+    model = expected.build()
+    inputs, _ = EVERY["llava"].make_inputs(model, [tiny.NONE], seed=0)
+    untouched = generate(model, inputs)[0]
+    with plphp.prune(model, METHODS["fastv"]()) as pruning:
+        assert torch.equal(generate(model, inputs)[0], untouched)
+        assert pruning.report.retention == 1
+        cache = plphp.PrunedCache(model)
+        first = model.generate(
+            **expected.inputs, past_key_values=cache, max_new_tokens=4, do_sample=False
+        )
+        held = cache.kv_bytes()
+        second = torch.cat([first, inputs["input_ids"][:, :5]], -1)
+        out = model.generate(second, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert out.shape[1] == second.shape[1] + 4
+    assert cache.kv_bytes() >= held
