@@ -42,18 +42,20 @@ def after_attention(
     query (B, H, T, D) of this forward.
     """
     store, policy = layer.store, layer.cache.policy
-    if not isinstance(store, KVStore) or not turn.prunes:
+    if not isinstance(store, KVStore):
         return
-    index = int(module.layer_idx)  # type: ignore[arg-type]
     if turn.leaving is not None:
-        return _left(layer, turn, index)
-    if isinstance(policy, SequencePolicy) and index != policy.leave_at(len(layer.cache.layers)) - 1:
-        return
+        return _left(layer, turn, int(module.layer_idx))  # type: ignore[arg-type]
     query = layer.with_recent(query)
-    if store.logical < turn.end:
+    if store.logical < turn.end:  # a chunk of the prompt; its images are known with the last one
         layer.recent = query[:, :, -policy.window :].clone() if policy.window > 1 else None
         return
     layer.recent = None
+    if not turn.prunes:
+        return
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    if isinstance(policy, SequencePolicy) and index != policy.leave_at(len(layer.cache.layers)) - 1:
+        return
     first = store.logical - query.shape[2]  # column of the first of these queries
     drafts = store.split(store.logical - turn.end)  # assisted decoding guesses past the prompt
     view = _view(module, query, store, turn, first, policy.window, kwargs)
