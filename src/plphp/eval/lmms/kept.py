@@ -1,0 +1,52 @@
+"""What a run of lmms-eval pruned, in numbers that stand beside its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from plphp.cache import Report
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One prefill. prompts: its rows that have images; bytes as in `plphp.Report`."""
+
+    prompts: int
+    retention: float
+    kv_bytes: int
+    kv_bytes_full: int
+
+    @classmethod
+    def of(cls, report: Report) -> Kept:
+        prompts = sum(images > 0 for images in report.images)
+        return cls(prompts, report.retention, report.kv_bytes, report.kv_bytes_full)
+
+
+def numbers(kept: Sequence[Kept]) -> dict[str, float]:
+    """Means over all prefills; retention over the prompts with images, 1 where there are none."""
+    prompts = sum(k.prompts for k in kept)
+    whole = sum(k.prompts * k.retention for k in kept)
+    return {
+        "prompts_with_images": float(prompts),
+        "vision_kv_kept": whole / prompts if prompts else 1.0,
+        "kv_bytes": sum(k.kv_bytes for k in kept) / max(len(kept), 1),
+        "kv_bytes_full": sum(k.kv_bytes_full for k in kept) / max(len(kept), 1),
+    }
+
+
+def in_words(method: str, kept: Sequence[Kept]) -> tuple[str, bool]:
+    """One line for the log, and whether it is a warning: that nothing was pruned."""
+    if method == "none":
+        return "plphp: method=none, the model ran untouched", False
+    found = numbers(kept)
+    if not found["prompts_with_images"]:
+        return f"plphp: method={method}, but no prompt had vision tokens: nothing was pruned", True
+    share = found["kv_bytes"] / found["kv_bytes_full"]
+    line = (
+        f"plphp: method={method} kept {found['vision_kv_kept']:.1%} of the vision K/V of "
+        f"{found['prompts_with_images']:.0f} prompts; cache {share:.3f} of the full bytes "
+        f"({found['kv_bytes']:,.0f} of {found['kv_bytes_full']:,.0f} a prefill)"
+    )
+    nothing = method != "full" and found["vision_kv_kept"] == 1
+    return line + ("; NOTHING WAS PRUNED" if nothing else ""), nothing
