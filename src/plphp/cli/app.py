@@ -15,6 +15,7 @@ from plphp.cli.console import command
 from plphp.cli.demo import demo
 from plphp.cli.doctor import doctor
 from plphp.cli.env import env
+from plphp.cli.eval import evaluate
 from plphp.cli.generate import generate
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for function in (demo, generate, doctor, env):
     app.command()(command(function))
+app.command("eval")(command(evaluate))
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,172 @@
+"""`plphp eval`: what every method loses on every task, at equal budgets."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from plphp.cli import options as o
+from plphp.cli.console import stderr
+from plphp.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from plphp.eval.run import Plan
+    from plphp.eval.sample import Task
+
+NEEDS = ("anls_star", "easy_vqa", "jiwer", "matplotlib", "rouge_score", "sklearn")  # plphp[eval]
+SECONDS = 600.0  # over which the speed is estimated
+
+
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Directory of the run; an earlier one goes on.")],
+    model: o.Model = "embedded",
+    tasks: Annotated[str, typer.Option(help="Names, or 'all'.")] = "all",
+    methods: Annotated[
+        str, typer.Option(help="Names, 'all', NAME:paper (own defaults), plphp:calibrated.")
+    ] = "plphp,random,uniform",
+    budgets: Annotated[str, typer.Option(help="Shares of the vision K/V kept.")] = ".6,.4,.2,.1",
+    limit: Annotated[int, typer.Option(min=1, help="Samples a task.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 7001,
+    batch: Annotated[int, typer.Option(min=1, help="Rows that are generated together.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    images: Annotated[
+        Path | None, typer.Option(help="A directory of images without labels: task 'folder'.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What is asked of --images.")] = None,
+    shard: Annotated[str, typer.Option(help="i/n: do the i-th of n parts, from 0.")] = "0/1",
+    dtype: o.Dtype = "auto",
+    device: o.Device = "cpu",
+    attn: o.Attention = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    as_json: o.Json = False,
+) -> None:
+    """Compare pruning methods by what they lose: task by task, at equal budgets. Resumable."""
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"{', '.join(missing)} not installed: pip install 'plphp[eval]'")
+    plan, added = _plan(
+        out, tasks, methods, budgets, limit, seed, batch, max_new_tokens, images, prompt, shard
+    )
+    if added:
+        print(f"added to --methods, as controls: {', '.join(added)}", file=sys.stderr)
+    from plphp.eval.run import run
+    from plphp.inputs import load
+
+    loaded = load(model, dtype, device, attn, trust_remote_code)
+    about = _about(model, loaded, device)
+    with _progress(plan, as_json) as watch:
+        run(loaded, plan, about, watch)
+    _finish(plan, as_json)
+
+
+def _plan(
+    out: Path, tasks: str, methods: str, budgets: str, limit: int, seed: int, batch: int,
+    longest: int, images: Path | None, prompt: str | None, shard: str,
+) -> tuple[Plan, list[str]]:  # fmt: skip
+    from plphp.eval.methods import known_methods, parse
+    from plphp.eval.run import Plan
+
+    names = ",".join(known_methods()) if methods == "all" else methods
+    settings, added = parse(names, budgets)
+    chosen = _tasks(tasks, images, prompt)
+    return (
+        Plan(chosen, tuple(settings), out, limit, seed, batch, longest, _shard(shard)),
+        added,
+    )
+
+
+def _tasks(names: str, images: Path | None, prompt: str | None) -> tuple[Task, ...]:
+    from plphp.eval.tasks import TASKS, folder
+
+    if (images is None) != (prompt is None):
+        raise InputError("--images DIR and --prompt TEXT go together")
+    if images is not None and prompt is not None:
+        if names != "all":
+            raise InputError("--images goes without --tasks: it is a task of its own")
+        return (folder(images, prompt),)
+    wanted = list(TASKS) if names == "all" else [n.strip() for n in names.split(",") if n.strip()]
+    for name in wanted:
+        if name not in TASKS:
+            raise InputError(f"--tasks: unknown task {name!r}; known are {', '.join(TASKS)}")
+    if not wanted:
+        raise InputError("--tasks names nothing")
+    return tuple(TASKS[name] for name in dict.fromkeys(wanted))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal()) or not int(i) < int(n):
+        raise InputError(f"--shard {text}: not i/n with i from 0 to n - 1, such as 0/2")
+    return int(i), int(n)
+
+
+def _about(model: str, loaded: Any, device: str) -> dict[str, Any]:
+    """What a run that goes on with this one must share, besides its plan."""
+    import torch
+    import transformers
+
+    from plphp import __version__
+
+    return {
+        "model": model,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": device,
+        "plphp": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+Watch = Callable[[str, int, int], Callable[[int], None]]
+
+
+@contextmanager
+def _progress(plan: Plan, quiet: bool) -> Iterator[Watch]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    guess = plan.limit * len(plan.settings) // plan.shard[1]  # lines of a task in this shard
+    with Progress(
+        *columns, console=stderr(), disable=quiet, speed_estimate_period=SECONDS
+    ) as progress:
+        bar = progress.add_task("answering", total=guess * len(plan.tasks))
+
+        def watch(name: str, total: int, done: int) -> Callable[[int], None]:
+            # Lines of an earlier call do not count: they would make this one look fast.
+            whole = progress.tasks[bar].total or 0
+            progress.update(bar, description=name, total=whole - guess + total - done)
+            return lambda lines: progress.advance(bar, lines)
+
+        yield watch
+
+
+def _finish(plan: Plan, as_json: bool) -> None:
+    from plphp.eval.present import write
+    from plphp.eval.summary import missing, summarize
+
+    left = missing(plan.out, plan.settings, [task.name for task in plan.tasks])
+    if left:
+        i, n = plan.shard
+        print(
+            f"shard {i}/{n} is done; {left} lines of other shards are missing: the last one to "
+            "finish writes the summary, or the same command again",
+            file=sys.stderr,
+        )
+        return
+    found = summarize(plan.out)
+    write(found, plan.out)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    print((plan.out / "summary.md").read_text())
+    print(f"summary.json, summary.md and curves in {plan.out}", file=sys.stderr)

@@ -1,0 +1,170 @@
+"""Answers of a batch: the unpruned model's, and what is left of them after pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from plphp.cache import Report
+from plphp.eval.batches import Batch
+from plphp.hf import PrunedCache, prune
+from plphp.policy import Policy
+
+GREEDY = {"do_sample": False, "num_beams": 1}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the untouched model answers, and how sure it is of every token.
+
+    tokens: (B, T) int64, up to the longest answer of the batch
+    lengths: (B,) tokens of each answer, its end token included
+    logits: (B, T, vocabulary), what each token was chosen from
+    kv_bytes: of keys and values of the whole batch's prompt
+    """
+
+    tokens: Tensor
+    lengths: tuple[int, ...]
+    logits: Tensor
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a pruned model answers.
+
+    tokens: (B, T') int64, its own
+    kl: KL(full || pruned) in nats of every token of the reference's answer, one list a row
+    agree: whether both would have said the same token there, one list a row
+    kept: (B,) vision K/V entries kept, over those of the full prompt
+    kv_bytes: allocated for the whole batch after the prompt
+    """
+
+    tokens: Tensor
+    kl: tuple[tuple[float, ...], ...]
+    agree: tuple[tuple[bool, ...], ...]
+    kept: tuple[float, ...]
+    kv_bytes: int
+
+
+def refer(model: Any, batch: Batch) -> Reference:
+    """Generate with the untouched model, which must not be attached."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    out = model.generate(
+        **batch.inputs,
+        past_key_values=cache,
+        max_new_tokens=batch.limit,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **GREEDY,
+    )
+    tokens = out.sequences[:, batch.columns :]
+    pairs = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    held = [t[..., : batch.columns, :] for t in pairs if isinstance(t, Tensor)]
+    return Reference(
+        tokens=tokens,
+        lengths=answer_lengths(tokens, model.generation_config.eos_token_id),
+        logits=torch.stack(out.logits, 1).float(),
+        kv_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held),
+    )
+
+
+def answer(model: Any, policy: Policy, batch: Batch, reference: Reference) -> Answers:
+    """Generate pruned, then read the reference's answer on what the same prompt left.
+
+    One prefill serves both: the cache is cropped back to it. Raises what `plphp.prune` raises.
+    """
+    with prune(model, policy) as pruning:
+        cache = PrunedCache(model)
+        inputs: Mapping[str, Tensor] = batch.inputs
+        if batch.first is not None:
+            model.generate(**batch.first, past_key_values=cache, max_new_tokens=1, **GREEDY)
+            report = _report(pruning)
+            _crop(cache, batch.shared)
+            inputs = batch.later()
+        out = model.generate(
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=batch.limit,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **GREEDY,
+        )
+        if batch.first is None:
+            report = _report(pruning)
+        logits = [out.logits[0][:, None].float()]
+        if reference.tokens.shape[1] > 1:
+            _crop(cache, batch.columns)
+            logits.append(_read(model, cache, batch, reference.tokens[:, :-1]))
+    kl, agree = compare(reference, torch.cat(logits, 1))
+    return Answers(
+        tokens=out.sequences[:, batch.columns :],
+        kl=kl,
+        agree=agree,
+        kept=kept_shares(report, batch.vision),
+        kv_bytes=report.kv_bytes,
+    )
+
+
+def _read(model: Any, cache: PrunedCache, batch: Batch, tokens: Tensor) -> Tensor:
+    """Logits (B, T, vocabulary) after each of some given tokens (B, T), which follow the prompt."""
+    mask = batch.inputs["attention_mask"]
+    mask = torch.cat([mask, mask.new_ones(tokens.shape)], 1)
+    out = model(input_ids=tokens, attention_mask=mask, past_key_values=cache)
+    logits: Tensor = out.logits.float()
+    return logits
+
+
+def compare(reference: Reference, logits: Tensor) -> tuple[Any, Any]:
+    """KL(full || pruned) and top-1 agreement, per row and token of its answer.
+
+    logits: (B, T, vocabulary) float32 of the pruned model at the tokens of the reference
+    """
+    full = reference.logits.log_softmax(-1)
+    pruned = logits.to(full.device).log_softmax(-1)
+    # Rounding may leave a sum of -1e-9 where both are equal.
+    kl = (full.exp() * (full - pruned)).sum(-1).clamp(min=0)
+    agree = full.argmax(-1) == pruned.argmax(-1)
+    lengths = reference.lengths
+    return (
+        tuple(tuple(row[:n]) for row, n in zip(kl.tolist(), lengths, strict=True)),
+        tuple(tuple(row[:n]) for row, n in zip(agree.tolist(), lengths, strict=True)),
+    )
+
+
+def answer_lengths(tokens: Tensor, end: int | list[int] | None) -> tuple[int, ...]:
+    """Tokens of each row of (B, T) up to its first end token, which counts."""
+    ends = torch.tensor([] if end is None else [end] if isinstance(end, int) else end)
+    over = torch.isin(tokens.cpu(), ends.long())
+    steps = over.shape[1]
+    first = over.int().argmax(-1) + 1
+    return tuple(torch.where(over.any(-1), first, steps).tolist())
+
+
+def kept_shares(report: Report, vision: tuple[int, ...]) -> tuple[float, ...]:
+    """Vision K/V entries kept of each row, over those that its full prompt has."""
+    layers = [layer for layer in report.layers if layer.kept.shape[1]]
+    shares = []
+    for row, tokens in enumerate(vision):
+        kept = sum(int((layer.kept[row] >= 0).sum()) for layer in layers)
+        whole = sum(tokens * layer.kept.shape[1] for layer in layers)
+        shares.append(kept / whole if whole else 1.0)
+    return tuple(shares)
+
+
+def _report(pruning: Any) -> Report:
+    report: Report | None = pruning.report
+    assert report is not None, "a finished generate() leaves a report"
+    return report
+
+
+def _crop(cache: PrunedCache, columns: int) -> None:
+    """Forget what came after the first columns."""
+    more = int(cache.get_seq_length()) - columns
+    if more:
+        cache.crop(-more)

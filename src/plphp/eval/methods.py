@@ -1,0 +1,86 @@
+"""Which methods run, and at which budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plphp.errors import InputError
+from plphp.hf import calibrate
+from plphp.policy import POLICIES, Policy, policy
+
+PAPER = ":paper"  # a method with its own defaults instead of a budget
+CALIBRATED = ":calibrated"  # PLPHP with thresholds from this model's own vision attention
+CONTROLS = ("full", "random", "uniform")  # no result without them
+BUDGETS = (0.6, 0.4, 0.2, 0.1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method at a budget: the share of vision K/V kept, over layers; None for its defaults."""
+
+    method: str
+    budget: float | None
+
+    def __str__(self) -> str:
+        return self.method if self.budget is None else f"{self.method} at {self.budget:g}"
+
+
+FULL = Setting("full", 1.0)
+
+
+def known_methods() -> list[str]:
+    """Every name that `parse` takes, but for `NAME:paper` of the other methods."""
+    return [*POLICIES, f"plphp{PAPER}", f"plphp{CALIBRATED}"]
+
+
+def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
+    """Settings of comma-separated names and shares, `full` first, and which controls were added.
+
+    Raises InputError for an unknown name and for a share that is none.
+    """
+    names = list(dict.fromkeys(_split(methods, "--methods")))
+    for name in names:
+        base = name.removesuffix(PAPER)
+        if base not in POLICIES and name != f"plphp{CALIBRATED}":
+            known = ", ".join(known_methods())
+            raise InputError(f"--methods: unknown method {name!r}; known are {known}")
+    added = [name for name in CONTROLS if name not in names]
+    shares = [_share(text) for text in _split(budgets, "--budgets")]
+    settings = [FULL]
+    for name in [*names, *added]:
+        if name.endswith(PAPER):
+            settings.append(Setting(name, None))
+        elif name != "full":
+            # Everything kept is what "full" stands for.
+            settings += [Setting(name, share) for share in dict.fromkeys(shares) if share < 1]
+    return settings, [name for name in added if name != "full"]
+
+
+def make(setting: Setting, model: Any, samples: Sequence[Mapping[str, Any]] = ()) -> Policy:
+    """The policy of a setting. samples: inputs of generate(), for what is calibrated.
+
+    Raises ValueError where the method cannot reach the budget.
+    """
+    if setting.method == f"plphp{CALIBRATED}" and setting.budget is not None:
+        return calibrate(model, samples, budget=setting.budget)
+    name = setting.method.removesuffix(PAPER)
+    return policy(name) if setting.budget is None else policy(name, budget=setting.budget)
+
+
+def _split(text: str, option: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise InputError(f"{option} names nothing")
+    return parts
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        raise InputError(f"--budgets: {text!r} is not a number") from None
+    if not 0 < share <= 1:
+        raise InputError(f"--budgets: {text} is not a share above 0 and at most 1")
+    return share

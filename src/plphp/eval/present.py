@@ -1,0 +1,15 @@
+"""What a summary leaves in the directory of its run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from plphp.eval.store import write_json
+from plphp.eval.tables import markdown
+
+
+def write(summary: dict[str, Any], out: Path) -> None:
+    """summary.json, summary.md, and the curves."""
+    write_json(out / "summary.json", summary)
+    (out / "summary.md").write_text(markdown(summary))

@@ -1,0 +1,186 @@
+"""The run: every sample of every task by every method at every budget.
+
+    task -> batch -> setting        so that a batch's pictures are read once for all settings
+
+Each batch is first answered by the untouched model. That is the row "full", and what the others
+are compared with, token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plphp.errors import PlphpError
+from plphp.eval.answers import Answers, Reference, answer, refer
+from plphp.eval.batches import Batch, in_batches, make_batch
+from plphp.eval.methods import CALIBRATED, FULL, Setting, make
+from plphp.eval.records import Asked
+from plphp.eval.sample import Sample, Task
+from plphp.eval.shrink import Shrinker, shrinker
+from plphp.eval.store import Done, Store
+from plphp.eval.tasks import TASKS
+from plphp.eval.tower import remembered
+from plphp.inputs import Runnable
+from plphp.policy import Policy, policy
+
+CALIBRATE_ON = ("needle", "describe", "transcribe", "long")  # drawn with another seed
+CALIBRATE_SAMPLES = 8  # of each
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    limit: samples a task
+    batch: rows that are generated together
+    longest: tokens of an answer, at most
+    shard: (i, n): every n-th batch, beginning with the i-th
+    """
+
+    tasks: tuple[Task, ...]
+    settings: tuple[Setting, ...]
+    out: Path
+    limit: int
+    seed: int
+    batch: int
+    longest: int
+    shard: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan under way: the model, its policies, where lines go.
+
+    policies: of every setting that can run, `skipped` the reasons of the others
+    advance: told how many lines are done
+    """
+
+    loaded: Runnable
+    plan: Plan
+    store: Store
+    policies: Mapping[Setting, Policy]
+    skipped: Mapping[Setting, str]
+    advance: Callable[[int], None]
+
+
+def run(
+    loaded: Runnable, plan: Plan, about: Mapping[str, Any], watch: Callable[[str, int, int], Any]
+) -> None:
+    """Do what is left of a plan.
+
+    about: settings beyond the plan's that another run must share to go on with this one
+    watch: called with a task's name, its lines in this shard and how many of them are done; returns
+        what to call with the number of lines that were added
+    Raises InputError if `plan.out` holds a run of other settings.
+    """
+    store = Store(plan.out, plan.shard)
+    fixed = {"limit": plan.limit, "seed": plan.seed, "batch": plan.batch}
+    store.open({**about, **fixed, "max_new_tokens": plan.longest})
+    try:
+        policies, skipped = _policies(loaded, plan)
+        store.note_policies({str(setting): repr(found) for setting, found in policies.items()})
+        for task in plan.tasks:
+            samples = task.draw(plan.limit, plan.seed)
+            store.describe(task, samples)
+            batches = in_batches(samples, plan.batch, loaded.tokenizer)
+            mine = batches[plan.shard[0] :: plan.shard[1]]
+            done = store.finished(task.name)
+            rows = {sample.id for batch in mine for sample in batch}
+            before = sum(name in rows and setting in plan.settings for name, setting in done)
+            total = len(rows) * len(plan.settings)
+            job = Job(loaded, plan, store, policies, skipped, watch(task.name, total, before))
+            _run_task(job, task, mine, done)
+    finally:
+        store.close()
+
+
+def _policies(loaded: Runnable, plan: Plan) -> tuple[dict[Setting, Policy], dict[Setting, str]]:
+    """Policies of the settings that can be made, and why the others cannot."""
+    policies: dict[Setting, Policy] = {}
+    skipped: dict[Setting, str] = {}
+    samples = (
+        _calibration(loaded, plan)
+        if any(setting.method.endswith(CALIBRATED) for setting in plan.settings)
+        else []
+    )
+    for setting in plan.settings:
+        try:
+            policies[setting] = make(setting, loaded.model, samples)
+        except (ValueError, PlphpError) as error:
+            skipped[setting] = " ".join(str(error).split())
+    return policies, skipped
+
+
+def _calibration(loaded: Runnable, plan: Plan) -> list[Mapping[str, Any]]:
+    """Prompts of another seed than the evaluated ones."""
+    drawn = [TASKS[name].draw(CALIBRATE_SAMPLES, plan.seed + 1) for name in CALIBRATE_ON]
+    return [loaded.inputs(s.images, s.question) for samples in drawn for s in samples]
+
+
+def _run_task(job: Job, task: Task, batches: Sequence[Sequence[Sample]], done: Done) -> None:
+    skipped = dict(job.skipped)
+    for setting, reason in skipped.items():
+        _skip(job, task, setting, reason)
+    for samples in batches:
+        left = {
+            setting: [s for s in samples if (s.id, setting) not in done]
+            for setting in job.plan.settings
+        }
+        for setting in skipped:
+            job.advance(len(left.pop(setting, ())))
+        wanted = {setting: rows for setting, rows in left.items() if rows}
+        if wanted:
+            skipped |= _run_batch(job, task, samples, wanted)
+
+
+def _run_batch(
+    job: Job, task: Task, samples: Sequence[Sample], wanted: Mapping[Setting, Sequence[Sample]]
+) -> dict[Setting, str]:
+    """Append the lines of a batch; returns settings that turned out not to run, and why."""
+    failed = {}
+    batch = make_batch(job.loaded, samples, job.plan.longest)
+    with torch.inference_mode(), remembered(job.loaded.model):
+        reference = refer(job.loaded.model, batch)
+        asked = Asked(job.loaded, batch, reference)
+        for setting, rows in wanted.items():
+            if setting == FULL:
+                lines = asked.full_lines()
+            else:
+                try:
+                    found = _answer(job, setting, batch, reference)
+                except (ValueError, PlphpError) as error:
+                    failed[setting] = " ".join(str(error).split())
+                    _skip(job, task, setting, failed[setting])
+                    job.advance(len(rows))
+                    continue
+                lines = asked.lines(found)
+            head = {"task": task.name, "method": setting.method, "budget": setting.budget}
+            names = {sample.id for sample in rows}
+            job.store.append(task.name, [{**head, **x} for x in lines if x["id"] in names])
+            job.advance(len(rows))
+    return failed
+
+
+def _answer(job: Job, setting: Setting, batch: Batch, reference: Reference) -> Answers:
+    chosen = job.policies[setting]
+    if chosen.kind == "images":
+        # Nothing is pruned of the smaller pictures: the same code path, everything kept.
+        batch, chosen = _smaller(job, batch, chosen), policy("full")
+    return answer(job.loaded.model, chosen, batch, reference)
+
+
+def _smaller(job: Job, batch: Batch, chosen: Policy) -> Batch:
+    by: Shrinker = shrinker(job.loaded)
+    small = make_batch(by.loaded, by.shrink(batch.samples, chosen), job.plan.longest)
+    # What is kept counts against the vision tokens of the pictures as they were.
+    return replace(small, vision=batch.vision)
+
+
+def _skip(job: Job, task: Task, setting: Setting, reason: str) -> None:
+    line = {"task": task.name, "method": setting.method, "budget": setting.budget}
+    job.store.append(task.name, [{**line, "skipped": reason}])

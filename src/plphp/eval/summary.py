@@ -1,0 +1,244 @@
+"""What a run shows: means with intervals, paired differences, everything else as plain means.
+
+Intervals are 95 % percentile bootstraps over samples. All settings of a task are resampled with the
+same draws, so that ratios and differences are paired.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plphp.eval.cider import cider
+from plphp.eval.methods import CONTROLS, FULL, Setting, known_methods
+from plphp.eval.metrics import TEXT_METRICS
+from plphp.eval.store import Line, read_lines, read_tasks
+
+Floats = NDArray[np.float64]
+
+RESAMPLES, SEED = 2000, 0
+COMPARED = ("random", "uniform", "plphp-shared", "downsample")  # with whom every method is paired
+AGREEMENT = "agreement"  # the main metric where nothing is known to be right
+FEW = 0.2  # KL by position ends where fewer of the answers get that far
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The lines of one setting, one a sample in the order of the task, and what they score."""
+
+    setting: Setting
+    lines: Sequence[Line]
+    metric: str
+
+    @cached_property
+    def scores(self) -> Floats:
+        return np.array([self.value(line, self.metric) for line in self.lines])
+
+    @staticmethod
+    def value(line: Line, metric: str) -> float:
+        """One number of a line; agreement and KL from the second token on.
+
+        The first token comes from the prompt's own forward, which pruning a cache leaves alone.
+        """
+        if metric == AGREEMENT:
+            return _mean(line["agree"][1:]) if "agree" in line else 1.0
+        if metric == "kl":
+            return _mean(line["kl"][1:]) if "kl" in line else 0.0
+        return float(line[metric])
+
+
+def summarize(out: Path) -> dict[str, Any]:
+    """Everything that a run found, as plain numbers ready for JSON. Needs no model."""
+    found: dict[str, Any] = {"about": json.loads((out / "run.json").read_text())}
+    found["policies"] = json.loads((out / "policies.json").read_text())
+    found["tasks"] = {
+        task["task"]: _task(task, list(read_lines(out, task["task"]))) for task in read_tasks(out)
+    }
+    return found
+
+
+def missing(out: Path, settings: Sequence[Setting], tasks: Sequence[str]) -> int:
+    """How many lines a run still lacks; a setting that could not run lacks none."""
+    wanted = 0
+    for task in read_tasks(out):
+        if task["task"] not in tasks:
+            continue
+        lines = list(read_lines(out, task["task"]))
+        failed = {_setting(line) for line in lines if "skipped" in line}
+        have = {(line["id"], _setting(line)) for line in lines if "id" in line}
+        wanted += sum(
+            (sample["id"], setting) not in have
+            for setting in settings
+            if setting not in failed
+            for sample in task["samples"]
+        )
+    return wanted
+
+
+def _task(task: Mapping[str, Any], lines: Sequence[Line]) -> dict[str, Any]:
+    samples = {sample["id"]: sample for sample in task["samples"]}
+    by: dict[Setting, dict[str, Line]] = {}
+    reasons = {_setting(line): line["skipped"] for line in lines if "skipped" in line}
+    for line in lines:
+        if "id" in line:
+            by.setdefault(_setting(line), {})[line["id"]] = line
+    full = by[FULL]
+    # Answers of one token come from the unpruned prompt: they prove nothing and stand apart.
+    apart = [name for name in samples if full[name]["one_token"]]
+    names = [name for name in samples if not full[name]["one_token"]]
+    metric = task["metric"] or AGREEMENT
+    settings = sorted(by | reasons, key=_order)
+    rows = {
+        setting: Rows(setting, [by[setting][name] for name in names], metric)
+        for setting in settings
+        if len(by.get(setting, ())) == len(samples) and names
+    }
+    shown = _settings(rows, [samples[name] for name in names]) if names else {}
+    for setting in settings:
+        if setting not in shown:
+            reason = reasons.get(setting, "not finished" if names else "answers of one token")
+            shown[setting] = {"skipped": reason}
+        elif apart and metric != AGREEMENT:
+            alone = [by[setting][name][metric] for name in apart]
+            shown[setting]["one_token"] = {"n": len(apart), "mean": _round(np.mean(alone))}
+    return {
+        "what": task["what"],
+        "metric": metric,
+        "samples": len(names),
+        "one_token": len(apart),
+        "vision_tokens": _round(np.mean([full[name]["vision"] for name in samples])),
+        "answer_tokens": _round(np.mean([full[name]["tokens"] for name in samples])),
+        "settings": [{"method": s.method, "budget": s.budget, **shown[s]} for s in settings],
+    }
+
+
+def _settings(
+    rows: Mapping[Setting, Rows], samples: Sequence[Mapping[str, Any]]
+) -> dict[Setting, dict[str, Any]]:
+    count = len(samples)
+    rng = np.random.default_rng(SEED)
+    weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+    means = {setting: weights @ found.scores for setting, found in rows.items()}
+    shown = {}
+    for setting, found in rows.items():
+        mean, whole = found.scores.mean(), rows[FULL].scores.mean()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = means[setting] / means[FULL]
+        shown[setting] = {
+            "score": _interval(mean, means[setting]),
+            "relative": _interval(mean / whole, ratio) if whole and means[FULL].all() else None,
+            "paired": _paired(setting, rows, means),
+            **_plain(found, samples),
+        }
+    return shown
+
+
+def _paired(
+    setting: Setting, rows: Mapping[Setting, Rows], means: Mapping[Setting, Floats]
+) -> dict[str, Any]:
+    """Differences to the other methods at the same budget.
+
+    A method at its own defaults meets them at the largest budget that keeps no more than it.
+    """
+    if setting == FULL:
+        return {}
+    budget = setting.budget
+    if budget is None:
+        kept = np.mean([line["kept"] for line in rows[setting].lines])
+        budgets = {other.budget for other in rows if other != FULL and other.budget is not None}
+        budget = max((b for b in budgets if b <= kept + 0.02), default=None)
+    found: dict[str, Any] = {}
+    for name in COMPARED:
+        other = Setting(name, budget)
+        if other in rows and other != setting:
+            difference = rows[setting].scores.mean() - rows[other].scores.mean()
+            interval = _interval(difference, means[setting] - means[other])
+            found[name] = {**interval, "budget": budget, "verdict": _verdict(interval)}
+    return found
+
+
+def _verdict(interval: Mapping[str, float]) -> str:
+    if interval["low"] > 0:
+        return "wins"
+    return "loses" if interval["high"] < 0 else "no difference shown"
+
+
+def _plain(rows: Rows, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Everything without an interval."""
+    lines = rows.lines
+    known = [name for name in (*TEXT_METRICS, "same") if name in lines[0]]
+    metrics = {name: _round(np.mean([line[name] for line in lines])) for name in known}
+    if samples[0]["answers"]:
+        texts = [line["answer"] for line in lines]
+        metrics["cider"] = _round(np.mean(cider(texts, [s["answers"] for s in samples])))
+    return {
+        "n": len(lines),
+        "metrics": metrics,
+        "agreement": _average([Rows.value(line, AGREEMENT) for line in lines]),
+        "kl": _average([Rows.value(line, "kl") for line in lines]),
+        "kl_by_position": _by_position([line.get("kl", []) for line in lines]),
+        "kept": _round(np.mean([line["kept"] for line in lines])),
+        "kv_bytes": round(float(np.mean([line["kv_bytes"] for line in lines]))),
+        "kv_bytes_full": round(float(np.mean([line["kv_bytes_full"] for line in lines]))),
+        "by_pictures": _by_pictures(rows, samples),
+    }
+
+
+def _by_pictures(rows: Rows, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    pictures = np.array([sample["pictures"] for sample in samples])
+    return {
+        str(count): {
+            "n": int((pictures == count).sum()),
+            "mean": _round(rows.scores[pictures == count].mean()),
+        }
+        for count in sorted(set(pictures.tolist()))
+    }
+
+
+def _by_position(values: Sequence[Sequence[float]]) -> list[float]:
+    """Mean over the answers that get as far as a position, from the first token on."""
+    means = []
+    for position in range(max(map(len, values))):
+        there = [row[position] for row in values if len(row) > position]
+        if len(there) < max(FEW * len(values), 1):
+            break
+        means.append(_round(np.mean(there)))
+    return means
+
+
+def _interval(mean: float, resampled: Floats) -> dict[str, float]:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return {"mean": _round(mean), "low": _round(low), "high": _round(high)}
+
+
+def _setting(line: Line) -> Setting:
+    return Setting(line["method"], line["budget"])
+
+
+def _order(setting: Setting) -> tuple[int, float, str]:
+    """The full cache, the controls, the methods as they are registered; large budgets first."""
+    names = [*CONTROLS, *(name for name in known_methods() if name not in CONTROLS)]
+    place = names.index(setting.method) if setting.method in names else len(names)
+    return place, -(setting.budget or 2.0), setting.method
+
+
+def _average(values: Sequence[float]) -> float | None:
+    """Mean of what there is: an answer that ends at once has nothing after its first token."""
+    there = [value for value in values if value == value]
+    return _round(np.mean(there)) if there else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _round(value: Any) -> float:
+    """Six digits: what is beyond depends on the order of sums."""
+    return float(f"{float(value):.6g}")

@@ -1,0 +1,76 @@
+"""A summary as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Shown = Mapping[str, Any]
+
+
+def markdown(summary: Shown) -> str:
+    """The whole summary: one table a task, a line a method and budget."""
+    about = ", ".join(f"{name} {value}" for name, value in summary["about"].items())
+    parts = ["# What pruning loses", about]
+    for name, task in summary["tasks"].items():
+        parts += [f"## {name}", _head(task), "\n".join(_table(task))]
+        parts += [f"Could not run: {reason}" for reason in _skipped(task)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(task: Shown) -> str:
+    apart = f" {task['one_token']} answers of one token are apart." if task["one_token"] else ""
+    return (
+        f"{task['what']}. {task['samples']} samples, {task['vision_tokens']:.0f} vision tokens and "
+        f"{task['answer_tokens']:.0f} answer tokens on average; score: {task['metric']}.{apart}"
+    )
+
+
+def _table(task: Shown) -> Iterator[str]:
+    yield (
+        "| method | budget | kept | cache bytes | score | of full | random | uniform | agreement | "
+        "KL |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for row in task["settings"]:
+        if "skipped" not in row:
+            paired = [words(row["paired"].get(name)) for name in ("random", "uniform")]
+            cells = [
+                row["method"],
+                "own" if row["budget"] is None else f"{row['budget']:.0%}",
+                f"{row['kept']:.1%}",
+                f"{row['kv_bytes'] / row['kv_bytes_full']:.2f}",
+                interval(row["score"]),
+                interval(row["relative"]),
+                *paired,
+                number(row["agreement"]),
+                number(row["kl"]),
+            ]
+            yield f"| {' | '.join(cells)} |"
+
+
+def interval(found: Shown | None, digits: int = 3) -> str:
+    """mean [low, high], or a dash."""
+    if found is None:
+        return "-"
+    mean, low, high = (f"{found[name]:.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def words(found: Shown | None) -> str:
+    """A paired comparison: what the method does against the other, and the difference."""
+    return "-" if found is None else f"{found['verdict']} ({found['mean']:+.3f})"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _skipped(task: Shown) -> Sequence[str]:
+    """One line a reason, with the settings that it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for row in task["settings"]:
+        if "skipped" in row:
+            budget = "" if row["budget"] is None else f" at {row['budget']:g}"
+            reasons.setdefault(row["skipped"], []).append(f"{row['method']}{budget}")
+    return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]

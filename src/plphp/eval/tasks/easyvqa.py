@@ -1,0 +1,29 @@
+"""easy-VQA (MIT, by Victor Zhou): a third party's pictures of one coloured shape, and questions.
+
+Only its test split: the embedded model was trained on the other one. The data come inside the PyPI
+package `easy-vqa`; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import easy_vqa
+import numpy as np
+from PIL import Image
+
+from plphp.eval.sample import Sample
+
+
+def draw(count: int, seed: int) -> list[Sample]:
+    """Questions of the test split in an order drawn from the seed, none twice."""
+    questions, answers, pictures = easy_vqa.get_test_questions()
+    paths = easy_vqa.get_test_image_paths()
+    order = np.random.default_rng([seed, 1]).permutation(len(questions))
+    return [
+        Sample(
+            id=f"easyvqa-{int(i)}",
+            images=(Image.open(paths[pictures[i]]).convert("RGB"),),
+            question=questions[i],
+            answers=(f"the answer is {answers[i]}",),
+        )
+        for i in order[:count]
+    ]
