@@ -146,6 +146,7 @@ def _view(
         kv_heads=keys.shape[1],
         window=seen,
         asked=asked,
+        keys=keys,
         values=values,
     )
 

@@ -29,7 +29,8 @@ class LayerView:
         last; W is at most the policy's own `window`, and rows of zeros stand for tokens that a
         prompt does not have
     asked: (B, W) int64, the columns of those W tokens, -1 where there is none
-    values: (B, Hkv, N, Dv) what the layer would store, or None; a plan must not keep it
+    keys, values: (B, Hkv, N, D) and (B, Hkv, N, Dv) that the layer holds, or None; a policy that
+        keeps them keeps the memory that it was asked to free
     """
 
     probs: Tensor
@@ -40,6 +41,7 @@ class LayerView:
     over_ranks: Callable[[Tensor], Tensor] = _same
     window: Tensor | None = None
     asked: Tensor | None = None
+    keys: Tensor | None = None
     values: Tensor | None = None
 
 

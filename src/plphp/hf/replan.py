@@ -1,0 +1,140 @@
+"""One prefill, many policies: for comparing methods, whose prompts are read alike.
+
+A prompt's own forward does not depend on what is kept of it afterwards. So it is run once, with a
+policy that keeps everything and remembers what every layer looked like; any number of pruned caches
+are then made of it by the same policies and the same compaction as in a run of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plphp.cache import KVStore
+from plphp.errors import UnsupportedModeError
+from plphp.hf.attach import Pruning, prune
+from plphp.hf.cache import PrunedCache, PrunedLayer
+from plphp.hf.report import build_report
+from plphp.hf.turn import Turn, slot_positions
+from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, policy
+
+
+@dataclass
+class Witness(Policy):
+    """Keeps everything, and what each layer looked like. window: the largest of those to come."""
+
+    window: int = 64
+    views: dict[int, LayerView] = field(default_factory=dict)
+
+    def plan(self, view: LayerView) -> KeepPlan:
+        self.views[view.layer] = view
+        return policy("full").plan(view)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that has been read once; holds its whole, unpruned cache.
+
+    first: (B, 1) int64, the greedy first token of the answer, which is the same for all policies
+    logits: (B, vocabulary) that it was chosen from
+    columns: N, of the prompt
+    """
+
+    first: Tensor
+    logits: Tensor
+    columns: int
+    cache: PrunedCache
+    views: dict[int, LayerView]
+
+    def pruned(self, pruning: Pruning) -> PrunedCache:
+        """The cache that a prefill under `pruning` would have left, with its report.
+
+        pruning: of the model that read the prompt, with a policy that prunes the cache and looks
+            at no more last tokens than were kept in mind
+        Raises UnsupportedModeError for other policies.
+        """
+        made = pruning.policy
+        if made.kind not in ("layer", "layers") or made.window > self._window():
+            raise UnsupportedModeError(
+                f"{type(made).__name__} cannot be planned afterwards: it changes the prompt's "
+                "forward, or looks at more tokens than were remembered"
+            )
+        cache = PrunedCache(pruning.model)
+        cache.shift, cache.last_image = copy.copy(self.cache.shift), self.cache.last_image
+        turn = self._turn(pruning)
+        cache.layers = [self._layer(index, cache) for index in range(len(self.cache.layers))]
+        views = {index: _narrow(view, made.window) for index, view in self.views.items()}
+        for index, plan in _plans(made, views).items():
+            view, layer = views[index], cache.layers[index]
+            assert view.keys is not None and view.values is not None
+            layer.store = KVStore(view.keys, view.values, layer.window)
+            layer.store.compact(plan)
+            layer.raw = False
+            turn.plans[index] = (plan, view.spans, slot_positions(turn, self.columns))
+        cache.report = build_report(cache, turn)
+        return cache
+
+    def _window(self) -> int:
+        windows = [view.window.shape[2] for view in self.views.values() if view.window is not None]
+        return max((*windows, self.columns if not windows else 0))
+
+    def _turn(self, pruning: Pruning) -> Turn:
+        turn = Turn(self.columns, {}, pruning.model.config)
+        spans = [view.spans for view in self.views.values()]
+        turn.spans = spans[0] if spans else torch.zeros(len(self.first), self.columns).long()
+        turn.tokens_before = torch.zeros(len(self.first), device=turn.spans.device).long()
+        return turn
+
+    def _layer(self, index: int, cache: PrunedCache) -> Any:
+        layer = self.cache.layers[index]
+        if not isinstance(layer, PrunedLayer):
+            return copy.deepcopy(layer)
+        own = PrunedLayer(layer.window, cache)
+        if index not in self.views:  # a prompt without images and padding
+            own.store = copy.deepcopy(layer.store)
+        own.is_initialized = True
+        return own
+
+
+def read(model: Any, inputs: dict[str, Tensor], window: int = 64) -> Prompt:
+    """Read a batch of prompts once. inputs: keyword arguments of `model.generate`.
+
+    window: how many last prompt tokens the policies to come may look at, at most
+    """
+    witness = Witness(window)
+    with prune(model, witness):
+        cache = PrunedCache(model)
+        out = model.generate(
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=1,
+            do_sample=False,
+            num_beams=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    columns = int(cache.get_seq_length())
+    return Prompt(out.sequences[:, -1:], out.logits[0], columns, cache, witness.views)
+
+
+def _plans(made: Policy, views: dict[int, LayerView]) -> dict[int, KeepPlan]:
+    if made.kind == "layer":
+        return {index: made.plan(view) for index, view in views.items()}
+    assert isinstance(made, CachePolicy)
+    budget: float = made.budget  # type: ignore[attr-defined]
+    plans = made.plan_all([made.look(view) for view in views.values()], budget)
+    return dict(zip(views, plans, strict=True))
+
+
+def _narrow(view: LayerView, window: int) -> LayerView:
+    """The view of a policy that asks for the last `window` tokens only."""
+    if view.window is None or view.asked is None:
+        return view
+    last = min(window, view.window.shape[2])
+    return LayerView(
+        **{**vars(view), "window": view.window[:, :, -last:], "asked": view.asked[:, -last:]}
+    )
