@@ -59,10 +59,19 @@ def later_positions(
     start = (past + shift)[None, :, None]
     ids, kinds = source.get("input_ids"), source.get("mm_token_type_ids")
     grids = processor_inputs(source)
+    mask = source.get("attention_mask")
+    new = None if mask is None or mask.dim() != 2 else mask[:, -length:].to(shift.device)
     if ids is None or kinds is None or not grids or not bool(kinds[:, -length:].any()):
-        return (start + torch.arange(length, device=shift.device)).expand(3, -1, -1)
+        count = torch.arange(length, device=shift.device)
+        if new is not None:  # padding between turns is not counted
+            count = new.long().cumsum(-1).sub(1).clamp(min=0)
+        return (start + count).expand(3, -1, -1)
     more = {name: source[name] for name in ("second_per_grid_ts",) if name in source}
     positions: Tensor = module.get_rope_index(
-        ids[:, -length:], mm_token_type_ids=kinds[:, -length:], **grids, **more
+        ids[:, -length:],
+        mm_token_type_ids=kinds[:, -length:],
+        attention_mask=None if new is None else new.to(ids.device),
+        **grids,
+        **more,
     )[0]
     return positions + start.to(positions.device)
