@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from plphp.eval.curves import draw
 from plphp.eval.store import write_json
 from plphp.eval.tables import markdown
 
@@ -13,3 +14,4 @@ def write(summary: dict[str, Any], out: Path) -> None:
     """summary.json, summary.md, and the curves."""
     write_json(out / "summary.json", summary)
     (out / "summary.md").write_text(markdown(summary))
+    draw(summary, out)
