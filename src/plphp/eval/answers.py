@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from plphp.cache import Report
-from plphp.eval.batches import Batch
+from plphp.eval.batches import TEXT, Batch
 from plphp.hf import PrunedCache, prune
+from plphp.hf.replan import Prompt, read_into
 from plphp.policy import Policy
 
 GREEDY = {"do_sample": False, "num_beams": 1}
@@ -68,47 +69,76 @@ def refer(model: Any, batch: Batch) -> Reference:
     held = [t[..., : batch.columns, :] for t in pairs if isinstance(t, Tensor)]
     return Reference(
         tokens=tokens,
-        lengths=answer_lengths(tokens, model.generation_config.eos_token_id),
+        lengths=answer_lengths(tokens, end_tokens(model)),
         logits=torch.stack(out.logits, 1).float(),
         kv_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held),
     )
 
 
-def answer(model: Any, policy: Policy, batch: Batch, reference: Reference) -> Answers:
+def answer(
+    model: Any, policy: Policy, batch: Batch, reference: Reference, prompt: Prompt
+) -> Answers:
     """Generate pruned, then read the reference's answer on what the same prompt left.
 
+    prompt: of `batch.prompt`, read once for all methods that prune the cache; those that change
+        the prompt's own forward read it themselves
     One prefill serves both: the cache is cropped back to it. Raises what `plphp.prune` raises.
     """
     with prune(model, policy) as pruning:
-        cache = PrunedCache(model)
-        inputs: Mapping[str, Tensor] = batch.inputs
-        if batch.first is not None:
-            model.generate(**batch.first, past_key_values=cache, max_new_tokens=1, **GREEDY)
-            report = _report(pruning)
-            _crop(cache, batch.shared)
-            inputs = batch.later()
-        out = model.generate(
-            **inputs,
-            past_key_values=cache,
-            max_new_tokens=batch.limit,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **GREEDY,
-        )
+        if policy.kind in ("layer", "layers"):
+            cache = prompt.pruned(pruning)
+        else:
+            cache = PrunedCache(model)
+            prompt = read_into(cache, model, batch.prompt)
+        report = cache.report
+        assert report is not None, "a finished prompt leaves a report"
         if batch.first is None:
-            report = _report(pruning)
-        logits = [out.logits[0][:, None].float()]
+            tokens, first = _go_on(model, cache, batch, prompt), prompt.logits
+        else:
+            _crop(cache, batch.shared)
+            tokens, first = _generate(model, cache, batch.later(), batch.limit)
+        logits = [first[:, None].float()]
         if reference.tokens.shape[1] > 1:
             _crop(cache, batch.columns)
             logits.append(_read(model, cache, batch, reference.tokens[:, :-1]))
     kl, agree = compare(reference, torch.cat(logits, 1))
     return Answers(
-        tokens=out.sequences[:, batch.columns :],
+        tokens=tokens,
         kl=kl,
         agree=agree,
         kept=kept_shares(report, batch.vision),
         kv_bytes=report.kv_bytes,
     )
+
+
+def _generate(
+    model: Any, cache: PrunedCache, inputs: Mapping[str, Tensor], limit: int
+) -> tuple[Tensor, Tensor]:
+    """New tokens (B, T) and the logits (B, vocabulary) of the first of them."""
+    out = model.generate(
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=limit,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **GREEDY,
+    )
+    return out.sequences[:, inputs["input_ids"].shape[1] :], out.logits[0]
+
+
+def _go_on(model: Any, cache: PrunedCache, batch: Batch, prompt: Prompt) -> Tensor:
+    """The answer (B, T) from its first token on, which the prompt has given already."""
+    if batch.limit == 1:
+        return prompt.first
+    ids, mask = (batch.inputs[name] for name in TEXT)
+    inputs = {
+        "input_ids": torch.cat([ids, prompt.first], 1),
+        "attention_mask": torch.cat([mask, mask.new_ones(prompt.first.shape)], 1),
+    }
+    rest, _ = _generate(model, cache, inputs, batch.limit - 1)
+    # An answer that ends with its first token does not go on, which generate() cannot know here.
+    ended = torch.isin(prompt.first.cpu(), end_tokens(model)).to(rest.device)
+    return torch.cat([prompt.first, torch.where(ended, prompt.first, rest)], 1)
 
 
 def _read(model: Any, cache: PrunedCache, batch: Batch, tokens: Tensor) -> Tensor:
@@ -137,10 +167,15 @@ def compare(reference: Reference, logits: Tensor) -> tuple[Any, Any]:
     )
 
 
-def answer_lengths(tokens: Tensor, end: int | list[int] | None) -> tuple[int, ...]:
+def end_tokens(model: Any) -> Tensor:
+    """int64, on the CPU: the tokens that end an answer."""
+    end = model.generation_config.eos_token_id
+    return torch.tensor([] if end is None else [end] if isinstance(end, int) else end).long()
+
+
+def answer_lengths(tokens: Tensor, ends: Tensor) -> tuple[int, ...]:
     """Tokens of each row of (B, T) up to its first end token, which counts."""
-    ends = torch.tensor([] if end is None else [end] if isinstance(end, int) else end)
-    over = torch.isin(tokens.cpu(), ends.long())
+    over = torch.isin(tokens.cpu(), ends)
     steps = over.shape[1]
     first = over.int().argmax(-1) + 1
     return tuple(torch.where(over.any(-1), first, steps).tolist())
@@ -155,12 +190,6 @@ def kept_shares(report: Report, vision: tuple[int, ...]) -> tuple[float, ...]:
         whole = sum(tokens * layer.kept.shape[1] for layer in layers)
         shares.append(kept / whole if whole else 1.0)
     return tuple(shares)
-
-
-def _report(pruning: Any) -> Report:
-    report: Report | None = pruning.report
-    assert report is not None, "a finished generate() leaves a report"
-    return report
 
 
 def _crop(cache: PrunedCache, columns: int) -> None:

@@ -40,6 +40,11 @@ class Batch:
         """Length of the prompt, padding included."""
         return int(self.inputs["input_ids"].shape[1])
 
+    @property
+    def prompt(self) -> Mapping[str, Tensor]:
+        """What is read with the pictures: the earlier question where there is one."""
+        return self.inputs if self.first is None else self.first
+
     def later(self) -> dict[str, Tensor]:
         """The questions as a later turn on a cache that has read the images."""
         return {name: self.inputs[name] for name in TEXT}

@@ -25,6 +25,7 @@ from plphp.eval.shrink import Shrinker, shrinker
 from plphp.eval.store import Done, Store
 from plphp.eval.tasks import TASKS
 from plphp.eval.tower import remembered
+from plphp.hf.replan import Prompt, read
 from plphp.inputs import Runnable
 from plphp.policy import Policy, policy
 
@@ -147,12 +148,13 @@ def _run_batch(
     with torch.inference_mode(), remembered(job.loaded.model):
         reference = refer(job.loaded.model, batch)
         asked = Asked(job.loaded, batch, reference)
+        prompt = read(job.loaded.model, batch.prompt, max(p.window for p in job.policies.values()))
         for setting, rows in wanted.items():
             if setting == FULL:
                 lines = asked.full_lines()
             else:
                 try:
-                    found = _answer(job, setting, batch, reference)
+                    found = _answer(job, setting, batch, reference, prompt)
                 except (ValueError, PlphpError) as error:
                     failed[setting] = " ".join(str(error).split())
                     _skip(job, task, setting, failed[setting])
@@ -166,12 +168,15 @@ def _run_batch(
     return failed
 
 
-def _answer(job: Job, setting: Setting, batch: Batch, reference: Reference) -> Answers:
-    chosen = job.policies[setting]
+def _answer(
+    job: Job, setting: Setting, batch: Batch, reference: Reference, prompt: Prompt
+) -> Answers:
+    model, chosen = job.loaded.model, job.policies[setting]
     if chosen.kind == "images":
         # Nothing is pruned of the smaller pictures: the same code path, everything kept.
         batch, chosen = _smaller(job, batch, chosen), policy("full")
-    return answer(job.loaded.model, chosen, batch, reference)
+        prompt = read(model, batch.prompt, chosen.window)
+    return answer(model, chosen, batch, reference, prompt)
 
 
 def _smaller(job: Job, batch: Batch, chosen: Policy) -> Batch:

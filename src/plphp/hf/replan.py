@@ -8,7 +8,8 @@ are then made of it by the same policies and the same compaction as in a run of 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,13 +43,16 @@ class Prompt:
     first: (B, 1) int64, the greedy first token of the answer, which is the same for all policies
     logits: (B, vocabulary) that it was chosen from
     columns: N, of the prompt
+    cache, views: everything that its layers hold, and what they looked like to a policy
+    window: how many last prompt tokens that policy saw
     """
 
     first: Tensor
     logits: Tensor
     columns: int
     cache: PrunedCache
-    views: dict[int, LayerView]
+    views: dict[int, LayerView] = field(default_factory=dict)
+    window: int = 0
 
     def pruned(self, pruning: Pruning) -> PrunedCache:
         """The cache that a prefill under `pruning` would have left, with its report.
@@ -58,7 +62,7 @@ class Prompt:
         Raises UnsupportedModeError for other policies.
         """
         made = pruning.policy
-        if made.kind not in ("layer", "layers") or made.window > self._window():
+        if made.kind not in ("layer", "layers") or made.window > self.window:
             raise UnsupportedModeError(
                 f"{type(made).__name__} cannot be planned afterwards: it changes the prompt's "
                 "forward, or looks at more tokens than were remembered"
@@ -78,10 +82,6 @@ class Prompt:
         cache.report = build_report(cache, turn)
         return cache
 
-    def _window(self) -> int:
-        windows = [view.window.shape[2] for view in self.views.values() if view.window is not None]
-        return max((*windows, self.columns if not windows else 0))
-
     def _turn(self, pruning: Pruning) -> Turn:
         turn = Turn(self.columns, {}, pruning.model.config)
         spans = [view.spans for view in self.views.values()]
@@ -100,25 +100,29 @@ class Prompt:
         return own
 
 
-def read(model: Any, inputs: dict[str, Tensor], window: int = 64) -> Prompt:
+def read(model: Any, inputs: Mapping[str, Tensor], window: int = 64) -> Prompt:
     """Read a batch of prompts once. inputs: keyword arguments of `model.generate`.
 
     window: how many last prompt tokens the policies to come may look at, at most
     """
     witness = Witness(window)
     with prune(model, witness):
-        cache = PrunedCache(model)
-        out = model.generate(
-            **inputs,
-            past_key_values=cache,
-            max_new_tokens=1,
-            do_sample=False,
-            num_beams=1,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    columns = int(cache.get_seq_length())
-    return Prompt(out.sequences[:, -1:], out.logits[0], columns, cache, witness.views)
+        prompt = read_into(PrunedCache(model), model, inputs)
+    return replace(prompt, views=witness.views, window=window)
+
+
+def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> Prompt:
+    """Read a batch of prompts with whatever is attached; nothing can be planned of it again."""
+    out = model.generate(
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=1,
+        do_sample=False,
+        num_beams=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return Prompt(out.sequences[:, -1:], out.logits[0], int(cache.get_seq_length()), cache)
 
 
 def _plans(made: Policy, views: dict[int, LayerView]) -> dict[int, KeepPlan]:
@@ -135,6 +139,4 @@ def _narrow(view: LayerView, window: int) -> LayerView:
     if view.window is None or view.asked is None:
         return view
     last = min(window, view.window.shape[2])
-    return LayerView(
-        **{**vars(view), "window": view.window[:, :, -last:], "asked": view.asked[:, -last:]}
-    )
+    return replace(view, window=view.window[:, :, -last:], asked=view.asked[:, -last:])
