@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plphp.errors import InputError
@@ -64,7 +64,8 @@ def make(setting: Setting, model: Any, samples: Sequence[Mapping[str, Any]] = ()
     Raises ValueError where the method cannot reach the budget.
     """
     if setting.method == f"plphp{CALIBRATED}" and setting.budget is not None:
-        return calibrate(model, samples, budget=setting.budget)
+        # Thresholds fit the mean prompt; the budget then holds for every one, as for the others.
+        return replace(calibrate(model, samples, budget=setting.budget), budget=setting.budget)
     name = setting.method.removesuffix(PAPER)
     return policy(name) if setting.budget is None else policy(name, budget=setting.budget)
 
