@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import jiwer
@@ -82,9 +82,12 @@ TEXT_METRICS: dict[str, Callable[[str, Answers], float]] = {
 
 def score(said: str, answers: Answers) -> dict[str, float]:
     """Every metric of one answer; none where there is no right one."""
-    if not answers:
-        return {}
-    return {name: round(metric(said, answers), 6) for name, metric in TEXT_METRICS.items()}
+    return dict(_score(said, tuple(answers))) if answers else {}
+
+
+@lru_cache(1024)  # most methods say the same of the same sample
+def _score(said: str, answers: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    return tuple((name, round(metric(said, answers), 6)) for name, metric in TEXT_METRICS.items())
 
 
 def _words(said: list[str], wanted: list[str]) -> float:
