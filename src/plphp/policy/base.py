@@ -27,16 +27,18 @@ Scope = Literal["image", "global"]
 class Policy:
     """A frozen dataclass whose fields are its options; bad ones are a ValueError naming the field.
 
-    kind: see the top of this file
-    window: how many of the last prompt tokens it wants to see the attention of
+    A method of a user's own may derive from it and give `plan`, or from `CachePolicy` and give
+    `look`.
     """
 
     @property
     def kind(self) -> Kind:
+        """When the method decides."""
         return "layer"
 
     @property
     def window(self) -> int:
+        """Last prompt tokens whose attention the method wants to see."""
         return 1
 
     def check(self, layers: int) -> None:
@@ -76,6 +78,7 @@ class CachePolicy(Policy):
     round_to: int = 1
 
     def look(self, view: LayerView) -> Look:
+        """What every column of a layer is worth, and which share the layer asks for."""
         raise NotImplementedError
 
     def plan(self, view: LayerView) -> KeepPlan:
@@ -124,6 +127,7 @@ class SequencePolicy(CachePolicy):
 
     @property
     def kind(self) -> Kind:
+        """Tokens leave the hidden states."""
         return "sequence"
 
     def leave_at(self, layers: int) -> int:
@@ -131,6 +135,7 @@ class SequencePolicy(CachePolicy):
         raise NotImplementedError
 
     def check(self, layers: int) -> None:
+        """Raise ValueError where `leave_at` does."""
         self.leave_at(layers)
 
 

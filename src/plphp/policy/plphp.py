@@ -85,10 +85,12 @@ class PLPHP(CachePolicy):
 
     @property
     def kind(self) -> Kind:
+        """All layers together where the budget is a number."""
         return "layer" if isinstance(self.budget, str) else "layers"
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
+        """Whether images are ranked together."""
         return "global" if self.budget == "global" else "image"
 
     def rate(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,6 +105,7 @@ class PLPHP(CachePolicy):
         return classes, table[classes]
 
     def look(self, view: LayerView) -> Look:
+        """Scores of every KV head, and the rate of the layer's class."""
         gamma = view.over_ranks(steps.vision_attention(view.probs, view.spans))
         classes, rate = self.rate(gamma)
         return Look(self.scores(view), view.spans, rate, gamma, classes)
