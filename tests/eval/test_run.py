@@ -1,0 +1,223 @@
+"""The run: what it compares is what users get, and an interruption costs and doubles nothing."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import plphp
+from plphp.demo.model import Embedded
+from plphp.errors import InputError, UnsupportedModelError
+from plphp.eval.answers import answer, refer
+from plphp.eval.batches import in_batches, make_batch
+from plphp.eval.methods import FULL, Setting, parse
+from plphp.eval.run import Plan, run
+from plphp.eval.shrink import shrinker
+from plphp.eval.store import read_lines
+from plphp.eval.summary import missing, summarize
+from plphp.eval.tasks import TASKS
+from plphp.eval.tower import remembered
+from plphp.hf.attach import attached
+from plphp.hf.replan import read
+
+SEED, FEW = 7, 6
+ABOUT = {"model": "embedded"}
+
+
+def silent(name: str, total: int, done: int) -> Callable[[int], None]:
+    return lambda lines: None
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    settings, _ = parse("plphp,random,uniform", ".4")
+    tasks = (TASKS["easyvqa"], TASKS["difference"])
+    return Plan(tasks, tuple(settings), Path(), FEW, SEED, batch=4, longest=64)
+
+
+@pytest.fixture(scope="module")
+def finished(embedded: Embedded, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    out: Path = tmp_path_factory.mktemp("run")
+    run(embedded, replace(plan, out=out), ABOUT, silent)
+    return out
+
+
+def lines(out: Path) -> list[str]:
+    """Every line of every file, doubled ones too."""
+    files = (out / "samples").iterdir()
+    return sorted(row for path in files for row in path.read_text().splitlines())
+
+
+# --- what is compared -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["difference", "second"])
+def test_full_is_stock_generate_and_keeping_all_is_full(embedded: Embedded, name: str) -> None:
+    model = embedded.model
+    samples = in_batches(TASKS[name].draw(4, SEED), 4, embedded.tokenizer)[0]
+    batch = make_batch(embedded, samples, 64)
+    with torch.inference_mode():
+        reference = refer(model, batch)
+        keep_all = plphp.policy("full")
+        found = answer(
+            model, keep_all, batch, reference, read(model, batch.prompt, keep_all.window)
+        )
+        for row, sample in enumerate(samples):
+            inputs = embedded.inputs(sample.images, sample.question)
+            alone = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+            said = embedded.decode(alone[0, inputs["input_ids"].shape[1] :])
+            assert embedded.decode(reference.tokens[row]) == said
+            assert embedded.decode(found.tokens[row]) == said
+    assert all(all(row) for row in found.agree)
+    assert max(value for row in found.kl for value in row) < 1e-4
+    assert [len(row) for row in found.kl] == list(reference.lengths)
+    assert found.kept == (1.0,) * len(samples)
+    assert attached(model) is None
+
+
+def test_a_pruned_answer_is_that_of_a_run_of_its_own(embedded: Embedded) -> None:
+    model, policy = embedded.model, plphp.policy("uniform", budget=0.4)
+    samples = TASKS["difference"].draw(3, SEED)
+    batch = make_batch(embedded, samples, 64)
+    with torch.inference_mode():
+        reference = refer(model, batch)
+        found = answer(model, policy, batch, reference, read(model, batch.prompt))
+        for row, sample in enumerate(samples):
+            inputs = embedded.inputs(sample.images, sample.question)
+            with plphp.prune(model, policy) as pruning:
+                alone = model.generate(**inputs, max_new_tokens=batch.limit, do_sample=False)
+            said = embedded.decode(alone[0, inputs["input_ids"].shape[1] :])
+            assert embedded.decode(found.tokens[row]) == said
+            assert pruning.report is not None
+            assert found.kept[row] == pytest.approx(pruning.report.retention)
+    assert max(value for row in found.kl for value in row) > 0.01
+    assert all(row[0] < 1e-6 for row in found.kl), "the first token comes from the full prompt"
+
+
+def test_the_tower_reads_a_batch_once(embedded: Embedded, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, calls = embedded.model.model.visual, []
+    handle = inner.register_forward_hook(lambda *args: calls.append(1))
+    inputs = embedded.batch([(s.images, s.question) for s in TASKS["easyvqa"].draw(2, SEED)])
+    options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}
+    with torch.inference_mode():
+        fresh = embedded.model.generate(**inputs, **options)
+        with remembered(embedded.model):
+            twice = [embedded.model.generate(**inputs, **options) for _ in range(2)]
+    handle.remove()
+    assert len(calls) == 2
+    assert torch.equal(twice[0], fresh) and torch.equal(twice[1], fresh)
+    assert "get_image_features" not in vars(embedded.model.model)
+
+
+def test_smaller_pictures_take_the_tokens_that_the_budget_allows(embedded: Embedded) -> None:
+    samples = TASKS["difference"].draw(2, SEED)
+    by, policy = shrinker(embedded), plphp.policy("downsample", budget=0.2)
+    small = make_batch(by.loaded, by.shrink(samples, policy), 64)
+    whole = make_batch(embedded, samples, 64)
+    for kept, tokens in zip(small.vision, whole.vision, strict=True):
+        assert 0.1 * tokens < kept <= 0.2 * tokens + 2
+    with pytest.raises(UnsupportedModelError, match="sizes of its own"):
+        shrinker(replace(embedded, image_processor=None))
+
+
+# --- what is left on the disk ---------------------------------------------------------------------
+
+
+def test_every_sample_and_setting_has_its_line(finished: Path, plan: Plan) -> None:
+    found = [json.loads(row) for row in lines(finished)]
+    assert len(found) == 2 * FEW * len(plan.settings)
+    assert missing(finished, plan.settings, ["easyvqa", "difference"]) == 0
+    pruned = next(line for line in found if line["method"] == "plphp")
+    assert len(pruned["kl"]) == len(pruned["agree"]) > 2
+    assert 0 < pruned["kept"] < 1 and pruned["kv_bytes"] < pruned["kv_bytes_full"]
+
+
+class Stop(Exception):
+    """As a kill would come: in the middle of a batch."""
+
+
+def test_an_interrupted_run_loses_and_doubles_nothing(
+    embedded: Embedded, plan: Plan, finished: Path, tmp_path: Path
+) -> None:
+    plan = replace(plan, out=tmp_path)
+    for allowed in (3, 2):
+        left = [allowed]
+
+        def watch(name: str, total: int, done: int, left: list[int] = left) -> Any:
+            def advance(rows: int) -> None:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Stop
+
+            return advance
+
+        with pytest.raises(Stop):
+            run(embedded, plan, ABOUT, watch)
+        (path,) = (tmp_path / "samples").iterdir()
+        whole = path.read_text()
+        # A torn last line, and before it one that a torn batch lost.
+        path.write_text(whole[: whole.rindex("\n", 0, -1) + 20])
+    run(embedded, plan, ABOUT, silent)
+    assert lines(tmp_path) == lines(finished)
+
+
+def test_two_shards_are_one_run(
+    embedded: Embedded, plan: Plan, finished: Path, tmp_path: Path
+) -> None:
+    for i in range(2):
+        assert i == 0 or missing(tmp_path, plan.settings, ["easyvqa"]) > 0
+        run(embedded, replace(plan, out=tmp_path, shard=(i, 2)), ABOUT, silent)
+    assert lines(tmp_path) == lines(finished)
+    assert summarize(tmp_path)["tasks"] == summarize(finished)["tasks"]
+
+
+def test_a_run_of_other_settings_is_refused(embedded: Embedded, plan: Plan, finished: Path) -> None:
+    with pytest.raises(InputError, match="holds a run with seed 7, not 8"):
+        run(embedded, replace(plan, out=finished, seed=8), ABOUT, silent)
+
+
+def test_a_method_that_cannot_reach_a_budget_is_an_empty_cell(
+    embedded: Embedded, plan: Plan, tmp_path: Path
+) -> None:
+    fastv = Setting("fastv", 0.1)
+    tasks, settings = (TASKS["easyvqa"],), (FULL, fastv)
+    run(embedded, replace(plan, out=tmp_path, tasks=tasks, settings=settings), ABOUT, silent)
+    assert any(
+        "budget must be at least" in line.get("skipped", "")
+        for line in read_lines(tmp_path, "easyvqa")
+    )
+    assert missing(tmp_path, settings, ["easyvqa"]) == 0
+    rows = summarize(tmp_path)["tasks"]["easyvqa"]["settings"]
+    assert [("skipped" in row) for row in rows] == [False, True]
+
+
+# --- what it is told ------------------------------------------------------------------------------
+
+
+def test_controls_are_added() -> None:
+    settings, added = parse("plphp,plphp:paper", ".4,1")
+    assert added == ["random", "uniform"]
+    assert settings == [
+        FULL, Setting("plphp", 0.4), Setting("plphp:paper", None), Setting("random", 0.4),
+        Setting("uniform", 0.4),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("methods", "budgets", "says"),
+    [
+        ("best", ".4", "unknown method 'best'"),
+        ("plphp", "much", "'much' is not a number"),
+        ("plphp", "0", "not a share"),
+        ("plphp", "1.5", "not a share"),
+        (" ,", ".4", "--methods names nothing"),
+    ],
+)
+def test_bad_settings_are_named(methods: str, budgets: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        parse(methods, budgets)

@@ -1,0 +1,101 @@
+"""What a summary says of lines whose numbers are known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from plphp.eval.curves import draw
+from plphp.eval.present import write
+from plphp.eval.summary import summarize
+
+SAMPLES = 40
+RIGHT = {"full": 36, "random": 18, "uniform": 30, "plphp": 30, "downsample": 5}
+
+
+def line(method: str, number: int, right: bool) -> dict[str, Any]:
+    budget = 1.0 if method == "full" else 0.4
+    scores = {"exact": float(right), "vqa": float(right), "words": float(right)}
+    found = {
+        "task": "made", "id": f"made-{number}", "method": method, "budget": budget,
+        "answer": "the K is red" if right else "the K is blue", **scores,
+        "same": right, "kept": 1.0 if method == "full" else 0.41,
+        "kv_bytes": 100 if method == "full" else 50, "kv_bytes_full": 100,
+    }  # fmt: skip
+    if method == "full":
+        return {**found, "vision": 16, "tokens": 3, "one_token": number >= SAMPLES - 4}
+    # The first token is the prompt's; the second is off, the third is not.
+    return {**found, "kl": [0.0, 0.5, 0.1], "agree": [1, int(right), 1]}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    for folder in ("samples", "tasks"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "run.json").write_text('{"model": "made"}')
+    (tmp_path / "policies.json").write_text("{}")
+    samples = [
+        {"id": f"made-{k}", "pictures": 1 + k % 2, "question": "?", "answers": ["the K is red"]}
+        for k in range(SAMPLES)
+    ]
+    task = {"task": "made", "what": "made up", "metric": "exact", "by_pictures": True}
+    (tmp_path / "tasks" / "made.json").write_text(json.dumps({**task, "samples": samples}))
+    rows = [line(m, k, k < count) for m, count in RIGHT.items() for k in range(SAMPLES)]
+    rows.append({"task": "made", "method": "vtw", "budget": 0.4, "skipped": "cannot"})
+    (tmp_path / "samples" / "made.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    return tmp_path
+
+
+def test_means_intervals_and_verdicts(out: Path) -> None:
+    task = summarize(out)["tasks"]["made"]
+    by = {row["method"]: row for row in task["settings"]}
+    counted = SAMPLES - 4
+    assert (task["samples"], task["one_token"]) == (counted, 4)
+    assert by["plphp"]["score"]["mean"] == pytest.approx(30 / counted, abs=1e-5)
+    assert by["plphp"]["relative"]["mean"] == pytest.approx(30 / 36, abs=1e-5)
+    assert by["full"]["relative"] == {"mean": 1, "low": 1, "high": 1}
+    # Standard error of a share of 36: an interval is about four of them wide.
+    share = 30 / counted
+    wide = by["plphp"]["score"]["high"] - by["plphp"]["score"]["low"]
+    assert wide == pytest.approx(3.92 * np.sqrt(share * (1 - share) / counted), rel=0.15)
+    paired = by["plphp"]["paired"]
+    assert paired["random"]["verdict"] == "wins"
+    assert paired["uniform"] == {
+        "mean": 0, "low": 0, "high": 0, "budget": 0.4, "verdict": "no difference shown",
+    }  # fmt: skip
+    assert by["random"]["paired"]["uniform"]["verdict"] == "loses"
+    assert by["downsample"]["paired"]["random"]["verdict"] == "loses"
+    assert by["vtw"]["skipped"] == "cannot"
+
+
+def test_the_rest_is_plain_means(out: Path) -> None:
+    by = {row["method"]: row for row in summarize(out)["tasks"]["made"]["settings"]}
+    plphp = by["plphp"]
+    assert plphp["kl"] == pytest.approx(0.3)  # of the second and third token
+    assert plphp["kl_by_position"] == [0, 0.5, 0.1]
+    assert plphp["agreement"] == pytest.approx((30 + 6 * 0.5) / 36, abs=1e-5)
+    assert (plphp["kept"], plphp["kv_bytes"], plphp["kv_bytes_full"]) == (0.41, 50, 100)
+    assert plphp["by_pictures"]["1"]["n"] == plphp["by_pictures"]["2"]["n"] == 18
+    assert plphp["one_token"] == {"n": 4, "mean": 0}
+    assert by["full"]["agreement"] == 1 and by["full"]["kl"] == 0
+
+
+def test_the_same_lines_make_the_same_files(out: Path) -> None:
+    written = []
+    for _ in range(2):
+        write(summarize(out), out)
+        written.append({p.name: p.read_bytes() for p in out.iterdir() if p.is_file()})
+    assert written[0] == written[1]
+    assert {"summary.json", "summary.md", "curves.png", "kl.png", "curves-made.png"} <= set(
+        written[0]
+    )
+    assert "no difference shown (+0.000)" in written[0]["summary.md"].decode()
+    assert json.loads(written[0]["summary.json"])["tasks"]["made"]["samples"] == 36
+
+
+def test_nothing_to_draw_is_no_error(tmp_path: Path) -> None:
+    assert draw({"tasks": {}}, tmp_path) == []
