@@ -29,11 +29,12 @@ class Shrinker:
     def shrink(self, samples: Sequence[Sample], policy: Any) -> list[Sample]:
         """Samples with smaller pictures. policy: one of kind "images"."""
         return [
-            replace(sample, images=tuple(self._smaller(image, policy) for image in sample.images))
+            replace(sample, images=tuple(self.smaller(image, policy) for image in sample.images))
             for sample in samples
         ]
 
-    def _smaller(self, image: Image.Image, policy: Any) -> Image.Image:
+    def smaller(self, image: Image.Image, policy: Any) -> Image.Image:
+        """One picture, at the size that the policy gives it."""
         _, rows, columns = (int(n) for n in self.native(images=[image])["image_grid_thw"][0])
         patch = self.multiple // self.native.merge_size
         size = policy.size(columns * patch, rows * patch, self.multiple)

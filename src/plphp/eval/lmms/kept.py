@@ -10,26 +10,32 @@ from plphp.cache import Report
 
 @dataclass(frozen=True)
 class Kept:
-    """One prefill. prompts: its rows that have images; bytes as in `plphp.Report`."""
+    """One prefill. prompts: its rows that have images; vision: tokens of all its images."""
 
     prompts: int
+    vision: int
     retention: float
     kv_bytes: int
     kv_bytes_full: int
 
     @classmethod
     def of(cls, report: Report) -> Kept:
-        prompts = sum(images > 0 for images in report.images)
-        return cls(prompts, report.retention, report.kv_bytes, report.kv_bytes_full)
+        return cls(
+            prompts=sum(images > 0 for images in report.images),
+            vision=sum(report.layers[0].vision),
+            retention=report.retention,
+            kv_bytes=report.kv_bytes,
+            kv_bytes_full=report.kv_bytes_full,
+        )
 
 
 def numbers(kept: Sequence[Kept]) -> dict[str, float]:
-    """Means over all prefills; retention over the prompts with images, 1 where there are none."""
-    prompts = sum(k.prompts for k in kept)
-    whole = sum(k.prompts * k.retention for k in kept)
+    """Vision K/V kept over all of the run's, 1 where there are none, and mean bytes a prefill."""
+    vision = sum(k.vision for k in kept)
+    left = sum(k.vision * k.retention for k in kept)
     return {
-        "prompts_with_images": float(prompts),
-        "vision_kv_kept": whole / prompts if prompts else 1.0,
+        "prompts_with_images": float(sum(k.prompts for k in kept)),
+        "vision_kv_kept": left / vision if vision else 1.0,
         "kv_bytes": sum(k.kv_bytes for k in kept) / max(len(kept), 1),
         "kv_bytes_full": sum(k.kv_bytes_full for k in kept) / max(len(kept), 1),
     }
@@ -39,6 +45,8 @@ def in_words(method: str, kept: Sequence[Kept]) -> tuple[str, bool]:
     """One line for the log, and whether it is a warning: that nothing was pruned."""
     if method == "none":
         return "plphp: method=none, the model ran untouched", False
+    if method == "downsample":
+        return "plphp: method=downsample, smaller pictures for the untouched model", False
     found = numbers(kept)
     if not found["prompts_with_images"]:
         return f"plphp: method={method}, but no prompt had vision tokens: nothing was pruned", True

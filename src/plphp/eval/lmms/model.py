@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from plphp.errors import InputError, UnsupportedModeError
 from plphp.eval.lmms import chats, kept
+from plphp.eval.shrink import shrinker
 from plphp.hf import prune
 from plphp.inputs import load
 from plphp.policy import policy
@@ -63,11 +64,14 @@ class Pruned(lmms):
         if device is None or self._world_size > 1:
             device = str(self.accelerator.device)
         self.method, self.batch_size, self.frames = method, int(batch_size), num_frames
-        self.shrink = chats.at_most(max_pixels)
         self.loaded = load(pretrained, dtype, device, attn, trust_remote_code)
         if self.loaded.tokenizer.pad_token is None:
             self.loaded.tokenizer.pad_token = self.loaded.tokenizer.eos_token
-        self.pruning = None if chosen is None else prune(self.loaded.model, chosen)
+        self.shrink, self.pruning = chats.at_most(max_pixels), None
+        if chosen is not None and chosen.kind == "images":
+            self._make_pictures_smaller(chosen)
+        elif chosen is not None:
+            self.pruning = prune(self.loaded.model, chosen)
         self.kept: list[kept.Kept] = []
 
     def generate_until(self, requests: list[Any]) -> list[GenerationResult]:
@@ -88,7 +92,7 @@ class Pruned(lmms):
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise UnsupportedModeError("plphp answers one round; tasks of several rounds are not run")
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
         raise UnsupportedModeError("tasks that score given answers need --force_simple")
 
     def clean(self) -> None:
@@ -98,6 +102,12 @@ class Pruned(lmms):
         self.pruning = None
         del self.loaded
         super().clean()
+
+    def _make_pictures_smaller(self, policy: Any) -> None:
+        """The control: no pruning, but pictures of as many tokens as the policy would keep."""
+        small, first = shrinker(self.loaded), self.shrink
+        self.loaded = small.loaded
+        self.shrink = lambda image: small.smaller(first(image), policy)
 
     def _prompt(self, args: tuple[Any, ...]) -> Prompt:
         raise NotImplementedError
@@ -160,9 +170,9 @@ class Simple(Pruned):
         task, split = of
         return [chats.user_message(to_visuals(self.task_dict[task][split][document]), text)]
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """For every request the mean negative log-likelihood of the given answer, and whether
-        greedy decoding would give it. (lmms-eval takes the smallest for the best.)
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
+        """For every request the mean negative log-likelihood of the given answer (lmms-eval takes
+        the smallest for the best), and whether greedy decoding would give it.
         """
         self.kept.clear()
         start = time.perf_counter()
@@ -172,28 +182,41 @@ class Simple(Pruned):
             if callable(answer):
                 _, document, task, split = rest
                 answer = answer(self.task_dict[task][split][document])
-            found.append(self._score(self._chat(text, *rest), str(answer)))
+            scored = self._score(self._chat(text, *rest), str(answer))
+            # lmms-eval 0.7.3 makes a string of a bare pair, which its own metrics then cannot read.
+            found.append(GenerationResult(scored))
         self._say(time.perf_counter() - start, 0)
         return found
 
     @torch.no_grad()
     def _score(self, chat: chats.Chat, answer: str) -> tuple[float, bool]:
         """The prompt is read and pruned as in generation; then the answer follows as given."""
-        model = self.loaded.model
         inputs = chats.encode(self.loaded, [chat], self.shrink, self.frames)
         ids = self.loaded.tokenizer(answer, return_tensors="pt", add_special_tokens=False)
-        target = ids["input_ids"].to(model.device)
-        read = model(**inputs, use_cache=True)
-        self._note()
-        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, target.shape[1] - 1), value=1)
-        logits = read.logits[:, -1:]
-        if target.shape[1] > 1:
-            cache = read.past_key_values
-            rest = model(input_ids=target[:, :-1], attention_mask=mask, past_key_values=cache)
-            logits = torch.cat([logits, rest.logits], 1)
+        target = ids["input_ids"].to(self.loaded.model.device)
+        logits = self._logits(inputs, target)
         chances = logits.float().log_softmax(-1)
         picked = chances.gather(-1, target[..., None])
         return -float(picked.mean()), bool((chances.argmax(-1) == target).all())
+
+    def _logits(self, inputs: dict[str, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        """(1, T, vocabulary) from which each token of target (1, T) would be chosen."""
+        model, columns = self.loaded.model, inputs["input_ids"].shape[1]
+        whole = _followed_by(inputs, target[:, :-1])
+        if self.pruning is None:  # in one piece: not every model can go on after several tokens
+            logits: torch.Tensor = model(**whole).logits[:, columns - 1 :]
+            return logits
+        read = model(**inputs, use_cache=True)
+        self._note()
+        logits = read.logits[:, -1:]
+        if target.shape[1] == 1:
+            return logits
+        rest = model(
+            input_ids=target[:, :-1],
+            attention_mask=whole["attention_mask"],
+            past_key_values=read.past_key_values,
+        )
+        return torch.cat([logits, rest.logits], 1)
 
 
 def _policy(method: str, options: dict[str, Any]) -> Any:
@@ -210,3 +233,14 @@ def _batches(options: Sequence[Mapping[str, Any]], size: int) -> list[list[int]]
     for i, chosen in enumerate(options):
         alike[repr(sorted(chosen.items()))].append(i)
     return [same[k : k + size] for same in alike.values() for k in range(0, len(same), size)]
+
+
+def _followed_by(inputs: dict[str, torch.Tensor], text: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A prompt (1, N) that goes on with given tokens (1, T), in whatever describes its tokens."""
+    after = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    return {
+        name: torch.cat([tensor, after.get(name, torch.zeros_like(text)).to(tensor)], 1)
+        if tensor.shape == inputs["input_ids"].shape
+        else tensor
+        for name, tensor in inputs.items()
+    }
