@@ -8,6 +8,7 @@ from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy
 from plphp.policy.downsample import Downsample
 from plphp.policy.fastv import FastV
 from plphp.policy.full import Full
+from plphp.policy.novelty import Novelty
 from plphp.policy.plphp import PLPHP, calibrated
 from plphp.policy.plphp_flat import PLPHPFlat
 from plphp.policy.plphp_global import PLPHPGlobal
@@ -31,6 +32,7 @@ POLICIES: dict[str, Any] = {
     "snapkv": SnapKV,
     "pyramidkv": PyramidKV,
     "vl-cache": VLCache,
+    "novelty": Novelty,
     "fastv": FastV,
     "vtw": VTW,
     "downsample": Downsample,
