@@ -136,18 +136,23 @@ def _progress(plan: Plan, quiet: bool) -> Iterator[Watch]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     guess = plan.limit * len(plan.settings) // plan.shard[1]  # lines of a task in this shard
-    with Progress(
-        *columns, console=stderr(), disable=quiet, speed_estimate_period=SECONDS
-    ) as progress:
-        bar = progress.add_task("answering", total=guess * len(plan.tasks))
+    progress = Progress(*columns, console=stderr(), disable=quiet, speed_estimate_period=SECONDS)
 
-        def watch(name: str, total: int, done: int) -> Callable[[int], None]:
-            # Lines of an earlier call do not count: they would make this one look fast.
-            whole = progress.tasks[bar].total or 0
-            progress.update(bar, description=name, total=whole - guess + total - done)
-            return lambda lines: progress.advance(bar, lines)
+    def watch(name: str, total: int, done: int) -> Callable[[int], None]:
+        if not progress.tasks:  # nothing is shown before there is something to do
+            progress.start()
+            progress.add_task(name, total=guess * len(plan.tasks))
+        bar = progress.tasks[0]
+        # Lines of an earlier call do not count: they would make this one look fast.
+        more = total - done - guess
+        progress.update(bar.id, description=name, total=(bar.total or 0) + more)
+        return lambda lines: progress.advance(bar.id, lines)
 
+    try:
         yield watch
+    finally:
+        if progress.tasks:
+            progress.stop()
 
 
 def _finish(plan: Plan, as_json: bool) -> None:

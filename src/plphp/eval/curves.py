@@ -39,7 +39,8 @@ def draw(summary: Shown, out: Path) -> list[Path]:
     looks = _looks(tasks.values())
     made = [_overview(tasks, looks, out / "curves.png"), _kl(tasks, looks, out / "kl.png")]
     for name, task in tasks.items():
-        made.append(_one_task(name, task, out / f"curves-{name}.png"))
+        if not set(_points(task)) <= set(GREY):
+            made.append(_one_task(name, task, out / f"curves-{name}.png"))
     return made
 
 
