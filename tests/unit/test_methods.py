@@ -27,6 +27,7 @@ def layer(seed: int = 0, padding: int = 0, index: int = 0, layers: int = 4) -> L
     asked = columns[-WINDOW:]
     logits = torch.randn(HEADS, WINDOW, len(row), generator=generator) * 2
     seen = logits.masked_fill(columns > asked[:, None], -math.inf).softmax(-1)
+    values = torch.randn(KV_HEADS, len(row), 8, generator=generator)
     window = torch.nn.functional.pad(seen, (padding, 0))[None]
     return LayerView(
         probs=window[:, :, -1],
@@ -36,6 +37,7 @@ def layer(seed: int = 0, padding: int = 0, index: int = 0, layers: int = 4) -> L
         layers=layers,
         window=window,
         asked=asked[None] + padding,
+        values=torch.nn.functional.pad(values, (0, 0, padding, 0))[None],
     )
 
 
@@ -290,3 +292,22 @@ def test_calibration_splits_the_layers_in_three_and_keeps_the_budget() -> None:
         assert sorted({round(float(rate), 6) for rate in rates}) == pytest.approx(
             [found.r - found.delta_r, found.r, found.r + found.delta_r], abs=1e-6
         )
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.5, 1.0])
+def test_novelty_keeps_what_differs_from_its_image(floor: float) -> None:
+    view = layer()
+    values = torch.randn(1, KV_HEADS, view.spans.shape[1], 8, generator=torch.manual_seed(3))
+    policy = plphp.policy("novelty", budget=0.4, floor=floor)
+    plan = policy.plan(replace(view, values=values))
+    images = [list(range(3, 15)), list(range(17, 37))]
+    for head in range(KV_HEADS):
+        scores = torch.zeros(view.spans.shape[1])
+        for columns in images:
+            mean = sum(values[0, head, j] for j in columns) / len(columns)
+            for j in columns:
+                scores[j] = (values[0, head, j] - mean).pow(2).sum().sqrt()
+        own = [j for c in images for j in top(scores, c, math.ceil(0.4 * floor * len(c) - 1e-6))]
+        rest = [j for c in images for j in c if j not in own]
+        more = max(math.ceil(0.4 * 32 - 1e-6) - len(own), 0)
+        assert vision_kept(plan, view, head) == sorted([*own, *top(scores, rest, more)])
