@@ -40,7 +40,7 @@ def out(tmp_path: Path) -> Path:
         {"id": f"made-{k}", "pictures": 1 + k % 2, "question": "?", "answers": ["the K is red"]}
         for k in range(SAMPLES)
     ]
-    task = {"task": "made", "what": "made up", "metric": "exact", "by_pictures": True}
+    task = {"task": "made", "what": "made up", "metric": "exact"}
     (tmp_path / "tasks" / "made.json").write_text(json.dumps({**task, "samples": samples}))
     rows = [line(m, k, k < count) for m, count in RIGHT.items() for k in range(SAMPLES)]
     rows.append({"task": "made", "method": "vtw", "budget": 0.4, "skipped": "cannot"})

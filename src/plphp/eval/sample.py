@@ -33,11 +33,9 @@ class Task:
     what: one line for people: what is asked, and what its score can and cannot show
     draw: (count, seed) -> samples; the first ones of a longer draw are those of a shorter one
     metric: its main one, a key of `metrics.TEXT_METRICS`; None for agreement only
-    by_pictures: whether the score is also given for every number of pictures
     """
 
     name: str
     what: str
     draw: Callable[[int, int], list[Sample]]
     metric: str | None = "exact"
-    by_pictures: bool = False

@@ -58,7 +58,6 @@ class Store:
             "task": task.name,
             "what": task.what,
             "metric": task.metric,
-            "by_pictures": task.by_pictures,
             "samples": [
                 {
                     "id": s.id,

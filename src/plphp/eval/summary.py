@@ -20,6 +20,7 @@ from plphp.eval.cider import cider
 from plphp.eval.methods import CONTROLS, FULL, Setting, known_methods
 from plphp.eval.metrics import TEXT_METRICS
 from plphp.eval.store import Line, read_lines, read_tasks
+from plphp.eval.tasks import TASKS
 
 Floats = NDArray[np.float64]
 
@@ -58,9 +59,9 @@ def summarize(out: Path) -> dict[str, Any]:
     """Everything that a run found, as plain numbers ready for JSON. Needs no model."""
     found: dict[str, Any] = {"about": json.loads((out / "run.json").read_text())}
     found["policies"] = json.loads((out / "policies.json").read_text())
-    found["tasks"] = {
-        task["task"]: _task(task, list(read_lines(out, task["task"]))) for task in read_tasks(out)
-    }
+    tasks = {task["task"]: task for task in read_tasks(out)}
+    ordered = sorted(tasks, key=lambda name: (list(TASKS) + list(tasks)).index(name))
+    found["tasks"] = {name: _task(tasks[name], list(read_lines(out, name))) for name in ordered}
     return found
 
 

@@ -26,7 +26,6 @@ _TASKS = (
         "needle",
         "the only thing of one color in 1 to 12 pictures; training went up to 6",
         boards.sampler("needle", boards.needle),
-        by_pictures=True,
     ),
     Task(
         "difference",
@@ -37,19 +36,16 @@ _TASKS = (
         "refer",
         "the color of a thing in a picture that is named; other pictures hold the same thing",
         boards.sampler("refer", boards.asked("refcolor")),
-        by_pictures=True,
     ),
     Task(
         "what",
         "which thing has a color in a picture that is named, 2 to 6 pictures",
         boards.sampler("what", boards.asked("what")),
-        by_pictures=True,
     ),
     Task(
         "describe",
         "all things of one picture with their colors, 2 to 6 pictures",
         boards.sampler("describe", boards.asked("describe")),
-        by_pictures=True,
     ),
     Task(
         "transcribe",
