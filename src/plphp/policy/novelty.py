@@ -62,4 +62,5 @@ def novelty(values: Tensor, spans: Tensor) -> Tensor:
     total = full.new_zeros(*values.shape[:2], images, values.shape[-1]).scatter_add_(2, index, full)
     sizes = (spans[..., None] + 1 == torch.arange(images, device=spans.device)).sum(1).clamp(min=1)
     mean = total / sizes[:, None, :, None]
-    return (full - mean.gather(2, index)).norm(dim=-1)
+    distance: Tensor = (full - mean.gather(2, index)).norm(dim=-1)
+    return distance
