@@ -130,7 +130,7 @@ def _attend(
     visible = layer.store.visible(query.shape[2])
     if among is not None and visible is not None:
         old = visible[..., : -among.shape[-1]]
-        lead = torch.broadcast_shapes(old.shape[:2], among.shape[:2])
+        lead = [max(sizes) for sizes in zip(old.shape[:2], among.shape[:2], strict=True)]
         visible = torch.cat([part.expand(*lead, -1, -1) for part in (old, among)], -1)
     scale = compat.scale(query, kwargs)
     output = attend(query, key, value, visible, scale, compat.softcap(module.config, kwargs))

@@ -38,6 +38,21 @@ class PrunedLayer(CacheLayerMixin):
         self.home: torch.device | None = None
         self.recent: Tensor | None = None  # the last queries of a prompt that comes in chunks
 
+    @property
+    def keys(self) -> Tensor | None:
+        """(B, Hkv, slots, D) of what is held, as transformers' own layers show it."""
+        return self.store.held()[0] if isinstance(self.store, KVStore) else None
+
+    @keys.setter
+    def keys(self, value: None) -> None: ...  # set to None by the mixin
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.store.held()[1] if isinstance(self.store, KVStore) else None
+
+    @values.setter
+    def values(self, value: None) -> None: ...
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 

@@ -39,6 +39,9 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         source = dict(kwargs)
         if inputs is not None:
             source["input_ids" if inputs.dim() == 2 else "inputs_embeds"] = inputs
+        if source.get("input_ids") is None and source.get("inputs_embeds") is None:
+            # generate() begins with a token of its own: text, whatever its id
+            source["input_ids"] = torch.full((1, 1), -1, device=model.device)
         past = int(cache.get_seq_length())
         length = new_columns(source, past)
         positions = later_positions(model, cache.shift, past, length, source)
@@ -129,7 +132,7 @@ def new_columns(source: dict[str, Any], past: int) -> int:
             if length < 1:
                 raise ValueError(f"the prompt adds no token to the {past} that the cache has seen")
             return length
-    raise ValueError("generate() on an attached model needs input_ids or inputs_embeds")
+    raise ValueError("a prompt needs input_ids or inputs_embeds")
 
 
 def refuse_method(name: str) -> Callable[..., Any]:
