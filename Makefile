@@ -6,6 +6,7 @@ ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 PYTHON ?= python3
 VENV ?= $(ROOT)/.venv$(if $(CUDA),-cuda)
 OLDEST ?= 5.16.0
+KVPRESS := 0.5.5
 BIN := $(VENV)/bin
 CONSTRAINTS := $(ROOT)/constraints.txt
 DEVICE := $(if $(CUDA),cuda,cpu)
@@ -15,7 +16,8 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-oldest test-gpu lint support docs figures wheel retrain clean
+.PHONY: demo test test-all test-oldest test-lmms test-peers test-gpu lint support docs figures accuracy accuracy-page \
+	wheel retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -32,6 +34,18 @@ docs: $(VENV)/.installed-docs
 figures: $(VENV)/.installed-docs
 	cd $(ROOT) && $(BIN)/python docs/make_figures.py
 
+# Every method on every task (about an hour on 2 cores; the same command goes on with an
+# interrupted run), then docs/accuracy.md. SHARDS processes share the work.
+SHARDS ?= 2
+EVAL := OMP_NUM_THREADS=1 $(BIN)/plphp eval --out $(ROOT)/runs/accuracy --methods all
+accuracy: $(VENV)/.installed-dev
+	for i in $$(seq $(SHARDS)); do $(EVAL) --shard $$((i - 1))/$(SHARDS) --json > /dev/null & done; wait
+	$(EVAL) --json > /dev/null
+	cd $(ROOT) && $(BIN)/python docs/make_accuracy.py --run runs/accuracy
+
+accuracy-page: $(VENV)/.installed-dev
+	cd $(ROOT) && $(BIN)/python docs/make_accuracy.py
+
 # Runs every cell of the matrix (about 7 minutes on 2 cores) and writes docs/support.md.
 support: $(VENV)/.installed-dev
 	cd $(ROOT) && PLPHP_WRITE_DOCS=1 $(BIN)/python -m pytest tests/conformance/test_matrix.py
@@ -45,6 +59,14 @@ test-oldest: $(VENV)-$(OLDEST)/.installed
 	cd $(ROOT) && $(VENV)-$(OLDEST)/bin/python -m pytest -m "not slow and not gpu" \
 		tests/integration/test_attach.py tests/integration/test_conversation.py tests/unit \
 		tests/conformance/test_layouts.py
+
+# Real lmms-eval runs on local tasks, in an environment of its own (2.5 GB).
+test-lmms: $(VENV)-lmms/.installed
+	cd $(ROOT) && $(VENV)-lmms/bin/python -m pytest tests/lmms
+
+# SnapKV against kvpress, which brings an environment and a transformers of its own.
+test-peers: $(VENV)/.installed-dev $(VENV)-kvpress/.installed
+	cd $(ROOT) && KVPRESS_PYTHON=$(VENV)-kvpress/bin/python $(BIN)/python -m pytest -s tests/peers
 
 test-gpu: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python -m pytest -m gpu
@@ -82,5 +104,20 @@ $(VENV)-$(OLDEST)/.installed: $(CONSTRAINTS) $(ROOT)/pyproject.toml
 		-c $(@D)/constraints.txt
 	touch $@
 
+# A torchvision that was built for another torch is worse than none: transformers trips over it.
+$(VENV)-lmms/.installed: $(CONSTRAINTS) $(ROOT)/pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) $(shell grep '^torch==' $(CONSTRAINTS)) $(TORCH_FROM)
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) -e "$(ROOT)[eval,lmms,test]" -c $(CONSTRAINTS)
+	$(@D)/bin/python -c "import torchvision" 2>/dev/null || \
+		$(@D)/bin/python -m pip uninstall -q -y torchvision
+	touch $@
+
+$(VENV)-kvpress/.installed: $(CONSTRAINTS)
+	$(PYTHON) -m venv $(@D)
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) $(shell grep '^torch==' $(CONSTRAINTS)) $(TORCH_FROM)
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) kvpress==$(KVPRESS) $(shell grep '^torch==' $(CONSTRAINTS))
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-$(OLDEST) $(ROOT)/dist $(ROOT)/build $(ROOT)/site
+	rm -rf $(VENV) $(VENV)-$(OLDEST) $(VENV)-lmms $(VENV)-kvpress $(ROOT)/dist $(ROOT)/build $(ROOT)/site

@@ -1,4 +1,4 @@
-"""The local task set, and lmms-eval's own command line run on it."""
+"""A local task set of samples that `plphp eval` draws, and lmms-eval's own command line on it."""
 
 import json
 import os
@@ -8,23 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-import plphp.demo
+from plphp.eval.sample import Sample
 from plphp.eval.tasks import TASKS
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
-DRAWN = {"what": 12, "describe": 6, "transcribe": 6}  # tasks of `plphp eval` and how many samples
-SEED = 0
-
-
-@dataclass(frozen=True)
-class Question:
-    """One line of boards.jsonl, its pictures as they were drawn."""
-
-    images: list[Image.Image]
-    text: str
-    answer: str
+TASKS_DRAWN = ("what", "describe", "transcribe")
+SEED, LIMIT = 0, 12
 
 
 @dataclass(frozen=True)
@@ -37,34 +26,29 @@ class Run:
     samples: dict[str, list[dict[str, Any]]]
 
 
-def questions() -> list[Question]:
-    """The demo's ten, and samples that `plphp eval` draws with the same seed."""
-    folder = Path(plphp.demo.__file__).parent
-    found = [
-        Question(
-            [Image.open(folder / "pictures" / name).convert("RGB") for name in entry["images"]],
-            entry["question"],
-            entry["expected"],
-        )
-        for entry in json.loads((folder / "questions.json").read_text())
-    ]
-    for name, count in DRAWN.items():
-        drawn = TASKS[name].draw(count, SEED)
-        found += [Question(list(s.images), s.question, s.answers[0]) for s in drawn]
-    return found
+def draw() -> list[Sample]:
+    return [sample for name in TASKS_DRAWN for sample in TASKS[name].draw(LIMIT, SEED)]
 
 
-def write(asked: list[Question], folder: Path) -> None:
+def write(samples: list[Sample], folder: Path) -> None:
     """boards.jsonl and its pictures, without loss, where lmms-eval is going to run."""
     with (folder / "boards.jsonl").open("w") as lines:
-        for k, question in enumerate(asked):
-            paths = [str(folder / f"{k}-{i}.png") for i in range(len(question.images))]
-            for image, path in zip(question.images, paths, strict=True):
+        for k, sample in enumerate(samples):
+            paths = [str(folder / f"{k}-{i}.png") for i in range(len(sample.images))]
+            for image, path in zip(sample.images, paths, strict=True):
                 image.save(path)
-            wrong = asked[k - 1].answer
-            choices = {"choices": [wrong, question.answer], "right": 1}
-            line = {"images": paths, "question": question.text, "answer": question.answer}
+            line = {"images": paths, "question": sample.question, "answer": sample.answers[0]}
+            choices = {"choices": [samples[k - 1].answers[0], line["answer"]], "right": 1}
             lines.write(json.dumps({**line, **choices}) + "\n")
+
+
+def plphp_eval(folder: Path, *options: str) -> list[dict[str, Any]]:
+    """`plphp eval` of the same samples: its lines."""
+    command = [str(Path(sys.executable).with_name("plphp")), "eval", "--out", str(folder / "eval")]
+    command += ["--tasks", ",".join(TASKS_DRAWN), "--limit", str(LIMIT), "--seed", str(SEED)]
+    subprocess.run([*command, *options], check=True, capture_output=True)
+    files = sorted((folder / "eval" / "samples").glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def lmms_eval(folder: Path, model_args: str, *options: str, tasks: str = "plphp_boards") -> Run:

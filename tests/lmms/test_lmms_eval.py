@@ -1,4 +1,4 @@
-"""lmms-eval's own command line on local tasks: it says and scores what a plain loop does."""
+"""lmms-eval's own command line on local tasks: its answers and scores are those of `plphp eval`."""
 
 import importlib.util
 from functools import cache
@@ -7,34 +7,70 @@ from typing import Any
 
 import pytest
 import torch
-from local_tasks import Question, lmms_eval, questions, write
+from local_tasks import draw, lmms_eval, plphp_eval, write
 
 import plphp
+from plphp.eval.sample import Sample
 from plphp.inputs import load
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is missing: make test-lmms"
 )
 
-METHODS: dict[str, Any] = {
-    "method=none": None,
-    "method=full": plphp.policy("full"),
-    "r=0.4,delta_r=0.3": plphp.PLPHP(),
-    "method=snapkv,budget=0.5,window=8": plphp.policy("snapkv", budget=0.5, window=8),
-    "method=fastv,budget=0.6": plphp.policy("fastv", budget=0.6),
+# --model_args, and what `plphp eval` calls the same.
+METHODS = {
+    "method=none": "full",
+    "r=0.4,delta_r=0.3": "plphp:paper",
+    "method=snapkv,budget=0.4": "snapkv",
+    "method=fastv,budget=0.4": "fastv",
+    "method=downsample,budget=0.4": "downsample",
 }
+Lines = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[Question]:
-    return questions()
+def samples() -> list[Sample]:
+    return draw()
 
 
 @pytest.fixture(scope="module")
-def folder(asked: list[Question], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lmms")
-    write(asked, folder)
+    write(samples, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder: Path) -> Lines:
+    methods = ",".join(name for name in METHODS.values() if name != "full")
+    return plphp_eval(folder, "--methods", methods, "--budgets", ".4", "--batch", "4")
+
+
+@pytest.mark.parametrize(
+    ("method", "batch"), [*((method, 1) for method in METHODS), ("r=0.4,delta_r=0.3", 4)]
+)
+def test_scores_are_those_of_plphp_eval(
+    samples: list[Sample], folder: Path, evaluated: Lines, method: str, batch: int
+) -> None:
+    run = lmms_eval(folder, f"pretrained=embedded,{method}", "--batch_size", str(batch))
+    assert run.code == 0 and run.results, run.printed
+    lines = {line["id"]: line for line in evaluated if line["method"] == METHODS[method]}
+    expected = [lines[sample.id] for sample in samples]
+    said = [line["filtered_resps"] for line in run.samples["plphp_boards"]]
+    # `plphp eval` stops an answer that is longer than all right ones.
+    assert all(text.startswith(e["answer"]) for text, e in zip(said, expected, strict=True))
+    right = sum(line["exact"] for line in expected) / len(expected)
+    assert run.results["results"]["plphp_boards"]["exact,none"] == pytest.approx(right)
+    if method == "method=none":
+        assert "method=none, the model ran untouched" in run.printed
+    elif "downsample" in method:
+        assert "smaller pictures for the untouched model" in run.printed
+    else:
+        vision = sum(line["vision"] for line in expected)
+        kept = sum(line["kept"] * line["vision"] for line in expected) / vision
+        assert f"kept {kept:.1%} of the vision K/V of {len(samples)} prompts" in run.printed
+        found = run.results["throughput"]["avg_vision_kv_kept"]
+        assert found == pytest.approx(kept, abs=1e-4)
 
 
 @cache
@@ -42,46 +78,11 @@ def embedded() -> Any:
     return load("embedded", "auto", "cpu")
 
 
-def plain(asked: list[Question], policy: Any) -> tuple[list[str], float]:
-    """One prompt after the other through `model.generate`: texts, and vision K/V kept over all."""
-    loaded, texts, kept, vision = embedded(), [], 0.0, 0
-    for question in asked:
-        inputs = loaded.inputs(question.images, question.text)
-        pruning = plphp.prune(loaded.model, policy) if policy else None
-        out = loaded.model.generate(**inputs, max_new_tokens=96, do_sample=False)
-        if pruning:
-            tokens = sum(pruning.report.layers[0].vision)
-            kept, vision = kept + tokens * pruning.report.retention, vision + tokens
-            pruning.remove()
-        texts.append(loaded.decode(out[0, inputs["input_ids"].shape[1] :]))
-    return texts, kept / max(vision, 1)
-
-
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("method", METHODS)
-def test_scores_are_those_of_a_plain_loop(
-    asked: list[Question], folder: Path, method: str, batch: int
-) -> None:
-    if batch > 1 and method not in ("method=none", "r=0.4,delta_r=0.3"):
-        pytest.skip("padding is the matter of tests/conformance: two methods do here")
-    run = lmms_eval(folder, f"pretrained=embedded,{method}", "--batch_size", str(batch))
-    assert run.code == 0, run.printed
-    texts, kept = plain(asked, METHODS[method])
-    assert [line["filtered_resps"] for line in run.samples["plphp_boards"]] == texts
-    right = [text.strip() == q.answer for text, q in zip(texts, asked, strict=True)]
-    assert run.results["results"]["plphp_boards"]["exact,none"] == sum(right) / len(right)
-    if METHODS[method] is None:
-        assert "method=none, the model ran untouched" in run.printed
-    else:
-        assert f"kept {kept:.1%} of the vision K/V of {len(asked)} prompts" in run.printed
-        assert run.results["throughput"]["avg_vision_kv_kept"] == pytest.approx(kept)
-
-
 @torch.no_grad()
-def loss(question: Question, answer: str, policy: Any) -> tuple[float, bool]:
+def loss(sample: Sample, answer: str, policy: Any) -> tuple[float, bool]:
     """Of a given answer, one token after the other on what the prompt left."""
     loaded = embedded()
-    inputs = loaded.inputs(question.images, question.text)
+    inputs = loaded.inputs(sample.images, sample.question)
     target = loaded.tokenizer(answer, add_special_tokens=False)["input_ids"]
     pruning = plphp.prune(loaded.model, policy) if policy else None
     out, mask, losses = loaded.model(**inputs, use_cache=True), inputs["attention_mask"], []
@@ -100,24 +101,22 @@ def loss(question: Question, answer: str, policy: Any) -> tuple[float, bool]:
     return sum(losses) / len(losses), greedy
 
 
-@pytest.mark.parametrize("method", ["method=none", "r=0.4,delta_r=0.3"])
-def test_given_answers_are_scored(asked: list[Question], folder: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "policy"), [("method=none", None), ("r=0.4,delta_r=0.3", plphp.PLPHP())]
+)
+def test_given_answers_are_scored(
+    samples: list[Sample], folder: Path, method: str, policy: Any
+) -> None:
     """--force_simple: the older kind of task, which also generates."""
-    run = lmms_eval(
-        folder,
-        f"pretrained=embedded,{method}",
-        "--force_simple",
-        "--limit",
-        "12",
-        tasks="plphp_boards,plphp_choices",
-    )
-    assert run.code == 0, run.printed
-    policy, some = METHODS[method], asked[:12]
-    texts, _ = plain(some, policy)
-    assert [line["filtered_resps"] for line in run.samples["plphp_boards"]] == texts
+    tasks, some = "plphp_boards,plphp_choices", samples[:6]
+    arguments = f"pretrained=embedded,{method}"
+    run = lmms_eval(folder, arguments, "--force_simple", "--limit", str(len(some)), tasks=tasks)
+    assert run.code == 0 and run.results, run.printed
+    assert len(run.samples["plphp_boards"]) == len(some)
     right = []
     for k, line in enumerate(run.samples["plphp_choices"]):
-        expected = [loss(some[k], text, policy) for text in (asked[k - 1].answer, some[k].answer)]
+        answers = samples[k - 1].answers[0], samples[k].answers[0]
+        expected = [loss(some[k], answer, policy) for answer in answers]
         said = line["filtered_resps"]  # written as strings
         assert [float(s) for s, _ in said] == pytest.approx([e for e, _ in expected], abs=1e-4)
         assert [s for _, s in said] == [str(e) for _, e in expected]
