@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from plphp import __version__
+from plphp.cli.bench import bench
 from plphp.cli.console import command
 from plphp.cli.demo import demo
 from plphp.cli.doctor import doctor
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune the vision tokens of large vision-language models, layer by layer, head by head.",
 )
-for function in (demo, generate, doctor, env):
+for function in (demo, generate, bench, doctor, env):
     app.command()(command(function))
 app.command("eval")(command(evaluate))
 

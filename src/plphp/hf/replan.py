@@ -75,9 +75,7 @@ class Prompt:
         for index, plan in _plans(made, views).items():
             view, layer = views[index], cache.layers[index]
             assert view.keys is not None and view.values is not None
-            layer.store = KVStore(view.keys, view.values, layer.window)
-            layer.store.compact(plan)
-            layer.raw = False
+            adopt(layer, view.keys, view.values, plan)
             turn.plans[index] = (plan, view.spans, slot_positions(turn, self.columns))
         cache.report = build_report(cache, turn)
         return cache
@@ -123,6 +121,13 @@ def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> P
         return_dict_in_generate=True,
     )
     return Prompt(out.sequences[:, -1:], out.logits[0], int(cache.get_seq_length()), cache)
+
+
+def adopt(layer: PrunedLayer, keys: Tensor, values: Tensor, plan: KeepPlan) -> None:
+    """Make a layer hold what a plan keeps of a prompt's keys and values (B, Hkv, N, D)."""
+    layer.store = KVStore(keys, values, layer.window)
+    layer.store.compact(plan)
+    layer.raw, layer.is_initialized = False, True
 
 
 def _plans(made: Policy, views: dict[int, LayerView]) -> dict[int, KeepPlan]:

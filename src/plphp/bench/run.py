@@ -1,0 +1,171 @@
+"""One benchmark: a shape or a model, a context, what is kept, and what it is held against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from plphp.bench import machine
+from plphp.bench.caches import Contender, Schedule, Setting, contenders
+from plphp.bench.layer import attention_seconds
+from plphp.bench.shapes import Shape, needed_bytes
+from plphp.bench.steps import Measured, bound_seconds, race
+from plphp.errors import InputError
+from plphp.hf import prune
+
+ATTENTION_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """rates: a forced share of vision tokens kept a layer, repeated over the layers
+    rounds: how often each way has its turn; steps: new tokens of a turn
+    prefill: whether the prompt is timed as well, which takes a CPU long
+    """
+
+    rates: tuple[float, ...]
+    rounds: int
+    steps: int
+    prefill: bool
+
+
+def check_memory(setting: Setting) -> None:
+    """Raise InputError, before anything is allocated, for a run that would not fit."""
+    size = setting.dtype.itemsize
+    need = needed_bytes(setting.shape, setting.context, setting.batch, size)
+    free = machine.free_bytes(setting.device)
+    if free is not None and need > free:
+        raise InputError(
+            f"this run needs about {need / 2**30:.1f} GiB and {free / 2**30:.1f} are free: take "
+            "fewer --layers, a shorter --context, a smaller --batch, or another --dtype"
+        )
+
+
+def bench(
+    model: Any, setting: Setting, options: Options, advance: Callable[[], None]
+) -> dict[str, Any]:
+    """Everything that one run finds, as plain numbers ready for JSON; times in milliseconds."""
+    ways = contenders(model, setting, options.rates)
+    moved = machine.bandwidth(setting.device)
+    found = race(model, setting, ways, options.steps, options.rounds, advance)
+    stock = found[0]
+    prefill = _prefill(model, setting, ways[:2], options) if options.prefill else None
+    return {
+        "about": machine.describe(setting.device),
+        "setting": _plain(setting, options),
+        "copy_gb_s": round(moved / 1e9, 2),
+        "energy": machine.energy_meter(setting.device)[1],
+        "steps": [_row(way, stock, setting, moved) for way in found],
+        "attention": _attention(setting, options),
+        "prefill": prefill,
+    }
+
+
+def fits(shape: Shape, memory: int, rate: float, size: int) -> dict[str, int]:
+    """Tokens of context that fit beside the weights in so many bytes, with and without pruning.
+
+    A pruned prompt holds the kept share of all layers and up to two layers whole while it is read.
+    """
+    table = shape.vocabulary * shape.hidden
+    left = memory - size * (shape.parameters + table)
+    token = shape.kv_bytes(1, size)
+    peak = token * (rate + (1 - rate) * min(2 / shape.layers, 1))
+    return {"full": max(int(left // token), 0), "pruned": max(int(left // peak), 0)}
+
+
+def _plain(setting: Setting, options: Options) -> dict[str, Any]:
+    shape = asdict(setting.shape)
+    shape.pop("config")
+    return {
+        "shape": shape,
+        "context": setting.context,
+        "images": setting.images,
+        "batch": setting.batch,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "device": setting.device,
+        "keep": list(options.rates),
+        "new_tokens": options.steps,
+        "rounds": options.rounds,
+    }
+
+
+def _row(way: Measured, stock: Measured, setting: Setting, moved: float) -> dict[str, Any]:
+    low, high = way.spread()
+    bound = bound_seconds(setting, way.kv_bytes, moved)
+    ratio, least, most = way.ratio(stock)
+    return {
+        "name": way.name,
+        "ms": _ms(way.seconds),
+        "ms_quartiles": [_ms(low), _ms(high)],
+        "tokens_per_second": round(setting.batch / way.seconds, 3),
+        "over_stock": [round(ratio, 3), round(least, 3), round(most, 3)],
+        "kv_bytes": way.kv_bytes,
+        "resident_bytes": way.resident,
+        "bound_ms": _ms(bound),
+        "of_bound": round(bound / way.seconds, 3),
+        "joules_per_token": round(median(way.joules), 4) if way.joules else None,
+    }
+
+
+def _attention(setting: Setting, options: Options) -> list[dict[str, Any]]:
+    """A layer's cache and attention at the mean rate, times the layers."""
+    rate = sum(options.rates) / len(options.rates)
+    found = attention_seconds(setting, rate, ATTENTION_STEPS, options.rounds)
+    rows = []
+    for name, seconds in found.items():
+        ratios = [mine / theirs for mine, theirs in zip(seconds, found["stock"], strict=True)]
+        rows.append(
+            {
+                "name": name,
+                "ms": _ms(median(seconds) * setting.shape.layers),
+                "over_stock": [round(f(ratios), 3) for f in (median, min, max)],
+            }
+        )
+    return rows
+
+
+def _prefill(
+    model: Any, setting: Setting, ways: list[Contender], options: Options
+) -> list[dict[str, Any]]:
+    """The prompt itself, read stock and pruned in turn."""
+    ids = torch.ones(setting.batch, setting.context, dtype=torch.int64, device=setting.device)
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+    spans, policy = setting.spans(), Schedule(options.rates)
+    for turn in range(options.rounds + 1):
+        for way in ways:
+            with torch.inference_mode():
+                if way.name == "stock":
+                    spent = _timed(model, ids, setting.device)
+                else:
+                    with prune(model, policy, vision_mask=spans):
+                        spent = _timed(model, ids, setting.device)
+            if turn:  # the first one warms up
+                seconds[way.name].append(spent)
+    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+    return [
+        {
+            "name": name,
+            "ms": _ms(median(each)),
+            "over_stock": [round(f(ratios), 3) for f in (median, min, max)]
+            if name != "stock"
+            else [1.0, 1.0, 1.0],
+        }
+        for name, each in seconds.items()
+    ]
+
+
+def _timed(model: Any, ids: torch.Tensor, device: str) -> float:
+    machine.synchronize(device)
+    start = time.perf_counter()
+    model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    machine.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _ms(seconds: float) -> float:
+    return round(1e3 * seconds, 4)

@@ -1,0 +1,117 @@
+"""`plphp bench`: numbers that add up, files, and refusals before anything is allocated."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plphp.bench.caches import TEXT, Schedule, Setting, dynamic, pruned
+from plphp.bench.run import fits
+from plphp.bench.shapes import SHAPES, build, shape_of
+from plphp.bench.steps import Measured, bound_seconds, cache_bytes
+from plphp.hf import prune
+
+SMALL = ["--context", "128", "--rounds", "2", "--new-tokens", "2", "--layers", "2"]
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    return Setting(shape_of("tiny", 2), 200, 2, 3, torch.float32, "cpu")
+
+
+def test_a_run_gives_numbers_and_files(run: Any, tmp_path: Path) -> None:
+    done = run("bench", *SMALL, "--prefill", "--out", str(tmp_path), "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert json.loads((tmp_path / "result.json").read_text()) == found
+    stock, own, _ = found["steps"]
+    assert [row["name"] for row in found["steps"]] == ["stock", "pruned", "stock, short"]
+    assert stock["over_stock"] == [1, 1, 1]
+    assert own["kv_bytes"] < stock["kv_bytes"]
+    for row in found["steps"]:
+        assert row["bound_ms"] == pytest.approx(row["of_bound"] * row["ms"], rel=0.05)
+    assert len(found["attention"]) == 3 and len(found["prefill"]) == 2
+    assert "| pruned |" in (tmp_path / "result.md").read_text()
+    assert (tmp_path / "result.png").stat().st_size > 1000
+
+
+def test_the_table_names_the_machine_and_what_is_absent(run: Any) -> None:
+    done = run("bench", *SMALL)
+    assert done.code == 0, done.err
+    for word in ("over stock", "bound", "GB/s", "Random weights"):
+        assert word in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--shape", "gpt"], "unknown shape 'gpt'"),
+        (["--layers", "7"], "1 to 6"),
+        (["--keep", "half"], "--keep half"),
+        (["--keep", "1.5"], "from 0 to 1"),
+        (["--shape", "llava-1.5-7b", "--context", "900000"], "GiB and"),
+    ],
+)
+def test_what_cannot_run_says_so_first(run: Any, options: list[str], word: str) -> None:
+    done = run("bench", *options)
+    assert done.code == 2
+    assert word in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said(run: Any) -> None:
+    assert "no CUDA device" in run("bench", "--gpu").err
+
+
+def test_forced_shares_are_kept_layer_by_layer(setting: Setting) -> None:
+    model = build(setting.shape, setting.dtype, "cpu")
+    policy = Schedule((0.5, 0.25))
+    with prune(model, policy, vision_mask=setting.spans()):
+        cache = pruned(model, setting, policy)
+    ends = [layer.store.end for _, layer in cache.pruned_layers()]
+    vision = 200 - TEXT
+    assert ends[0] == pytest.approx(TEXT + 0.5 * vision, abs=3)
+    assert ends[1] == pytest.approx(TEXT + 0.25 * vision, abs=3)
+    assert cache.get_seq_length() == 200
+    whole = 2 * 2 * 2 * 2 * 200 * 64 * 4  # layers, k and v, rows, heads, columns, size, bytes
+    assert cache_bytes(dynamic(model, setting, 200)) == whole == setting.shape.kv_bytes(400, 4)
+
+
+def test_images_share_the_columns(setting: Setting) -> None:
+    spans = setting.spans()
+    assert spans.shape == (2, 200)
+    assert int((spans == 0).sum(-1)[0]) == TEXT
+    assert spans.unique().tolist() == [0, 1, 2, 3]
+    assert spans[0].diff().clamp(max=0).sum() == -3  # text, three images in order, text
+
+
+def test_shapes_have_the_sizes_of_their_models() -> None:
+    billions = {name: shape.parameters / 1e9 for name, shape in SHAPES.items()}
+    assert billions["qwen2-vl-2b"] == pytest.approx(1.54, abs=0.02)
+    assert billions["qwen2-vl-7b"] == pytest.approx(7.07, abs=0.05)
+    assert billions["llava-1.5-7b"] == pytest.approx(6.6, abs=0.05)
+    built = build(SHAPES["tiny"], torch.float32, "cpu")
+    counted = sum(p.numel() for p in built.parameters() if p.dim() > 1)
+    table = SHAPES["tiny"].vocabulary * SHAPES["tiny"].hidden
+    assert counted == SHAPES["tiny"].parameters + table
+
+
+def test_what_fits_follows_from_the_bytes() -> None:
+    shape = SHAPES["llava-1.5-7b"]
+    room = fits(shape, 24 << 30, 0.4, 2)
+    weights = 2 * (shape.parameters + shape.vocabulary * shape.hidden)
+    assert room["full"] == ((24 << 30) - weights) // (2 * 32 * 4096 * 2)
+    assert room["pruned"] / room["full"] == pytest.approx(1 / (0.4 + 0.6 * 2 / 32), rel=1e-3)
+    assert fits(shape, 1 << 30, 0.4, 2) == {"full": 0, "pruned": 0}
+
+
+def test_ratios_are_taken_round_by_round(setting: Setting) -> None:
+    slow = Measured("slow", [[2.0, 4.0, 3.0], [9.0, 8.0, 7.0]])
+    fast = Measured("fast", [[1.0, 2.0, 1.5], [2.0, 2.0, 2.0]])
+    assert slow.ratio(fast) == (3.0, 2.0, 4.0)
+    assert slow.seconds == 5.5
+    assert bound_seconds(setting, 1000, 1e6) == pytest.approx(
+        (setting.shape.parameters * 4 + 1000) / 1e6
+    )
