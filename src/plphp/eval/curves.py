@@ -7,6 +7,7 @@ random and uniform, are grey and in every panel.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ Look = tuple[str, str, str]  # colour, line style, marker
 
 PALETTE = (
     "#cc3311", "#0077bb", "#009988", "#ee7733", "#33bbee", "#ee3377", "#332288", "#117733",
-    "#999933", "#882255", "#aa4499", "#44aa99",
+    "#999933", "#882255", "#aa4499", "#ddaa33", "#bbbb00", "#004488",
 )  # fmt: skip
-MARKERS = "osD^vP*X<>hd"
+MARKERS = "osD^vP*X<>hdp8"
+VARIANT = {":paper": ("", "H"), ":calibrated": ("-.", "d")}  # in the colour of their method
 GREY = {"random": ("#999999", "--"), "uniform": ("#555555", ":")}
 METHOD: Look = ("#0077bb", "-", "o")  # where a panel has one method
 LABELS = {"exact": "exact match", "vqa": "VQA accuracy", "words": "words in place"}
 ACROSS = 4  # panels side by side
 KL_AT = 0.2  # the budget whose KL is drawn by position
+LEAST = 1e-3  # nats; what is less is drawn there, on a logarithmic axis
 
 
 def draw(summary: Shown, out: Path) -> list[Path]:
@@ -72,18 +75,18 @@ def _one_task(name: str, task: Shown, path: Path) -> Path:
 
 
 def _kl(tasks: Mapping[str, Shown], looks: Shown, path: Path) -> Path:
-    """KL from the unpruned model along its own answer, one panel a task."""
+    """KL from the unpruned model, summed along its own answer: how fast both part. By task."""
     figure, panels = _panels(len(tasks))
     for axes, (name, task) in zip(panels, tasks.items(), strict=False):
         for row in _rows(task):
             if row["budget"] == KL_AT and row["method"] in looks:
                 color, style, _ = looks[row["method"]]
-                values = [max(value, 1e-4) for value in row["kl_by_position"]]
+                values = [max(value, LEAST) for value in accumulate(row["kl_by_position"])]
                 axes.plot(range(1, len(values) + 1), values, style, color=color,
                           linewidth=1.4, label=row["method"])  # fmt: skip
         axes.set_yscale("log")
         axes.set_title(f"{name}, {KL_AT:.0%} kept", fontsize=10)
-        axes.set(xlabel="token of the answer", ylabel="KL(full || pruned), nats")
+        axes.set(xlabel="token of the answer", ylabel="sum of KL, nats")
         axes.spines[["top", "right"]].set_visible(False)
     return _save(figure, panels, path)
 
@@ -164,9 +167,10 @@ def _points(task: Shown) -> dict[str, list[Shown]]:
 def _looks(tasks: Any) -> dict[str, Look]:
     """Method -> colour, line style, marker; the same in every figure."""
     methods = dict.fromkeys(method for task in tasks for method in _points(task))
-    colored = [method for method in methods if method not in GREY]
-    looks = {
-        method: (PALETTE[i % len(PALETTE)], "-", MARKERS[i % len(MARKERS)])
-        for i, method in enumerate(colored)
-    }
-    return looks | {name: (*GREY[name], "") for name in methods if name in GREY}
+    bases = dict.fromkeys(method.partition(":")[0] for method in methods if method not in GREY)
+    looks: dict[str, Look] = {name: (*GREY[name], "") for name in methods if name in GREY}
+    for i, base in enumerate(bases):
+        color = PALETTE[i % len(PALETTE)]
+        looks[base] = (color, "-", MARKERS[i % len(MARKERS)])
+        looks |= {f"{base}{end}": (color, *style) for end, style in VARIANT.items()}
+    return looks

@@ -210,7 +210,7 @@ def _by_position(values: Sequence[Sequence[float]]) -> list[float]:
         there = [row[position] for row in values if len(row) > position]
         if len(there) < max(FEW * len(values), 1):
             break
-        means.append(_round(np.mean(there)))
+        means.append(float(f"{np.mean(there):.3g}"))
     return means
 
 

@@ -1,0 +1,52 @@
+"""docs/accuracy.md is what its template makes of the committed JSON, and says who loses."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def maker() -> Any:
+    spec = importlib.util.spec_from_file_location("make_accuracy", DOCS / "make_accuracy.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_made_of_the_summary(maker: Any) -> None:
+    assert (DOCS / "accuracy.md").read_text() == maker.page(), "run: make accuracy-page"
+
+
+def test_the_page_has_every_method_task_and_budget(maker: Any) -> None:
+    page = (DOCS / "accuracy.md").read_text()
+    summary = json.loads((DOCS / "accuracy" / "summary.json").read_text())
+    for name, task in summary["tasks"].items():
+        assert f"### {name}\n" in page
+        for row in task["settings"]:
+            assert f"| {row['method']} |" in page
+    assert "| kept | 100% | 60% | 40% | 20% | 10% |" in page
+    for name in ("command", "date", "machine", "seed", "torch", "transformers"):
+        assert summary["made"][name] in page
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        ("loses", "loses on made"),
+        ("wins", "wins on made"),
+        ("no difference shown", "no difference shown on made"),
+    ],
+)
+def test_losing_is_said_in_words(maker: Any, verdict: str, said: str) -> None:
+    paired = {"random": {"mean": -0.1, "low": -0.2, "high": -0.05, "verdict": verdict}}
+    tasks = {"made": {"settings": [{"method": "plphp", "budget": 0.2, "paired": paired}]}}
+    assert list(maker._short(tasks)) == [f"At 20%, PLPHP against `random`: {said}."]
+    assert list(maker._verdicts(tasks["made"])) == [
+        f"PLPHP against `random`: {verdict} at 20% (-0.10)."
+    ]
