@@ -1,7 +1,10 @@
 """What of the plugin needs no lmms-eval: messages, options, stops, and what the log says."""
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
+from tiny_llava import save
 
 from plphp.errors import InputError
 from plphp.eval.lmms import chats, kept
@@ -43,6 +46,24 @@ def test_the_embedded_model_reads_one_turn() -> None:
     for chat in ([message, message], [chats.user_message(["a.mp4"], "what?")]):
         with pytest.raises(InputError, match="one turn of pictures"):
             chats.encode(loaded, [chat], chats.at_most(None), 8)
+
+
+def test_text_and_pictures_alternate_as_the_task_has_them(tmp_path: Path) -> None:
+    save(tmp_path)
+    loaded = load(str(tmp_path), "auto", "cpu")
+    picture, a, b = {"type": "image", "url": PICTURE}, *({"type": "text", "text": t} for t in "ab")
+    chat = [
+        {"role": "user", "content": [a, picture, b]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": [picture, picture, a]},
+    ]
+    made = chats.encode(loaded, [chat, [chats.user_message((), "a")]], chats.at_most(None), 8)
+    image = loaded.model.config.image_token_id
+    text = loaded.tokenizer.decode([i for i in made["input_ids"][0] if i != image])
+    assert text == "user: abassistant: buser: aassistant:"
+    assert made["pixel_values"].shape[0] == 3
+    assert (made["input_ids"] == image).sum(-1).tolist() == [48, 0]
+    assert made["attention_mask"][:, 0].tolist() == [1, 0], "shorter rows are padded on the left"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from local_tasks import draw, lmms_eval, plphp_eval, write
+from tiny_llava import save
 
 import plphp
 from plphp.eval.sample import Sample
@@ -76,6 +77,22 @@ def test_scores_are_those_of_plphp_eval(
 @cache
 def embedded() -> Any:
     return load("embedded", "auto", "cpu")
+
+
+def test_a_model_with_a_processor(samples: list[Sample], folder: Path) -> None:
+    save(folder / "llava")
+    loaded, some = load(str(folder / "llava"), "auto", "cpu"), samples[:5]
+    said = []
+    with plphp.prune(loaded.model):
+        for sample in some:
+            inputs = loaded.inputs(sample.images, sample.question)
+            out = loaded.model.generate(**inputs, max_new_tokens=96, do_sample=False)
+            said.append(loaded.decode(out[0, inputs["input_ids"].shape[1] :]))
+    options = ("--limit", str(len(some)), "--batch_size", "2")
+    run = lmms_eval(folder, f"pretrained={folder / 'llava'}", *options)
+    assert run.code == 0 and run.results, run.printed
+    assert [line["filtered_resps"] for line in run.samples["plphp_boards"]] == said
+    assert run.results["throughput"]["avg_vision_kv_kept"] < 1
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ class Loaded:
             add_generation_prompt=True,
             return_dict=True,
             return_tensors="pt",
-            **options,
+            processor_kwargs=options,
         )
         made: Mapping[str, Any] = encoded.to(self.model.device, dtype=self.model.dtype)
         return dict(made)
