@@ -1,5 +1,7 @@
 """Methods that look at more than the last token or at more than one layer, on a real model."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -79,6 +81,23 @@ def test_an_exception_between_layers_leaves_a_cache_that_says_so(expected: Any) 
         handle.remove()
         with pytest.raises(plphp.UnsupportedModeError, match="interrupted"):
             generate(model, expected.inputs, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["plphp", "vl-cache", "fastv"])
+def test_a_cache_is_freed_with_its_last_reference(expected: Any, name: str) -> None:
+    """Not when Python's collector of cycles comes round: on a GPU that is gigabytes too late."""
+    model = expected.build()
+    gc.collect()
+    gc.disable()
+    try:
+        with plphp.prune(model, plphp.policy(name)):
+            cache = plphp.PrunedCache(model)
+            generate(model, expected.inputs, steps=3, past_key_values=cache)
+            held = weakref.ref(next(iter(cache.pruned_layers()))[1].store.keys)
+            del cache
+            assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_smaller_pictures_are_not_the_models_business() -> None:

@@ -203,7 +203,7 @@ def _begin(pruning: Pruning) -> Hook:
             positions = later_positions(model, cache.shift, past, columns, source)
             if positions is not None:
                 kwargs["position_ids"] = positions
-        turn = cache.turn
+        turn = cache.shared.turn
         if turn is not None and int(cache.get_seq_length()) + columns >= turn.end:
             turn.locate(batch, kwargs.get("attention_mask"))
             refuse_turn(cache, turn, columns)
@@ -240,14 +240,14 @@ def _finish(pruning: Pruning) -> Hook:
         model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         cache = kwargs["past_key_values"]
-        turn = cache.turn
+        turn = cache.shared.turn
         if turn is None or turn.spans is None:
             return
         drafts = int(cache.get_seq_length()) - turn.end
         cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, turn)
-        cache.last_image = max(cache.last_image, turn.last_image)
+        cache.shared.last_image = max(cache.shared.last_image, turn.last_image)
         cache.report = pruning.report = report = build_report(cache, turn)
-        cache.turn = None
+        cache.shared.turn = None
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s", str(report).splitlines()[-1 - len(report.notes)])
 

@@ -18,7 +18,8 @@ from plphp.errors import (
     UnsupportedTransformersError,
 )
 from plphp.hf import compat
-from plphp.hf.cache import PrunedCache, PrunedLayer
+from plphp.hf.cache import PrunedCache
+from plphp.hf.layer import PrunedLayer
 from plphp.hf.pruning import after_attention
 
 LAYER = "plphp_layer"  # keyword that carries the cache layer from the hook to the function
@@ -99,9 +100,9 @@ def pruned_attention(
     else:
         among = _among(attention_mask, query.shape[2])
         output, weights = _attend(module, query, key, value, among, layer, kwargs), None
-    if isinstance(layer, PrunedLayer) and layer.cache.turn is not None:
+    if isinstance(layer, PrunedLayer) and layer.shared.turn is not None:
         with torch.no_grad():
-            after_attention(module, query, layer, layer.cache.turn, kwargs)
+            after_attention(module, query, layer, layer.shared.turn, kwargs)
     return output, weights
 
 

@@ -16,7 +16,7 @@ from plphp.attention import window_probabilities
 from plphp.cache import KVStore
 from plphp.errors import UnsupportedModelError
 from plphp.hf import compat
-from plphp.hf.cache import PrunedLayer
+from plphp.hf.layer import PrunedLayer
 from plphp.hf.leaving import Leaving
 from plphp.hf.turn import Turn, slot_positions, slot_spans
 from plphp.policy import CachePolicy, KeepPlan, LayerView, Look, SequencePolicy
@@ -41,7 +41,7 @@ def after_attention(
 
     query (B, H, T, D) of this forward.
     """
-    store, policy = layer.store, layer.cache.policy
+    store, policy = layer.store, layer.shared.policy
     if not isinstance(store, KVStore):
         return
     if turn.leaving is not None:
@@ -54,24 +54,24 @@ def after_attention(
     if not turn.prunes:
         return
     index = int(module.layer_idx)  # type: ignore[arg-type]
-    if isinstance(policy, SequencePolicy) and index != policy.leave_at(len(layer.cache.layers)) - 1:
+    if isinstance(policy, SequencePolicy) and index != policy.leave_at(layer.shared.depth) - 1:
         return
     first = store.logical - query.shape[2]  # column of the first of these queries
     drafts = store.split(store.logical - turn.end)  # assisted decoding guesses past the prompt
     view = _view(module, query, store, turn, first, policy.window, kwargs)
-    view = replace(view, layer=index, layers=len(layer.cache.layers))
-    if layer.cache.over_ranks is not None:
-        view = replace(view, over_ranks=layer.cache.over_ranks)
+    view = replace(view, layer=index, layers=layer.shared.depth)
+    if layer.shared.over_ranks is not None:
+        view = replace(view, over_ranks=layer.shared.over_ranks)
     if isinstance(policy, SequencePolicy):
         plan = policy.plan(replace(view, kv_heads=1))
         turn.leaving = Leaving(
-            plan, turn.length, "flash" in layer.cache.config._attn_implementation
+            plan, turn.length, "flash" in layer.shared.config._attn_implementation
         )
     elif isinstance(policy, CachePolicy) and policy.kind == "layers":
         turn.waiting[index] = Waiting(
             layer, policy.look(view), slot_positions(turn, store.end), drafts
         )
-        if all(i in turn.waiting for i in layer.cache.prunable()):
+        if all(i in turn.waiting for i in layer.shared.prunable):
             _plan_together(policy, turn)
     else:
         plan = policy.plan(view)
@@ -90,12 +90,12 @@ def _plan_together(policy: Any, turn: Turn) -> None:
 
 
 def _compact(layer: PrunedLayer, plan: KeepPlan, drafts: tuple[Tensor, Tensor]) -> None:
-    store, cache = layer.store, layer.cache
+    store, shared = layer.store, layer.shared
     assert isinstance(store, KVStore)
-    store.compact(plan, cache.reserve(plan.columns.shape[-1], store.logical))
+    store.compact(plan, shared.reserve(plan.columns.shape[-1], store.logical))
     store.append(*drafts)
     layer.raw = False
-    if cache.static:
+    if shared.static:
         layer.freeze()
 
 

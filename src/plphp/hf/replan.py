@@ -18,7 +18,8 @@ from torch import Tensor
 from plphp.cache import KVStore
 from plphp.errors import UnsupportedModeError
 from plphp.hf.attach import Pruning, prune
-from plphp.hf.cache import PrunedCache, PrunedLayer
+from plphp.hf.cache import PrunedCache
+from plphp.hf.layer import PrunedLayer
 from plphp.hf.report import build_report
 from plphp.hf.turn import Turn, slot_positions
 from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, policy
@@ -68,7 +69,8 @@ class Prompt:
                 "forward, or looks at more tokens than were remembered"
             )
         cache = PrunedCache(pruning.model)
-        cache.shift, cache.last_image = copy.copy(self.cache.shift), self.cache.last_image
+        cache.shift = copy.copy(self.cache.shift)
+        cache.shared.last_image = self.cache.shared.last_image
         turn = self._turn(pruning)
         cache.layers = [self._layer(index, cache) for index in range(len(self.cache.layers))]
         views = {index: _narrow(view, made.window) for index, view in self.views.items()}
@@ -91,7 +93,7 @@ class Prompt:
         layer = self.cache.layers[index]
         if not isinstance(layer, PrunedLayer):
             return copy.deepcopy(layer)
-        own = PrunedLayer(layer.window, cache)
+        own = PrunedLayer(layer.window, cache.shared)
         if index not in self.views:  # a prompt without images and padding
             own.store = copy.deepcopy(layer.store)
         own.is_initialized = True

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from plphp.cache import LayerReport, Report, allocated, layer_report, untouched_report
 from plphp.hf import compat
-from plphp.hf.cache import PrunedCache, PrunedLayer
+from plphp.hf.cache import PrunedCache
+from plphp.hf.layer import PrunedLayer
 from plphp.hf.turn import Turn
 from plphp.policy import SequencePolicy
 
@@ -66,10 +67,10 @@ def _notes(cache: PrunedCache, turn: Turn) -> list[str]:
         notes.append("nothing was pruned: the prompt has no vision tokens")
     pruned = {index for index, _ in cache.pruned_layers()}
     alone = [index for index in range(_depth(cache)) if index not in pruned]
-    if cache.policy.kind == "layers":
+    if cache.shared.policy.kind == "layers":
         notes.append("planned after the last layer: until then the whole prompt was held")
-    if turn.leaving is not None and isinstance(cache.policy, SequencePolicy):
-        at = cache.policy.leave_at(len(cache.layers))
+    if turn.leaving is not None and isinstance(cache.shared.policy, SequencePolicy):
+        at = cache.shared.policy.leave_at(len(cache.layers))
         notes.append(f"tokens left before layer {at}: earlier layers hold them all")
     if alone:
         why = (

@@ -44,7 +44,7 @@ def refuse_turn(cache: PrunedCache, turn: Turn, columns: int) -> None:
 
     columns: of this forward
     """
-    if not isinstance(cache.policy, SequencePolicy) or not turn.prunes:
+    if not isinstance(cache.shared.policy, SequencePolicy) or not turn.prunes:
         return
     assert turn.spans is not None
     why = None
@@ -54,16 +54,18 @@ def refuse_turn(cache: PrunedCache, turn: Turn, columns: int) -> None:
         why = "new images in a later turn are not supported; start a new cache"
     elif cache.static:
         why = "a static cache is not supported; use static=False"
-    elif len(cache.prunable()) < len(cache.layers):
+    elif len(cache.shared.prunable) < len(cache.layers):
         why = "some layers cannot be pruned (their attention does not cover the prompt)"
     if why is not None:
-        raise UnsupportedModeError(f"{type(cache.policy).__name__} drops hidden states: {why}")
+        raise UnsupportedModeError(
+            f"{type(cache.shared.policy).__name__} drops hidden states: {why}"
+        )
 
 
 def _leaving(kwargs: dict[str, Any]) -> Leaving | None:
     """What stays of the prompt that is being read, once it is known."""
     cache = kwargs.get("past_key_values")
-    turn = cache.turn if isinstance(cache, PrunedCache) else None
+    turn = cache.shared.turn if isinstance(cache, PrunedCache) else None
     return None if turn is None else turn.leaving
 
 

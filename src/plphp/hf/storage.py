@@ -13,7 +13,8 @@ from torch import Tensor
 
 from plphp.cache import KVStore
 from plphp.errors import InputError, UnsupportedModeError
-from plphp.hf.cache import PrunedCache, PrunedLayer
+from plphp.hf.cache import PrunedCache
+from plphp.hf.layer import PrunedLayer
 
 FORMAT = 1
 
@@ -49,7 +50,7 @@ def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
     header = {
         "format": FORMAT,
         "model_type": cache.config.model_type,
-        "last_image": cache.last_image,
+        "last_image": cache.shared.last_image,
         "layers": layers,
     }
     target = Path(path)
@@ -76,7 +77,7 @@ def load_cache(model: Any, path: str | os.PathLike[str]) -> PrunedCache:
         layer.raw, layer.is_initialized = bool(numbers["raw"]), True
     shift = tensors.get("shift")
     cache.shift = None if shift is None else shift.to(device)
-    cache.last_image = int(header["last_image"])
+    cache.shared.last_image = int(header["last_image"])
     cache.check()
     return cache
 

@@ -1,0 +1,168 @@
+"""One decoder layer of a pruned cache, and what the layers of a conversation share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from plphp.cache import KVStore, StaticStore, bucketed
+from plphp.errors import UnsupportedModeError
+from plphp.hf.turn import Turn
+from plphp.policy import Policy
+
+
+@dataclass
+class Shared:
+    """What the layers of one conversation know in common.
+
+    It knows no layer: a cache that its own layers pointed back to would wait for Python's garbage
+    collector, and keys and values of finished generations with it.
+
+    config: of the language model; max_len, static: as given to `PrunedCache`
+    attached: indices of the layers that pruning is attached to
+    over_ranks: mean over tensor-parallel ranks, None without them
+    depth, prunable: how many layers there are, and the indices of those that are pruned
+    turn: the prompt on its way in, None between prompts
+    last_image: columns up to the last vision token
+    """
+
+    config: Any
+    max_len: int | None
+    static: bool
+    policy: Policy
+    attached: frozenset[int]
+    over_ranks: Any
+    depth: int = 0
+    prunable: tuple[int, ...] = ()
+    turn: Turn | None = None
+    last_image: int = 0
+
+    def reserve(self, longest: int, logical: int) -> int | None:
+        """Slots to keep free beside `longest` kept ones of `logical` columns; None by default."""
+        if self.max_len is None:
+            return None
+        more = max(self.max_len - logical, 1)
+        return bucketed(longest + more) - longest if self.static else more
+
+
+class PrunedLayer(CacheLayerMixin):
+    """One decoder layer: transformers' interface over a `KVStore`.
+
+    Lengths that transformers asks for are logical ones, as if nothing had been dropped.
+    store: what it holds, None before the first token
+    raw: whether that is every column, as the model's own masks expect
+    """
+
+    is_croppable = True
+
+    def __init__(self, window: int | None, shared: Shared) -> None:
+        super().__init__()
+        self.window = window
+        self.shared = shared
+        self.is_sliding = window is not None
+        self.store: KVStore | StaticStore | None = None
+        self.raw = True
+        self.is_compileable = shared.static
+        self.home: torch.device | None = None
+        self.recent: Tensor | None = None  # the last queries of a prompt that comes in chunks
+
+    @property
+    def keys(self) -> Tensor | None:
+        """(B, Hkv, slots, D) of what is held, as transformers' own layers show it."""
+        return self.store.held()[0] if isinstance(self.store, KVStore) else None
+
+    @keys.setter
+    def keys(self, value: None) -> None: ...  # set to None by the mixin
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.store.held()[1] if isinstance(self.store, KVStore) else None
+
+    @values.setter
+    def values(self, value: None) -> None: ...
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append new keys and values (B, Hkv, T, D); return all that is held."""
+        if self.store is None:
+            self.is_initialized = True
+            self.store = KVStore(key_states, value_states, self.window)
+            return key_states, value_states
+        self.store.append(key_states, value_states)
+        return self.store.held()
+
+    def with_recent(self, query: Tensor) -> Tensor:
+        """Queries (B, H, T, D) of a forward, after those kept of the chunks before it."""
+        return query if self.recent is None else torch.cat([self.recent, query], 2)
+
+    def freeze(self) -> None:
+        """Move lengths to the device: what follows is decoding."""
+        if isinstance(self.store, KVStore):
+            self.store = StaticStore(self.store)
+
+    def thaw(self) -> None:
+        """Bring lengths back to the host: what follows is a prompt."""
+        if isinstance(self.store, StaticStore):
+            self.store = self.store.thaw()
+
+    def get_seq_length(self) -> Any:
+        """Columns seen so far, dropped ones included; a tensor while the layer is frozen."""
+        return 0 if self.store is None else self.store.logical
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if isinstance(self.store, StaticStore) and self.shared.max_len is not None:
+            return self.shared.max_len, 0
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        most = self.shared.max_len
+        return most if self.shared.static and most is not None else -1
+
+    def reset(self) -> None:
+        self.store, self.raw, self.is_initialized, self.recent = None, True, False, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.store is not None:
+            self.store.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.store is not None:
+            rows = torch.arange(len(self.store.keys), device=self.store.keys.device)
+            self.store.reorder(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns: text after the last image, of which every column is held."""
+        columns = abs(tokens_to_remove)
+        if self.store is None:
+            return
+        if int(self.store.logical) - columns < self.shared.last_image:
+            raise UnsupportedModeError(
+                f"cannot crop {columns} tokens: that reaches into pruned images; start a new cache"
+            )
+        self.store.crop(columns)
+
+    def offload(self) -> None:
+        self.move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        if self.home is not None:
+            self.move(self.home)
+
+    def move(self, device: torch.device) -> None:
+        """Move what is held; `prefetch` brings it back to where it was computed."""
+        if isinstance(self.store, StaticStore):
+            raise UnsupportedModeError("a static cache stays on its device")
+        if self.store is not None:
+            self.home = self.home or self.store.keys.device
+            self.store.to(device)
