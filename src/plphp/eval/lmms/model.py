@@ -65,6 +65,7 @@ class Pruned(lmms):
             device = str(self.accelerator.device)
         self.method, self.batch_size, self.frames = method, int(batch_size), num_frames
         self.loaded = load(pretrained, dtype, device, attn, trust_remote_code)
+        self.device = self.loaded.model.device  # lmms-eval counts requests of processes on it
         if self.loaded.tokenizer.pad_token is None:
             self.loaded.tokenizer.pad_token = self.loaded.tokenizer.eos_token
         self.shrink, self.pruning = chats.at_most(max_pixels), None
