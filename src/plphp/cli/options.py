@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any, Literal
 
 import typer
@@ -24,7 +25,10 @@ Beta = Annotated[
     typer.Option("--beta", help="Vision attention below which a layer is indifferent. [0.1]"),
 ]
 Budget = Annotated[
-    str | None, typer.Option("--budget", help="image: a rate per image; global: one for all.")
+    str | None,
+    typer.Option(
+        "--budget", help="Share of the vision K/V kept, such as .2; for plphp also image, global."
+    ),
 ]
 Gqa = Annotated[
     str | None, typer.Option("--gqa", help="mean or max over the query heads of a KV head.")
@@ -52,4 +56,7 @@ TrustRemoteCode = Annotated[
 
 def chosen_policy(name: str, **options: Any) -> Policy:
     """The policy with the options that were given; the others keep their own defaults."""
-    return policy(name, **{key: value for key, value in options.items() if value is not None})
+    given = {key: value for key, value in options.items() if value is not None}
+    with contextlib.suppress(KeyError, ValueError):  # "image" and "global" are words
+        given["budget"] = float(given["budget"])
+    return policy(name, **given)
