@@ -91,7 +91,9 @@ def test_a_model_with_a_processor(samples: list[Sample], folder: Path) -> None:
     options = ("--limit", str(len(some)), "--batch_size", "2")
     run = lmms_eval(folder, f"pretrained={folder / 'llava'}", *options)
     assert run.code == 0 and run.results, run.printed
-    assert [line["filtered_resps"] for line in run.samples["plphp_boards"]] == said
+    # lmms-eval strips what Python takes for white space, which random answers end in.
+    heard = [line["filtered_resps"].strip() for line in run.samples["plphp_boards"]]
+    assert heard == [text.strip() for text in said]
     assert run.results["throughput"]["avg_vision_kv_kept"] < 1
 
 
