@@ -78,7 +78,14 @@ def selection(
 @cache
 def truth(name: str, seed: int, rows: str) -> Truth:
     model = EVERY[name].build(seed)
-    inputs, spans = EVERY[name].make_inputs(model, ROWS[rows], seed)
+    return observe(model, name, rows, EVERY[name].make_inputs(model, ROWS[rows], seed), seed)
+
+
+def observe(
+    model: Any, name: str, rows: str, prompts: tuple[dict[str, Tensor], Tensor], seed: int = 0
+) -> Truth:
+    """The truth of other weights or prompts than `truth` takes."""
+    inputs, spans = prompts
     probabilities = oracle.prefill(model, inputs)
     tokens, logits = generate(model, inputs)
     numbers = thresholds(selection(name, probabilities, spans, Numbers()))
@@ -164,7 +171,7 @@ def kept_of(report: Any) -> list[Tensor]:
 
 
 def per_row(values: Any) -> list[float]:
-    """A report's numbers, one a row, in a tensor or a sequence: None is NaN."""
+    """A report's numbers, one a row: None is NaN."""
     return [math.nan if value is None else float(value) for value in values]
 
 
@@ -182,8 +189,8 @@ def check_spans(truth: Truth) -> None:
     import plphp
 
     if truth.mask is None:
-        found = plphp.vision_spans(truth.build().config, **truth.inputs)
-        assert torch.equal(found, truth.spans)
+        config = truth.build().config
+        assert torch.equal(plphp.vision_spans(config, **truth.inputs), truth.spans)
 
 
 def check_selection(

@@ -8,7 +8,7 @@ token is hidden by -inf in its layer, row and KV head, from the first decoding s
 
 import copy
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +31,8 @@ class Probe:
     )
     probabilities: Tensor | None = None  # [B, H, N] of the prompt's last token
     capped: bool = True  # up to transformers 5.19, "sdpa" leaves soft caps out
+    # of earlier turns: from which column on, and [B, Hkv, n] bool like `hidden`
+    earlier: list[tuple[int, Tensor]] = field(default_factory=list)
 
 
 def attend(
@@ -59,6 +61,10 @@ def attend(
     if probe.probabilities is not None and probe.hidden is not None:
         hidden = probe.hidden.repeat_interleave(groups, dim=1).unsqueeze(2)
         logits[..., : hidden.shape[-1]].masked_fill_(hidden, -math.inf)
+    asking = torch.arange(key.shape[2] - query.shape[2], key.shape[2])
+    for begin, hidden in probe.earlier:
+        block = hidden.repeat_interleave(groups, dim=1).unsqueeze(2) & (asking >= begin)[:, None]
+        logits[..., : hidden.shape[-1]].masked_fill_(block, -math.inf)
     probabilities = logits.softmax(-1)
     if probe.probabilities is None:
         probe.probabilities = probabilities[:, :, -1]  # prompts are padded on the left
@@ -132,12 +138,26 @@ def generate(
     return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
 
 
-def prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
+# (column, spans, kept) of an earlier turn: from that column on, what it dropped is not seen
+Earlier = tuple[int, Tensor, list[Tensor]]
+
+
+def remember(probes: list[Probe], earlier: Iterable[Earlier]) -> None:
+    for begin, spans, kept in earlier:
+        for probe, layer in zip(probes, kept, strict=True):
+            if layer.shape[1]:
+                probe.earlier.append((begin, hidden_columns(spans, layer)))
+
+
+def prefill(
+    model: PreTrainedModel, inputs: dict[str, Tensor], earlier: Iterable[Earlier] = ()
+) -> list[Tensor]:
     """Each layer's attention of the last prompt token: float64 [B, H, N], N with the padding.
 
     Empty for a layer without attention.
     """
     model, probes = instrumented(model)
+    remember(probes, earlier)
     generate(model, inputs, steps=1)
     return [
         torch.empty(0) if probe.probabilities is None else probe.probabilities for probe in probes
@@ -151,6 +171,7 @@ def decode(
     kept: list[Tensor],
     steps: int,
     tokens: Tensor | None = None,
+    earlier: Iterable[Earlier] = (),
 ) -> tuple[Tensor, Tensor]:
     """Greedy decoding, or along `tokens`, in which vision tokens that are not kept are hidden.
 
@@ -160,6 +181,7 @@ def decode(
     model, probes = instrumented(model)
     for probe, layer in zip(probes, kept, strict=True):
         probe.hidden = hidden_columns(spans, layer) if layer.shape[1] else None
+    remember(probes, earlier)
     return generate(model, inputs, steps, tokens)
 
 
@@ -230,10 +252,12 @@ def select(
     num_kv_heads: int,
     whole: Collection[int] = (),
     keyless: Collection[int] = (),
+    gone: Sequence[int] = (),
 ) -> Selection:
     """`probabilities` and `spans` in columns of the padded batch.
 
     `whole` layers keep all, of which `keyless` ones have no keys of their own and so no KV heads.
+    `gone`: columns that each layer dropped in earlier turns.
     """
     rows = range(spans.shape[0])
     unpadded = [spans[row, padding(spans[row]) :].tolist() for row in rows]
@@ -241,7 +265,13 @@ def select(
         tuple(
             keep_all(unpadded[row], 0 if index in keyless else num_kv_heads)
             if index in whole
-            else choose(layer[row, :, padding(spans[row]) :], unpadded[row], numbers, num_kv_heads)
+            else choose(
+                layer[row, :, padding(spans[row]) :],
+                unpadded[row],
+                numbers,
+                num_kv_heads,
+                gone[index] if gone else 0,
+            )
             for row in rows
         )
         for index, layer in enumerate(probabilities)
@@ -263,7 +293,7 @@ def keep_all(spans: list[int], num_kv_heads: int) -> RowChoice:
 
 
 def choose(
-    probabilities: Tensor, spans: list[int], numbers: Numbers, num_kv_heads: int
+    probabilities: Tensor, spans: list[int], numbers: Numbers, num_kv_heads: int, gone: int = 0
 ) -> RowChoice:
     """One layer and row, without padding: probabilities [H, N]."""
     p = probabilities.double().tolist()
@@ -278,7 +308,7 @@ def choose(
     for g in range(num_kv_heads):
         heads = p[g * group : (g + 1) * group]
         score = {j: pool([head[j] for head in heads], numbers.gqa) for j in vision}
-        taken, unsure = keep(score, spans, rate, numbers)
+        taken, unsure = keep(score, spans, rate, numbers, gone)
         kept.append(frozenset(taken))
         near.append(frozenset(unsure))
     near_threshold = min(abs(gamma - numbers.alpha), abs(gamma - numbers.beta)) <= TOLERANCE
@@ -302,7 +332,7 @@ def budget(rate: float, size: int) -> int:
 
 
 def keep(
-    score: dict[int, float], spans: list[int], rate: float, numbers: Numbers
+    score: dict[int, float], spans: list[int], rate: float, numbers: Numbers, gone: int = 0
 ) -> tuple[set[int], set[int]]:
     """(kept, near a boundary) of one KV head. Each stage takes the best of what is left."""
     images: dict[int, list[int]] = {}
@@ -324,7 +354,7 @@ def keep(
     else:
         for image in images.values():
             take(image, min(len(image), max(budget(rate, len(image)), numbers.min_tokens)))
-    length = len(spans) - len(score) + len(kept)
+    length = len(spans) - gone - len(score) + len(kept)
     take(score, -length % numbers.round_to)
     return kept, near
 

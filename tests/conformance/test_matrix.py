@@ -1,29 +1,26 @@
 """Every family x every policy x every mode: one cell each, and docs/support.md from their results.
 
-The normal run takes the cells that a pairwise sample needs; the others are marked slow. After a run
-of all cells, `PLPHP_WRITE_DOCS=1` rewrites the page; every other run is held against it.
+PLPHP and each of its options meet every family in every mode; other policies the cells that a
+pairwise sample needs. Ways to run a model (`circumstances.py`) meet a few families. The normal run
+takes the sample and every way on one family; the others are marked slow. After a run of all cells,
+`PLPHP_WRITE_DOCS=1` rewrites the page; every other run is held against it.
 """
 
 import os
-import re
 import time
-from dataclasses import dataclass, field
-from datetime import date
-from pathlib import Path
 
+import circumstances
 import pytest
-import torch
 import transformers
-from methods import METHODS
+from circumstances import CIRCUMSTANCES, COLUMNS, COMPILES, MAY_REFUSE
+from methods import METHODS, OPTIONS
 from modes import MODES, NotApplicable
+from page import LINES, NOT_APPLICABLE, PAGE, WORKS, Results, page, shown
 from sampling import pairwise
 
 import plphp
 import tiny
 from invariants import EVERY
-
-PAGE = Path(__file__).parents[2] / "docs" / "support.md"
-WORKS, NOT_APPLICABLE = "works", "not applicable"
 
 # What must work: a refusal in one of these cells is a failure. Others may refuse with a reason.
 IMAGES = ("one image", "several images", "padded batch")
@@ -66,31 +63,25 @@ DECODERS = [
 ]
 
 
-@dataclass
-class Results:
-    """What each (family, mode) said, one entry a policy, and the time of all cells."""
-
-    said: dict[tuple[str, str], set[str]] = field(default_factory=dict)
-    cells: int = 0
-    seconds: float = 0.0
-
-    def note(self, family: str, mode: str, result: str) -> None:
-        self.said.setdefault((family, mode), set()).add(result)
-
-
 @pytest.fixture(scope="module")
 def results() -> Results:
     return Results()
 
 
-NORMAL = {*SAMPLE, *(cell for cell in DECODERS if cell[2] == "padded batch")}
+WHOLE = [cell for cell in APPLICABLE if cell[1] in OPTIONS or cell in SAMPLE]
+WAYS = circumstances.cells()
+NORMAL = {
+    *SAMPLE,
+    *circumstances.normal(),
+    *(cell for cell in DECODERS if cell[2] == "padded batch"),
+}
 CELLS = [
     pytest.param(
         *cell,
         marks=() if cell in NORMAL else pytest.mark.slow,
         id="-".join(cell).replace(" ", "_"),
     )
-    for cell in (*APPLICABLE, *DECODERS)
+    for cell in (*WHOLE, *DECODERS, *WAYS)
 ]
 
 
@@ -101,17 +92,30 @@ def test_cell(family: str, method: str, mode: str, results: Results) -> None:
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     begin = time.perf_counter()
     try:
-        MODES[mode].check(MODES[mode], family, METHODS[method])
+        run(family, method, mode)
         result = WORKS if told(family, mode) else "works, given a `vision_mask`"
     except NotApplicable as reason:
         result = f"{NOT_APPLICABLE}: {reason}"
     except (plphp.UnsupportedModelError, plphp.UnsupportedModeError) as error:
-        if mode in MUST_WORK.get(family, ()):
+        if must_work(family, mode):
             raise
         result = f"refused: {error}"
     results.note(family, mode, result)
     results.cells += 1
     results.seconds += time.perf_counter() - begin
+
+
+def run(family: str, method: str, mode: str) -> None:
+    if mode in CIRCUMSTANCES:
+        circumstances.run(CIRCUMSTANCES[mode], family, METHODS[method])
+    else:
+        MODES[mode].check(MODES[mode], family, METHODS[method])
+
+
+def must_work(family: str, mode: str) -> bool:
+    if mode in CIRCUMSTANCES:
+        return family not in MAY_REFUSE.get(mode, ())
+    return mode in MUST_WORK.get(family, ())
 
 
 def told(family: str, mode: str) -> bool:
@@ -143,84 +147,12 @@ def test_a_sample_has_every_pair() -> None:
     assert len(SAMPLE) < len(APPLICABLE) / 4
 
 
-# --- docs/support.md ------------------------------------------------------------------------------
-
-
-LINES = [*tiny.FAMILIES, *tiny.DECODERS, *tiny.REFUSED]
-
-
-def said(results: Results, family: str, mode: str) -> str:
-    everything = "" if family in tiny.REFUSED else mode
-    return "; ".join(sorted(results.said.get((family, everything), {NOT_APPLICABLE})))
-
-
-def table(results: Results) -> tuple[list[str], list[str]]:
-    """One line a family, none of its cells empty; reasons are footnotes."""
-    lines, notes = [["family", *MODES], ["---"] * (len(MODES) + 1)], []
-    for family in LINES:
-        line = [f"`{family}`"]
-        for mode in MODES:
-            short, _, reason = said(results, family, mode).partition(": ")
-            if reason and reason not in notes:
-                notes.append(reason)
-            line.append(f"{short} ({notes.index(reason) + 1})" if reason else short)
-        lines.append(line)
-    numbered = [f"{number}. {note}" for number, note in enumerate(notes, start=1)]
-    return [f"| {' | '.join(line)} |" for line in lines], numbered
-
-
-def page(results: Results) -> str:
-    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    made = (
-        f"{results.cells} cells in {results.seconds:.0f} s, none failed: {versions},\n"
-        f"{torch.get_num_threads()} CPU threads, {date.today().isoformat()}."
-    )
-    lines, notes = table(results)
-    return TEXT.format(
-        table="\n".join(lines), notes="\n".join(notes), made=made, policies=", ".join(METHODS)
-    )
-
-
-TEXT = """# What is supported
-
-`make support` makes this page from a run of `tests/conformance/test_matrix.py`: every family on a
-tiny random model of its real transformers class, every policy, every mode, against an independent
-oracle. A family's cell says "works" when it does so under all of:
-{policies}.
-
-{table}
-
-{notes}
-
-{made}
-
-- Checked in every cell with images: images are counted as a person counts them, selection and
-  decoding equal the oracle's, keeping all equals the untouched model, a row of a padded batch
-  equals the row alone, and the model is afterwards as it was. Beams, samples and chunks: keeping
-  all changes no token, and the selection is the oracle's.
-- `internvl` and `smolvlm` write the frames of a video as they write images, and nothing in the
-  prompt's tensors tells them apart: each frame counts as an image, and the report says so.
-  `plphp.prune(model, vision_mask=...)` makes them one video.
-- `gemma3` and `cohere2_vision` have sliding-window layers. Where a prompt is longer than their
-  window they are left alone and the report names them; the full-attention layers are pruned. So it
-  is with linear, convolutional and chunked layers, and with layers whose keys others share: the
-  `llava + ...` lines are the LLaVA class around such decoders, under plphp alone.
-- Classes that are not listed are found by their config's image token id, every unbroken run of
-  those tokens an image, or refused.
-"""
-
-
-def shown() -> dict[str, dict[str, str]]:
-    """The table of the page, reasons in place of their numbers."""
-    lines = PAGE.read_text().splitlines()
-    reasons = dict(line.split(". ", 1) for line in lines if line[:1].isdigit() and ". " in line)
-    found: dict[str, dict[str, str]] = {}
-    for line in lines:
-        if line.startswith("| `"):
-            family, *cells = line.strip("| ").split(" | ")
-            whole = [re.sub(r" \((\d+)\)$", lambda m: f": {reasons[m[1]]}", c) for c in cells]
-            found[family.strip("`")] = dict(zip(MODES, whole, strict=True))
-    return found
+def test_every_way_meets_every_column() -> None:
+    assert not {*MODES} & {*CIRCUMSTANCES}
+    met = {(family, mode) for family, _, mode in WAYS}
+    assert met == {(family, mode) for family in COLUMNS for mode in CIRCUMSTANCES}
+    assert {cell[2] for cell in circumstances.normal()} == {*CIRCUMSTANCES} - {*COMPILES}
+    assert {cell[0] for cell in circumstances.normal()} == {*COLUMNS}
 
 
 def test_the_page_says_what_works(results: Results) -> None:
@@ -231,9 +163,10 @@ def test_the_page_says_what_works(results: Results) -> None:
     if f"transformers {transformers.__version__}," not in PAGE.read_text():
         pytest.skip("the page speaks of another transformers")
     cells = shown()
-    assert list(cells) == LINES
-    assert all(all(line.values()) for line in cells.values()), "no empty cell"
+    wanted = {(family, mode) for family in LINES for mode in MODES}
+    assert set(cells) == wanted | {(family, mode) for family in COLUMNS for mode in CIRCUMSTANCES}
+    assert all(cells.values()), "no empty cell"
     for family, mode in results.said:
         for column in [mode] if mode else MODES:
-            now = said(results, family, column)
-            assert now in (cells[family][column], NOT_APPLICABLE), f"{family}, {column}"
+            now = {*results.cell(family, column)} - {NOT_APPLICABLE}
+            assert now <= {*cells[family, column]}, f"{family}, {column}"

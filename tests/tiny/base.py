@@ -137,8 +137,11 @@ class Family:
 
         A config does as well as its model.
         """
-        config = getattr(model, "config", model)
-        drawn = [self._row(config, spec, seed) for spec in rows]
+        return self.inputs([self.draw_row(model, spec, seed) for spec in rows])
+
+    def inputs(self, drawn: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
+        """The same of rows that were drawn before."""
+        drawn = list(drawn)
         ids = left_pad([row.ids for row in drawn], PAD)
         spans = left_pad([row.spans for row in drawn], -1)
         inputs = {"input_ids": ids, "attention_mask": (spans >= 0).long()}
@@ -151,7 +154,8 @@ class Family:
         """Layers that pruning leaves alone for prompts of `length` columns, padding included."""
         return set(self.alone) if length > self.longer else set()
 
-    def _row(self, config: PreTrainedConfig, spec: RowSpec, seed: int) -> Row:
+    def draw_row(self, model: PreTrainedModel | PreTrainedConfig, spec: RowSpec, seed: int) -> Row:
+        config = getattr(model, "config", model)
         generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, spec)).encode()))
         media = self._media(config, spec, generator)
         ids: list[int] = []

@@ -1,0 +1,264 @@
+"""Later turns on a kept cache, and what may be done to the cache between them.
+
+The reference of a keep-all conversation is the untouched model reading all of it from scratch; of
+a pruned one the oracle, reading all of it with what earlier turns dropped hidden from later ones.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from answers import KEEP_ALL, stock_fails_as_not_applicable
+from methods import Method
+from modes import Mode, NotApplicable
+from torch import Tensor
+from transformers import DynamicCache
+
+import oracle
+import plphp
+import tiny
+from invariants import EVERY, KV_HEADS, LOGITS, kept_of, truth
+
+STEPS = 8
+FIRST = tiny.RowSpec(images=2, text=30)
+TEXT_TURN = (FIRST, tiny.RowSpec(images=0, text=12, salt=1))
+# two: an image alone and one of several are other tokens in some families
+IMAGE_TURN = (FIRST, tiny.RowSpec(images=2, text=20, salt=1))
+THREE_TURNS = (*IMAGE_TURN, tiny.RowSpec(images=0, text=9, salt=2))
+EMPTY = tiny.Row([], [], [], [])
+
+Turns = tuple[tiny.RowSpec, ...]
+
+
+def add(said: tiny.Row, new: tiny.Row) -> tiny.Row:
+    """Images are counted on."""
+    images = max(said.spans, default=0)
+    return tiny.Row(
+        said.ids + new.ids,
+        said.spans + [span + images if span else 0 for span in new.spans],
+        said.kinds + new.kinds,
+        said.media + new.media,
+    )
+
+
+def spoken(tokens: list[int]) -> tiny.Row:
+    nothing = [0] * len(tokens)
+    return tiny.Row(tokens, nothing, nothing, [])
+
+
+def inputs_of(family: tiny.Family, row: tiny.Row) -> dict[str, Tensor]:
+    """For a row that may have said of images before, without their pixels."""
+    if row.media:
+        return family.inputs([row])[0]
+    ids = torch.tensor([row.ids])
+    types = family.types(torch.tensor([row.kinds]))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **types}
+
+
+@dataclass
+class Talk:
+    """A conversation of one row: `said` so far, with all images; what was answered and reported."""
+
+    model: Any
+    family: tiny.Family
+    turns: Turns
+    said: tiny.Row = EMPTY
+    prompts: list[tiny.Row] = field(default_factory=list)  # all that was said up to each turn
+    answers: list[list[int]] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    reports: list[Any] = field(default_factory=list)
+
+    def ask(self, cache: Any) -> None:
+        """The next turn: it repeats the conversation and brings its own pixels."""
+        number = len(self.prompts)
+        new = self.family.draw_row(self.model, self.turns[number], number)
+        self.said = add(self.said, new)
+        self.prompts.append(self.said)
+        inputs = inputs_of(self.family, replace(self.said, media=new.media))
+        answer, logits = answer_to(self.model, inputs, past_key_values=cache)
+        self.answers.append(answer)
+        self.logits.append(logits)
+        self.reports.append(getattr(cache, "report", None))
+        self.said = add(self.said, spoken(answer))
+
+    def hold(self, cache: Any) -> list[list[int]]:
+        for _ in self.turns:
+            self.ask(cache)
+        return self.answers
+
+    def from_scratch(self) -> Iterator[tuple[list[int], Tensor]]:
+        """What the untouched model answers to each turn after reading all that was said before."""
+        for prompt in self.prompts:
+            yield answer_to(self.model, inputs_of(self.family, prompt))
+
+    def says(self, other: Iterable[tuple[list[int], Tensor]]) -> bool:
+        """Whether those are the same answers for the same reasons."""
+        return all(
+            tokens == answer and bool((logits - own).abs().max() < LOGITS)
+            for (tokens, logits), answer, own in zip(other, self.answers, self.logits, strict=True)
+        )
+
+
+def answer_to(model: Any, inputs: dict[str, Tensor], **options: Any) -> tuple[list[int], Tensor]:
+    out = model.generate(
+        **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens, torch.stack(out.logits, 1)
+
+
+def start(family: str, turns: Turns) -> Talk:
+    return Talk(EVERY[family].build(0), EVERY[family], turns)
+
+
+def policy_for(family: str, method: Method) -> Any:
+    return method.make(truth(family, 0, "three").numbers)
+
+
+def check_turns(turns: Turns, mode: Mode, family: str, method: Method) -> None:
+    check_kept_whole(turns, family)
+    talk = start(family, turns)
+    with plphp.prune(talk.model, policy_for(family, method)):
+        talk.hold(plphp.PrunedCache(talk.model))
+    earlier: list[oracle.Earlier] = []
+    for turn, prompt in enumerate(talk.prompts):
+        check_turn(talk, turn, earlier, family, method)
+        begin = len(prompt.ids)
+        earlier.append((begin, own_spans(talk, turn), kept_of(talk.reports[turn])))
+
+
+def check_kept_whole(turns: Turns, family: str) -> None:
+    talk = start(family, turns)
+    with plphp.prune(talk.model, KEEP_ALL):
+        talk.hold(plphp.PrunedCache(talk.model))
+    if talk.says(talk.from_scratch()):
+        return
+    stock = start(family, turns)
+    with stock_fails_as_not_applicable():
+        stock.hold(stock_cache(stock.model))
+    if not talk.says(zip(stock.answers, stock.logits, strict=True)):
+        raise AssertionError("neither what reading from scratch gives nor what transformers does")
+    raise NotApplicable("transformers itself reads a later turn differently")
+
+
+def stock_cache(model: Any) -> DynamicCache:
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def own_spans(talk: Talk, turn: int) -> Tensor:
+    """(1, columns so far): this turn's images, those of earlier turns count as text."""
+    before = max(talk.prompts[turn - 1].spans) if turn else 0
+    spans = torch.tensor([talk.prompts[turn].spans])
+    return (spans - before).clamp(min=0)
+
+
+def gone(earlier: list[oracle.Earlier]) -> list[int]:
+    """Columns that each layer's KV heads dropped in earlier turns, equally many each."""
+    lost = [
+        [int((spans > 0).sum()) - int((layer[0, :1] >= 0).sum()) for layer in kept]
+        for _, spans, kept in earlier
+    ]
+    return [sum(turns) for turns in zip(*lost, strict=True)]
+
+
+def check_turn(
+    talk: Talk, turn: int, earlier: list[oracle.Earlier], family: str, method: Method
+) -> None:
+    """Selection, logits and tokens of one turn, given what the turns before it kept."""
+    report, inputs = talk.reports[turn], inputs_of(talk.family, talk.prompts[turn])
+    spans = own_spans(talk, turn)
+    if talk.turns[turn].images == 0:
+        assert any("nothing was pruned" in note for note in report.notes)
+    elif method.options is not None:
+        probabilities = oracle.prefill(talk.model, inputs, earlier)
+        numbers = replace(truth(family, 0, "three").numbers, **method.options)
+        whole = talk.family.whole_layers(len(talk.prompts[0].ids))
+        selection = oracle.select(
+            probabilities, spans, numbers, KV_HEADS, whole, talk.family.keyless, gone(earlier)
+        )
+        assert not oracle.compare(selection, kept_of(report)).wrong
+        assert report.retention < 1 or method.name == "full"
+    tokens = torch.tensor([talk.answers[turn]])
+    _, logits = oracle.decode(
+        talk.model, inputs, spans, kept_of(report), STEPS, tokens=tokens, earlier=earlier
+    )
+    assert (talk.logits[turn] - logits).abs().max() < LOGITS
+    assert torch.equal(tokens, logits.argmax(-1))
+
+
+# --- between two turns ----------------------------------------------------------------------------
+
+
+def check_between(
+    change: Callable[[Talk, Any], Any], mode: Mode, family: str, method: Method
+) -> None:
+    """`change` does something to the cache after the first turn that the second must not notice."""
+    policy = policy_for(family, method)
+    talk, alone = start(family, IMAGE_TURN), start(family, IMAGE_TURN)
+    if not reads_later_images(family):
+        talk.turns = alone.turns = TEXT_TURN
+    if change is cropped and talk.family.alone:
+        stock = start(family, TEXT_TURN)
+        cache = stock_cache(stock.model)
+        stock.ask(cache)
+        with stock_fails_as_not_applicable():
+            change(stock, cache)
+    with plphp.prune(alone.model, policy):
+        alone.hold(plphp.PrunedCache(alone.model))
+    with plphp.prune(talk.model, policy):
+        cache = plphp.PrunedCache(talk.model)
+        talk.ask(cache)
+        talk.ask(change(talk, cache))
+    assert talk.answers == alone.answers
+    assert (talk.logits[1] - alone.logits[1]).abs().max() < LOGITS
+    assert talk.reports[0].retention < 1 or method.name == "full"
+
+
+def reads_later_images(family: str) -> bool:
+    try:
+        check_kept_whole(IMAGE_TURN, family)
+    except NotApplicable:
+        return False
+    return True
+
+
+def other_talk(talk: Talk, cache: Any) -> Any:
+    """Another conversation on the same model."""
+    other = replace(talk, turns=TEXT_TURN[::-1], said=EMPTY)
+    for name in ("prompts", "answers", "logits", "reports"):
+        setattr(other, name, [])
+    other.hold(plphp.PrunedCache(talk.model))
+    return cache
+
+
+def stored(talk: Talk, cache: Any) -> Any:
+    with TemporaryDirectory() as home:
+        file = Path(home) / "talk.safetensors"
+        cache.save(file)
+        return plphp.PrunedCache.load(talk.model, file)
+
+
+def cropped(talk: Talk, cache: Any) -> Any:
+    """More is said, and taken back."""
+    length = int(cache.get_seq_length())
+    row = add(talk.said, spoken([tiny.SPECIAL + i for i in range(5)]))
+    answer_to(talk.model, inputs_of(talk.family, replace(row, media=[])), past_key_values=cache)
+    cache.crop(length - int(cache.get_seq_length()))
+    assert int(cache.get_seq_length()) == length
+    return cache
+
+
+def moved(talk: Talk, cache: Any) -> Any:
+    """To another device and back."""
+    held = [layer.store.keys.clone() for _, layer in cache.pruned_layers()]
+    for _, layer in cache.pruned_layers():
+        layer.offload()
+        layer.prefetch()
+    cache.move("cpu")
+    stores = [layer.store.keys for _, layer in cache.pruned_layers()]
+    assert all(map(torch.equal, held, stores))
+    return cache
