@@ -46,7 +46,7 @@ accuracy: $(VENV)/.installed-dev
 accuracy-page: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python docs/make_accuracy.py
 
-# Runs every cell of the matrix (about 7 minutes on 2 cores) and writes docs/support.md.
+# Runs every cell of the matrix (about 17 minutes on 2 cores) and writes docs/support.md.
 support: $(VENV)/.installed-dev
 	cd $(ROOT) && PLPHP_WRITE_DOCS=1 $(BIN)/python -m pytest tests/conformance/test_matrix.py
 
