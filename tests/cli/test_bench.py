@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from plphp.bench.caches import TEXT, Schedule, Setting, dynamic, pruned
+from plphp.bench.compare import cache_bytes
 from plphp.bench.run import fits
 from plphp.bench.shapes import SHAPES, build, shape_of
-from plphp.bench.steps import Measured, bound_seconds, cache_bytes
+from plphp.bench.steps import Measured, bound_seconds
 from plphp.hf import prune
 
 SMALL = ["--context", "128", "--rounds", "2", "--new-tokens", "2", "--layers", "2"]

@@ -71,7 +71,7 @@ class Clock(BaseStreamer):  # type: ignore[misc]
             return
         self.times.append(time.perf_counter())
         if len(self.times) == 1:
-            self.kv_bytes = _bytes(self.cache)
+            self.kv_bytes = cache_bytes(self.cache)
 
     def end(self) -> None:
         pass
@@ -134,7 +134,8 @@ def _run(rounds: list[Timing]) -> Run:
     )
 
 
-def _bytes(cache: Any) -> int:
+def cache_bytes(cache: Any) -> int:
+    """Bytes allocated for a cache, ours or one of transformers'."""
     if isinstance(cache, PrunedCache):
         return cache.kv_bytes()
     pairs = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from plphp.bench.caches import Contender, Setting
+from plphp.bench.compare import cache_bytes
 from plphp.bench.machine import energy_meter, resident_bytes, synchronize
-from plphp.cache import allocated
-from plphp.hf import PrunedCache
 
 WARM = 2  # steps of every round that are not counted
 
@@ -95,14 +94,6 @@ def _turn(model: Any, setting: Setting, cache: Any, new_tokens: int, measured: M
     if meter is not None:
         measured.joules.append((meter() - joules) / (new_tokens * setting.batch))
     measured.steps.append(steps[WARM:])
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes allocated for a cache, ours or one of transformers'."""
-    if isinstance(cache, PrunedCache):
-        return cache.kv_bytes()
-    pairs = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return allocated(t for t in pairs if isinstance(t, torch.Tensor))
 
 
 def bound_seconds(setting: Setting, kv_bytes: int, bandwidth: float) -> float:
