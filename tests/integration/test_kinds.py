@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 import plphp
 import tiny
@@ -23,6 +25,10 @@ def expected() -> Any:
     return truth("qwen2_vl", 0, "batch")
 
 
+@pytest.mark.skipif(
+    Version("5.23") > Version(transformers.__version__),
+    reason="transformers reads prompts with pixels in chunks from 5.23 on",
+)
 @pytest.mark.parametrize("name", WINDOWED)
 @pytest.mark.parametrize("size", [7, 16, 500])
 def test_a_prompt_in_chunks_is_pruned_as_the_whole(expected: Any, name: str, size: int) -> None:
