@@ -52,8 +52,7 @@ class Truth:
         return EVERY[self.name].build(self.seed)
 
     @property
-    def whole(self) -> set[int]:
-        """Layers that pruning leaves alone."""
+    def whole(self) -> set[int]:  # layers that pruning leaves alone
         return EVERY[self.name].whole_layers(self.spans.shape[1])
 
     @property
@@ -85,8 +84,7 @@ def observe(
     model: Any, name: str, rows: str, prompts: tuple[dict[str, Tensor], Tensor], seed: int = 0
 ) -> Truth:
     """The truth of other weights or prompts than `truth` takes."""
-    inputs, spans = prompts
-    probabilities = oracle.prefill(model, inputs)
+    (inputs, spans), probabilities = prompts, oracle.prefill(model, prompts[0])
     tokens, logits = generate(model, inputs)
     numbers = thresholds(selection(name, probabilities, spans, Numbers()))
     return Truth(name, seed, ROWS[rows], inputs, spans, probabilities, numbers, tokens, logits)
@@ -176,8 +174,7 @@ def per_row(values: Any) -> list[float]:
 
 
 def class_name(value: Any) -> str | None:
-    """Whether a report says attentive, vision-attentive or an enum of them."""
-    value = getattr(value, "value", value)
+    value = getattr(value, "value", value)  # attentive, vision-attentive or an enum of them
     return None if value is None else str(value).lower().removeprefix("vision-")
 
 
