@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import jinja2
 
+from plphp.bench.machine import describe
 from plphp.eval.summary import COMPARED
 from plphp.eval.tables import interval, number
 
@@ -38,7 +38,7 @@ def take_in(run: Path, command: str) -> None:
     found["made"] = {
         "command": f"`{command}`",
         "date": datetime.fromtimestamp(ended, UTC).strftime("%Y-%m-%d"),
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": describe("cpu")["machine"],
         "python": platform.python_version(),
         **{name: str(value) for name, value in found["about"].items()},
     }
@@ -242,13 +242,6 @@ def _by_task(found: Shown) -> str:
     head = {name: value for name, value in found.items() if name != "tasks"}
     lines = [f"{json.dumps(name)}: {json.dumps(task)}" for name, task in found["tasks"].items()]
     return json.dumps(head, indent=1)[:-2] + ',\n "tasks": {\n' + ",\n".join(lines) + "\n }\n}\n"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 from plphp.bench.shapes import Shape
 from plphp.hf import PrunedCache, prune
@@ -69,14 +69,6 @@ class Setting:
 def dynamic(model: Any, setting: Setting, columns: int) -> DynamicCache:
     """transformers' own growing cache after a prompt of so many columns."""
     cache = DynamicCache(config=model.config)
-    for layer in range(setting.shape.layers):
-        cache.update(*setting.pair(columns), layer)
-    return cache
-
-
-def static(model: Any, setting: Setting, columns: int, room: int) -> StaticCache:
-    """transformers' own buffers of fixed size, for compiled steps."""
-    cache = StaticCache(config=model.config, max_cache_len=columns + room)
     for layer in range(setting.shape.layers):
         cache.update(*setting.pair(columns), layer)
     return cache

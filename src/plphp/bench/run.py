@@ -116,17 +116,7 @@ def _attention(setting: Setting, options: Options) -> list[dict[str, Any]]:
     """A layer's cache and attention at the mean rate, times the layers."""
     rate = sum(options.rates) / len(options.rates)
     found = attention_seconds(setting, rate, ATTENTION_STEPS, options.rounds)
-    rows = []
-    for name, seconds in found.items():
-        ratios = [mine / theirs for mine, theirs in zip(seconds, found["stock"], strict=True)]
-        rows.append(
-            {
-                "name": name,
-                "ms": _ms(median(seconds) * setting.shape.layers),
-                "over_stock": [round(f(ratios), 3) for f in (median, min, max)],
-            }
-        )
-    return rows
+    return _against_stock(found, setting.shape.layers)
 
 
 def _prefill(
@@ -146,17 +136,22 @@ def _prefill(
                         spent = _timed(model, ids, setting.device)
             if turn:  # the first one warms up
                 seconds[way.name].append(spent)
-    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    return [
-        {
-            "name": name,
-            "ms": _ms(median(each)),
-            "over_stock": [round(f(ratios), 3) for f in (median, min, max)]
-            if name != "stock"
-            else [1.0, 1.0, 1.0],
-        }
-        for name, each in seconds.items()
-    ]
+    return _against_stock(seconds)
+
+
+def _against_stock(found: dict[str, list[float]], times: int = 1) -> list[dict[str, Any]]:
+    """Rows of seconds by round, each over those of "stock"; `times` as many are shown."""
+    rows = []
+    for name, seconds in found.items():
+        ratios = [mine / theirs for mine, theirs in zip(seconds, found["stock"], strict=True)]
+        rows.append(
+            {
+                "name": name,
+                "ms": _ms(median(seconds) * times),
+                "over_stock": [round(f(ratios), 3) for f in (median, min, max)],
+            }
+        )
+    return rows
 
 
 def _timed(model: Any, ids: torch.Tensor, device: str) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from plphp.cache import Report
 from plphp.eval.batches import TEXT, Batch
@@ -56,21 +56,13 @@ class Answers:
 def refer(model: Any, batch: Batch) -> Reference:
     """Generate with the untouched model, which must not be attached."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    out = model.generate(
-        **batch.inputs,
-        past_key_values=cache,
-        max_new_tokens=batch.limit,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **GREEDY,
-    )
-    tokens = out.sequences[:, batch.columns :]
+    tokens, logits = _generate(model, cache, batch.inputs, batch.limit)
     pairs = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     held = [t[..., : batch.columns, :] for t in pairs if isinstance(t, Tensor)]
     return Reference(
         tokens=tokens,
         lengths=answer_lengths(tokens, end_tokens(model)),
-        logits=torch.stack(out.logits, 1).float(),
+        logits=torch.stack(logits, 1).float(),
         kv_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held),
     )
 
@@ -96,7 +88,7 @@ def answer(
             tokens, first = _go_on(model, cache, batch, prompt), prompt.logits
         else:
             _crop(cache, batch.shared)
-            tokens, first = _generate(model, cache, batch.later(), batch.limit)
+            tokens, (first, *_) = _generate(model, cache, batch.later(), batch.limit)
         logits = [first[:, None].float()]
         if reference.tokens.shape[1] > 1:
             _crop(cache, batch.columns)
@@ -112,9 +104,9 @@ def answer(
 
 
 def _generate(
-    model: Any, cache: PrunedCache, inputs: Mapping[str, Tensor], limit: int
-) -> tuple[Tensor, Tensor]:
-    """New tokens (B, T) and the logits (B, vocabulary) of the first of them."""
+    model: Any, cache: Cache, inputs: Mapping[str, Tensor], limit: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """New tokens (B, T) and the logits (B, vocabulary) that each was chosen from."""
     out = model.generate(
         **inputs,
         past_key_values=cache,
@@ -123,7 +115,7 @@ def _generate(
         return_dict_in_generate=True,
         **GREEDY,
     )
-    return out.sequences[:, inputs["input_ids"].shape[1] :], out.logits[0]
+    return out.sequences[:, inputs["input_ids"].shape[1] :], out.logits
 
 
 def _go_on(model: Any, cache: PrunedCache, batch: Batch, prompt: Prompt) -> Tensor:
