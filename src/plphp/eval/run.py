@@ -8,7 +8,6 @@ are compared with, token by token.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,9 +137,6 @@ def _run_task(job: Job, task: Task, batches: Sequence[Sequence[Sample]], done: D
         wanted = {setting: rows for setting, rows in left.items() if rows}
         if wanted:
             skipped |= _run_batch(job, task, samples, wanted)
-            # A cache and its layers know each other: without this, gigabytes wait for a collection
-            # that Python thinks is not due, because they are few objects.
-            gc.collect()
 
 
 def _run_batch(
