@@ -22,8 +22,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
 
+# JOBS processes of one thread each: the tiny models of the tests gain nothing from more.
+JOBS ?= 2
 test: $(VENV)/.installed-dev lint
-	cd $(ROOT) && $(BIN)/python -m pytest -m "not slow and not gpu"
+	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" \
+		-n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

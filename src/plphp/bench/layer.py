@@ -25,12 +25,12 @@ def attention_seconds(
     """Seconds of a layer's append and attention for one new token, a median each round.
 
     "stock": transformers' DynamicCache and sdpa over all columns; "pruned": what a layer keeps at
-    this rate; "stock, short": transformers' own over a prompt as short as that
+    this rate; "short": transformers' own over a prompt as short as that
     """
     ways: dict[str, Callable[[], Callable[[Tensor, Tensor, Tensor], Any]]] = {
         "stock": lambda: _stock(setting, setting.context),
         "pruned": lambda: _pruned(setting, rate),
-        "stock, short": lambda: _stock(setting, _kept(setting, rate)),
+        "short": lambda: _stock(setting, setting.kept(rate)),
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
@@ -83,8 +83,3 @@ def _pruned(setting: Setting, rate: float) -> Callable[[Tensor, Tensor, Tensor],
         return out.transpose(1, 2).contiguous()
 
     return step
-
-
-def _kept(setting: Setting, rate: float) -> int:
-    spans = setting.spans()[0]
-    return int((spans == 0).sum() + (spans > 0).sum() * rate)

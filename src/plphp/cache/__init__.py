@@ -3,7 +3,7 @@
 from plphp.cache.memory import allocated
 from plphp.cache.report import LayerReport, Report, layer_report, untouched_report
 from plphp.cache.static import StaticStore, bucketed
-from plphp.cache.store import KVStore
+from plphp.cache.store import KVStore, slack
 
 __all__ = [
     "KVStore",
@@ -13,5 +13,6 @@ __all__ = [
     "allocated",
     "bucketed",
     "layer_report",
+    "slack",
     "untouched_report",
 ]

@@ -74,7 +74,7 @@ class Prompt:
         turn = self._turn(pruning)
         cache.layers = [self._layer(index, cache) for index in range(len(self.cache.layers))]
         views = {index: _narrow(view, made.window) for index, view in self.views.items()}
-        for index, plan in _plans(made, views).items():
+        for index, plan in plans(made, views).items():
             view, layer = views[index], cache.layers[index]
             assert view.keys is not None and view.values is not None
             adopt(layer, view.keys, view.values, plan)
@@ -127,12 +127,13 @@ def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> P
 
 def adopt(layer: PrunedLayer, keys: Tensor, values: Tensor, plan: KeepPlan) -> None:
     """Make a layer hold what a plan keeps of a prompt's keys and values (B, Hkv, N, D)."""
+    layer.is_initialized = True
     layer.store = KVStore(keys, values, layer.window)
-    layer.store.compact(plan)
-    layer.raw, layer.is_initialized = False, True
+    layer.compact(plan)
 
 
-def _plans(made: Policy, views: dict[int, LayerView]) -> dict[int, KeepPlan]:
+def plans(made: Policy, views: dict[int, LayerView]) -> dict[int, KeepPlan]:
+    """What a policy keeps of every layer. views: by the index of the layer."""
     if made.kind == "layer":
         return {index: made.plan(view) for index, view in views.items()}
     assert isinstance(made, CachePolicy)
