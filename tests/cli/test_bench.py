@@ -35,6 +35,7 @@ def test_a_run_gives_numbers_and_files(run: Any, tmp_path: Path) -> None:
     for row in found["steps"]:
         assert row["bound_ms"] == pytest.approx(row["of_bound"] * row["ms"], rel=0.05)
     assert len(found["attention"]) == 3 and len(found["prefill"]) == 2
+    assert 0 < found["pruning_ms"]["least"] <= found["pruning_ms"]["median"]
     assert found["prefill"][1]["peak_bytes"] < found["prefill"][0]["peak_bytes"] + 2**22
     assert "| pruned |" in (tmp_path / "result.md").read_text()
     assert (tmp_path / "result.png").stat().st_size > 1000

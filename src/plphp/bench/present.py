@@ -59,7 +59,10 @@ def sections(found: Shown) -> dict[str, Rows]:
     made["Cache and attention of all layers, a step"] = _ratios(found["attention"])
     if found["prefill"]:
         made["The prompt"] = _ratios(found["prefill"])
-    made["What fits beside the weights"] = _fits(found)
+    made["Scoring, choosing and compacting a prompt"] = _pruning(found)
+    made["What fits beside the weights"] = room(
+        found["fits"], found["setting"]["context"], found["setting"]["batch"]
+    )
     return made
 
 
@@ -85,14 +88,22 @@ def _ratios(found: Sequence[Shown]) -> Rows:
     return header, rows
 
 
-def _fits(found: Shown) -> Rows:
-    setting = found["setting"]
-    rows, columns = setting["batch"], f"{setting['context']:,}"
-    header = ["GiB", f"tokens x {rows}, full", "pruned", f"rows of {columns}, full", "pruned"]
+def _pruning(found: Shown) -> Rows:
+    spent = found["pruning_ms"]
+    cells = ["all layers", f"{spent['median']:.2f} ({spent['least']:.2f} - {spent['most']:.2f})"]
+    if not found["prefill"]:
+        return ["", "ms"], [cells]
+    whole = next(row["ms"] for row in found["prefill"] if row["name"] == "stock")
+    return ["", "ms", "of the prompt"], [[*cells, f"{spent['median'] / whole:.2%}"]]
+
+
+def room(fits: Sequence[Shown], context: int, batch: int) -> Rows:
+    """The table of what fits, of rows as `plphp.bench.room.fits` gives them."""
+    header = ["GiB", f"tokens x {batch}, full", "pruned", f"rows of {context:,}, full", "pruned"]
     return header, [
         [f"{row['memory_bytes'] / 2**30:g}"]
         + [f"{row[what][way]:,}" for what in ("context", "batch") for way in ("full", "pruned")]
-        for row in found["fits"]
+        for row in fits
     ]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from plphp.bench import machine
 from plphp.bench.caches import Setting
-from plphp.bench.layer import attention_seconds
+from plphp.bench.layer import attention_seconds, pruning_seconds
 from plphp.bench.room import fits
 from plphp.bench.shapes import needed_bytes
 from plphp.bench.steps import WARM, Measured, bound_seconds, race
@@ -72,6 +72,7 @@ def bench(
         "steps": [_row(way, stock, setting, moved) for way in found],
         "attention": _attention(setting, options),
         "prefill": prefill,
+        "pruning_ms": _pruning(setting, options),
         "fits": _fits(setting, options),
     }
 
@@ -101,6 +102,7 @@ def _row(way: Measured, stock: Measured, setting: Setting, moved: float) -> dict
         "name": way.name,
         "ms": _ms(way.seconds),
         "ms_quartiles": [_ms(low), _ms(high)],
+        "rounds_ms": [_ms(median(steps)) for steps in way.steps],
         "tokens_per_second": round(setting.batch / way.seconds, 3),
         "over_stock": [round(ratio, 3), round(least, 3), round(most, 3)],
         "kv_bytes": way.kv_bytes,
@@ -116,6 +118,15 @@ def _attention(setting: Setting, options: Options) -> list[dict[str, Any]]:
     rate = sum(options.rates) / len(options.rates)
     found = attention_seconds(setting, rate, ATTENTION_STEPS, options.rounds)
     return _against_stock(found, setting.shape.layers)
+
+
+def _pruning(setting: Setting, options: Options) -> dict[str, float]:
+    """What pruning adds to the prompt, over all layers: the median and its spread."""
+    rate = sum(options.rates) / len(options.rates)
+    found = pruning_seconds(setting, rate, options.rounds)
+    layers = setting.shape.layers
+    found = [_ms(seconds * layers) for seconds in found]
+    return {"median": median(found), "least": min(found), "most": max(found)}
 
 
 def _prefill(model: Any, setting: Setting, chosen: list[Way], rounds: int) -> list[dict[str, Any]]:
