@@ -19,7 +19,10 @@ class StaticStore:
 
     keys (B, Hkv, C, D), values (B, Hkv, C, Dv), start (B,), positions as in `KVStore`. Appending
     past C is an error of the caller: `max_len` says how much fits.
+    ragged: true for all that the host knows
     """
+
+    ragged = True
 
     def __init__(self, store: KVStore) -> None:
         """Freeze a compacted store: its buffers are adopted, their unwritten slots zeroed."""
