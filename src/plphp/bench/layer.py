@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from plphp.attention import attend, window_probabilities
+from plphp.attention import decode_attention, window_probabilities
 from plphp.bench.caches import Schedule, Setting
 from plphp.bench.machine import synchronize
 from plphp.cache import KVStore
@@ -101,8 +101,7 @@ def _pruned(setting: Setting, rate: float) -> Callable[[Tensor, Tensor, Tensor],
 
     def step(query: Tensor, key: Tensor, value: Tensor) -> Any:
         store.append(key, value)
-        keys, values = store.held()
-        out = attend(query, keys, values, store.visible(1), query.shape[-1] ** -0.5)
+        out = decode_attention(query, store, query.shape[-1] ** -0.5)
         return out.transpose(1, 2).contiguous()
 
     return step
