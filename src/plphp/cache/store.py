@@ -65,7 +65,7 @@ class KVStore:
         if self.positions is not None:
             self.positions = _take(self.positions[..., None], plan.columns, capacity)[..., 0]
         self.start = longest - plan.lengths
-        self.ragged = bool((plan.lengths != longest).any())
+        self.ragged = plan.ragged
         self.end = longest
 
     def name_columns(self, plan: KeepPlan, logical: int) -> None:
@@ -74,7 +74,7 @@ class KVStore:
         plan: columns (B, 1 or Hkv, end) of the `logical` columns that the model was given
         """
         self.start = self.end - plan.lengths
-        self.ragged = bool((plan.lengths != self.end).any())
+        self.ragged = plan.ragged
         self.logical = logical
         if self.positions is not None:
             self.positions = plan.columns.to(torch.int32).expand_as(self.positions).contiguous()

@@ -28,7 +28,7 @@ class Leaving:
     _masks: dict[int, tuple[Any, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.ragged = bool((self.plan.lengths != self.columns.shape[1]).any())
+        self.ragged = self.plan.ragged
 
     @property
     def columns(self) -> Tensor:

@@ -97,6 +97,10 @@ class Turn:
                 f"vision_mask must be (B, N) with N at least {self.length} columns, "
                 f"got {tuple(given.shape)}"
             )
+        if int(given.max()) > self.length:
+            raise ValueError(
+                f"vision_mask numbers an image {int(given.max())}: number them 1, 2, ... a row"
+            )
         return given[:, -self.length :].long()
 
     def _columns(self, tensor: Tensor | None) -> Tensor | None:

@@ -82,7 +82,7 @@ class CachePolicy(Policy):
         raise NotImplementedError
 
     def plan(self, view: LayerView) -> KeepPlan:
-        """What to keep of one layer. Two host reads: the number of images and the kept length."""
+        """What to keep of one layer. One host read: the kept length."""
         look = self.look(view)
         return self.choose(look, look.rate)
 

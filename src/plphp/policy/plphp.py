@@ -98,11 +98,11 @@ class PLPHP(CachePolicy):
 
         Where gamma is NaN, because a row has no vision tokens, -1 and NaN.
         """
-        classes = 1 + (gamma >= self.alpha).long() - (gamma < self.beta).long()
-        classes = classes.masked_fill(gamma.isnan(), -1)
-        levels = [self.r - self.delta_r, self.r, self.r + self.delta_r, float("nan")]
-        table = torch.tensor(levels, dtype=torch.float64, device=gamma.device)
-        return classes, table[classes]
+        step = (gamma >= self.alpha).long() - (gamma < self.beta).long()
+        unseen = gamma.isnan()
+        # A table of the three rates would be copied to the device, and wait for it, in every layer.
+        rates = self.r + self.delta_r * step.double()
+        return (1 + step).masked_fill(unseen, -1), rates.masked_fill(unseen, torch.nan)
 
     def look(self, view: LayerView) -> Look:
         """Scores of every KV head, and the rate of the layer's class."""

@@ -1,6 +1,7 @@
 """The steps that pruning methods share: plain functions from tensors to tensors.
 
-Shapes: B rows, H query heads, Hkv KV heads, N prompt columns, m images (the most in any row).
+Shapes: B rows, H query heads, Hkv KV heads, N prompt columns, m columns for images, at least as
+many as any row has.
 """
 
 from __future__ import annotations
@@ -66,10 +67,12 @@ def meet_budget(asked: Tensor, budget: float) -> Tensor:
 
 
 def image_sizes(spans: Tensor) -> Tensor:
-    """Tokens of each image (B, m) int64; rows with fewer images end in zeros. One host read: m."""
-    images = max(int(spans.max()), 0) if spans.numel() else 0
-    ids = torch.arange(1, images + 1, device=spans.device)
-    return (spans[..., None] == ids).sum(1)
+    """Tokens of each image (B, N) int64: of the i-th in column i - 1, zeros after the last.
+
+    How many images there are is not asked: a host read would wait for the layer.
+    """
+    sizes = spans.new_zeros(len(spans), spans.shape[1] + 1)
+    return sizes.scatter_add_(1, spans.clamp(min=0), torch.ones_like(spans))[:, 1:]
 
 
 def share(rate: Tensor, sizes: Tensor) -> Tensor:

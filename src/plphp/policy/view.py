@@ -55,6 +55,7 @@ class KeepPlan:
     gamma: (B,) float32, vision attention; NaN where a row has no vision tokens
     rate: (B,) float64, retention rate that was asked for; NaN where a row has no vision tokens
     classes: (B,) int64, index into LAYER_CLASSES; -1 where there is none
+    ragged: whether rows differ in length, so that fillers exist
     """
 
     columns: Tensor
@@ -62,6 +63,7 @@ class KeepPlan:
     gamma: Tensor
     rate: Tensor
     classes: Tensor
+    ragged: bool
 
 
 LAYER_CLASSES = ("vision-indifferent", "vision-balanced", "vision-attentive")
@@ -70,12 +72,13 @@ LAYER_CLASSES = ("vision-indifferent", "vision-balanced", "vision-attentive")
 def pack(keep: Tensor, gamma: Tensor, rate: Tensor, classes: Tensor) -> KeepPlan:
     """Turn a keep mask (B, Hkv, N) bool with equal counts over heads into a plan.
 
-    gamma, rate, classes: (B,) each, handed on as they are, see `KeepPlan`. One host read: K.
+    gamma, rate, classes: (B,) each, handed on as they are, see `KeepPlan`. One host read: K, and
+    whether all rows keep as many.
     """
     lengths = keep[:, 0].sum(-1)
-    longest = int(lengths.max())
+    shortest, longest = torch.stack(lengths.aminmax()).tolist()
     # A stable sort of the mask moves the kept columns to the end and leaves them ascending, so
     # that every row ends at the same slot and later tokens append at one place for all rows.
     order = keep.to(torch.uint8).argsort(dim=-1, stable=True)
     columns = order[..., keep.shape[-1] - longest :]
-    return KeepPlan(columns, lengths, gamma, rate, classes)
+    return KeepPlan(columns, lengths, gamma, rate, classes, shortest < longest)
