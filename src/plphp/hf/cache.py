@@ -144,10 +144,7 @@ class PrunedCache(Cache):
         if self.shift is not None:
             yield self.shift
         for layer in self.layers:
-            if not isinstance(layer, PrunedLayer):
-                yield from compat.held_tensors(layer)
-            elif layer.store is not None:
-                yield from layer.store.tensors()
+            yield from layer_tensors(layer)
 
     def move(self, device: torch.device | str) -> None:
         """Move every layer to a device.
@@ -173,6 +170,14 @@ class PrunedCache(Cache):
     def kv_bytes(self) -> int:
         """Bytes allocated for this cache, counted by storage."""
         return allocated(self.tensors())
+
+
+def layer_tensors(layer: Any) -> Iterator[Tensor]:
+    """Every tensor that one layer keeps allocated, ours or one of transformers'."""
+    if not isinstance(layer, PrunedLayer):
+        yield from compat.held_tensors(layer)
+    elif layer.store is not None:
+        yield from layer.store.tensors()
 
 
 def own_cache(cache: Any, model: Any) -> PrunedCache:

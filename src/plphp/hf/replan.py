@@ -79,7 +79,9 @@ class Prompt:
             assert view.keys is not None and view.values is not None
             adopt(layer, view.keys, view.values, plan)
             turn.plans[index] = (plan, view.spans, slot_positions(turn, self.columns))
-        cache.report = build_report(cache, turn)
+        read = self.cache.report
+        seen = None if read is None else read.seen
+        cache.report = replace(build_report(cache, turn), seen=seen)
         return cache
 
     def _turn(self, pruning: Pruning) -> Turn:
