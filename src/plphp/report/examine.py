@@ -36,7 +36,8 @@ def examine(
 ) -> Page:
     """Answer one prompt with the full cache and with every policy's; measure, and look inside.
 
-    images: as the user gave them, in prompt order; inputs: what the model is given, one row
+    images: as the user gave them, in prompt order, left out of the page where the model counts
+        others than these (crops, frames); inputs: what the model is given, one row
     rounds: how often full and pruned are timed in turn; oracle: also ask the full model
     advance: called with a line for people before every stage
     Raises InputError for a prompt without images, and what `plphp.prune` raises.
@@ -69,6 +70,7 @@ def examine(
     processor = getattr(loaded, "image_processor", None) or getattr(
         getattr(loaded, "processor", None), "image_processor", None
     )
+    images = images if len(images) == found.images[0] else ()
     made = _made(str(loaded.model.device), rounds)
     return page_of(report, runs, images, prompt, model=model, processor=processor, made=made)
 

@@ -8,9 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from plphp.inputs import open_image
 
@@ -24,8 +22,12 @@ BYTES = 900_000  # of one picture, so that four and their data stay under 5 MB
 
 def size_of(media: Media) -> tuple[int, int]:
     """(width, height) in pixels of the original."""
-    first = _frames(media)[0]
-    return first.size
+    return first_frame(media).size
+
+
+def first_frame(media: Media) -> Image.Image:
+    """The image itself, or a video's first frame."""
+    return _frames(media)[0]
 
 
 def name_of(media: Media | None, number: int) -> str:
@@ -57,25 +59,6 @@ def data_uri(image: Image.Image, side: int) -> str:
         if len(jpeg) <= BYTES * 3 // 4:
             break
     return _uri("jpeg", jpeg)
-
-
-def frames_of(pixels: Tensor) -> list[Image.Image]:
-    """Frames (F, 3, H, W) as a model's processor normalized them, stretched to 0 to 255."""
-    low, high = pixels.amin(), pixels.amax()
-    scaled = ((pixels - low) / (high - low).clamp(min=1e-6) * 255).round().to(torch.uint8)
-    return [Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()) for frame in scaled]
-
-
-def unpatched(patches: Tensor, grid: Tensor, merge: int, times: int, patch: int) -> Tensor:
-    """Frames (t, 3, H, W) of Qwen-VL's rows of patches: the first of every `times` in time.
-
-    patches (t * h * w, 3 * times * patch^2), squares of merge x merge patches standing together;
-    grid (3,): t, h, w in patches.
-    """
-    t, h, w = (int(n) for n in grid)
-    split = patches.view(t, h // merge, w // merge, merge, merge, 3, times, patch, patch)
-    frames = split[..., 0, :, :]  # t, h/m, w/m, m, m, 3, p, p
-    return frames.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(t, 3, h * patch, w * patch)
 
 
 def _frames(media: Media) -> list[Image.Image]:

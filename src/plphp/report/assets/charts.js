@@ -21,7 +21,7 @@ const bytes = (n) => n.toLocaleString("en");
 const kind = (layer) => (layer.layer_class || "none").replace("vision-", "");
 
 // One column a layer or token: x is its left edge, w its width.
-function columns(box, count, height, title, widest = 46) {
+function columns(box, count, height, title, widest = 64) {
   const width = box.clientWidth || 640;
   const w = Math.min((width - LEFT - 8) / count, widest);
   const chart = svg("svg", { height, viewBox: `0 0 ${width} ${height}`, role: "img" });
@@ -155,7 +155,7 @@ function drawBytes(box, run, chosen, choose) {
 }
 
 function short(value) {
-  const units = ["", "k", "M", "G"];
+  const units = [" ", " k", " M", " G"];
   let unit = 0;
   for (; value >= 1000 && unit < 3; unit += 1) value /= 1000;
   return `${value >= 100 || !unit ? Math.round(value) : value.toFixed(1)}${units[unit]}`;
@@ -184,7 +184,7 @@ function stack(f, kept, lost, top, bottom) {
 function drawTokens(box, steps, words, differs, chosen, choose) {
   const oracle = steps.lost.length > 0;
   const f = columns(box, steps.kept.length, oracle ? 262 : 186,
-    "Attention to vision tokens at every token of the answer", 64);
+    "Attention to vision tokens at every token of the answer");
   const [top, bottom] = [8, 118];
   band(f, chosen);
   scale(f, top, bottom, 1, percent);
@@ -241,6 +241,7 @@ function drawAtLayers(box, steps, token, layer, choose) {
     return `layer ${i}: pruned gives ${percent(steps.kept[token][i] ?? 0)} to kept tokens${dropped}`;
   };
   hits(f, 0, bottom, choose, told);
-  const entries = oracle ? [["ink", "pruned model, to the tokens that it has"]] : [];
-  box.replaceChildren(html("h3", {}, "At this token, by layer"), legend(entries), f.chart);
+  const entries = oracle ? [["ink", "pruned model, to the tokens that it has"]]
+    : [["attentive", "pruned model, to kept tokens"]];
+  box.replaceChildren(html("h3", {}, `At token ${token + 1}, by layer`), legend(entries), f.chart);
 }

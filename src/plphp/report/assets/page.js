@@ -138,7 +138,7 @@ function paintSummary() {
   const saved = 1 - now.kv_bytes / now.kv_bytes_full;
   const entries = [
     [percent(now.retention), "of the vision K/V kept"],
-    [`${short(now.kv_bytes)}B`, `allocated, ${short(now.kv_bytes_full)}B full: ` +
+    [`${short(now.kv_bytes)}B`, `in the cache, ${short(now.kv_bytes_full)}B full: ` +
       `${percent(Math.abs(saved))} ${saved < 0 ? "more" : "saved"}`],
   ];
   if (now.answer && now.answer.ms_per_token !== null && now.full && now.full.ms_per_token !== null) {
@@ -155,13 +155,14 @@ function words(box, answer, differs, pick) {
   box.replaceChildren(...answer.tokens.map((text, i) => {
     const place = differs === null || i < differs ? "" : i === differs ? "first" : "after";
     const end = i === answer.tokens.length - 1 && !text;
-    const shown = end ? html("span", { class: "end" }, " end") : text;
-    const node = html(pick ? "button" : "span", { class: place, "data-token": i }, shown);
-    if (pick) {
-      node.type = "button";
-      node.addEventListener("click", () => set({ token: i }));
+    const [space, word] = end ? [" ", "end"] : [text.match(/^\s*/)[0], text.trimStart()];
+    const shown = html(pick && word ? "button" : "span",
+      { class: `${place} ${end ? "end" : ""}`, "data-token": i }, word);
+    if (pick && word) {
+      shown.type = "button";
+      shown.addEventListener("click", () => set({ token: i }));
     }
-    return node;
+    return html("span", {}, space, shown);
   }));
 }
 
@@ -187,7 +188,7 @@ function paintSteps() {
   find("steps-hint").textContent = `The answer of ${policy}, token by token. The first one still ` +
     "saw every vision token." + (steps.lost.length
     ? " The full model reads the same answer and says what it would have looked at." : "");
-  for (const node of find("pruned").children) {
+  for (const node of find("pruned").querySelectorAll("[data-token]")) {
     node.setAttribute("aria-current", String(Number(node.dataset.token) === state.token));
   }
   const at = state.token;
