@@ -76,8 +76,9 @@ function buildPicture(picture, number) {
     return html("div", { class: image.length ? "frame" : "frame bare" }, ...image, overlay);
   });
   const box = html("div", { class: frames > 1 ? "strip" : "" }, ...shown);
-  return html("figure", { class: frames > 1 ? "picture video" : "picture", "data-picture": number },
-    box, html("figcaption", {}));
+  const classes = ["picture", frames > 1 ? "video" : "", all.length > 500 ? "dense" : ""];
+  return html("figure", { class: classes.join(" ").trim(), "data-picture": number }, box,
+    html("figcaption", {}));
 }
 
 function paintPictures() {
