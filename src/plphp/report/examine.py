@@ -44,7 +44,8 @@ def examine(
     """
     advance("reading the prompt")
     with torch.inference_mode():
-        whole = read(loaded.model, inputs)
+        window = max(policy.window for policy in policies.values())
+        whole = read(loaded.model, inputs, window)
     found = whole.cache.report
     if found is None or not found.images[0]:
         raise InputError("nothing to inspect: the prompt has no image that the model can see")
