@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-all test-oldest test-lmms test-peers test-inspector test-gpu lint support docs \
-	figures accuracy accuracy-page wheel retrain clean
+	figures screenshot accuracy accuracy-page wheel retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -33,6 +33,9 @@ docs: $(VENV)/.installed-docs
 
 figures: $(VENV)/.installed-docs
 	cd $(ROOT) && $(BIN)/python docs/make_figures.py
+
+screenshot: $(VENV)/.installed-dev
+	cd $(ROOT) && $(BIN)/python docs/make_screenshot.py
 
 # Every method on every task (about an hour on 2 cores; the same command goes on with an
 # interrupted run), then docs/accuracy.md. SHARDS processes share the work.
