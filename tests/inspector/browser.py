@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+PATIENCE = 120_000  # milliseconds; a machine may be busy
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
@@ -23,24 +24,34 @@ class Watched:
 
 
 @contextmanager
-def opened(path: Path, size: dict[str, int] = WIDE, dark: bool = False) -> Iterator[Watched]:
-    """Skips where playwright or a Chromium is missing: `apt-get install chromium`."""
+def launched() -> Iterator[Any]:
+    """A Chromium. Skips where playwright or Chromium is missing: `apt-get install chromium`."""
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine")
     with playwright.sync_playwright() as p:
         # Root may not use Chromium's sandbox, and tests often run as root.
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        scheme = "dark" if dark else "light"
-        context = browser.new_context(offline=True, viewport=size, color_scheme=scheme)
-        watched = Watched(context.new_page())
-        watched.page.on("console", lambda message: watched.said.append(message.text))
-        watched.page.on("pageerror", lambda error: watched.said.append(str(error)))
-        watched.page.on("dialog", lambda dialog: watched.said.append(dialog.message))
-        watched.page.on("request", lambda request: watched.asked.append(request.url))
-        watched.page.goto(path.as_uri())
-        yield watched
+        options = {"executable_path": CHROMIUM, "args": ["--no-sandbox"]}
+        browser = p.chromium.launch(**options, timeout=PATIENCE)
+        yield browser
         browser.close()
+
+
+@contextmanager
+def opened(
+    browser: Any, path: Path, size: dict[str, int] = WIDE, dark: bool = False
+) -> Iterator[Watched]:
+    scheme = "dark" if dark else "light"
+    context = browser.new_context(offline=True, viewport=size, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE)
+    watched = Watched(context.new_page())
+    watched.page.on("console", lambda message: watched.said.append(message.text))
+    watched.page.on("pageerror", lambda error: watched.said.append(str(error)))
+    watched.page.on("dialog", lambda dialog: watched.said.append(dialog.message))
+    watched.page.on("request", lambda request: watched.asked.append(request.url))
+    watched.page.goto(path.as_uri())
+    yield watched
+    context.close()
 
 
 def kept(page: Any) -> list[int]:

@@ -1,13 +1,15 @@
 """The inspector's page as a reader has it: a file, a browser, no network."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from browser import PHONE, WIDE, kept, opened, shares
+from browser import PHONE, WIDE, kept, launched, opened, shares
 from PIL import Image
 
 import plphp
@@ -29,6 +31,12 @@ class Made:
 @pytest.fixture(scope="module")
 def embedded() -> Embedded:
     return load()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +68,8 @@ def expected(report: plphp.Report, layer: int, head: int) -> list[int]:
     return [every.index(position) for position in row[row >= 0].tolist()]
 
 
-def test_sliders_and_keys_show_exactly_what_the_report_kept(made: Made) -> None:
-    with opened(made.path) as watched:
+def test_sliders_and_keys_show_exactly_what_the_report_kept(browser: Any, made: Made) -> None:
+    with opened(browser, made.path) as watched:
         page, report = watched.page, made.report
         page.get_by_role("slider", name="layer").fill("3")
         for head in range(4):
@@ -83,8 +91,8 @@ def test_sliders_and_keys_show_exactly_what_the_report_kept(made: Made) -> None:
         assert kept(page) == expected(report, 1, 0)
 
 
-def test_it_loads_offline_says_nothing_and_prompts_stay_text(made: Made) -> None:
-    with opened(made.path) as watched:
+def test_it_loads_offline_says_nothing_and_prompts_stay_text(browser: Any, made: Made) -> None:
+    with opened(browser, made.path) as watched:
         page = watched.page
         assert page.inner_text("h1") == EVIL
         assert page.title().startswith("what is <script>")
@@ -99,9 +107,9 @@ def test_it_loads_offline_says_nothing_and_prompts_stay_text(made: Made) -> None
         assert asked == [made.path.as_uri()]
 
 
-def test_overlays_lie_on_the_pixels_of_their_tokens(made: Made) -> None:
+def test_overlays_lie_on_the_pixels_of_their_tokens(browser: Any, made: Made) -> None:
     """A rectangle's corner on the screen, as a share of the image's, is its box's."""
-    with opened(made.path) as watched:
+    with opened(browser, made.path) as watched:
         script = """() => [...document.querySelectorAll('#pictures .frame')].map((frame) => {
             const [image, one] = [frame.querySelector('img'), frame.querySelectorAll('rect')[8]]
                 .map((node) => node.getBoundingClientRect());
@@ -116,10 +124,10 @@ def test_overlays_lie_on_the_pixels_of_their_tokens(made: Made) -> None:
 
 
 @pytest.mark.slow
-def test_steps_follow_the_answer(made: Made) -> None:
+def test_steps_follow_the_answer(browser: Any, made: Made) -> None:
     steps = made.page.runs[0].steps
     assert steps is not None
-    with opened(made.path) as watched:
+    with opened(browser, made.path) as watched:
         page = watched.page
         page.get_by_role("slider", name="token").fill("0")
         for token in range(len(steps.kept)):
@@ -139,9 +147,9 @@ def test_steps_follow_the_answer(made: Made) -> None:
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
 def test_nothing_runs_off_the_side_and_text_can_be_read(
-    made: Made, size: dict[str, int], dark: bool
+    browser: Any, made: Made, size: dict[str, int], dark: bool
 ) -> None:
-    with opened(made.path, size, dark) as watched:
+    with opened(browser, made.path, size, dark) as watched:
         wide, window = watched.page.evaluate(
             "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
         )
@@ -151,9 +159,9 @@ def test_nothing_runs_off_the_side_and_text_can_be_read(
         assert watched.said == []
 
 
-def contrast(page: object, place: str) -> float:
+def contrast(page: Any, place: str) -> float:
     """Of a text's colour and the page's, by the formula of WCAG 2."""
-    colors = page.evaluate(  # type: ignore[attr-defined]
+    colors = page.evaluate(
         f"""[getComputedStyle(document.querySelector('{place}')).color,
              getComputedStyle(document.body).backgroundColor]"""
     )
@@ -166,8 +174,8 @@ def contrast(page: object, place: str) -> float:
 
 
 @pytest.mark.slow
-def test_everything_can_be_reached_without_a_mouse(made: Made) -> None:
-    with opened(made.path) as watched:
+def test_everything_can_be_reached_without_a_mouse(browser: Any, made: Made) -> None:
+    with opened(browser, made.path) as watched:
         page = watched.page
         for name in ("layer", "KV head", "token"):
             assert page.get_by_role("slider", name=name).count() == 1
@@ -184,7 +192,9 @@ def test_everything_can_be_reached_without_a_mouse(made: Made) -> None:
 
 
 @pytest.mark.slow
-def test_four_photographs_stay_under_five_megabytes(tmp_path: Path, embedded: Embedded) -> None:
+def test_four_photographs_stay_under_five_megabytes(
+    browser: Any, tmp_path: Path, embedded: Embedded
+) -> None:
     """Noise is what compresses worst."""
     noise = np.random.default_rng(0).integers(0, 256, (2400, 3200, 3), dtype=np.uint8)
     paths = []
@@ -198,7 +208,7 @@ def test_four_photographs_stay_under_five_megabytes(tmp_path: Path, embedded: Em
     assert pruning.report is not None
     pruning.report.to_html(tmp_path / "big.html", paths, prompt="describe all pictures.")
     assert (tmp_path / "big.html").stat().st_size < 5e6
-    with opened(tmp_path / "big.html") as watched:
+    with opened(browser, tmp_path / "big.html") as watched:
         assert watched.page.locator("#pictures img").count() == 4
         assert watched.said == []
 
