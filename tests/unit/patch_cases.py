@@ -150,9 +150,6 @@ def pixtral(model_type: str, merge: int) -> Case:
     )
 
 
-# Tiles: which one changed, and where in it
-
-
 def tiles_seen(first: bool, patch: int, side: int) -> Callable[..., dict[int, int]]:
     def seen(out: Any, change: Tensor, size: tuple[int, int]) -> dict[int, int]:
         change = change.reshape(-1, *change.shape[-3:])
