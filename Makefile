@@ -16,8 +16,8 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-oldest test-lmms test-peers test-gpu lint support docs figures accuracy accuracy-page \
-	bench bench-gpu bench-page wheel retrain clean
+.PHONY: demo test test-all test-oldest test-lmms test-peers test-inspector test-gpu lint support docs \
+	figures screenshot accuracy accuracy-page bench bench-gpu bench-page wheel retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -36,6 +36,9 @@ docs: $(VENV)/.installed-docs
 
 figures: $(VENV)/.installed-docs
 	cd $(ROOT) && $(BIN)/python docs/make_figures.py
+
+screenshot: $(VENV)/.installed-dev
+	cd $(ROOT) && $(BIN)/python docs/make_screenshot.py
 
 # Every method on every task (about an hour on 2 cores; the same command goes on with an
 # interrupted run), then docs/accuracy.md. SHARDS processes share the work.
@@ -80,6 +83,12 @@ test-lmms: $(VENV)-lmms/.installed
 # SnapKV against kvpress, which brings an environment and a transformers of its own.
 test-peers: $(VENV)/.installed-dev $(VENV)-kvpress/.installed
 	cd $(ROOT) && KVPRESS_PYTHON=$(VENV)-kvpress/bin/python $(BIN)/python -m pytest -s tests/peers
+
+# The inspector's page in a real browser: apt-get install chromium. make test runs a sample of it.
+test-inspector: $(VENV)/.installed-dev
+	@command -v chromium chromium-browser > /dev/null || \
+		{ echo "no chromium here: apt-get install chromium"; exit 1; }
+	cd $(ROOT) && $(BIN)/python -m pytest tests/inspector
 
 test-gpu: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python -m pytest -m gpu

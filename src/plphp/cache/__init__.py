@@ -1,7 +1,7 @@
 """WHERE kept tokens live: buffers of one layer, byte accounting, the report."""
 
 from plphp.cache.memory import allocated
-from plphp.cache.report import LayerReport, Report, layer_report, untouched_report
+from plphp.cache.report import LayerReport, Report, Seen, layer_report, untouched_report
 from plphp.cache.static import StaticStore, bucketed
 from plphp.cache.store import KVStore, slack
 
@@ -9,6 +9,7 @@ __all__ = [
     "KVStore",
     "LayerReport",
     "Report",
+    "Seen",
     "StaticStore",
     "allocated",
     "bucketed",

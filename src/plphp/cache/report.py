@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ class LayerReport:
     kept: (B, Hkv, K) int64 on the CPU, row-logical positions of kept vision tokens, -1 pads
     vision: (B,) vision tokens of the prompt
     pruned: False for a layer that was left alone; `Report.notes` says why
+    kv_bytes, kv_bytes_full: as in `Report`, of this layer
     """
 
     layer: int
@@ -31,11 +35,30 @@ class LayerReport:
     kept: Tensor
     vision: tuple[int, ...]
     pruned: bool = True
+    kv_bytes: int = 0
+    kv_bytes_full: int = 0
 
     @property
     def retention(self) -> float:
         """Kept vision entries over all vision entries of this layer; 1 without vision tokens."""
         return _ratio(int((self.kept >= 0).sum()), sum(self.vision) * self.kept.shape[1])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Which tokens of a prompt are vision, for drawing them.
+
+    spans: (B, N) int64 on the CPU, as `vision_spans` returns them
+    positions: (B, N) int64 on the CPU, row-logical position of each column
+    config: the model's; inputs: what its processor said of the images, pixels left out
+    ids: (B, N) int64 on the CPU, None for a prompt that came as embeddings
+    """
+
+    spans: Tensor
+    positions: Tensor
+    config: Any
+    inputs: Mapping[str, Any]
+    ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,7 @@ class Report:
     prompt: (B,) prompt tokens of each row, padding not counted
     images: (B,) images and videos of each row
     notes: what a reader should know: layers left alone, images that could not be told apart
+    seen: where the images stand in the prompt
     """
 
     layers: tuple[LayerReport, ...]
@@ -56,6 +80,7 @@ class Report:
     prompt: tuple[int, ...]
     images: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    seen: Seen | None = field(default=None, repr=False, compare=False)
 
     @property
     def retention(self) -> float:
@@ -85,10 +110,45 @@ class Report:
                     "kept_per_head": [int((row >= 0).sum()) // max(len(row), 1) for row in a.kept],
                     "retention": a.retention,
                     "pruned": a.pruned,
+                    "kv_bytes": a.kv_bytes,
+                    "kv_bytes_full": a.kv_bytes_full,
                 }
                 for a in self.layers
             ],
         }
+
+    def plot(self, images: Sequence[Any] = (), *, layer: int | None = None, row: int = 0) -> Any:
+        """A matplotlib figure: vision attention, rates, and what a layer kept of each image.
+
+        images: the row's images and videos in prompt order: PIL images, files, or lists of frames
+        layer: which to draw over the images, by default the one that keeps fewest
+        Raises InputError where matplotlib is missing, or images do not fit the report.
+        """
+        return _drawing().plot(self, images, layer=layer, row=row)
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        images: Sequence[Any] = (),
+        *,
+        prompt: str = "",
+        answer: str = "",
+        processor: Any = None,
+        row: int = 0,
+    ) -> None:
+        """Write the inspector's page of one row: a single file that needs no network.
+
+        images: as for `plot`; prompt, answer: shown as they are
+        processor: the model's image processor, where it may crop other than its family does
+        Raises InputError where jinja2 is missing, or images do not fit the report.
+        """
+        page = _drawing().page_of_report(self, images, prompt, answer, processor, row)
+        _drawing().write_html(page, path)
+
+    def _repr_html_(self) -> str | None:
+        """The page in a notebook; plain text where jinja2 is missing."""
+        shown: str | None = _drawing().notebook(self)
+        return shown
 
     def __str__(self) -> str:
         rows = ["layer  gamma  class                rate  kept"]
@@ -106,6 +166,11 @@ class Report:
             f"{self.kv_bytes_full:,} for the full prompt"
         )
         return "\n".join([*rows, *self.notes])
+
+
+def _drawing() -> Any:
+    """The room that draws reports: it stands above this one, so it is looked up when asked for."""
+    return import_module("plphp.report")
 
 
 def layer_report(layer: int, plan: KeepPlan, spans: Tensor, positions: Tensor) -> LayerReport:

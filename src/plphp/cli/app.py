@@ -18,6 +18,7 @@ from plphp.cli.doctor import doctor
 from plphp.cli.env import env
 from plphp.cli.eval import evaluate
 from plphp.cli.generate import generate
+from plphp.cli.inspect import inspect
 
 app = typer.Typer(
     add_completion=False,
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune the vision tokens of large vision-language models, layer by layer, head by head.",
 )
-for function in (demo, generate, bench, doctor, env):
+for function in (demo, generate, inspect, bench, doctor, env):
     app.command()(command(function))
 app.command("eval")(command(evaluate))
 

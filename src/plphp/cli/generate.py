@@ -78,7 +78,7 @@ def generate(
     )
     generation = _generation(max_new_tokens, temperature, top_p, top_k)
     images, videos = image or [], video or []
-    _check_files(images, videos)
+    check_files(images, videos)
     if batch is not None:
         _check_batch(batch, out, [*images, *videos], compare, prompt)
     else:
@@ -221,7 +221,7 @@ def _generation(
     return {"max_new_tokens": max_new_tokens, "do_sample": bool(sampling), **sampling}
 
 
-def _check_files(images: Sequence[str], videos: Sequence[str]) -> None:
+def check_files(images: Sequence[str], videos: Sequence[str]) -> None:
     """Say at once what cannot be read: a model takes a while to load."""
     from plphp.inputs import open_image
 

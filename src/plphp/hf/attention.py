@@ -100,9 +100,12 @@ def pruned_attention(
     else:
         among = _among(attention_mask, query.shape[2])
         output, weights = _attend(module, query, among, layer, kwargs), None
-    if isinstance(layer, PrunedLayer) and layer.shared.turn is not None:
+    if isinstance(layer, PrunedLayer):
         with torch.no_grad():
-            after_attention(module, query, layer, layer.shared.turn, kwargs)
+            if layer.shared.watch is not None:
+                layer.shared.watch(module, query, layer, kwargs)
+            if layer.shared.turn is not None:
+                after_attention(module, query, layer, layer.shared.turn, kwargs)
     return output, weights
 
 

@@ -159,12 +159,7 @@ class PrunedCache(Cache):
         if self.shift is not None:
             yield self.shift
         for layer in self.layers:
-            if not isinstance(layer, PrunedLayer):
-                yield from compat.held_tensors(layer)
-            else:
-                for store in (layer.store, layer.spare):
-                    if store is not None:
-                        yield from store.tensors()
+            yield from layer_tensors(layer)
 
     def move(self, device: torch.device | str) -> None:
         """Move every layer to a device.
@@ -190,6 +185,16 @@ class PrunedCache(Cache):
     def kv_bytes(self) -> int:
         """Bytes allocated for this cache, counted by storage."""
         return allocated(self.tensors())
+
+
+def layer_tensors(layer: Any) -> Iterator[Tensor]:
+    """Every tensor that one layer keeps allocated, ours or one of transformers'."""
+    if not isinstance(layer, PrunedLayer):
+        yield from compat.held_tensors(layer)
+        return
+    for store in (layer.store, layer.spare):
+        if store is not None:
+            yield from store.tensors()
 
 
 def own_cache(cache: Any, model: Any) -> PrunedCache:

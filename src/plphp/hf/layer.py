@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ class Shared:
     depth, prunable: how many layers there are, and the indices of those that are pruned
     turn: the prompt on its way in, None between prompts
     last_image: columns up to the last vision token
+    watch: called after a layer's attention, see `watch.Watch`
     """
 
     config: Any
@@ -40,6 +42,7 @@ class Shared:
     prunable: tuple[int, ...] = ()
     turn: Turn | None = None
     last_image: int = 0
+    watch: Callable[..., None] | None = None
 
     def reserve(self, longest: int, logical: int) -> int | None:
         """Slots to keep free beside `longest` kept ones of `logical` columns; None by default."""

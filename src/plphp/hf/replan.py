@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.cache import KVStore
+from plphp.cache import KVStore, Seen
 from plphp.errors import UnsupportedModeError
 from plphp.hf.attach import Pruning, prune
 from plphp.hf.cache import PrunedCache
@@ -46,6 +46,7 @@ class Prompt:
     columns: N, of the prompt
     cache, views: everything that its layers hold, and what they looked like to a policy
     window: how many last prompt tokens that policy saw
+    seen: where its images stand, for the reports of the caches made of it
     """
 
     first: Tensor
@@ -54,6 +55,7 @@ class Prompt:
     cache: PrunedCache
     views: dict[int, LayerView] = field(default_factory=dict)
     window: int = 0
+    seen: Seen | None = None
 
     def pruned(self, pruning: Pruning) -> PrunedCache:
         """The cache that a prefill under `pruning` would have left, with its report.
@@ -79,7 +81,7 @@ class Prompt:
             assert view.keys is not None and view.values is not None
             adopt(layer, view.keys, view.values, plan)
             turn.plans[index] = (plan, view.spans, slot_positions(turn, self.columns))
-        cache.report = build_report(cache, turn)
+        cache.report = replace(build_report(cache, turn), seen=self.seen)
         return cache
 
     def _turn(self, pruning: Pruning) -> Turn:
@@ -108,7 +110,9 @@ def read(model: Any, inputs: Mapping[str, Tensor], window: int = 64) -> Prompt:
     witness = Witness(window)
     with prune(model, witness):
         prompt = read_into(PrunedCache(model), model, inputs)
-    return replace(prompt, views=witness.views, window=window)
+    report = prompt.cache.report
+    seen = None if report is None else report.seen
+    return replace(prompt, views=witness.views, window=window, seen=seen)
 
 
 def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> Prompt:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from plphp.cache import LayerReport, Report, allocated, layer_report, untouched_report
+from plphp.cache import (
+    LayerReport,
+    Report,
+    Seen,
+    allocated,
+    layer_report,
+    untouched_report,
+)
 from plphp.hf import compat
-from plphp.hf.cache import PrunedCache
+from plphp.hf.cache import PrunedCache, layer_tensors
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.turn import Turn
+from plphp.models import processor_inputs
 from plphp.policy import SequencePolicy
 
 
@@ -18,17 +27,37 @@ def build_report(cache: PrunedCache, turn: Turn) -> Report:
     """The report of a finished prefill; everything in it is on the CPU."""
     assert turn.spans is not None
     counts = turn.spans.cpu()
+    layers = tuple(_layer(cache, turn, index) for index in range(_depth(cache)))
     return Report(
-        layers=tuple(_layer(cache, turn, index) for index in range(_depth(cache))),
+        layers=layers,
         kv_bytes=cache.kv_bytes(),
-        kv_bytes_full=sum(_full_bytes(layer, turn.end) for layer in cache.layers),
+        kv_bytes_full=sum(layer.kv_bytes_full for layer in layers),
         prompt=tuple((counts >= 0).sum(-1).tolist()),
         images=tuple(counts.amax(-1).clamp(min=0).tolist()),
         notes=(*turn.notes, *_notes(cache, turn)),
+        seen=_seen(turn, counts),
     )
 
 
 def _layer(cache: PrunedCache, turn: Turn, index: int) -> LayerReport:
+    report = _kept(cache, turn, index)
+    if index >= len(cache.layers):
+        return report
+    layer = cache.layers[index]
+    held, full = allocated(layer_tensors(layer)), _full_bytes(layer, turn.end)
+    return replace(report, kv_bytes=held, kv_bytes_full=full)
+
+
+def _seen(turn: Turn, spans: Tensor) -> Seen:
+    """What is drawn of a prompt later. Pixels are left out: a report may be kept for long."""
+    given = processor_inputs(turn.source).items()
+    small = {name: t.cpu() for name, t in given if isinstance(t, Tensor) and t.dim() <= 2}
+    ids = turn.source.get("input_ids")
+    ids = None if ids is None else ids[:, -turn.length :].cpu()
+    return Seen(spans, turn.positions().cpu(), turn.config, small, ids)
+
+
+def _kept(cache: PrunedCache, turn: Turn, index: int) -> LayerReport:
     if index in turn.plans:
         return layer_report(index, *turn.plans[index])
     assert turn.spans is not None

@@ -1,12 +1,18 @@
 """Which tokens are vision: one small entry a model family."""
 
-from plphp.models.families import FAMILIES, refusal, sequence_refusal
+from plphp.models.families import FAMILIES, places, refusal, sequence_refusal
+from plphp.models.patches import Box, Patch, Places, Shown
 from plphp.models.spans import describes_vision, find_spans, processor_inputs, vision_spans
 
 __all__ = [
     "FAMILIES",
+    "Box",
+    "Patch",
+    "Places",
+    "Shown",
     "describes_vision",
     "find_spans",
+    "places",
     "processor_inputs",
     "refusal",
     "sequence_refusal",

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from plphp.models import layouts, sizes
+from plphp.models import layouts, patches, sizes
 from plphp.models.layouts import Layout
+from plphp.models.patches import Patches, Places, Shown
 from plphp.models.sizes import Sizes
 
 
@@ -17,6 +18,7 @@ from plphp.models.sizes import Sizes
 class Family:
     """images, videos: tokens per image and per video, where the processor's outputs tell
     layout: which runs make up an image, where they do not
+    places, video_places: where the tokens of an image or a video lie in it
     frames: frames of a video are written as images are, and only a caller can tell
     refused: why the family cannot be pruned, where it cannot
     whole: why no token can leave its hidden states (FastV, VTW), where none can
@@ -25,6 +27,8 @@ class Family:
     images: Sizes = sizes.unknown
     videos: Sizes = sizes.unknown
     layout: Layout = layouts.apart
+    places: Patches = patches.unknown
+    video_places: Patches = patches.unknown
     frames: bool = False
     refused: str = ""
     whole: str = ""
@@ -32,10 +36,14 @@ class Family:
 
 DEEPSTACK = "image features are added to the hidden states of several layers, so no token may leave"
 
-GRIDS = Family(images=sizes.grid("image_grid_thw"), videos=sizes.grid("video_grid_thw"))
+GRIDS = Family(
+    images=sizes.grid("image_grid_thw"),
+    videos=sizes.grid("video_grid_thw"),
+    places=patches.grid("image_grid_thw"),
+    video_places=patches.grid("video_grid_thw"),
+)
 DEEPSTACK_GRIDS = replace(GRIDS, whole=DEEPSTACK)
-TILES_THEN_WHOLE = Family(layout=layouts.whole_last)
-ONE_TOKEN_BETWEEN = Family(layout=layouts.chained)
+TILES_THEN_WHOLE = Family(layout=layouts.whole_last, places=patches.tiled())
 GENERIC = Family()
 
 FAMILIES: dict[str, Family] = {
@@ -47,20 +55,32 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_moe": GRIDS,
     "glm4v": GRIDS,
     "glm4v_moe": GRIDS,
-    "llava": Family(images=sizes.patches),  # Mantis-SigLIP-Llama3 is this class
-    "llava_next": Family(images=sizes.anyres),
-    "llava_onevision": Family(images=sizes.anyres, videos=sizes.pooled_frames),
-    "idefics2": Family(layout=layouts.fives),
+    # Mantis-SigLIP-Llama3 is this class
+    "llava": Family(images=sizes.patches, places=patches.square),
+    "llava_next": Family(images=sizes.anyres, places=patches.anyres),
+    "llava_onevision": Family(
+        images=sizes.anyres,
+        videos=sizes.pooled_frames,
+        places=patches.anyres,
+        video_places=patches.pooled_frames,
+    ),
+    "idefics2": Family(layout=layouts.fives, places=patches.latents),
     "idefics3": TILES_THEN_WHOLE,
-    "smolvlm": Family(layout=layouts.whole_last, frames=True),
+    "smolvlm": replace(TILES_THEN_WHOLE, frames=True),
     "aya_vision": TILES_THEN_WHOLE,
-    "internvl": Family(frames=True),  # <img> and </img> around all tiles of an image, or a frame
-    "ovis2": ONE_TOKEN_BETWEEN,
-    "cohere2_vision": ONE_TOKEN_BETWEEN,
-    "mistral3": Family(images=sizes.merged_patches, layout=layouts.chained),
+    # <img> and </img> around all tiles of an image, or a frame
+    "internvl": Family(frames=True, places=patches.tiled()),
+    "ovis2": Family(
+        layout=layouts.chained,
+        places=patches.tiled(whole_first=True, grid=patches.by_row_tokens),
+    ),
+    "cohere2_vision": Family(layout=layouts.chained, places=patches.tiled()),
+    "mistral3": Family(
+        images=sizes.merged_patches, layout=layouts.chained, places=patches.rows_of_patches
+    ),
     # each crop of pan and scan (off by default) is written as an image, and counts as one
-    "gemma3": Family(images=sizes.fixed("mm_tokens_per_image")),
-    "paligemma": Family(images=sizes.patches),
+    "gemma3": Family(images=sizes.fixed("mm_tokens_per_image"), places=patches.pooled),
+    "paligemma": Family(images=sizes.patches, places=patches.square),
     "mllama": Family(
         refused="vision tokens live in cross-attention layers, not in the KV cache of the prompt; "
         "there is nothing that this method could drop"
@@ -71,6 +91,16 @@ FAMILIES: dict[str, Family] = {
 def sequence_refusal(config: Any) -> str:
     """Why no token can leave the hidden states of such models; empty where it can."""
     return FAMILIES.get(getattr(config, "model_type", ""), GENERIC).whole
+
+
+def places(shown: Shown, video: bool = False) -> Places:
+    """A rectangle for every vision token of an image or video, None for tokens without one.
+
+    An empty list where the family does not say, or says another number of tokens than there are.
+    """
+    family = FAMILIES.get(getattr(shown.config, "model_type", ""), GENERIC)
+    found = (family.video_places if video else family.places)(shown)
+    return found if len(found) == shown.tokens else []
 
 
 def refusal(config: Any) -> str:

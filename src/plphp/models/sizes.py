@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -57,9 +58,7 @@ def patches(config: Any, inputs: Inputs) -> Counts:
     vision = config.vision_config
     if vision.model_type == "pixtral":
         return merged_patches(config, inputs)
-    classes = 1 if "clip" in vision.model_type and "siglip" not in vision.model_type else 0
-    strategy = getattr(config, "vision_feature_select_strategy", "full")
-    return _side(config) ** 2 + classes - (1 if strategy == "default" else 0)
+    return side(config) ** 2 + classes(config)
 
 
 def merged_patches(config: Any, inputs: Inputs) -> Counts:
@@ -96,33 +95,63 @@ def pooled_frames(config: Any, inputs: Inputs) -> Counts:
     if pixels is None:
         return None
     videos, frames = pixels.shape[:2]
-    return [frames * math.ceil(_side(config) / 2) ** 2 + 1] * videos
+    return [frames * math.ceil(side(config) / 2) ** 2 + 1] * videos
 
 
-def _side(config: Any) -> int:
+def side(config: Any) -> int:
+    """Patches along a side of the vision tower's square input."""
     vision = config.vision_config
     return int(vision.image_size) // int(vision.patch_size)
 
 
-def _tiles(config: Any, height: int, width: int) -> int:
-    """Tokens of an image's tiles: rows x columns after unpadding, and a newline a row."""
+def classes(config: Any) -> int:
+    """Tokens that a LLaVA's tower puts before its patches and the model keeps."""
+    kind = config.vision_config.model_type
+    own = 1 if "clip" in kind and "siglip" not in kind else 0
+    strategy = getattr(config, "vision_feature_select_strategy", "full")
+    return own - (1 if strategy == "default" else 0)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How an image fills the tiles of its best pinpoint.
+
+    canvas: (height, width) in pixels of all tiles together
+    cut: (rows, columns) of patches left once padding is cut off
+    shown: (rows, columns) of tokens, fewer where tiles are shrunk
+    """
+
+    canvas: tuple[int, int]
+    cut: tuple[int, int]
+    shown: tuple[int, int]
+
+
+def tiling(config: Any, height: int, width: int) -> Tiling:
+    """The tiles of an image of LLaVA-NeXT or LLaVA-OneVision."""
     fit_h, fit_w = max(config.image_grid_pinpoints, key=lambda p: _fit(p[0], p[1], height, width))
-    size, side = int(config.vision_config.image_size), _side(config)
-    rows, columns = side * int(fit_h // size), side * int(fit_w // size)
+    size = int(config.vision_config.image_size)
+    rows, columns = side(config) * int(fit_h // size), side(config) * int(fit_w // size)
     if width / height > columns / rows:
         rows -= (rows - int(round(height * columns / width, 7))) // 2 * 2
     else:
         columns -= (columns - int(round(width * rows / height, 7))) // 2 * 2
+    cut = rows, columns
     ratio = math.sqrt(rows * columns / _most(config))
     if ratio > 1.1:
         rows, columns = int(rows // ratio), int(columns // ratio)
+    return Tiling((fit_h, fit_w), cut, (rows, columns))
+
+
+def _tiles(config: Any, height: int, width: int) -> int:
+    """Tokens of an image's tiles: rows x columns after unpadding, and a newline a row."""
+    rows, columns = tiling(config, height, width).shown
     return rows * columns + rows
 
 
 def _most(config: Any) -> float:
     """Patches that tiles are shrunk to: "anyres_max_9" is nine base squares, others know no end."""
     name, _, tiles = str(getattr(config, "vision_aspect_ratio", "")).rpartition("_")
-    return int(tiles) * _side(config) ** 2 if name == "anyres_max" else math.inf
+    return int(tiles) * side(config) ** 2 if name == "anyres_max" else math.inf
 
 
 def _fit(fit_h: int, fit_w: int, height: int, width: int) -> tuple[int, int]:

@@ -1,0 +1,290 @@
+"""Where vision tokens lie in the picture that the user gave: one function a kind of model.
+
+Processors stretch, crop, pad and tile pictures before a model sees them. Each function here undoes
+that: for every vision token of one image or video, in prompt order, a rectangle in the picture's
+own pixels, or None for a token without a place (line ends, class tokens).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from plphp.models import sizes
+from plphp.models.layouts import Run
+
+WHOLE, TILES = 0, 1  # views: a model may see a picture twice, as a whole and cut into tiles
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle, in pixels of the picture."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    @property
+    def width(self) -> float:
+        return self.right - self.left
+
+    @property
+    def height(self) -> float:
+        return self.bottom - self.top
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Where one vision token looks.
+
+    view: WHOLE or TILES; frame: which shown frame of a video, 0 for a picture
+    """
+
+    box: Box
+    view: int = WHOLE
+    frame: int = 0
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image or video as a model was shown it.
+
+    size: (width, height) of the original, in pixels
+    runs: columns of its vision tokens in the prompt; after: the id of the token behind each run
+    index: which image, or which video, it is among those of its call
+    inputs: what the processor returned beside pixels; processor: its image processor, if at hand
+    """
+
+    config: Any
+    size: tuple[int, int]
+    runs: tuple[Run, ...]
+    index: int = 0
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    processor: Any = None
+    after: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(stop - start for start, stop in self.runs)
+
+    @property
+    def whole(self) -> Box:
+        return Box(0, 0, *self.size)
+
+
+Places = list[Patch | None]
+Patches = Callable[[Shown], Places]
+
+
+def unknown(shown: Shown) -> Places:
+    """Nothing is known of where this family's tokens lie."""
+    return []
+
+
+def grid(name: str) -> Patches:
+    """Qwen-VL, GLM-4V: `name` holds (t, h, w) patches of a stretched picture, merged in squares."""
+
+    def places(shown: Shown) -> Places:
+        frames, rows, columns = (int(n) for n in shown.inputs[name][shown.index])
+        merge = int(shown.config.vision_config.spatial_merge_size)
+        each = (rows // merge, columns // merge)
+        return [p for frame in range(frames) for p in cells(shown.whole, *each, frame=frame)]
+
+    return places
+
+
+def square(shown: Shown) -> Places:
+    """LLaVA, PaliGemma: one square of patches, of the stretched, cropped or padded picture."""
+    if shown.config.vision_config.model_type == "pixtral":
+        return rows_of_patches(shown)
+    own = shown.tokens - sizes.side(shown.config) ** 2
+    return [None] * own + _square(_input(shown), shown.config, shown.whole)
+
+
+def pooled(shown: Shown) -> Places:
+    """Gemma 3: a square of averages over patches of the stretched picture."""
+    return cells(shown.whole, math.isqrt(shown.tokens), math.isqrt(shown.tokens))
+
+
+def rows_of_patches(shown: Shown) -> Places:
+    """Pixtral, Mistral 3: each run is a row of the stretched picture."""
+    start, stop = shown.runs[0]
+    return cells(shown.whole, len(shown.runs), stop - start)
+
+
+def latents(shown: Shown) -> Places:
+    """Idefics2: latents that each look at a whole quarter, or at the whole picture."""
+    each = shown.runs[0][1] - shown.runs[0][0]
+    whole: Places = [Patch(shown.whole)] * each
+    if len(shown.runs) == 1:
+        return whole
+    quarters = [p for p in cells(shown.whole, 2, 2, TILES) for _ in range(each)]
+    return quarters + whole
+
+
+def squarest(shown: Shown, count: int) -> tuple[int, int]:
+    """Rows and columns of so many tiles, as near to squares of the picture as can be."""
+    width, height = shown.size
+    pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+    return min(pairs, key=lambda p: abs(math.log((width / p[1]) / (height / p[0]))))
+
+
+def by_row_tokens(shown: Shown, count: int) -> tuple[int, int]:
+    """Rows and columns of Ovis2's tiles, which its <row> tokens tell.
+
+    transformers takes its grid for (columns, rows), so wide pictures get tall grids: nothing but
+    the prompt says what was done.
+    """
+    row = shown.config.visual_indicator_token_ids[4]
+    rows = 1 + shown.after.count(row)
+    return rows, count // rows
+
+
+def tiled(
+    whole_first: bool = False, grid: Callable[[Shown, int], tuple[int, int]] = squarest
+) -> Patches:
+    """Idefics3, InternVL, Aya, Cohere2, Ovis2: tiles of the stretched picture, and all of it once.
+
+    Each tile is a run, or `image_seq_length` tokens where they touch.
+    """
+
+    def places(shown: Shown) -> Places:
+        each = shown.runs[0][1] - shown.runs[0][0]
+        if len(shown.runs) == 1:
+            each = math.gcd(each, int(getattr(shown.config, "image_seq_length", each)))
+        side, count = math.isqrt(each), shown.tokens // each - 1
+        whole = cells(shown.whole, side, side)
+        if count < 1:
+            return whole
+        tiles: Places = []
+        for tile in cells(shown.whole, *grid(shown, count), TILES):
+            assert tile is not None
+            tiles += cells(tile.box, side, side, TILES)
+        return whole + tiles if whole_first else tiles + whole
+
+    return places
+
+
+def anyres(shown: Shown) -> Places:
+    """LLaVA-NeXT, LLaVA-OneVision: all of it as a square, then unpadded tiles with line ends.
+
+    OneVision pads the pictures of a prompt of several to a square instead, with one line end.
+    """
+    config, (width, height) = shown.config, shown.size
+    own: Places = [None] * sizes.classes(config)
+    base = own + _square(shown.whole, config, shown.whole)
+    if shown.tokens == len(base) + 1:
+        return [*own, *_square(_padded(shown.whole), config, shown.whole), None]
+    found = sizes.tiling(config, height, width)
+    scale = min(found.canvas[1] / width, found.canvas[0] / height)
+    tops, lefts = (
+        _tile_edges(config, length, canvas, cut, count, scale)
+        for length, canvas, cut, count in zip(
+            (height, width), found.canvas, found.cut, found.shown, strict=True
+        )
+    )
+    tiles: Places = []
+    for row in _between(tops, lefts, shown.whole, TILES, 0):
+        tiles += [*row, None]
+    return base + tiles
+
+
+def pooled_frames(shown: Shown) -> Places:
+    """LLaVA-OneVision: every frame is a square pooled to half its side; one line end a video."""
+    side = math.ceil(sizes.side(shown.config) / 2)
+    seen = _seen(shown.whole, shown.config)
+    frames = range((shown.tokens - 1) // side**2)
+    return [*(p for f in frames for p in cells(seen, side, side, frame=f)), None]
+
+
+def cells(box: Box, rows: int, columns: int, view: int = WHOLE, frame: int = 0) -> Places:
+    """A box cut into rows and columns, row by row."""
+    tops = [box.top + i * box.height / rows for i in range(rows + 1)]
+    lefts = [box.left + i * box.width / columns for i in range(columns + 1)]
+    return [p for row in _between(tops, lefts, None, view, frame) for p in row]
+
+
+def _between(
+    tops: list[float], lefts: list[float], within: Box | None, view: int, frame: int
+) -> list[Places]:
+    """Cells between edges, row by row; what lies outside of `within` is cut off."""
+    return [
+        [
+            _cut(Patch(Box(left, top, right, bottom), view, frame), within)
+            for left, right in pairwise(lefts)
+        ]
+        for top, bottom in pairwise(tops)
+    ]
+
+
+def _cut(patch: Patch, within: Box | None) -> Patch | None:
+    if within is None:
+        return patch
+    box = Box(
+        max(patch.box.left, within.left),
+        max(patch.box.top, within.top),
+        min(patch.box.right, within.right),
+        min(patch.box.bottom, within.bottom),
+    )
+    return Patch(box, patch.view, patch.frame) if box.width > 0 and box.height > 0 else None
+
+
+def _square(box: Box, config: Any, within: Box) -> Places:
+    """The tower's patches of its square input, which shows `box` of a picture."""
+    side = sizes.side(config)
+    return [_cut(patch, within) for patch in cells(_seen(box, config), side, side) if patch]
+
+
+def _seen(box: Box, config: Any) -> Box:
+    """What whole patches cover of a tower's input: 27 x 14 of SigLIP's 384 pixels."""
+    share = sizes.side(config) * config.vision_config.patch_size / config.vision_config.image_size
+    return Box(box.left, box.top, box.left + share * box.width, box.top + share * box.height)
+
+
+def _padded(box: Box) -> Box:
+    """The smallest square around a box, of the same centre."""
+    more = abs(box.width - box.height) / 2
+    across, down = (0.0, more) if box.width > box.height else (more, 0.0)
+    return Box(box.left - across, box.top - down, box.right + across, box.bottom + down)
+
+
+def _input(shown: Shown) -> Box:
+    """What a LLaVA's square input shows of the picture. CLIP crops the middle, SigLIP stretches."""
+    made, box = shown.processor, shown.whole
+    if getattr(made, "do_pad", False):
+        box = _padded(box)
+    kind = shown.config.vision_config.model_type
+    crops = getattr(made, "do_center_crop", "clip" in kind and "siglip" not in kind)
+    if not crops:
+        return box
+    edge = _entry(getattr(made, "size", None), "shortest_edge")
+    share = _entry(getattr(made, "crop_size", None), "height") / edge if edge else 1.0
+    half = share * min(box.width, box.height) / 2
+    x, y = (box.left + box.right) / 2, (box.top + box.bottom) / 2
+    return Box(x - half, y - half, x + half, y + half)
+
+
+def _entry(size: Any, name: str) -> float:
+    """A number of a processor's size, which is a mapping or an object."""
+    found = size.get(name) if isinstance(size, Mapping) else getattr(size, name, None)
+    return float(found or 0)
+
+
+def _tile_edges(
+    config: Any, length: int, canvas: int, cut: int, count: int, scale: float
+) -> list[float]:
+    """Where tokens begin along one side of a picture that was scaled and padded onto tiles."""
+    size, patch = int(config.vision_config.image_size), int(config.vision_config.patch_size)
+    side = sizes.side(config)
+    first = (side * (canvas // size) - cut) // 2
+    padding = (canvas - min(math.ceil(length * scale), canvas)) // 2
+
+    def place(index: float) -> float:
+        tile, patches = divmod(index, side)
+        return (tile * size + patches * patch - padding) / scale
+
+    return [place(first + i * cut / count) for i in range(count + 1)]

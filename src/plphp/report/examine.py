@@ -1,0 +1,118 @@
+"""Everything that the inspector's page shows of one prompt, from running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from plphp.bench import compare
+from plphp.bench.compare import Run as Timed
+from plphp.bench.machine import describe
+from plphp.cache import Report
+from plphp.errors import InputError
+from plphp.hf.replan import read
+from plphp.inputs import Runnable
+from plphp.policy import Policy
+from plphp.report.data import Answer, Page, Run
+from plphp.report.gather import page_of, run_of
+from plphp.report.pictures import Media
+from plphp.report.steps import steps_of
+
+
+def examine(
+    loaded: Runnable,
+    inputs: Mapping[str, Tensor],
+    policies: Mapping[str, Policy],
+    images: Sequence[Media],
+    prompt: str,
+    *,
+    model: str = "",
+    max_new_tokens: int = 128,
+    rounds: int = 3,
+    oracle: bool = False,
+    advance: Callable[[str], None] = lambda stage: None,
+) -> Page:
+    """Answer one prompt with the full cache and with every policy's; measure, and look inside.
+
+    images: as the user gave them, in prompt order, left out of the page where the model counts
+        others than these (crops, frames); inputs: what the model is given, one row
+    rounds: how often full and pruned are timed in turn; oracle: also ask the full model
+    advance: called with a line for people before every stage
+    Raises InputError for a prompt without images, and what `plphp.prune` raises.
+    """
+    advance("reading the prompt")
+    with torch.inference_mode():
+        window = max(policy.window for policy in policies.values())
+        whole = read(loaded.model, inputs, window)
+    found = whole.cache.report
+    if found is None or not found.images[0]:
+        raise InputError("nothing to inspect: the prompt has no image that the model can see")
+    runs = []
+    for name, policy in policies.items():
+        advance(f"{name}: full and pruned in turn")
+        compared = compare(
+            loaded.model, inputs, policy, rounds, max_new_tokens=max_new_tokens, do_sample=False
+        )
+        advance(f"{name}: step by step")
+        decode = _text(loaded) if oracle else None
+        tokens = compared.pruned.tokens
+        steps = steps_of(loaded.model, inputs, policy, whole, tokens, decode)
+        run = run_of(compared.report, name, policy)
+        extra = {
+            "answer": _answer(loaded, compared.pruned),
+            "full": _answer(loaded, compared.full),
+            "differs": first_difference(compared.full.tokens, tokens),
+            "steps": steps,
+        }
+        runs.append(Run(**{**vars(run), **extra}))
+    report: Report = compared.report
+    processor = getattr(loaded, "image_processor", None) or getattr(
+        getattr(loaded, "processor", None), "image_processor", None
+    )
+    images = images if len(images) == found.images[0] else ()
+    made = _made(str(loaded.model.device), rounds)
+    return page_of(report, runs, images, prompt, model=model, processor=processor, made=made)
+
+
+def first_difference(full: Tensor, pruned: Tensor) -> int | None:
+    """Index of the first token (T,) that is not the same; None where none is."""
+    one, other = full.tolist(), pruned.tolist()
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return index
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def pieces(decode: Callable[[Tensor], str], tokens: Tensor) -> tuple[str, ...]:
+    """What each token (T,) adds to the text; a character in parts comes with its last part."""
+    found, before = [], ""
+    for count in range(1, len(tokens) + 1):
+        text = decode(tokens[:count])
+        if text.endswith("\ufffd") and count < len(tokens):
+            found.append("")
+            continue
+        found.append(text[len(before) :])
+        before = text
+    return tuple(found)
+
+
+def _answer(loaded: Runnable, run: Timed) -> Answer:
+    step = run.step_ms
+    return Answer(
+        text=loaded.decode(run.tokens),
+        tokens=pieces(loaded.decode, run.tokens),
+        first_ms=round(run.first_ms, 2),
+        ms_per_token=None if step != step else round(step, 3),
+    )
+
+
+def _text(loaded: Runnable) -> Callable[[Tensor], str]:
+    """The text of a token by itself, special tokens shown by name."""
+    return lambda token: str(loaded.tokenizer.decode(token))
+
+
+def _made(device: str, rounds: int) -> dict[str, str]:
+    told = {name: str(value) for name, value in describe(device).items() if value is not None}
+    return {**told, "times": f"medians of {rounds} rounds, full and pruned in turn"}

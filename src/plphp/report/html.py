@@ -1,0 +1,57 @@
+"""The page as one HTML file: template, style and script are ours and travel inside it."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+from plphp.cache import Report
+from plphp.errors import InputError
+from plphp.report.data import Page
+from plphp.report.gather import page_of_report
+
+FRAME = (
+    '<iframe srcdoc="{{ page }}" title="plphp report" '
+    'style="width:100%;height:780px;border:0"></iframe>'
+)
+
+
+def render(page: Page) -> str:
+    """The file's text. Raises InputError where jinja2 is missing.
+
+    Prompts and names are escaped by the template; in the data, `tojson` leaves no "<" that could
+    end the script element.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError:
+        raise InputError("the page needs jinja2: pip install 'plphp[report]'") from None
+    assets = files("plphp.report") / "assets"
+    parts = {
+        name: (assets / file).read_text(encoding="utf-8")
+        for name, file in (("css", "page.css"), ("charts", "charts.js"), ("script", "page.js"))
+    }
+    template = (assets / "page.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(page=page.to_json(), **parts)
+
+
+def write_html(page: Page, path: str | os.PathLike[str]) -> None:
+    """Write the page. Raises InputError for a place that cannot be written to."""
+    text = render(page)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def notebook(report: Report) -> str | None:
+    """The page of a report's first row in a frame of its own; None where it cannot be drawn."""
+    try:
+        from jinja2 import Environment
+
+        text = render(page_of_report(report))
+    except (ImportError, InputError):
+        return None
+    return Environment(autoescape=True).from_string(FRAME).render(page=text)

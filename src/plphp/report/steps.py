@@ -1,0 +1,109 @@
+"""Where an answer's tokens look, one after the other, and what pruning took away from them.
+
+The answer that the pruned model gave is read again, once on the pruned cache and, as the oracle,
+on the full one. The first token is the last prompt token's, which saw everything either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plphp.cache import Report, Seen
+from plphp.hf import PrunedCache, prune
+from plphp.hf.replan import Prompt, read_into
+from plphp.hf.watch import Watch, kept_and_dropped, kept_slots
+from plphp.policy import Policy, policy
+from plphp.report.data import Numbers, Steps
+
+
+def steps_of(
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    made: Policy,
+    prompt: Prompt,
+    tokens: Tensor,
+    decode: Callable[[Tensor], str] | None = None,
+) -> Steps:
+    """Attention of an answer's tokens to what was kept; with `decode` also the oracle's.
+
+    prompt: of `inputs`, read once and unpruned; tokens (T,) int64, what the pruned model said
+    decode: text of tokens, for what the full model would have said
+    """
+    with torch.inference_mode():
+        with prune(model, made) as pruning:
+            if made.kind in ("layer", "layers"):
+                cache, first = prompt.pruned(pruning), prompt.logits
+            else:
+                cache = PrunedCache(model)
+                first = read_into(cache, model, inputs).logits
+            report, seen = cache.report, prompt.seen
+            assert report is not None and seen is not None
+            groups = {a.layer: kept_slots(a, seen) for a in report.layers if a.kept.shape[1]}
+            pruned, attention = _read(model, cache, tokens, groups)
+        depth = len(report.layers)
+        begin = _first(prompt, report, seen)
+        kept = _numbers({i: m[:1] for i, m in begin.items()}, attention, depth, 0)
+        if decode is None:
+            return Steps(kept)
+        with prune(model, policy("full")):
+            whole = {a.layer: kept_and_dropped(a, seen) for a in report.layers if a.kept.shape[1]}
+            full, attention = _read(model, prompt.cache, tokens, whole)
+            prompt.cache.crop(-(len(tokens) - 1))
+        full, pruned = (torch.cat([f, x]) for f, x in ((prompt.logits, full), (first, pruned)))
+        full, pruned = full.float().log_softmax(-1), pruned.float().log_softmax(-1)
+        kl = (full.exp() * (full - pruned)).sum(-1).clamp(min=0)
+    return replace(
+        Steps(kept),
+        full_kept=_numbers(begin, attention, depth, 0),
+        lost=_numbers(begin, attention, depth, 1),
+        said=tuple(decode(token[None]) for token in full.argmax(-1)),
+        kl=tuple(round(float(value), 4) for value in kl),
+    )
+
+
+def _read(
+    model: Any, cache: PrunedCache, tokens: Tensor, groups: Mapping[int, Tensor]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Logits (T-1, vocabulary) behind each token but the last, and their attention to groups."""
+    watch = Watch(groups)
+    ids = tokens[None, :-1].to(model.device)
+    if not ids.numel():
+        return torch.empty(0, model.config.get_text_config().vocab_size), {}
+    cache.shared.watch = watch
+    try:
+        logits = model(input_ids=ids, past_key_values=cache).logits[0]
+    finally:
+        cache.shared.watch = None
+    return logits, watch.seen
+
+
+def _first(prompt: Prompt, report: Report, seen: Seen) -> dict[int, Tensor]:
+    """Layer -> (2, 1): what the prompt's last token paid to tokens kept and dropped later."""
+    found = {}
+    for index, view in prompt.views.items():
+        groups = kept_and_dropped(report.layers[index], seen).to(view.probs)
+        probs = view.probs[0].view(view.kv_heads, -1, view.probs.shape[-1])
+        mass = torch.einsum("hgs,nhs->n", probs, groups) / view.probs.shape[1]
+        found[index] = mass[:, None].cpu()
+    return found
+
+
+def _numbers(
+    first: Mapping[int, Tensor], then: Mapping[int, Tensor], depth: int, group: int
+) -> tuple[Numbers, ...]:
+    """One tuple a token, with one number a layer."""
+    layers: list[list[float | None]] = []
+    length = 1 + max((m.shape[1] for m in then.values()), default=0)
+    for index in range(depth):
+        if index not in first:
+            layers.append([None] * length)
+            continue
+        begin = first[index][group].tolist()
+        rest = then[index][group].tolist() if index in then else [None] * (length - 1)
+        layers.append([None if v is None else round(v, 4) for v in (*begin, *rest)])
+    return tuple(zip(*layers, strict=True))
