@@ -104,6 +104,33 @@ def over(found: Shown | None, mine: str, theirs: str) -> str:
     return f"{median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
 
 
+def draw(found: Mapping[str, Shown], path: Path) -> None:
+    """A step over stock's, run by run, beside what the bytes alone would make of it."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window system needed
+    from matplotlib import pyplot as plt
+
+    names = [name for name in CPU if name in found][::-1]
+    figure, axes = plt.subplots(figsize=(7, 0.42 * len(names) + 1.2), layout="constrained")
+    for place, name in enumerate(names):
+        rows = {row["name"]: row for row in found[name]["steps"]}
+        for way, color, up in (("pruned", "#0072b2", 0.12), ("short", "#999999", -0.12)):
+            middle, low, high = rows[way]["over_stock"]
+            axes.plot([low, high], [place + up] * 2, color=color, linewidth=1)
+            axes.plot(middle, place + up, "o", color=color, label=way if not place else None)
+        bytes_only = rows["pruned"]["bound_ms"] / rows["stock"]["bound_ms"]
+        axes.plot(bytes_only, place, "|", color="#cc3311", markersize=14, markeredgewidth=2)
+    axes.plot([], [], "|", color="#cc3311", label="bytes alone")
+    axes.axvline(1, color="#555555", linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlim(0, 1.6)
+    axes.set_xlabel("a decode step over the stock step, median and range of the rounds")
+    axes.legend(loc="upper right", frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def _room(name: str, context: int = 32768, rate: float = 0.4) -> Shown:
     rows = [fits(SHAPES[name], memory, rate, 2, context, 1) for memory in MEMORIES]
     header, cells = room(rows, context, 1)
@@ -122,6 +149,7 @@ def main() -> None:
     if chosen.run:
         run(GPU if chosen.gpu else CPU, FOLDER / ("gpu" if chosen.gpu else "cpu"))
     (DOCS / "benchmarks.md").write_text(page())
+    draw(_read(FOLDER / "cpu"), FOLDER / "cpu.png")
 
 
 if __name__ == "__main__":

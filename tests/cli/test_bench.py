@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import cache_utils
 
+from plphp.bench import layer
 from plphp.bench.caches import TEXT, Schedule, Setting, dynamic, pruned, quantized
 from plphp.bench.compare import cache_bytes
 from plphp.bench.room import fits
@@ -113,6 +114,16 @@ def test_forced_shares_are_kept_layer_by_layer(setting: Setting) -> None:
     assert cache.get_seq_length() == 200
     whole = 2 * 2 * 2 * 2 * 200 * 64 * 4  # layers, k and v, rows, heads, columns, size, bytes
     assert cache_bytes(dynamic(model, setting, 200)) == whole == setting.shape.kv_bytes(400, 4)
+
+
+def test_kernels_have_their_turn_where_there_is_a_choice(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(layer, "has_kernel", lambda device: True)
+    found = layer.attention_seconds(setting, 0.4, steps=1, rounds=1)
+    kinds = [f"{rows}, {kernel}" for rows in ("plain", "masked") for kernel in ("SDPA", "Triton")]
+    assert list(found) == ["stock", "pruned", "short", *kinds]
 
 
 def test_images_share_the_columns(setting: Setting) -> None:

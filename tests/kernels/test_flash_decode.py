@@ -191,7 +191,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return original(q, k, *args)
 
     monkeypatch.setattr(fd, "_launch", launch)
-    monkeypatch.setattr(choose, "_has_kernel", lambda device: True)
+    monkeypatch.setattr(choose, "has_kernel", lambda device: True)
     monkeypatch.setattr(choose, "KERNEL_FROM", {"plain": 0, "masked": 0})
     return calls
 
@@ -223,7 +223,7 @@ def test_what_a_turn_sees_of_itself_is_its_own_mask(kernel: list[int]) -> None:
     among = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 1]], device=DEVICE).bool()[None, None]
     out = decode_attention(q, store, 0.3, among=among)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choose, "_has_kernel", lambda device: False)
+        patch.setattr(choose, "has_kernel", lambda device: False)
         wanted = decode_attention(q, store, 0.3, among=among)
     assert error(out, wanted) < 1e-5
     assert len(kernel) == 1

@@ -58,7 +58,7 @@ def decode_attention(
     window = _window(held)
     masked = held.ragged or q.shape[2] > 1 or window is not None or softcap is not None
     if (
-        _has_kernel(q.device)
+        has_kernel(q.device)
         and kernel_takes(q, held.keys, held.values)
         and kernel_wins(q.shape[2], held.keys.shape[2], masked)
     ):
@@ -107,7 +107,8 @@ def kernel_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _has_kernel(device: torch.device) -> bool:
+def has_kernel(device: torch.device) -> bool:
+    """Whether the Triton kernel runs on a device."""
     if not HAS_TRITON or device.type != "cuda" or torch.version.cuda is None:
         return False
     # Older ones have neither bfloat16 products nor asynchronous copies.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from plphp.attention import decode_attention, window_probabilities
+from plphp.attention import attend, decode_attention, window_probabilities
+from plphp.attention.choose import has_kernel
 from plphp.bench.caches import Schedule, Setting
 from plphp.bench.machine import synchronize
 from plphp.cache import KVStore
@@ -25,13 +28,18 @@ def attention_seconds(
     """Seconds of a layer's append and attention for one new token, a median each round.
 
     "stock": transformers' DynamicCache and sdpa over all columns; "pruned": what a layer keeps at
-    this rate; "short": transformers' own over a prompt as short as that
+    this rate; "short": transformers' own over a prompt as short as that. Where there is a choice
+    of kernels each has its turn, with rows of one length ("plain") and with others ("masked").
     """
     ways: dict[str, Callable[[], Callable[[Tensor, Tensor, Tensor], Any]]] = {
         "stock": lambda: _stock(setting, setting.context),
         "pruned": lambda: _pruned(setting, rate),
         "short": lambda: _stock(setting, setting.kept(rate)),
     }
+    if has_kernel(torch.device(setting.device)):
+        for masked, kernel in itertools.product((False, True), ("SDPA", "Triton")):
+            name = f"{'masked' if masked else 'plain'}, {kernel}"
+            ways[name] = partial(_pruned, setting, rate, _KERNELS[kernel], masked)
     found: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
         for _ in range(rounds):
@@ -91,17 +99,36 @@ def _stock(setting: Setting, columns: int) -> Callable[[Tensor, Tensor, Tensor],
     return step
 
 
-def _pruned(setting: Setting, rate: float) -> Callable[[Tensor, Tensor, Tensor], Any]:
+Attention = Callable[[Tensor, KVStore, float], Tensor]
+
+
+def _triton(query: Tensor, store: KVStore, scale: float) -> Tensor:
+    from plphp.attention import flash_decode
+
+    return flash_decode.attend(query, store.keys, store.values, store.start, store.end, scale)
+
+
+def _sdpa(query: Tensor, store: KVStore, scale: float) -> Tensor:
+    return attend(query, *store.held(), store.visible(1), scale)
+
+
+_KERNELS: dict[str, Attention] = {"SDPA": _sdpa, "Triton": _triton}
+
+
+def _pruned(
+    setting: Setting, rate: float, attention: Attention = decode_attention, masked: bool = False
+) -> Callable[[Tensor, Tensor, Tensor], Any]:
     store = KVStore(*setting.pair(setting.context))
     probs = torch.zeros(1, device=setting.device).expand(
         setting.batch, setting.shape.heads, setting.context
     )
     view = LayerView(probs, setting.spans(), setting.shape.kv_heads)
     store.compact(Schedule((rate,)).plan(view))
+    store.ragged = masked
 
     def step(query: Tensor, key: Tensor, value: Tensor) -> Any:
         store.append(key, value)
-        out = decode_attention(query, store, query.shape[-1] ** -0.5)
+        out = attention(query, store, query.shape[-1] ** -0.5)
         return out.transpose(1, 2).contiguous()
 
     return step
