@@ -99,18 +99,17 @@ def choose(
 
 
 def choose_again(
-    probs: Tensor, spans: Tensor, policy: PLPHP, kv_heads: int, choice: Choice, layers: slice
+    probs: Tensor, spans: Tensor, policy: PLPHP, kv_heads: int, rate: float, kept: int
 ) -> Tensor:
-    """Columns (L, Hkv, K) of layers of a request that was preempted, as many as the first time.
+    """Columns (Hkv, K) of one layer of a request that was preempted. probs (H, N).
 
-    So a layer can be chosen alone, its tokens are as many as before, and no rank asks another.
+    It keeps as many as the first time. So it needs no other layer, and no rank asks another.
     """
-    view = LayerView(probs, spans.expand(len(probs), -1), kv_heads)
-    rate = torch.tensor(choice.rates[layers], dtype=torch.float64, device=probs.device)
-    kept = torch.tensor(choice.kept[layers], device=probs.device)
-    quota, _ = policy.counts(rate, view.spans)
-    keep = steps.select(policy.scores(view), view.spans, quota, kept)
-    return pack(keep, rate.float(), rate, kept).columns
+    view = LayerView(probs[None], spans[None], kv_heads)
+    rates = torch.tensor([rate], dtype=torch.float64, device=probs.device)
+    quota, _ = policy.counts(rates, view.spans)
+    keep = steps.select(policy.scores(view), view.spans, quota, quota.new_tensor([kept]))
+    return pack(keep, rates.float(), rates, quota.new_tensor([0])).columns[0]
 
 
 def summary(plan: KeepPlan, spans: Tensor, block: int, together: int) -> Choice:

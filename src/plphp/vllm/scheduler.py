@@ -47,6 +47,7 @@ class SchedulerSide:
         self.share_prefix = share_prefix
         self.prompts: dict[str, Prompt] = {}
         self.blocks: dict[str, PromptBlocks] = {}
+        self.refused: dict[str, str] = {}
         self.managers: Sequence[LayerBlocks] = ()
         self.counts = Counts()
 
@@ -64,6 +65,7 @@ class SchedulerSide:
             policy = request_policy(self.options, params.extra_args if params else None)
         except ValueError as error:
             self.counts.refuse("bad options")
+            self.refused[request.request_id] = str(error)
             logger.warning("request %s is not pruned: %s", request.request_id, error)
             return
         if policy is None or not images:
@@ -107,9 +109,14 @@ class SchedulerSide:
             if prompt.choice is None:  # a resumed request was counted before
                 self.counts.add(choice, prompt.vision)
             prompt.choice = choice
+            if prompt.request.num_prompt_tokens % self.block_size == 0:
+                # Resumed, it could find its whole prompt in the cache, with no last token to ask.
+                prompt.request.skip_reading_prefix_cache = True
 
     def finish(self, request_id: str) -> dict[str, Any] | None:
         """Forget a request that finished or was aborted; what its response says of the pruning."""
+        if request_id in self.refused:
+            return {"plphp": {"refused": self.refused.pop(request_id)}}
         self.blocks.pop(request_id, None)
         prompt = self.prompts.pop(request_id, None)
         if prompt is None or prompt.choice is None:

@@ -133,30 +133,36 @@ class WorkerSide:
         return self.tables[layer.group][ending.row, :used].long()
 
     def _choose(self, ending: Ending) -> tuple[Choice, dict[str, Tensor]]:
-        """What a prompt keeps: in numbers, and as columns (Hkv, K) of every layer."""
+        """What a prompt keeps: in numbers, and as columns (Hkv, K) of the layers that drop some."""
         end, layers = ending.end, list(self.layers.values())
-        scores = [
-            layer.score(ending.queries[layer.name], self._blocks(layer, ending), end.length)
-            for layer in layers
-            if layer.name not in ending.columns
-        ]
-        if not scores:
-            assert end.choice is not None
-            return end.choice, ending.columns
-        probs, heads = torch.stack(scores), layers[0].kv_heads
-        spans = spans_of(end.images, end.length).to(probs.device)
         if end.choice is not None:
-            again = choose_again(probs, spans, end.policy, heads, end.choice, slice(None))
-            kept = [n + int((spans == 0).sum()) for n in end.choice.kept]
-            columns = [row[:, -n:] for row, n in zip(again, kept, strict=True)]
-            return end.choice, dict(zip(self.layers, columns, strict=True))
-        plan = choose(probs, spans, end.policy, heads, self.together, self.over_ranks)
+            drop = [layer for layer in layers if end.choice.dead[layer.group]]
+            return end.choice, {layer.name: self._choose_again(layer, ending) for layer in drop}
+        probs = torch.stack([self._score(layer, ending) for layer in layers])
+        spans = spans_of(end.images, end.length).to(probs.device)
+        plan = choose(probs, spans, end.policy, layers[0].kv_heads, self.together, self.over_ranks)
         choice = summary(plan, spans, self.block_size, self.together)
-        columns = [
-            row[:, self.block_size * choice.dead[layer.group] - end.length :]
-            for row, layer in zip(plan.columns, layers, strict=True)
-        ]
+        kept = [end.length - self.block_size * choice.dead[layer.group] for layer in layers]
+        columns = (row[:, -count:] for row, count in zip(plan.columns, kept, strict=True))
         return choice, dict(zip(self.layers, columns, strict=True))
+
+    def _choose_again(self, layer: Layer, ending: Ending) -> Tensor:
+        """Columns (Hkv, K) of one layer of a request that was preempted, found once a step."""
+        end, choice = ending.end, ending.end.choice
+        assert choice is not None
+        if layer.name not in ending.columns:
+            index = list(self.layers).index(layer.name)
+            probs = self._score(layer, ending)
+            spans = spans_of(end.images, end.length).to(probs.device)
+            ending.columns[layer.name] = choose_again(
+                probs, spans, end.policy, layer.kv_heads, choice.rates[index], choice.kept[index]
+            )
+        return ending.columns[layer.name]
+
+    def _score(self, layer: Layer, ending: Ending) -> Tensor:
+        """(H, N) float32 attention of the last prompt token."""
+        query, blocks = ending.queries[layer.name], self._blocks(layer, ending)
+        return layer.score(query, blocks, ending.end.length)
 
     def _compact(
         self,
@@ -187,19 +193,13 @@ class WorkerSide:
         assert choice is not None, "only what was preempted after its prompt has a tail"
         if not choice.dead[layer.group]:
             return
-        blocks = self._blocks(layer, ending)
-        index = list(self.layers).index(layer.name)
-        probs = layer.score(ending.queries[layer.name], blocks, end.length)[None]
-        spans = spans_of(end.images, end.length).to(probs.device)
-        only = slice(index, index + 1)
-        kept = choose_again(probs, spans, end.policy, layer.kv_heads, choice, only)[0]
-        ending.columns[layer.name] = kept
+        kept = self._choose_again(layer, ending)
         tail = torch.arange(end.length, end.end, device=kept.device)
-        keys, values = layer.gather(blocks, torch.cat([kept, tail.expand(len(kept), -1)], 1))
-        first, new = ending.last + 1, len(tail)
-        seen = torch.ones(new, keys.shape[1], dtype=torch.bool, device=kept.device)
-        seen = seen.tril(keys.shape[1] - new)[None, None]
+        columns = torch.cat([kept, tail.expand(len(kept), -1)], 1)
+        keys, values = layer.gather(self._blocks(layer, ending), columns)
+        first, new, held = ending.last + 1, len(tail), keys.shape[1]
+        seen = torch.ones(new, held, dtype=torch.bool, device=kept.device).tril(held - new)
         asked = query[first : first + new].transpose(0, 1)[None]
-        out = attend(asked, keys[None], values[None], seen, layer.scale, layer.softcap)
+        out = attend(asked, keys[None], values[None], seen[None, None], layer.scale, layer.softcap)
         rows = output[first : first + new]
         rows.copy_(out[0].transpose(0, 1).reshape(rows.shape))
