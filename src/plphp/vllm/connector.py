@@ -50,6 +50,7 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
             share = options.share_prefix and vllm_config.cache_config.enable_prefix_caching
             self.scheduler = SchedulerSide(options, self.block_size, share)
             logger.info("pruning images with %s", options)
+            logger.warning("PLPHPConnector has been run with vLLM's CPU backend only, on no GPU")
 
     # In the scheduler's process
 
