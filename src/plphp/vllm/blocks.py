@@ -1,7 +1,8 @@
 """Cache groups of few layers, and what they do with the blocks of a pruned prompt.
 
 Touches: vLLM's KVCacheSpec and single-type manager, because only they decide which layers share a
-block table and when its blocks are returned.
+block table and when its blocks are returned; and its coordinator, because asking every group about
+every request in every step would take milliseconds.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class PromptBlocks:
 class LayerBlocks(FullAttentionManager):
     """Blocks of one cache group. `prompts` is shared by all groups and owned by the scheduler side.
 
-    Running requests take a short way: with a group a layer, vLLM asks 28 managers where it used to
-    ask one.
+    reserved: request -> fresh blocks, while the step that ends its prompt runs
+    done: requests whose prompts have been pruned
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -67,21 +68,15 @@ class LayerBlocks(FullAttentionManager):
         *args: Any,
         **kwargs: Any,
     ) -> int:
-        held = self.req_to_blocks.get(request_id)
-        reserve = self._to_reserve(request_id, num_tokens)
-        if held and not new_computed_blocks:
-            more: int = -(-num_tokens // self.block_size) - len(held)
-            return max(more, 0) + reserve
         needed: int = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **kwargs
         )
-        return needed + reserve
+        return needed + self.to_reserve(request_id, num_tokens)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        reserve = self._to_reserve(request_id, num_tokens)
-        if reserve:
+        if reserve := self.to_reserve(request_id, num_tokens):
             self.reserved[request_id] = self.block_pool.get_new_blocks(reserve)
         new: list[KVCacheBlock] = super().allocate_new_blocks(
             request_id, num_tokens, num_tokens_main_model
@@ -90,15 +85,8 @@ class LayerBlocks(FullAttentionManager):
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Offer full blocks to later prompts: of a pruned prompt only what was there before."""
-        prompt = self.prompts.get(request.request_id)
-        if prompt is not None:
-            if prompt.fresh is None:
-                return
-            num_tokens = min(num_tokens, prompt.length)
-        super().cache_blocks(request, num_tokens, *args, **kwargs)
-
-    def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing leaves a window: blocks go in `drop`."""
+        if num_tokens := self.to_offer(request.request_id, num_tokens):
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.done.discard(request_id)
@@ -118,11 +106,69 @@ class LayerBlocks(FullAttentionManager):
         # The last of a prompt first, so that its beginning stays longest in the prefix cache.
         self.block_pool.free_blocks(reversed(free))
 
-    def _to_reserve(self, request_id: str, num_tokens: int) -> int:
+    def to_offer(self, request_id: str, num_tokens: int) -> int:
+        """Of so many computed tokens, those that the prefix cache may have."""
+        prompt = self.prompts.get(request_id)
+        if prompt is None:
+            return num_tokens
+        return 0 if prompt.fresh is None else min(num_tokens, prompt.length)
+
+    def to_reserve(self, request_id: str, num_tokens: int) -> int:
+        """Fresh blocks that a request needs beside those of its table, to get to so many tokens."""
         prompt = self.prompts.get(request_id)
         if prompt is None or not prompt.fresh or num_tokens < prompt.length:
             return 0
         return 0 if request_id in self.done or request_id in self.reserved else prompt.fresh
+
+
+class Lockstep:
+    """vLLM's coordinator, for groups whose block tables always have the same length.
+
+    What the first group needs, all need, and in most steps that is nothing.
+    """
+
+    def __init__(self, coordinator: Any) -> None:
+        self.coordinator = coordinator
+        self.first: LayerBlocks = coordinator.single_type_managers[0]
+        self.groups = len(coordinator.single_type_managers)
+        self.nothing: tuple[list[KVCacheBlock], ...] = tuple([] for _ in range(self.groups))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.coordinator, name)
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, new_computed_blocks: Any, *args: Any, **kwargs: Any
+    ) -> int:
+        if self._has_room(request_id, num_tokens) and not any(new_computed_blocks):
+            return 0
+        needed: int = self.coordinator.get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, **kwargs
+        )
+        return needed
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> tuple[list[KVCacheBlock], ...]:
+        if self._has_room(request_id, num_tokens):
+            return self.nothing
+        new: tuple[list[KVCacheBlock], ...] = self.coordinator.allocate_new_blocks(
+            request_id, num_tokens, *args, **kwargs
+        )
+        return new
+
+    def cache_blocks(self, request: Any, num_computed_tokens: int) -> None:
+        request_id, first = request.request_id, self.first
+        full = first.to_offer(request_id, num_computed_tokens) // first.block_size
+        if full > first.num_cached_block.get(request_id, 0):
+            self.coordinator.cache_blocks(request, num_computed_tokens)
+
+    def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing leaves a window: blocks go in `LayerBlocks.drop`."""
+
+    def _has_room(self, request_id: str, num_tokens: int) -> bool:
+        held = self.first.req_to_blocks.get(request_id)
+        room = held is not None and len(held) * self.first.block_size >= num_tokens
+        return room and not self.first.to_reserve(request_id, num_tokens)
 
 
 def register() -> None:

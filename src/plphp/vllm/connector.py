@@ -57,6 +57,7 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         self._scheduler.bind(kv_cache_manager.coordinator.single_type_managers)
+        kv_cache_manager.coordinator = blocks.Lockstep(kv_cache_manager.coordinator)
 
     def on_new_request(self, request: Any) -> None:
         self._scheduler.add(request)
