@@ -158,6 +158,15 @@ def generate(llm: LLM, requests: list[Request]) -> list[Any]:
     return llm.chat(chats, [request.sampling for request in requests], use_tqdm=False)
 
 
+def prompt(llm: LLM, request: Request) -> dict[str, Any]:
+    """What an engine's `add_request` takes."""
+    content = [{"type": "image"} for _ in request.images]
+    talk = [{"role": "user", "content": [*content, {"type": "text", "text": request.question}]}]
+    text = llm.get_tokenizer().apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    data = {"multi_modal_data": {"image": list(request.images)}} if request.images else {}
+    return {"prompt": text} | data
+
+
 def same(output: Any, expected: Answer) -> bool | None:
     """Whether tokens are equal; None where they part at a near tie."""
     found = list(output.outputs[0].token_ids)

@@ -121,7 +121,7 @@ def test_soak_leaves_nothing_behind(share: bool) -> None:
         share_prefix=share,
     ) as llm:
         engine, added, ended, before = llm.llm_engine, 0, 0, serving.free_blocks(llm)
-        prompts = llm.preprocess_chat([kind.chat for kind in kinds])
+        prompts = [serving.prompt(llm, kind) for kind in kinds]
         alive: list[str] = []
         while ended < SOAK:
             while added < SOAK and len(alive) < 12:

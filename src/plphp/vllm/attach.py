@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from plphp.errors import UnsupportedModelError
 from plphp.vllm import blocks
+from plphp.vllm.checks import check_modes
 from plphp.vllm.layout import READERS
 from plphp.vllm.options import read_options
 from plphp.vllm.worker import WorkerSide
@@ -25,16 +26,18 @@ from plphp.vllm.worker import WorkerSide
 def attach(layer: Any, spec: Any, vllm_config: Any) -> blocks.LayerSpec:
     """Hook one decoder layer, an Attention, and give it a cache group of few layers.
 
-    Raises UnsupportedModelError for a layer that cannot have one.
+    Raises UnsupportedModelError for a layer that cannot have one, UnsupportedModeError for a mode
+    that cannot be pruned in.
     """
     name = layer.layer_name
+    options = read_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    check_modes(vllm_config, options)
     _check(layer, spec)
     if not issubclass(layer.attn_backend, Shifted):
         layer.attn_backend = shifted_backend(layer.attn_backend)
         layer.impl.forward = watched(name, layer.impl.forward)
     blocks.register()
-    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
-    group = extract_layer_index(name) // read_options(extra).layers_per_group
+    group = extract_layer_index(name) // options.layers_per_group
     given = {field.name: getattr(spec, field.name) for field in fields(spec)}
     return blocks.LayerSpec(group=group, **given)
 
