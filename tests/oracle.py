@@ -8,7 +8,7 @@ token is hidden by -inf in its layer, row and KV head, from the first decoding s
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -216,7 +216,7 @@ class Numbers:
     budget: str = "image"  # or "global": one top-k over all images of a row
     gqa: str = "mean"  # or "max", over the query heads of a KV head
     min_tokens: int = 0  # the least that is kept of each image
-    round_to: int = 1  # the kept length, text included, becomes a multiple of it
+    round_to: int = 1  # the number of dropped tokens becomes a multiple of it
 
 
 @dataclass(frozen=True)
@@ -252,12 +252,10 @@ def select(
     num_kv_heads: int,
     whole: Collection[int] = (),
     keyless: Collection[int] = (),
-    gone: Sequence[int] = (),
 ) -> Selection:
     """`probabilities` and `spans` in columns of the padded batch.
 
     `whole` layers keep all, of which `keyless` ones have no keys of their own and so no KV heads.
-    `gone`: columns that each layer dropped in earlier turns.
     """
     rows = range(spans.shape[0])
     unpadded = [spans[row, padding(spans[row]) :].tolist() for row in rows]
@@ -265,13 +263,7 @@ def select(
         tuple(
             keep_all(unpadded[row], 0 if index in keyless else num_kv_heads)
             if index in whole
-            else choose(
-                layer[row, :, padding(spans[row]) :],
-                unpadded[row],
-                numbers,
-                num_kv_heads,
-                gone[index] if gone else 0,
-            )
+            else choose(layer[row, :, padding(spans[row]) :], unpadded[row], numbers, num_kv_heads)
             for row in rows
         )
         for index, layer in enumerate(probabilities)
@@ -293,7 +285,7 @@ def keep_all(spans: list[int], num_kv_heads: int) -> RowChoice:
 
 
 def choose(
-    probabilities: Tensor, spans: list[int], numbers: Numbers, num_kv_heads: int, gone: int = 0
+    probabilities: Tensor, spans: list[int], numbers: Numbers, num_kv_heads: int
 ) -> RowChoice:
     """One layer and row, without padding: probabilities [H, N]."""
     p = probabilities.double().tolist()
@@ -308,7 +300,7 @@ def choose(
     for g in range(num_kv_heads):
         heads = p[g * group : (g + 1) * group]
         score = {j: pool([head[j] for head in heads], numbers.gqa) for j in vision}
-        taken, unsure = keep(score, spans, rate, numbers, gone)
+        taken, unsure = keep(score, spans, rate, numbers)
         kept.append(frozenset(taken))
         near.append(frozenset(unsure))
     near_threshold = min(abs(gamma - numbers.alpha), abs(gamma - numbers.beta)) <= TOLERANCE
@@ -332,7 +324,7 @@ def budget(rate: float, size: int) -> int:
 
 
 def keep(
-    score: dict[int, float], spans: list[int], rate: float, numbers: Numbers, gone: int = 0
+    score: dict[int, float], spans: list[int], rate: float, numbers: Numbers
 ) -> tuple[set[int], set[int]]:
     """(kept, near a boundary) of one KV head. Each stage takes the best of what is left."""
     images: dict[int, list[int]] = {}
@@ -354,8 +346,7 @@ def keep(
     else:
         for image in images.values():
             take(image, min(len(image), max(budget(rate, len(image)), numbers.min_tokens)))
-    length = len(spans) - gone - len(score) + len(kept)
-    take(score, -length % numbers.round_to)
+    take(score, (len(score) - len(kept)) % numbers.round_to)
     return kept, near
 
 

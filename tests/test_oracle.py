@@ -223,9 +223,9 @@ def test_min_tokens_is_a_floor_for_every_image() -> None:
 def test_round_to_adds_the_best_dropped_tokens() -> None:
     scores, spans = [0.3, 0.2, 0.1, 0.04, 0.05, 0.02, 0.5], [1, 1, 1, 2, 2, 2, 0]
     assert choose(scores, spans, r=0.3, **FLAT) == [0, 4]
-    assert choose(scores, spans, r=0.3, round_to=3, **FLAT) == [0, 4], "3 with the text"
-    assert choose(scores, spans, r=0.3, round_to=4, **FLAT) == [0, 1, 4]
-    assert choose(scores, spans, r=0.3, round_to=5, **FLAT) == [0, 1, 2, 4]
+    assert choose(scores, spans, r=0.3, round_to=3, **FLAT) == [0, 1, 4], "3 of 6 dropped"
+    assert choose(scores, spans, r=0.3, round_to=4, **FLAT) == [0, 4]
+    assert choose(scores, spans, r=0.3, round_to=2, min_tokens=2, **FLAT) == [0, 1, 3, 4]
     assert choose(scores, spans, r=0.3, round_to=64, **FLAT) == [0, 1, 2, 3, 4, 5]
 
 

@@ -65,6 +65,8 @@ logging.getLogger("plphp").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
+    if name == "vllm":  # a room that is imported with its first use
+        return import_module("plphp.vllm")
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module 'plphp' has no attribute {name!r}")

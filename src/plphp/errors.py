@@ -17,5 +17,9 @@ class UnsupportedTransformersError(PlphpError):
     """The installed transformers lacks a seam that plphp attaches to."""
 
 
+class UnsupportedVllmError(PlphpError):
+    """The installed vLLM is not the version that the plugin was written for."""
+
+
 class InputError(PlphpError, ValueError):
     """What was given cannot be used: a file, a prompt, an option."""

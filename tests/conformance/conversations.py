@@ -156,15 +156,6 @@ def own_spans(talk: Talk, turn: int) -> Tensor:
     return (spans - before).clamp(min=0)
 
 
-def gone(earlier: list[oracle.Earlier]) -> list[int]:
-    """Columns that each layer's KV heads dropped in earlier turns, equally many each."""
-    lost = [
-        [int((spans > 0).sum()) - int((layer[0, :1] >= 0).sum()) for layer in kept]
-        for _, spans, kept in earlier
-    ]
-    return [sum(turns) for turns in zip(*lost, strict=True)]
-
-
 def check_turn(
     talk: Talk, turn: int, earlier: list[oracle.Earlier], family: str, method: Method
 ) -> None:
@@ -178,7 +169,7 @@ def check_turn(
         numbers = replace(truth(family, 0, "three").numbers, **method.options)
         whole = talk.family.whole_layers(len(talk.prompts[0].ids))
         selection = oracle.select(
-            probabilities, spans, numbers, KV_HEADS, whole, talk.family.keyless, gone(earlier)
+            probabilities, spans, numbers, KV_HEADS, whole, talk.family.keyless
         )
         assert not oracle.compare(selection, kept_of(report)).wrong
         assert report.retention < 1 or method.name == "full"

@@ -37,7 +37,7 @@ MinTokens = Annotated[
     int | None, typer.Option("--min-tokens", help="Least tokens kept of each image.")
 ]
 RoundTo = Annotated[
-    int | None, typer.Option("--round-to", help="Raise kept lengths to a multiple.")
+    int | None, typer.Option("--round-to", help="Drop tokens in multiples of this.")
 ]
 Model = Annotated[str, typer.Option("--model", help="'embedded', a local directory, or a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

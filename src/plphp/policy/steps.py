@@ -118,9 +118,9 @@ def select(scores: Tensor, spans: Tensor, quota: Tensor, total: Tensor | None = 
 
 
 def round_up(total: Tensor, spans: Tensor, multiple: int) -> Tensor:
-    """Raise vision totals (B,) until kept length, text included, is a multiple, or all is kept.
+    """Raise vision totals (B,) until what a row drops is a multiple: whole blocks of a paged cache.
 
     total (B,) int64, spans (B, N) -> (B,) int64, never above a row's vision tokens.
     """
-    text, vision = (spans == 0).sum(-1), (spans > 0).sum(-1)
-    return torch.minimum(total + -(text + total) % multiple, torch.maximum(vision, total))
+    dropped = ((spans > 0).sum(-1) - total).clamp(min=0)
+    return total + dropped % multiple

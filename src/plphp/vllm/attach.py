@@ -1,0 +1,119 @@
+"""Hooks on the attention layers of one engine: nothing here changes a class of vLLM's.
+
+Touches: an Attention's `attn_backend`, so that metadata can be shifted, and its `impl.forward`,
+because nothing else of vLLM's sees the queries.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from plphp.errors import UnsupportedModelError
+from plphp.vllm import blocks
+from plphp.vllm.checks import check_modes
+from plphp.vllm.layout import READERS
+from plphp.vllm.options import read_options
+from plphp.vllm.worker import WorkerSide
+
+
+def attach(layer: Any, spec: Any, vllm_config: Any) -> blocks.LayerSpec:
+    """Hook one decoder layer, an Attention, and give it a cache group of few layers.
+
+    Raises UnsupportedModelError for a layer that cannot have one, UnsupportedModeError for a mode
+    that cannot be pruned in.
+    """
+    name = layer.layer_name
+    options = read_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    check_modes(vllm_config, options)
+    _check(layer, spec)
+    if not issubclass(layer.attn_backend, Shifted):
+        layer.attn_backend = shifted_backend(layer.attn_backend)
+        layer.impl.forward = watched(name, layer.impl.forward)
+    blocks.register()
+    group = extract_layer_index(name) // options.layers_per_group
+    given = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    return blocks.LayerSpec(group=group, **given)
+
+
+def _check(layer: Any, spec: Any) -> None:
+    backend = layer.attn_backend.get_name()
+    reasons = {
+        f"its attention backend is {backend}; plphp knows {', '.join(READERS)} so far": (
+            backend not in READERS
+        ),
+        f"it has a cache of kind {type(spec).__name__}, and only full attention can be pruned": (
+            type(spec) is not FullAttentionSpec
+        ),
+        "another layer reads its cache": layer.kv_sharing_target_layer_name is not None,
+        "it has attention sinks": getattr(layer.impl, "sinks", None) is not None,
+        "it has position biases (ALiBi)": getattr(layer.impl, "alibi_slopes", None) is not None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UnsupportedModelError(
+                f"{layer.layer_name} cannot be pruned in vLLM: {reason}; "
+                "start vLLM without PLPHPConnector"
+            )
+
+
+class Shifted:
+    """Marks a backend that was made here."""
+
+
+@functools.cache
+def shifted_backend(base: type[Any]) -> type[Any]:
+    """The backend whose metadata leaves out what was pruned."""
+    builder: type[Any] = base.get_builder_cls()
+
+    class Builder(builder):
+        def build(self, common_prefix_len: int, common: Any, fast_build: bool = False) -> Any:
+            side = worker_side()
+            if side is not None:
+                common = side.shift(side.layers[self.layer_names[0]].group, common)
+            return super().build(common_prefix_len, common, fast_build)
+
+    class Backend(Shifted, base):
+        @staticmethod
+        def get_builder_cls() -> type[Any]:
+            return Builder
+
+    return Backend
+
+
+def watched(name: str, forward: Any) -> Any:
+    """An impl's forward, after which the worker's side sees the queries and the output."""
+
+    @functools.wraps(forward)
+    def watch(
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        result = forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        side = worker_side()
+        if attn_metadata is not None and side is not None:
+            side.watch(name, query, output)
+        return result
+
+    return watch
+
+
+def worker_side() -> WorkerSide | None:
+    """This process's side of the connector, once vLLM has made it."""
+    if not has_kv_transfer_group():
+        return None
+    side: WorkerSide | None = getattr(get_kv_transfer_group(), "worker", None)
+    return side

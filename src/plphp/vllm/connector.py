@@ -1,0 +1,163 @@
+"""PLPHPConnector: what vLLM calls, in the scheduler and beside every model runner.
+
+No keys and values travel: a KV connector is vLLM's public channel between the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vllm
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.logger import init_logger
+
+from plphp.vllm import blocks, checks
+from plphp.vllm.compaction import Layer
+from plphp.vllm.layout import READERS
+from plphp.vllm.messages import Pruned, Step
+from plphp.vllm.metrics import Counts, Prometheus
+from plphp.vllm.options import read_options
+from plphp.vllm.scheduler import SchedulerSide
+from plphp.vllm.worker import WorkerSide
+
+checks.check_version(vllm.__version__)
+logger = init_logger(__name__)
+
+
+class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
+    """Each side's work is in `scheduler` and `worker`; here is only who calls what, and when."""
+
+    requires_kv_delivery = False  # nothing is delivered: blocks are free when a request ends
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        options = read_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        checks.check_modes(vllm_config, options)
+        blocks.register()
+        self.groups = kv_cache_config.kv_cache_groups
+        self.block_size: int = self.groups[0].kv_cache_spec.block_size
+        self.worker: WorkerSide | None = None
+        self.scheduler: SchedulerSide | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            share = options.share_prefix and vllm_config.cache_config.enable_prefix_caching
+            self.scheduler = SchedulerSide(options, self.block_size, share)
+            logger.info("pruning images with %s", options)
+            logger.warning("PLPHPConnector has been run with vLLM's CPU backend only, on no GPU")
+
+    # In the scheduler's process
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._scheduler.bind(kv_cache_manager.coordinator.single_type_managers)
+        kv_cache_manager.coordinator = blocks.Lockstep(kv_cache_manager.coordinator)
+
+    def on_new_request(self, request: Any) -> None:
+        self._scheduler.add(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        pass
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        return self._scheduler.step(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        pruned = connector_output.kv_connector_worker_meta
+        if isinstance(pruned, Pruned):
+            self._scheduler.pruned(pruned)
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return False, self._scheduler.finish(request.request_id)
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return False, self._scheduler.finish(request.request_id)
+
+    @property
+    def _scheduler(self) -> SchedulerSide:
+        assert self.scheduler is not None
+        return self.scheduler
+
+    # Beside a model runner
+
+    def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
+        modules = self._vllm_config.compilation_config.static_forward_context
+        layers = [
+            Layer(
+                name,
+                group,
+                modules[name],
+                READERS[modules[name].attn_backend.get_name()](modules[name]),
+            )
+            for group, spec in enumerate(self.groups)
+            for name in spec.layer_names
+        ]
+        self.worker = WorkerSide(layers, self.block_size, mean_over_ranks)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """vLLM's first call of a step, before it builds attention metadata."""
+        assert self.worker is not None and isinstance(kv_connector_metadata, Step)
+        self.worker.begin(kv_connector_metadata)
+
+    def wait_for_save(self) -> None:
+        """vLLM's call after the forward of a step."""
+        assert self.worker is not None
+        self.worker.finish()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        assert self.worker is not None
+        return self.worker.report()
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        pass
+
+    # Metrics
+
+    def get_kv_connector_stats(self) -> Counts | None:
+        return self.scheduler.counts.take() if self.scheduler else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Counts:
+        return Counts(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> Prometheus:
+        return Prometheus(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Mean over the tensor-parallel ranks, which hold equal shares of every layer's heads."""
+    ranks = get_tensor_model_parallel_world_size()
+    if ranks == 1:
+        return tensor
+    mean: Tensor = tensor_model_parallel_all_reduce(tensor.clone()) / ranks
+    return mean

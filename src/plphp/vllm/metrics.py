@@ -1,0 +1,116 @@
+"""Numbers for /metrics and for the log line that vLLM writes at its usual interval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client import Counter
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+from plphp.policy import LAYER_CLASSES
+from plphp.vllm.messages import Choice
+
+SEEN, KEPT, REFUSED = "seen ", "kept ", "refused "  # prefixes of counters that have a label
+
+
+@dataclass
+class Counts(KVConnectorStats):
+    """Counters since they were last taken, in `data`: name -> number, plain for the wire.
+
+    prompts, unpruned: prompts with images that were pruned, and that asked not to be
+    blocks: cache blocks freed
+    "seen C", "kept C": vision tokens of layers of class C, and those that were kept
+    "refused R": prompts that were left alone for reason R
+    """
+
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def count(self, name: str, number: int = 1) -> None:
+        self.data[name] = self.data.get(name, 0) + number
+
+    def refuse(self, reason: str) -> None:
+        """A prompt that cannot be pruned."""
+        self.count(REFUSED + reason)
+
+    def add(self, choice: Choice, vision: int) -> None:
+        """A pruned prompt with so many vision tokens."""
+        self.count("prompts")
+        self.count("blocks", sum(choice.dead))
+        for kept, layer_class in zip(choice.kept, choice.classes, strict=True):
+            self.count(SEEN + LAYER_CLASSES[layer_class], vision)
+            self.count(KEPT + LAYER_CLASSES[layer_class], kept)
+
+    def take(self) -> Counts | None:
+        """The counters, which start again at zero; None where nothing happened."""
+        if not self.data:
+            return None
+        taken, self.data = self.data, {}
+        return Counts(taken)
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        for name, number in other.data.items():
+            self.count(name, number)
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """The log line: "KV Transfer metrics: PLPHP prompts=12, ..."."""
+        line: dict[str, int | float] = {
+            "PLPHP prompts": self.data.get("prompts", 0),
+            "unpruned": self.data.get("unpruned", 0),
+            "blocks freed": self.data.get("blocks", 0),
+        }
+        for name in LAYER_CLASSES:
+            if seen := self.data.get(SEEN + name, 0):
+                line[f"{name} kept"] = round(self.data[KEPT + name] / seen, 3)
+        refused = {name: n for name, n in self.data.items() if name.startswith(REFUSED)}
+        return line | refused
+
+
+_SERIES = {
+    "prompts": ("vllm:plphp_prompts_pruned", "Prompts whose images were pruned.", None),
+    "unpruned": ("vllm:plphp_prompts_unpruned", "Prompts with images that asked not to be.", None),
+    "blocks": ("vllm:plphp_blocks_freed", "KV cache blocks that pruning gave back.", None),
+    SEEN: ("vllm:plphp_vision_tokens", "Vision tokens of layers, by class.", "layer_class"),
+    KEPT: ("vllm:plphp_vision_tokens_kept", "Those that layers kept, by class.", "layer_class"),
+    REFUSED: ("vllm:plphp_prompts_refused", "Prompts that could not be pruned.", "reason"),
+}
+
+
+class Prometheus(KVConnectorPromMetrics):
+    """The counters on vLLM's own /metrics; retention is kept over seen, per class."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self.series = {
+            prefix: metric_types[Counter](
+                name=name,
+                documentation=text,
+                labelnames=labelnames + ([label] if label else []),
+            )
+            for prefix, (name, text, label) in _SERIES.items()
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        engine = self.per_engine_labelvalues[engine_idx]
+        for name, number in transfer_stats_data.items():
+            prefix = next(p for p in (name, SEEN, KEPT, REFUSED) if name.startswith(p))
+            if prefix in (SEEN, KEPT, REFUSED):
+                self.series[prefix].labels(*engine, name[len(prefix) :]).inc(number)
+            else:
+                self.series[prefix].labels(*engine).inc(number)

@@ -1,0 +1,103 @@
+"""What a server and a request may say, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from plphp.policy import PLPHP
+from plphp.policy.base import check_count
+
+CONNECTOR = "PLPHPConnector"
+SWITCH = "plphp"  # extra_args key that turns pruning on or off for a request
+PREFIX = "plphp."  # extra_args keys that change one option of PLPHP for a request
+
+_TUNABLE = tuple(f.name for f in fields(PLPHP) if f.name != "round_to")
+_SWITCHES = {"on": True, "off": False, True: True, False: False}  # 1 and 0 equal the last two
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a server prunes.
+
+    policy: rates, thresholds and the rest of `PLPHP`; `round_to` is the engine's block size
+    layers_per_group: consecutive layers that share block tables and keep equally many tokens, a
+        divisor of the model's layers; more is cheaper to schedule and keeps more
+    share_prefix: leave the blocks of a prompt in the prefix cache, unpruned, and prune into fresh
+        ones, so that another question on the same images does not read them again
+    on: whether requests that do not say so themselves are pruned
+
+    Raises ValueError, naming the field.
+    """
+
+    policy: PLPHP = field(default_factory=PLPHP)
+    layers_per_group: int = 1
+    share_prefix: bool = True
+    on: bool = True
+
+    def __post_init__(self) -> None:
+        check_count("layers_per_group", self.layers_per_group, 1)
+        for name in ("share_prefix", "on"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.policy.kind != "layer":
+            raise ValueError(
+                f"budget must be 'image' or 'global' in vLLM, got {self.policy.budget!r}"
+            )
+        if self.policy.round_to != 1:
+            raise ValueError("round_to is the engine's block size in vLLM: leave it at 1")
+
+
+def read_options(given: Mapping[str, Any]) -> Options:
+    """The options of `kv_connector_extra_config`. Raises ValueError, naming the option."""
+    own = tuple(f.name for f in fields(Options) if f.name != "policy")
+    for name in given:
+        if name not in (*_TUNABLE, *own):
+            raise ValueError(f"no option {name!r}; there are {', '.join((*_TUNABLE, *own))}")
+    policy = PLPHP(**{name: given[name] for name in _TUNABLE if name in given})
+    return Options(policy, **{name: given[name] for name in own if name in given})
+
+
+def request_policy(options: Options, extra_args: Mapping[str, Any] | None) -> PLPHP | None:
+    """How one request is pruned, or None; `extra_args` as in vLLM's SamplingParams.
+
+    {"plphp": "off"} or {"plphp": "on"}, {"plphp.r": 0.2}; naming an option means on. Raises
+    ValueError, naming the key.
+    """
+    given = extra_args or {}
+    changed = {name[len(PREFIX) :]: given[name] for name in given if name.startswith(PREFIX)}
+    switch = given.get(SWITCH, bool(changed) or options.on)
+    if isinstance(switch, (list, dict)) or switch not in _SWITCHES:
+        raise ValueError(f"{SWITCH} must be 'on' or 'off', got {switch!r}")
+    for name in changed:
+        if name not in _TUNABLE:
+            known = ", ".join(PREFIX + known for known in _TUNABLE)
+            raise ValueError(f"no option {PREFIX + name!r}; there are {known}")
+    if not _SWITCHES[switch]:
+        return None
+    return replace(options, policy=replace(options.policy, **changed)).policy
+
+
+def engine_args(
+    policy: PLPHP | None = None,
+    *,
+    layers_per_group: int = 1,
+    share_prefix: bool = True,
+    on: bool = True,
+) -> dict[str, Any]:
+    """Arguments for `vllm.LLM(model, **engine_args(policy))` and for AsyncEngineArgs.
+
+    Arguments as in `Options`. Raises ValueError, naming the field.
+    """
+    options = Options(policy or PLPHP(), layers_per_group, share_prefix, on)
+    extra = asdict(options)
+    tuned = {name: value for name, value in extra.pop("policy").items() if name in _TUNABLE}
+    return {
+        "async_scheduling": False,
+        "kv_transfer_config": {
+            "kv_connector": CONNECTOR,
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": tuned | extra,
+        },
+    }

@@ -1,0 +1,30 @@
+"""Tests of the vLLM plugin; they run where vLLM is: `make test-vllm`."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+if find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Any:
+    """The embedded model in transformers, float32."""
+    import torch
+
+    from plphp.demo.model import load
+
+    return load(torch.float32)

@@ -1,0 +1,176 @@
+"""Engines that run in the test's process, random requests, and transformers' answers to them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+import plphp
+import plphp.vllm
+from plphp.demo.model import WEIGHTS, Embedded
+
+BLOCK = 32  # the least that vLLM's CPU attention takes
+MARGIN = 1e-3  # logits closer than this may swap places between two implementations
+QUESTIONS = ("describe picture 1.", "describe all pictures.", "what is red in picture 1?", "hello")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, how it is pruned (None: not), and how many tokens it generates."""
+
+    images: tuple[Image.Image, ...]
+    question: str
+    policy: plphp.PLPHP | None
+    tokens: int
+
+    @property
+    def chat(self) -> list[dict[str, Any]]:
+        content = [{"type": "image_pil", "image_pil": image} for image in self.images]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": self.question}]}]
+
+    @property
+    def sampling(self) -> SamplingParams:
+        extra: dict[str, Any] = {"plphp": "off"}
+        if self.policy is not None:
+            names = ("r", "delta_r", "alpha", "beta", "budget", "gqa", "min_tokens")
+            extra = {f"plphp.{name}": getattr(self.policy, name) for name in names}
+        return SamplingParams(
+            temperature=0, max_tokens=self.tokens, min_tokens=self.tokens, extra_args=extra
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What transformers generates: tokens, how sure it was of each, and plphp's report."""
+
+    tokens: list[int]
+    margins: list[float]
+    report: Any
+    length: int
+
+
+def picture(seed: int, most: int = 10) -> Image.Image:
+    """Blotches of 2 to `most` by as many vision tokens, 28 px each."""
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(2, most, 2, endpoint=True)
+    small = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((int(width) * 28, int(height) * 28), Image.NEAREST)
+
+
+def random_requests(count: int, seed: int) -> list[Request]:
+    """0 to 6 images; thresholds around what the model's layers reach, so that classes mix."""
+    rng = random.Random(seed)
+    out = []
+    for _ in range(count):
+        images = tuple(picture(rng.randrange(10**6)) for _ in range(rng.choice((0, 1, 1, 2, 3, 6))))
+        r = rng.choice((0.2, 0.4, 0.5))
+        beta = rng.uniform(0.2, 0.6)
+        policy = plphp.PLPHP(
+            r=r,
+            delta_r=min(r, 0.3),
+            beta=beta,
+            alpha=beta + rng.uniform(0, 0.2),
+            budget=rng.choice(("image", "image", "image", "global")),
+            gqa=rng.choice(("mean", "mean", "max")),
+            min_tokens=rng.choice((0, 0, 3)),
+        )
+        pruned = policy if rng.random() < 0.85 else None
+        out.append(Request(images, rng.choice(QUESTIONS), pruned, rng.randint(4, 24)))
+    return out
+
+
+def answer(embedded: Embedded, request: Request, round_to: int = BLOCK) -> Answer:
+    """plphp on transformers, with lengths rounded as the engine's blocks want them."""
+    inputs = embedded.inputs(request.images, request.question)
+    policy = request.policy or plphp.PLPHP(r=1, delta_r=0)
+    with plphp.prune(embedded.model, replace(policy, round_to=round_to)) as pruning:
+        out = embedded.model.generate(
+            **inputs,
+            max_new_tokens=request.tokens,
+            min_new_tokens=request.tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    length = inputs["input_ids"].shape[1]
+    margins = [float(logits[0].topk(2).values.diff().abs()) for logits in out.logits]
+    return Answer(out.sequences[0, length:].tolist(), margins, pruning.report, length)
+
+
+@contextlib.contextmanager
+def engine(policy: plphp.PLPHP | None = None, **options: Any) -> Iterator[LLM]:
+    """A vLLM engine of the embedded model; `stock=True` for one without pruning."""
+    own = {
+        name: options.pop(name)
+        for name in ("layers_per_group", "share_prefix", "on")
+        if name in options
+    }
+    if not options.pop("stock", False):
+        options |= plphp.vllm.engine_args(policy, **own)
+    defaults: dict[str, Any] = {
+        "model": str(WEIGHTS),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "limit_mm_per_prompt": {"image": 6, "video": 0},
+        "kv_cache_memory_bytes": 64 << 20,
+        "block_size": BLOCK,
+        "seed": 0,
+        "mm_processor_cache_gb": 0,
+    }
+    llm = LLM(**defaults | options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def scheduler_of(llm: LLM) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def free_blocks(llm: LLM) -> int:
+    return scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def state(llm: LLM) -> int:
+    """Entries that the plugin holds for requests, on both sides."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    scheduler, worker = scheduler_of(llm).connector.scheduler, get_kv_transfer_group().worker
+    managers = sum(len(m.done) + len(m.reserved) for m in scheduler.managers)
+    return len(scheduler.prompts) + len(scheduler.blocks) + len(worker.live) + managers
+
+
+def generate(llm: LLM, requests: list[Request]) -> list[Any]:
+    """All requests at once; outputs in their order."""
+    chats = [request.chat for request in requests]
+    return llm.chat(chats, [request.sampling for request in requests], use_tqdm=False)
+
+
+def prompt(llm: LLM, request: Request) -> dict[str, Any]:
+    """What an engine's `add_request` takes."""
+    content = [{"type": "image"} for _ in request.images]
+    talk = [{"role": "user", "content": [*content, {"type": "text", "text": request.question}]}]
+    text = llm.get_tokenizer().apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    data = {"multi_modal_data": {"image": list(request.images)}} if request.images else {}
+    return {"prompt": text} | data
+
+
+def same(output: Any, expected: Answer) -> bool | None:
+    """Whether tokens are equal; None where they part at a near tie."""
+    found = list(output.outputs[0].token_ids)
+    for mine, theirs, margin in zip(found, expected.tokens, expected.margins, strict=True):
+        if mine != theirs:
+            return None if margin < MARGIN else False
+    return True

@@ -1,0 +1,145 @@
+"""Blocks: as many as the formula says while a request runs, and none when all have ended."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import serving
+from vllm import LLM
+
+SOAK = int(os.environ.get("SOAK", "250"))
+
+
+def held_blocks(llm: LLM, requests: list[serving.Request]) -> list[list[tuple[int, list[int]]]]:
+    """Per request, after every step of its answer: tokens computed, blocks held per group."""
+    scheduler = serving.scheduler_of(llm)
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    seen: dict[int, list[tuple[int, list[int]]]] = {}
+    update = scheduler.update_from_output
+
+    def spy(*args: Any) -> Any:
+        out = update(*args)
+        for request in scheduler.running:
+            if request.num_output_tokens:
+                held = [
+                    sum(not block.is_null for block in manager.req_to_blocks[request.request_id])
+                    for manager in managers
+                ]
+                number = int(request.request_id.split("-")[0])
+                seen.setdefault(number, []).append((request.num_computed_tokens, held))
+        return out
+
+    scheduler.update_from_output = spy
+    outputs = serving.generate(llm, requests)
+    scheduler.update_from_output = update
+    return [seen[int(output.request_id)] for output in outputs]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_blocks_in_use_equal_the_formula(share: bool, reference: Any) -> None:
+    requests = serving.random_requests(24, seed=20)
+    with serving.engine(share_prefix=share) as llm:
+        held = held_blocks(llm, requests)
+    freed = 0
+    for request, steps in zip(requests, held, strict=True):
+        report = serving.answer(reference, request).report
+        dead = [
+            (layer.vision[0] - int((layer.kept[0, 0] >= 0).sum())) // serving.BLOCK
+            for layer in report.layers
+        ]
+        freed += sum(dead)
+        for computed, blocks in steps:
+            assert blocks == [-(-computed // serving.BLOCK) - gone for gone in dead]
+    assert freed > 50
+
+
+def preempt(llm: LLM) -> int:
+    """Throw out all running requests between two steps, as a shortage of blocks does."""
+    scheduler = serving.scheduler_of(llm)
+    running = list(scheduler.running)
+    for request in reversed(running):
+        scheduler.running.remove(request)
+        scheduler._preempt_request(request, time.monotonic())
+    scheduler.prev_step_scheduled_req_ids.clear()
+    return len(running)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("chunk", [48, 4096])
+def test_a_resumed_request_goes_on_as_if_nothing_had_happened(
+    chunk: int, share: bool, reference: Any
+) -> None:
+    requests = [replace(r, tokens=20) for r in serving.random_requests(16, seed=30 + chunk)]
+    with serving.engine(share_prefix=share, max_num_batched_tokens=chunk, max_num_seqs=4) as llm:
+        before, scheduler = serving.free_blocks(llm), serving.scheduler_of(llm)
+        schedule, turns, due, thrown = scheduler.schedule, 0, 7, 0
+
+        def sometimes(*args: Any) -> Any:
+            nonlocal turns, due, thrown
+            turns += 1
+            if turns == due:  # ever later, or short chunks would never reach a prompt's end
+                due += turns // 2
+                thrown += preempt(llm)
+            return schedule(*args)
+
+        scheduler.schedule = sometimes
+        outputs = serving.generate(llm, requests)
+        assert thrown > 12
+        assert serving.free_blocks(llm) == before
+    for request, output in zip(requests, outputs, strict=True):
+        assert serving.same(output, serving.answer(reference, request)) is not False
+
+
+def test_a_shortage_of_blocks_changes_no_token(reference: Any) -> None:
+    requests = [replace(r, tokens=24) for r in serving.random_requests(16, seed=40)]
+    with serving.engine(num_gpu_blocks_override=6 * 24, max_model_len=512) as llm:
+        scheduler, thrown = serving.scheduler_of(llm), []
+        original = scheduler._preempt_request
+        scheduler._preempt_request = lambda *a, **k: (thrown.append(1), original(*a, **k))
+        before = serving.free_blocks(llm)
+        outputs = serving.generate(llm, requests)
+        assert thrown
+        assert serving.free_blocks(llm) == before
+    for request, output in zip(requests, outputs, strict=True):
+        assert serving.same(output, serving.answer(reference, request)) is not False
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_soak_leaves_nothing_behind(share: bool) -> None:
+    """Short requests, aborted and preempted at random; SOAK says how many."""
+    rng = random.Random(5)
+    kinds = [replace(r, tokens=rng.randint(1, 6)) for r in serving.random_requests(60, seed=60)]
+    with serving.engine(
+        num_gpu_blocks_override=6 * 40,
+        max_model_len=512,
+        max_num_batched_tokens=256,
+        share_prefix=share,
+    ) as llm:
+        engine, added, ended, before = llm.llm_engine, 0, 0, serving.free_blocks(llm)
+        prompts = [serving.prompt(llm, kind) for kind in kinds]
+        alive: list[str] = []
+        while ended < SOAK:
+            while added < SOAK and len(alive) < 12:
+                kind = rng.randrange(len(kinds))
+                alive.append(str(added))
+                engine.add_request(str(added), prompts[kind], kinds[kind].sampling)
+                added += 1
+            for output in engine.step():
+                if output.finished:
+                    alive.remove(output.request_id)
+                    ended += 1
+            if alive and rng.random() < 0.1:
+                engine.abort_request([alive.pop(rng.randrange(len(alive)))])
+                ended += 1
+            if rng.random() < 0.05:
+                preempt(llm)
+        while engine.has_unfinished_requests():
+            engine.step()
+        engine.step()  # workers hear of the last requests' end with the next step
+        assert serving.free_blocks(llm) == before
+        assert serving.state(llm) == 0

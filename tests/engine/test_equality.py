@@ -1,0 +1,95 @@
+"""Tokens from vLLM equal those of plphp on transformers, in every mode of one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import serving
+from vllm import SamplingParams
+
+import plphp
+
+# name -> options of the engine
+MODES: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "chunks of 48": {"max_num_batched_tokens": 48, "max_num_seqs": 4},
+    "chunks of 97, no prefix cache": {
+        "max_num_batched_tokens": 97,
+        "max_num_seqs": 6,
+        "enable_prefix_caching": False,
+    },
+    "in place": {"share_prefix": False, "max_num_batched_tokens": 256},
+    "blocks of 64": {"block_size": 64},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_equal_transformers(mode: str, reference: Any) -> None:
+    requests = serving.random_requests(40, seed=list(MODES).index(mode))
+    block = MODES[mode].get("block_size", serving.BLOCK)
+    with serving.engine(**MODES[mode]) as llm:
+        before = serving.free_blocks(llm)
+        outputs = serving.generate(llm, requests)
+        assert serving.free_blocks(llm) == before
+    close, classes = 0, set()
+    for request, output in zip(requests, outputs, strict=True):
+        expected = serving.answer(reference, request, round_to=block)
+        found = serving.same(output, expected)
+        assert found is not False, (request, output.outputs[0].token_ids, expected.tokens)
+        close += found is None
+        if request.policy and request.images:
+            told = output.kv_transfer_params["plphp"]
+            assert told["layer_classes"] == [x.layer_class[0] for x in expected.report.layers]
+            assert told["retention"] == pytest.approx(expected.report.retention)
+            classes |= set(told["layer_classes"])
+    assert close <= 1
+    assert len(classes) == 3
+
+
+@dataclass(frozen=True)
+class Together(plphp.PLPHP):
+    """Transformers' side of `layers_per_group`: layers keep as much as the most of their group."""
+
+    group: int = 1
+
+    @property
+    def kind(self) -> str:
+        return "layers"
+
+    def plan_all(self, looks: Any, budget: Any) -> Any:
+        from plphp.policy import steps
+        from plphp.policy.view import pack
+
+        counted = [self.counts(look.rate, look.spans) for look in looks]
+        plans = []
+        for index, (look, (quota, _)) in enumerate(zip(looks, counted, strict=True)):
+            first = index // self.group * self.group
+            most = max(int(total) for _, total in counted[first : first + self.group])
+            keep = steps.select(look.scores, look.spans, quota, quota.new_tensor([most]))
+            plans.append(pack(keep, look.gamma, look.rate, look.classes))
+        return plans
+
+
+@pytest.mark.parametrize("layers", [2, 3, 6])
+def test_layers_that_share_blocks_keep_as_much(layers: int, reference: Any) -> None:
+    requests = [r for r in serving.random_requests(24, seed=50 + layers) if r.policy]
+    with serving.engine(layers_per_group=layers) as llm:
+        assert len(serving.scheduler_of(llm).connector.groups) == 6 // layers
+        outputs = serving.generate(llm, requests)
+    for request, output in zip(requests, outputs, strict=True):
+        options = {name: getattr(request.policy, name) for name in request.policy.__dict__}
+        policy = Together(**options, group=layers)
+        grouped = serving.Request(request.images, request.question, policy, request.tokens)
+        assert serving.same(output, serving.answer(reference, grouped)) is not False
+
+
+def test_keep_all_is_the_stock_engine() -> None:
+    requests = serving.random_requests(12, seed=9)
+    chats, plain = [r.chat for r in requests], SamplingParams(temperature=0, max_tokens=16)
+    with serving.engine(plphp.PLPHP(r=1, delta_r=0)) as llm:
+        mine = llm.chat(chats, plain, use_tqdm=False)
+    with serving.engine(stock=True) as llm:
+        stock = llm.chat(chats, plain, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in mine] == [o.outputs[0].token_ids for o in stock]

@@ -1,0 +1,109 @@
+"""What cannot work is refused when the engine is configured, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import serving
+from prometheus_client import REGISTRY
+from vllm.engine.arg_utils import EngineArgs
+
+import plphp
+from plphp.errors import UnsupportedVllmError
+from plphp.vllm.checks import check_modes, check_version
+from plphp.vllm.options import Options
+
+POLICY = plphp.PLPHP(alpha=0.55, beta=0.45)
+
+
+def config_of(**options: Any) -> Any:
+    """What vLLM makes of its arguments in the process that was started."""
+    return EngineArgs(model=str(serving.WEIGHTS), block_size=32, **options).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"r": 2}, r"r \+ delta_r"),
+        ({"alpha": 0.1, "beta": 0.2}, "beta"),
+        ({"rate": 0.5}, "no option 'rate'"),
+        ({"round_to": 8}, "no option 'round_to'"),
+        ({"budget": 0.2}, "budget"),
+        ({"layers_per_group": 0}, "layers_per_group"),
+        ({"share_prefix": "yes"}, "share_prefix"),
+    ],
+)
+def test_bad_options_stop_before_a_model_is_loaded(extra: dict[str, Any], message: str) -> None:
+    args = plphp.vllm.engine_args()
+    args["kv_transfer_config"]["kv_connector_extra_config"] = extra
+    with pytest.raises(ValueError, match=message):
+        config_of(**args)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "fp8 KV cache"),
+        ({"disable_hybrid_kv_cache_manager": True}, "disable-hybrid"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative decoding",
+        ),
+    ],
+)
+def test_modes_that_cannot_be_pruned_in_are_refused(options: Any, message: str) -> None:
+    config = config_of(**plphp.vllm.engine_args(), **options)
+    with pytest.raises(plphp.UnsupportedModeError, match=message):
+        check_modes(config, Options())
+
+
+def test_asynchronous_scheduling_is_refused() -> None:
+    config = config_of(**plphp.vllm.engine_args())
+    check_modes(config, Options())
+    config.scheduler_config.async_scheduling = True  # what a GPU has by default
+    with pytest.raises(plphp.UnsupportedModeError, match="--no-async-scheduling"):
+        check_modes(config, Options())
+
+
+def test_an_engine_that_cannot_prune_does_not_start() -> None:
+    message = "layers_per_group=4; use a divisor of 6 layers"
+    with pytest.raises(plphp.UnsupportedModeError, match=message):  # noqa: SIM117
+        with serving.engine(layers_per_group=4):
+            pass
+
+
+def test_another_minor_version_is_refused() -> None:
+    check_version("0.32.4")
+    with pytest.raises(UnsupportedVllmError, match=r"vLLM 0\.32, found 0\.33\.0"):
+        check_version("0.33.0")
+
+
+def test_a_request_with_bad_options_is_left_alone_and_counted() -> None:
+    requests = [serving.Request((serving.picture(1),), "describe picture 1.", POLICY, 4)] * 2
+    with serving.engine(disable_log_stats=False) as llm:
+        bad = requests[0].sampling
+        bad.extra_args = {"plphp.r": 7}
+        chats = [request.chat for request in requests]
+        left, pruned = llm.chat(chats, [bad, requests[1].sampling], use_tqdm=False)
+    assert "r + delta_r" in left.kv_transfer_params["plphp"]["refused"]
+    assert "retention" in pruned.kv_transfer_params["plphp"]
+    found = {
+        (sample.name, sample.labels.get("reason"))
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name.startswith("vllm:plphp") and sample.value
+    }
+    assert ("vllm:plphp_prompts_refused_total", "bad options") in found
+    assert ("vllm:plphp_prompts_pruned_total", None) in found
+
+
+def test_one_server_serves_both() -> None:
+    image = (serving.picture(1),)
+    off = serving.Request(image, "describe picture 1.", None, 4)
+    on = serving.Request(image, "describe picture 1.", POLICY, 4)
+    with serving.engine(POLICY, on=False) as llm:
+        quiet, asked = serving.generate(llm, [off, on])
+    assert quiet.kv_transfer_params is None
+    assert asked.kv_transfer_params["plphp"]["retention"] <= 1

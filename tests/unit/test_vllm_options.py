@@ -1,0 +1,70 @@
+"""Options of the vLLM plugin, which need no vLLM to be checked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import plphp
+from plphp.vllm.options import Options, read_options, request_policy
+
+
+def test_a_server_is_told_what_engine_args_says() -> None:
+    policy = plphp.PLPHP(r=0.3, delta_r=0.2, gqa="max", min_tokens=4)
+    args = plphp.vllm.engine_args(policy, layers_per_group=2, share_prefix=False, on=False)
+    transfer = args["kv_transfer_config"]
+    assert transfer["kv_connector"] == "PLPHPConnector"
+    assert read_options(transfer["kv_connector_extra_config"]) == Options(policy, 2, False, False)
+    assert read_options({}) == Options(plphp.PLPHP())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"r": 0.9}, r"r \+ delta_r"),
+        ({"beta": 0.5}, "beta must be at most alpha"),
+        ({"rate": 0.5}, "no option 'rate'"),
+        ({"round_to": 16}, "no option 'round_to'"),
+        ({"budget": 0.4}, "budget must be 'image' or 'global'"),
+        ({"layers_per_group": 0}, "layers_per_group"),
+        ({"share_prefix": 1}, "share_prefix must be true or false"),
+    ],
+)
+def test_bad_options_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_options(given)
+
+
+def test_a_request_may_differ_from_its_server() -> None:
+    options = Options(plphp.PLPHP(r=0.3))
+    assert request_policy(options, None) == options.policy
+    assert request_policy(options, {"plphp": "off"}) is None
+    assert request_policy(options, {"plphp": 0, "plphp.r": 0.4}) is None
+    assert request_policy(options, {"plphp.r": 0.4, "other": 1}) == plphp.PLPHP(r=0.4)
+    quiet = Options(on=False)
+    assert request_policy(quiet, {}) is None
+    assert request_policy(quiet, {"plphp": "on"}) == plphp.PLPHP()
+    assert request_policy(quiet, {"plphp.r": 0.5}) == plphp.PLPHP(r=0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"plphp": "maybe"}, "plphp must be 'on' or 'off'"),
+        ({"plphp": {"r": 0.2}}, "plphp must be 'on' or 'off'"),
+        ({"plphp.rate": 0.2}, "no option 'plphp.rate'"),
+        ({"plphp.r": 3}, r"r \+ delta_r"),
+    ],
+)
+def test_a_requests_bad_options_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        request_policy(Options(), given)
+
+
+def test_options_do_not_import_vllm() -> None:
+    code = "import plphp, sys; plphp.vllm.engine_args(); print('vllm' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
