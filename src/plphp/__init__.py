@@ -22,6 +22,7 @@ from plphp.errors import (
     UnsupportedTransformersError,
 )
 from plphp.policy import PLPHP, policy
+from plphp.recall.options import Recall
 
 if TYPE_CHECKING:
     from plphp.cache import LayerReport, Report
@@ -37,6 +38,7 @@ __all__ = [
     "PlphpError",
     "PrunedCache",
     "Pruning",
+    "Recall",
     "Report",
     "UnsupportedModeError",
     "UnsupportedModelError",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plphp.cache.traffic import RecallReport
 from plphp.policy import LAYER_CLASSES, KeepPlan
 
 
@@ -48,6 +49,7 @@ class Report:
     prompt: (B,) prompt tokens of each row, padding not counted
     images: (B,) images and videos of each row
     notes: what a reader should know: layers left alone, images that could not be told apart
+    recall: what was parked where, None where dropped tokens are gone
     """
 
     layers: tuple[LayerReport, ...]
@@ -56,6 +58,7 @@ class Report:
     prompt: tuple[int, ...]
     images: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    recall: RecallReport | None = None
 
     @property
     def retention(self) -> float:
@@ -75,6 +78,7 @@ class Report:
             "prompt": list(self.prompt),
             "images": list(self.images),
             "notes": list(self.notes),
+            "recall": None if self.recall is None else self.recall.to_dict(),
             "layers": [
                 {
                     "layer": a.layer,
@@ -105,7 +109,8 @@ class Report:
             f"{self.retention:.1%} of vision K/V kept; cache {self.kv_bytes:,} bytes allocated, "
             f"{self.kv_bytes_full:,} for the full prompt"
         )
-        return "\n".join([*rows, *self.notes])
+        recalled = [] if self.recall is None else [str(self.recall)]
+        return "\n".join([*rows, *recalled, *self.notes])
 
 
 def layer_report(layer: int, plan: KeepPlan, spans: Tensor, positions: Tensor) -> LayerReport:

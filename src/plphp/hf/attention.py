@@ -128,11 +128,14 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> Tensor:
     assert layer.store is not None
+    scale, cap = compat.scale(query, kwargs), compat.softcap(module.config, kwargs)
+    if layer.parked is not None:
+        read: Tensor = layer.parked.attend(query, layer.store, scale, cap)  # type: ignore[arg-type]
+        return read.transpose(1, 2).contiguous()
     visible = layer.store.visible(query.shape[2])
     if among is not None and visible is not None:
         old = visible[..., : -among.shape[-1]]
         lead = [max(sizes) for sizes in zip(old.shape[:2], among.shape[:2], strict=True)]
         visible = torch.cat([part.expand(*lead, -1, -1) for part in (old, among)], -1)
-    scale = compat.scale(query, kwargs)
-    output = attend(query, key, value, visible, scale, compat.softcap(module.config, kwargs))
+    output = attend(query, key, value, visible, scale, cap)
     return output.transpose(1, 2).contiguous()

@@ -10,6 +10,7 @@ from plphp.cache import LayerReport, Report, allocated, layer_report, untouched_
 from plphp.hf import compat
 from plphp.hf.cache import PrunedCache
 from plphp.hf.layer import PrunedLayer
+from plphp.hf.recall import recall_report
 from plphp.hf.turn import Turn
 from plphp.policy import SequencePolicy
 
@@ -25,6 +26,7 @@ def build_report(cache: PrunedCache, turn: Turn) -> Report:
         prompt=tuple((counts >= 0).sum(-1).tolist()),
         images=tuple(counts.amax(-1).clamp(min=0).tolist()),
         notes=(*turn.notes, *_notes(cache, turn)),
+        recall=recall_report(cache),
     )
 
 
@@ -67,7 +69,7 @@ def _notes(cache: PrunedCache, turn: Turn) -> list[str]:
         notes.append("nothing was pruned: the prompt has no vision tokens")
     pruned = {index for index, _ in cache.pruned_layers()}
     alone = [index for index in range(_depth(cache)) if index not in pruned]
-    if cache.shared.policy.kind == "layers":
+    if cache.shared.policy.kind == "layers" and cache.shared.recall is None:
         notes.append("planned after the last layer: until then the whole prompt was held")
     if turn.leaving is not None and isinstance(cache.shared.policy, SequencePolicy):
         at = cache.shared.policy.leave_at(len(cache.layers))

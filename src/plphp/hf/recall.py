@@ -1,0 +1,58 @@
+"""Recall inside a cache: parked when a prompt has been read, whole again while the next one is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plphp.cache import KVStore, RecallReport, allocated
+from plphp.errors import UnsupportedModeError
+from plphp.hf.layer import PrunedLayer
+from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, SequencePolicy, policy
+from plphp.recall import Recall, as_recall, park
+
+
+def checked(given: Recall | str | None, chosen: Policy) -> tuple[Recall | None, Policy]:
+    """What recall and which policy a model is attached with.
+
+    A budget of 1 parks nothing: it is the policy that keeps everything.
+    Raises UnsupportedModeError for a policy that ranks no cache, ValueError for bad options.
+    """
+    recall = as_recall(given)
+    if recall is None:
+        return None, chosen
+    if isinstance(chosen, SequencePolicy) or not isinstance(chosen, CachePolicy):
+        raise UnsupportedModeError(
+            f"{type(chosen).__name__} does not rank what a cache holds, which recall needs: take a "
+            "method that prunes the cache, or leave recall out"
+        )
+    return (None, policy("full")) if recall.budget == 1 else (recall, chosen)
+
+
+def park_layer(layer: PrunedLayer, view: LayerView) -> KeepPlan:
+    """Park a layer's vision tokens; returns what its store should be compacted to."""
+    chosen, recall = layer.shared.policy, layer.shared.recall
+    assert isinstance(chosen, CachePolicy) and isinstance(layer.store, KVStore)
+    assert recall is not None
+    if not bool((view.spans > 0).any()):
+        return chosen.plan(view)
+    layer.parked = park(layer.store, chosen.look(view), recall)
+    plan: KeepPlan = layer.parked.plan
+    return plan
+
+
+def recall_report(cache: Any) -> RecallReport | None:
+    """What is where after a prompt; None where nothing is parked."""
+    recall: Recall = cache.shared.recall
+    found = [layer.parked for _, layer in cache.pruned_layers() if layer.parked is not None]
+    if not found:
+        return None
+    return RecallReport(
+        home=recall.home,
+        budget=recall.budget,
+        full=sum(home.full_bytes for home in found),
+        resident=sum(home.resident_bytes for home in found),
+        parked=allocated(x for home in found for x in home.parked()),
+        index=allocated(x for home in found for x in home.tensors()),
+        token_bytes=found[0].token_bytes,
+        fetched=tuple(home.fetched for home in found),
+    )
