@@ -9,8 +9,10 @@ from typing import Any
 from plphp.errors import InputError
 from plphp.hf import calibrate
 from plphp.policy import POLICIES, Policy, policy
+from plphp.recall import HOMES, Recall
 
 PAPER = ":paper"  # a method with its own defaults instead of a budget
+PARKED = "+"  # POLICY+HOME: what the policy drops is parked there; the budget is of device bytes
 CALIBRATED = ":calibrated"  # PLPHP with thresholds from this model's own vision attention
 CONTROLS = ("full", "random", "uniform")  # no result without them
 BUDGETS = (0.6, 0.4, 0.2, 0.1)
@@ -22,6 +24,14 @@ class Setting:
 
     method: str
     budget: float | None
+
+    @property
+    def recall(self) -> Recall | None:
+        """Where the method parks what it drops."""
+        home = self.method.partition(PARKED)[2]
+        if not home:
+            return None
+        return Recall(home) if self.budget is None else Recall(home, self.budget)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         return self.method if self.budget is None else f"{self.method} at {self.budget:g}"
@@ -42,10 +52,14 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
     """
     names = list(dict.fromkeys(_split(methods, "--methods")))
     for name in names:
-        base = name.removesuffix(PAPER)
-        if base not in POLICIES and name != f"plphp{CALIBRATED}":
+        base, _, home = name.removesuffix(PAPER).partition(PARKED)
+        right = base in POLICIES or name == f"plphp{CALIBRATED}"
+        if not right or (home or HOMES[0]) not in HOMES or name.endswith(PARKED):
             known = ", ".join(known_methods())
-            raise InputError(f"--methods: unknown method {name!r}; known are {known}")
+            raise InputError(
+                f"--methods: unknown method {name!r}; known are {known}, and NAME+HOME with recall "
+                f"from {', '.join(HOMES)}"
+            )
     added = [name for name in CONTROLS if name not in names]
     shares = [_share(text) for text in _split(budgets, "--budgets")]
     settings = [FULL]
@@ -67,6 +81,8 @@ def make(setting: Setting, model: Any, samples: Sequence[Mapping[str, Any]] = ()
         # Thresholds fit the mean prompt; the budget then holds for every one, as for the others.
         return replace(calibrate(model, samples, budget=setting.budget), budget=setting.budget)
     name = setting.method.removesuffix(PAPER)
+    if setting.recall is not None:  # its budget is recall's, and the policy's is not asked
+        return policy(name.partition(PARKED)[0])
     return policy(name) if setting.budget is None else policy(name, budget=setting.budget)
 
 

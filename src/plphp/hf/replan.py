@@ -20,6 +20,7 @@ from plphp.errors import UnsupportedModeError
 from plphp.hf.attach import Pruning, prune
 from plphp.hf.cache import PrunedCache
 from plphp.hf.layer import PrunedLayer
+from plphp.hf.recall import park_layer
 from plphp.hf.report import build_report
 from plphp.hf.turn import Turn, slot_positions
 from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, policy
@@ -74,11 +75,12 @@ class Prompt:
         turn = self._turn(pruning)
         cache.layers = [self._layer(index, cache) for index in range(len(self.cache.layers))]
         views = {index: _narrow(view, made.window) for index, view in self.views.items()}
-        for index, plan in _plans(made, views).items():
-            view, layer = views[index], cache.layers[index]
-            assert view.keys is not None and view.values is not None
-            adopt(layer, view.keys, view.values, plan)
+        plans = _plans(made, views) if cache.shared.recall is None else {}
+        for index, view in views.items():
+            layer = cache.layers[index]
+            plan = adopt(layer, view, plans.get(index))
             turn.plans[index] = (plan, view.spans, slot_positions(turn, self.columns))
+        cache.shared.spans = turn.spans
         cache.report = build_report(cache, turn)
         return cache
 
@@ -125,11 +127,14 @@ def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> P
     return Prompt(out.sequences[:, -1:], out.logits[0], int(cache.get_seq_length()), cache)
 
 
-def adopt(layer: PrunedLayer, keys: Tensor, values: Tensor, plan: KeepPlan) -> None:
-    """Make a layer hold what a plan keeps of a prompt's keys and values (B, Hkv, N, D)."""
-    layer.store = KVStore(keys, values, layer.window)
+def adopt(layer: PrunedLayer, view: LayerView, plan: KeepPlan | None) -> KeepPlan:
+    """Make a layer hold what a plan keeps of a prompt; without a plan, what recall lets it keep."""
+    assert view.keys is not None and view.values is not None
+    layer.store = KVStore(view.keys, view.values, layer.window)
+    plan = park_layer(layer, view) if plan is None else plan
     layer.store.compact(plan)
     layer.raw, layer.is_initialized = False, True
+    return plan
 
 
 def _plans(made: Policy, views: dict[int, LayerView]) -> dict[int, KeepPlan]:

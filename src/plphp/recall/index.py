@@ -27,10 +27,10 @@ class KeyIndex:
     basis: Tensor
 
     def scores(self, query: Tensor) -> Tensor:
-        """(B, Hkv, V) in the basis' dtype, for queries (B, H, 1, D); the higher the better."""
+        """(B, Hkv, V) float32 for queries (B, H, 1, D); the higher the better."""
         lead = self.codes.shape[:2]
-        asked = query.reshape(*lead, -1, query.shape[-1]).sum(2, keepdim=True)
-        asked = asked.to(self.basis.dtype) @ self.basis
+        asked = query.reshape(*lead, -1, query.shape[-1]).float().sum(2, keepdim=True)
+        asked = asked @ self.basis.float()
         return (asked @ self.codes.to(asked.dtype))[:, :, 0]
 
     def tensors(self) -> list[Tensor]:
