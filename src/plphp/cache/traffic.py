@@ -11,9 +11,11 @@ class RecallReport:
     """Bytes of the vision tokens of one conversation, over its layers, and the traffic since.
 
     home, budget: as asked for
-    full: keys and values of all vision tokens in the model's dtype, fillers of rows not counted
-    resident: of those that lie on the device in full; parked: allocated for the others and, in main
-        memory, for all; index: allocated on the device to find or to number them
+    full: keys and values of all vision tokens in the model's dtype
+    resident: of those that lie on the device in full; device: of all that lies there, in full, in
+        codes and in the index. These three leave out what fills up unequal rows of a batch
+    parked: allocated for the codes, or in main memory for all vision tokens
+    index: allocated on the device to find or to number them, what fills up rows included
     fetched: tokens that each layer fetched at each step since, all rows and KV heads together; the
         lists go on growing while the answer is written
     token_bytes: what one fetched token moves
@@ -23,6 +25,7 @@ class RecallReport:
     budget: float
     full: int
     resident: int
+    device: int
     parked: int
     index: int
     token_bytes: int = 0
@@ -31,8 +34,7 @@ class RecallReport:
     @property
     def share(self) -> float:
         """Device bytes of vision tokens over those of the full cache; 1 without any."""
-        on_device = self.resident + self.index + (0 if self.home == "host" else self.parked)
-        return on_device / self.full if self.full else 1.0
+        return self.device / self.full if self.full else 1.0
 
     @property
     def steps(self) -> int:
@@ -46,7 +48,7 @@ class RecallReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
-        names = ("home", "budget", "full", "resident", "parked", "index")
+        names = ("home", "budget", "full", "resident", "device", "parked", "index")
         numbers = {name: getattr(self, name) for name in names}
         return {**numbers, "share": self.share, "transferred_per_token": self.transferred}
 

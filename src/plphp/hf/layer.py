@@ -13,7 +13,7 @@ from plphp.cache import KVStore, StaticStore, bucketed
 from plphp.errors import UnsupportedModeError
 from plphp.hf.turn import Turn
 from plphp.policy import Policy
-from plphp.recall import HostHome, Recall
+from plphp.recall import Home, Recall
 
 
 @dataclass
@@ -72,7 +72,7 @@ class PrunedLayer(CacheLayerMixin):
         self.is_sliding = window is not None
         self.store: KVStore | StaticStore | None = None
         self.raw = True
-        self.parked: HostHome | None = None
+        self.parked: Home | None = None
         self.is_compileable = shared.static
         self.home: torch.device | None = None
         self.recent: Tensor | None = None  # the last queries of a prompt that comes in chunks

@@ -49,8 +49,9 @@ def recall_report(cache: Any) -> RecallReport | None:
     return RecallReport(
         home=recall.home,
         budget=recall.budget,
-        full=sum(home.full_bytes for home in found),
-        resident=sum(home.resident_bytes for home in found),
+        full=sum(home.full for home in found),
+        resident=sum(home.resident for home in found),
+        device=sum(home.device for home in found),
         parked=allocated(x for home in found for x in home.parked()),
         index=allocated(x for home in found for x in home.tensors()),
         token_bytes=found[0].token_bytes,

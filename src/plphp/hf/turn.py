@@ -66,7 +66,7 @@ class Turn:
             if mask.shape[1] >= self.end:
                 self.tokens_before = mask[:, : self.begin].sum(-1)
         self.spans = spans if self.earlier is None else self._whole(spans, mask)
-        self.prunes = self.static or bool((spans != 0).any())
+        self.prunes = self.static or bool((self.spans != 0).any())
 
     def _whole(self, spans: Tensor, mask: Tensor | None) -> Tensor:
         """Spans (B, end) of the whole conversation, of which `spans` are the new ones."""

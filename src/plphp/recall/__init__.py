@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from plphp.cache import KVStore
 from plphp.policy import Look
 from plphp.recall.host import HostHome
 from plphp.recall.options import HOMES, Recall, as_recall
+from plphp.recall.quantised import QuantisedHome
 
-__all__ = ["HOMES", "HostHome", "Recall", "as_recall", "park"]
+Home = HostHome | QuantisedHome
+
+__all__ = ["HOMES", "Home", "Recall", "as_recall", "park"]
 
 
-def park(store: KVStore, look: Look, recall: Recall) -> Any:
-    """The home of one layer's vision tokens, which then says what the store may keep."""
-    return HostHome(store, look, recall)
+def park(store: KVStore, look: Look, recall: Recall) -> Home:
+    """The home of one layer's vision tokens, whose `plan` says what the store may keep."""
+    kind = HostHome if recall.home == "host" else QuantisedHome
+    return kind(store, look, recall)

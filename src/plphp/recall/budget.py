@@ -9,15 +9,22 @@ from plphp.policy import KeepPlan, Look, steps
 from plphp.policy.view import pack
 
 
-def affordable(budget: float, tokens: Tensor, unit: int, each: float, fixed: float) -> Tensor:
+def affordable(
+    budget: float,
+    tokens: Tensor,
+    unit: int,
+    each: float,
+    fixed: Tensor,
+    least: int,
+) -> Tensor:
     """(B,) int64: of `tokens` (B,), how many can be held in full.
 
     unit: bytes of a token's key and value in one KV head
-    each: bytes that one more token in full costs; fixed: (B,) or one number, what is spent anyway
-    Never none where there is one: a budget that is too small for it is spent beyond.
+    each: bytes that one more token in full costs; fixed: (B,) what is spent anyway
+    least: how many at any rate, as far as there are so many: then more is spent
     """
     left = budget * unit * tokens.double() - fixed
-    return torch.minimum(torch.floor(left / each).long().clamp(min=1), tokens)
+    return torch.minimum(torch.floor(left / each).long().clamp(min=least), tokens)
 
 
 def plan_within(look: Look, most: Tensor) -> KeepPlan:

@@ -7,17 +7,16 @@ for any more; only what is new crosses the bus.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from plphp.attention import attend
-from plphp.cache import KVStore, allocated
-from plphp.policy import KeepPlan, Look
+from plphp.cache import KVStore
+from plphp.policy import Look
 from plphp.recall.budget import affordable, plan_within
-from plphp.recall.index import build
+from plphp.recall.index import build, index_bytes
 from plphp.recall.options import Recall
+from plphp.recall.slots import at_hand, first_slots, vision_first
 
 
 class HostHome:
@@ -30,6 +29,8 @@ class HostHome:
     plan: what the store should be compacted to: k vision tokens a KV head, then all text
     held: (B, Hkv, k) int16 or int32, which token each of a row's first k slots holds; V in rows
         that have fewer than k
+    full, resident, device: bytes of vision tokens in the full cache, in full on the device, and in
+        all on the device; fillers of unequal rows and what a sliding window needs not counted
     fetched: tokens fetched at each step, all rows and KV heads together
     log: what each head held at each step, like `held`; empty unless recorded
     """
@@ -49,16 +50,20 @@ class HostHome:
         keys, values = (_take(x, order) for x in store.held())
         self.valid = None if bool(valid.all()) else valid
         self.columns = order.int() if store.window is not None else None
-        self.index = build(keys, valid, _rank(recall, keys, values))
+        dim = keys.shape[-1]
+        rank = min(recall.rank or dim // 4, dim)
+        self.index = build(keys, valid, rank)
         self.keys, self.values = to_host(keys), to_host(values)
-        fixed = allocated(self.tensors()) / keys[..., 0, 0].numel()
         number = torch.int16 if keys.shape[2] < 2**15 else torch.int32
         unit = self.token_bytes
-        most = affordable(recall.budget, tokens, unit, unit + number.itemsize, fixed)
+        fixed = index_bytes(tokens, dim, rank)
+        most = affordable(recall.budget, tokens, unit, unit + number.itemsize, fixed, least=1)
         self.plan = vision_first(plan_within(look, most), look.spans)
-        self.held = _at_hand(self.plan, look.spans, most).to(number)
-        self.count = int(most.sum()) * keys.shape[1]
-        self.full = int(tokens.sum()) * keys.shape[1]
+        self.held = at_hand(self.plan, look.spans, most).to(number)
+        heads = keys.shape[1]
+        self.resident, self.full = (int(x.sum()) * heads * unit for x in (most, tokens))
+        numbers = int((fixed + most * number.itemsize).sum()) * heads
+        self.device = self.resident + numbers
         self.every, self.record = recall.every, recall.record
         self.steps = 0
         self.fetched: list[int] = []
@@ -68,16 +73,6 @@ class HostHome:
     def token_bytes(self) -> int:
         """Bytes of one token's key and value."""
         return sum(x.shape[-1] * x.element_size() for x in (self.keys, self.values))
-
-    @property
-    def resident_bytes(self) -> int:
-        """Of vision tokens in full on the device, fillers of rows not counted."""
-        return self.count * self.token_bytes
-
-    @property
-    def full_bytes(self) -> int:
-        """Of all vision tokens, on the device or not, fillers of rows not counted."""
-        return self.full * self.token_bytes
 
     def attend(self, query: Tensor, store: KVStore, scale: float, softcap: float | None) -> Tensor:
         """Attention output (B, H, T, Dv) of the last T columns: each reads what it chooses."""
@@ -131,9 +126,7 @@ class HostHome:
 
     def vision_slots(self, store: KVStore) -> Tensor:
         """(B, Hkv, end) bool: which of a store's slots hold vision tokens."""
-        count = (self.held[:, :1] != self.keys.shape[2]).sum(-1, keepdim=True)
-        slots = torch.arange(store.end, device=count.device) - store.start[:, None, None]
-        return ((slots >= 0) & (slots < count)).expand(-1, self.keys.shape[1], -1)
+        return first_slots(self.held, self.keys.shape[2], store)
 
     def tokens(self, store: KVStore) -> tuple[Tensor, Tensor]:
         """Keys and values (tokens of all rows and heads, D) of every vision token, in order."""
@@ -161,25 +154,17 @@ class HostHome:
         self.held = self.held[rows]
         if same:
             return
-        self.index.take(rows)
+        self.index = self.index.through(lambda x: x[rows])
         self.valid = None if self.valid is None else self.valid[rows]
         self.columns = None if self.columns is None else self.columns[rows]
         self.keys, self.values = (to_host(x[rows.to(x.device)]) for x in (self.keys, self.values))
 
     def move(self, device: torch.device) -> None:
         """Move what lies on the device; what is parked stays in main memory."""
-        self.index.move(device)
+        self.index = self.index.through(lambda x: x.to(device))
         for name in ("valid", "columns", "held", "origin"):
             found = getattr(self, name)
             setattr(self, name, None if found is None else found.to(device))
-
-
-def _rank(recall: Recall, keys: Tensor, values: Tensor) -> int:
-    """Components of the index: what was asked for, less where that took half of the budget."""
-    tokens, dim = keys.shape[2:]
-    size = keys.element_size()
-    allowed = recall.budget * tokens * (dim + values.shape[-1]) * size / 2
-    return max(1, min(recall.rank or dim // 4, dim, int(allowed / (tokens + dim * size))))
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
@@ -203,25 +188,3 @@ def fetch(parked: Tensor, lines: Tensor, device: torch.device) -> Tensor:
     staged = torch.empty(len(lines), parked.shape[1], dtype=parked.dtype, pin_memory=True)
     torch.index_select(parked, 0, lines, out=staged)
     return staged.to(device, non_blocking=True)
-
-
-def vision_first(plan: KeepPlan, spans: Tensor) -> KeepPlan:
-    """The same plan with a row's vision tokens before its text, so that their slots are known."""
-    heads, longest = plan.columns.shape[1:]
-    used = torch.arange(longest, device=spans.device) >= longest - plan.lengths[:, None]
-    vision = (spans > 0)[:, None].expand(-1, heads, -1).gather(2, plan.columns)
-    kind = torch.where(used[:, None], 2 - vision.int(), 0)  # fillers, vision, text
-    order = kind.argsort(dim=-1, stable=True)
-    return replace(plan, columns=plan.columns.gather(2, order))
-
-
-def _at_hand(plan: KeepPlan, spans: Tensor, most: Tensor) -> Tensor:
-    """(B, Hkv, k) int64: which vision token of its row each of the first slots holds."""
-    slots = torch.arange(int(most.max()), device=spans.device)
-    start = plan.columns.shape[-1] - plan.lengths
-    place = (slots + start[:, None])[:, None].expand(-1, plan.columns.shape[1], -1)
-    columns = plan.columns.gather(2, place.clamp(max=plan.columns.shape[-1] - 1))
-    number = (spans > 0).cumsum(-1) - 1
-    held = number[:, None].expand(-1, columns.shape[1], -1).gather(2, columns)
-    tokens = int((spans > 0).sum(-1).max())
-    return held.masked_fill((slots >= most[:, None])[:, None], tokens)

@@ -19,7 +19,8 @@ class Recall:
         and at every step each KV head fetches the tokens that its query looks for.
         "int4", "int2": they stay on the device in 4 or 2 bits and are all read at every step
     budget: device bytes of the vision tokens, index and codes included, over those of the full
-        cache in the model's dtype, above 0 to 1; the same for every layer. 1 parks nothing
+        cache in the model's dtype, above 0 to 1; the same for every layer. 1 parks nothing; with
+        "int4" and "int2", 0 holds nothing in full
     rank: host only: components of a key in the index, 8 bits each; a quarter of the head by default
     every: host only: choose at every so many-th token. 1 is what accuracy wants (docs/recall.md)
     record: keep which tokens every head read at every step, on the CPU, in `PrunedCache.recalled()`
@@ -35,8 +36,8 @@ class Recall:
     def __post_init__(self) -> None:
         check_choice("home", self.home, HOMES)
         check_share("budget", self.budget)
-        if self.budget == 0:
-            raise ValueError("budget must be above 0: recall reads from what it holds")
+        if self.budget == 0 and self.home == "host":
+            raise ValueError("budget must be above 0: a step reads what the device holds")
         if self.rank is not None:
             check_count("rank", self.rank, 1)
         check_count("every", self.every, 1)
