@@ -12,7 +12,9 @@ from plphp.policy import POLICIES, Policy, policy
 from plphp.recall import HOMES, Recall
 
 PAPER = ":paper"  # a method with its own defaults instead of a budget
-PARKED = "+"  # POLICY+HOME: what the policy drops is parked there; the budget is of device bytes
+# POLICY+HOME: what the policy drops is parked there, and the budget is of device bytes. Of
+# full+int4 everything is parked, at whatever that takes: the control of the others.
+PARKED = "+"
 CALIBRATED = ":calibrated"  # PLPHP with thresholds from this model's own vision attention
 CONTROLS = ("full", "random", "uniform")  # no result without them
 BUDGETS = (0.6, 0.4, 0.2, 0.1)
@@ -29,9 +31,7 @@ class Setting:
     def recall(self) -> Recall | None:
         """Where the method parks what it drops."""
         home = self.method.partition(PARKED)[2]
-        if not home:
-            return None
-        return Recall(home) if self.budget is None else Recall(home, self.budget)  # type: ignore[arg-type]
+        return Recall(home, self.budget or 0) if home else None  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         return self.method if self.budget is None else f"{self.method} at {self.budget:g}"
@@ -54,6 +54,7 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
     for name in names:
         base, _, home = name.removesuffix(PAPER).partition(PARKED)
         right = base in POLICIES or name == f"plphp{CALIBRATED}"
+        right = right and name != f"full{PARKED}host"
         if not right or (home or HOMES[0]) not in HOMES or name.endswith(PARKED):
             known = ", ".join(known_methods())
             raise InputError(
@@ -64,7 +65,7 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
     shares = [_share(text) for text in _split(budgets, "--budgets")]
     settings = [FULL]
     for name in [*names, *added]:
-        if name.endswith(PAPER):
+        if name.endswith(PAPER) or name.startswith(f"full{PARKED}"):
             settings.append(Setting(name, None))
         elif name != "full":
             # Everything kept is what "full" stands for.

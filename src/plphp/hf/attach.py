@@ -100,8 +100,8 @@ def prune(
     """
     compat.check_version()
     model = _base(model)
-    recall, policy = checked(recall, PLPHP() if policy is None else policy)
     modules = _prunable(model, vision_mask)
+    recall, policy = checked(recall, PLPHP() if policy is None else policy, model)
     undo = _attach_kind(model, policy, modules)
     pruning = Pruning(model, policy, vision_mask, recall)
     compat.register_attention(pruned_attention)

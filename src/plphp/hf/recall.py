@@ -6,16 +6,18 @@ from typing import Any
 
 from plphp.cache import KVStore, RecallReport, allocated
 from plphp.errors import UnsupportedModeError
+from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer
 from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, SequencePolicy, policy
 from plphp.recall import Recall, as_recall, park
 
 
-def checked(given: Recall | str | None, chosen: Policy) -> tuple[Recall | None, Policy]:
+def checked(given: Recall | str | None, chosen: Policy, model: Any) -> tuple[Recall | None, Policy]:
     """What recall and which policy a model is attached with.
 
     A budget of 1 parks nothing: it is the policy that keeps everything.
-    Raises UnsupportedModeError for a policy that ranks no cache, ValueError for bad options.
+    Raises UnsupportedModeError for a policy that ranks no cache, ValueError for bad options and for
+    a budget that codes of this model's keys and values do not fit.
     """
     recall = as_recall(given)
     if recall is None:
@@ -24,6 +26,16 @@ def checked(given: Recall | str | None, chosen: Policy) -> tuple[Recall | None, 
         raise UnsupportedModeError(
             f"{type(chosen).__name__} does not rank what a cache holds, which recall needs: take a "
             "method that prunes the cache, or leave recall out"
+        )
+    config = compat.text_config(model)
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    least = recall.least_share(dim, model.dtype.itemsize)
+    if 0 < recall.budget < least:
+        raise ValueError(
+            f"budget must be at least {least:.3f} for home={recall.home!r}, the share of this "
+            f"model's vision K/V that its codes take, got {recall.budget}: take fewer bits, "
+            "home='host', or 0 to hold nothing in full"
         )
     return (None, policy("full")) if recall.budget == 1 else (recall, chosen)
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GROUP = 32  # tokens of a channel that share a range
+from plphp.recall.options import GROUP
+
 BLOCK = 64 * GROUP  # tokens that are made numbers again at a time
 
 

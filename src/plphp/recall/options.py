@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 from plphp.policy.base import check_choice, check_count, check_share
 
+GROUP = 32  # tokens of a channel of the keys that share a range, in codes
+
 Home = Literal["host", "int4", "int2"]
 HOMES: tuple[Home, ...] = get_args(Home)
 
@@ -47,6 +49,12 @@ class Recall:
                 and getattr(self, name) != Recall.__dataclass_fields__[name].default
             ):
                 raise ValueError(f"{name} is for home='host': {self.home!r} reads every token")
+
+    def least_share(self, dim: int, itemsize: int) -> float:
+        """What codes take of full keys and values of `dim` components each, as the prompt grows."""
+        if self.bits is None:
+            return 0.0
+        return self.bits / 8 / itemsize + (1 + dim / GROUP) / dim
 
     @property
     def bits(self) -> int | None:
