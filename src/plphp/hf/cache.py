@@ -184,6 +184,12 @@ class PrunedCache(Cache):
 
         return load_cache(model, path)
 
+    def recalled(self) -> list[list[Tensor]]:
+        """What was read of the images at every step; see `plphp.hf.recall.recalled`."""
+        from plphp.hf.recall import recalled
+
+        return recalled(self)
+
     def kv_bytes(self) -> int:
         """Bytes allocated for this cache, counted by storage."""
         return allocated(self.tensors())

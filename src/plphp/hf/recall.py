@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from plphp.cache import KVStore, RecallReport, allocated
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
@@ -69,3 +72,34 @@ def recall_report(cache: Any) -> RecallReport | None:
         token_bytes=found[0].token_bytes,
         fetched=tuple(home.fetched for home in found),
     )
+
+
+def recalled(cache: Any) -> list[list[Tensor]]:
+    """Layer by layer and step by step since the last prompt, what every KV head read of the images.
+
+    Each (B, Hkv, k) int64 on the CPU: row-logical positions of vision tokens, ascending, -1 pads.
+    Empty without `Recall(record=True)`.
+    """
+    spans = cache.shared.spans
+    if spans is None:
+        return []
+    spans = spans.cpu()
+    vision = spans > 0
+    order = vision.int().argsort(dim=-1, descending=True, stable=True)
+    position = ((spans >= 0).cumsum(-1) - 1).masked_fill(~vision, -1).gather(1, order)
+    position = torch.nn.functional.pad(position, (0, 1), value=-1)
+    found = []
+    for _, layer in cache.pruned_layers():
+        log = [] if layer.parked is None else layer.parked.log
+        found.append([_positions(position, held) for held in log])
+    return found
+
+
+def _positions(position: Tensor, held: Tensor) -> Tensor:
+    """held (B, Hkv, k): numbers of vision tokens, what is above all of them for none."""
+    most = int((position >= 0).sum(-1).max())
+    number = held.long().clamp(max=most)
+    where = position[:, None].expand(-1, held.shape[1], -1).gather(2, number)
+    where = where.masked_fill(number == most, position.shape[1])
+    where = where.sort(-1).values
+    return where.masked_fill(where == position.shape[1], -1)
