@@ -78,7 +78,7 @@ def recalled(cache: Any) -> list[list[Tensor]]:
     """Layer by layer and step by step since the last prompt, what every KV head read of the images.
 
     Each (B, Hkv, k) int64 on the CPU: row-logical positions of vision tokens, ascending, -1 pads.
-    Empty without `Recall(record=True)`.
+    Empty without `Recall(record=True)`, and of layers that were left alone.
     """
     spans = cache.shared.spans
     if spans is None:
@@ -89,9 +89,9 @@ def recalled(cache: Any) -> list[list[Tensor]]:
     position = ((spans >= 0).cumsum(-1) - 1).masked_fill(~vision, -1).gather(1, order)
     position = torch.nn.functional.pad(position, (0, 1), value=-1)
     found = []
-    for _, layer in cache.pruned_layers():
-        log = [] if layer.parked is None else layer.parked.log
-        found.append([_positions(position, held) for held in log])
+    for layer in cache.layers:
+        home = getattr(layer, "parked", None)
+        found.append([_positions(position, held) for held in (home.log if home else [])])
     return found
 
 
