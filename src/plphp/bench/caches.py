@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,10 +85,7 @@ def pruned(model: Any, setting: Setting, policy: CachePolicy) -> PrunedCache:
     for index, layer in cache.pruned_layers():
         keys, values = setting.pair(setting.context)
         view = LayerView(probs, spans, setting.shape.kv_heads, index, setting.shape.layers)
-        view = replace(view, keys=keys, values=values)
-        parks = cache.shared.recall is not None
-        adopt(layer, view, None if parks else policy.plan(view))
-    cache.shared.spans = spans
+        adopt(layer, keys, values, policy.plan(view))
     cache.shift = torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)
     return cache
 

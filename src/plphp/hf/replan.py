@@ -75,12 +75,17 @@ class Prompt:
         turn = self._turn(pruning)
         cache.layers = [self._layer(index, cache) for index in range(len(self.cache.layers))]
         views = {index: _narrow(view, made.window) for index, view in self.views.items()}
-        plans = _plans(made, views) if cache.shared.recall is None else {}
-        for index, view in views.items():
-            layer = cache.layers[index]
-            plan = adopt(layer, view, plans.get(index))
-            turn.plans[index] = (plan, view.spans, slot_positions(turn, self.columns))
-        cache.shared.spans = turn.spans
+        if cache.shared.recall is not None:
+            cache.shared.spans = turn.spans
+            found = {index: adopt_parked(cache.layers[index], view) for index, view in views.items()}
+        else:
+            found = _plans(made, views)
+            for index, plan in found.items():
+                keys, values = views[index].keys, views[index].values
+                assert keys is not None and values is not None
+                adopt(cache.layers[index], keys, values, plan)
+        for index, plan in found.items():
+            turn.plans[index] = (plan, views[index].spans, slot_positions(turn, self.columns))
         cache.report = build_report(cache, turn)
         return cache
 
@@ -127,11 +132,18 @@ def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> P
     return Prompt(out.sequences[:, -1:], out.logits[0], int(cache.get_seq_length()), cache)
 
 
-def adopt(layer: PrunedLayer, view: LayerView, plan: KeepPlan | None) -> KeepPlan:
-    """Make a layer hold what a plan keeps of a prompt; without a plan, what recall lets it keep."""
+def adopt(layer: PrunedLayer, keys: Tensor, values: Tensor, plan: KeepPlan) -> None:
+    """Make a layer hold what a plan keeps of a prompt's keys and values (B, Hkv, N, D)."""
+    layer.store = KVStore(keys, values, layer.window)
+    layer.store.compact(plan)
+    layer.raw, layer.is_initialized = False, True
+
+
+def adopt_parked(layer: PrunedLayer, view: LayerView) -> KeepPlan:
+    """Make a layer hold what recall lets it hold of a prompt's keys and values."""
     assert view.keys is not None and view.values is not None
     layer.store = KVStore(view.keys, view.values, layer.window)
-    plan = park_layer(layer, view) if plan is None else plan
+    plan = park_layer(layer, view)
     layer.store.compact(plan)
     layer.raw, layer.is_initialized = False, True
     return plan
