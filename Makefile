@@ -17,13 +17,16 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-all test-oldest test-lmms test-peers test-gpu lint support docs figures accuracy accuracy-page \
-	wheel retrain clean
+	bench bench-gpu bench-page wheel retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
 
+# JOBS processes of one thread each: the tiny models of the tests gain nothing from more.
+JOBS ?= 2
 test: $(VENV)/.installed-dev lint
-	cd $(ROOT) && $(BIN)/python -m pytest -m "not slow and not gpu"
+	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" \
+		-n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -45,6 +48,16 @@ accuracy: $(VENV)/.installed-dev
 
 accuracy-page: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python docs/make_accuracy.py
+
+# What has no result yet is measured (about 20 minutes on 2 quiet cores), then docs/benchmarks.md written.
+bench: $(VENV)/.installed-dev
+	cd $(ROOT) && $(BIN)/python docs/make_benchmarks.py --run
+
+bench-gpu: $(VENV)/.installed-dev
+	cd $(ROOT) && $(BIN)/python docs/make_benchmarks.py --run --gpu
+
+bench-page: $(VENV)/.installed-dev
+	cd $(ROOT) && $(BIN)/python docs/make_benchmarks.py
 
 # Runs every cell of the matrix (about 17 minutes on 2 cores) and writes docs/support.md.
 support: $(VENV)/.installed-dev

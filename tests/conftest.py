@@ -10,3 +10,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import torch
 
 torch.set_num_threads(2)
+
+if not torch.cuda.is_available():
+    # Read when Triton is first imported: kernels run on the CPU, slowly, program after program.
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -22,12 +22,12 @@ from plphp.errors import (
     UnsupportedTransformersError,
 )
 from plphp.policy import PLPHP, policy
-from plphp.recall.options import Recall
 
 if TYPE_CHECKING:
     from plphp.cache import LayerReport, Report
     from plphp.hf import PrunedCache, Pruning, calibrate, prune
     from plphp.models import vision_spans
+    from plphp.recall import Recall
 
 __version__ = "0.1.0"
 
@@ -55,6 +55,7 @@ _LATER = {
     "LayerReport": "plphp.cache",
     "PrunedCache": "plphp.hf",
     "Pruning": "plphp.hf",
+    "Recall": "plphp.recall",
     "Report": "plphp.cache",
     "calibrate": "plphp.hf",
     "prune": "plphp.hf",

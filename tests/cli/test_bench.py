@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import cache_utils
 
-from plphp.bench.caches import TEXT, Schedule, Setting, dynamic, pruned
+from plphp.bench.caches import TEXT, Schedule, Setting, dynamic, pruned, quantized
 from plphp.bench.compare import cache_bytes
-from plphp.bench.run import fits
+from plphp.bench.room import fits
 from plphp.bench.shapes import SHAPES, build, shape_of
 from plphp.bench.steps import Measured, bound_seconds
 from plphp.hf import prune
@@ -28,14 +29,45 @@ def test_a_run_gives_numbers_and_files(run: Any, tmp_path: Path) -> None:
     found = json.loads(done.out)
     assert json.loads((tmp_path / "result.json").read_text()) == found
     stock, own, _ = found["steps"]
-    assert [row["name"] for row in found["steps"]] == ["stock", "pruned", "stock, short"]
+    assert [row["name"] for row in found["steps"]] == ["stock", "pruned", "short"]
     assert stock["over_stock"] == [1, 1, 1]
     assert own["kv_bytes"] < stock["kv_bytes"]
     for row in found["steps"]:
         assert row["bound_ms"] == pytest.approx(row["of_bound"] * row["ms"], rel=0.05)
     assert len(found["attention"]) == 3 and len(found["prefill"]) == 2
+    assert 0 < found["pruning_ms"]["least"] <= found["pruning_ms"]["median"]
+    assert found["prefill"][1]["peak_bytes"] < found["prefill"][0]["peak_bytes"] + 2**22
     assert "| pruned |" in (tmp_path / "result.md").read_text()
     assert (tmp_path / "result.png").stat().st_size > 1000
+
+
+def test_other_ways_have_their_turn(run: Any) -> None:
+    names = ["short", "static", "pruned-static", "vl-cache", "snapkv"]
+    done = run("bench", *SMALL, "--against", ",".join(names), "--keep", ".25", "--json")
+    assert done.code == 0, done.err
+    rows = {row["name"]: row for row in done.json["steps"]}
+    assert list(rows) == ["stock", "pruned", *names]
+    for name in ("pruned", "pruned-static", "vl-cache", "snapkv"):
+        assert rows[name]["kv_bytes"] < 0.6 * rows["stock"]["kv_bytes"], name
+    assert rows["static"]["kv_bytes"] >= rows["stock"]["kv_bytes"]
+
+
+@pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="transformers has no fp8 cache"
+)
+def test_bytes_of_a_quantized_cache_are_counted(setting: Setting) -> None:
+    model = build(setting.shape, setting.dtype, "cpu")
+    whole = cache_bytes(dynamic(model, setting, 200))
+    assert whole / 4 <= cache_bytes(quantized(model, setting, "fp8")) < whole / 4 + 100
+
+
+def test_a_model_of_ones_own(run: Any) -> None:
+    done = run("bench", "--model", "embedded", *SMALL[:-2], "--json")
+    assert done.code == 0, done.err
+    found = done.json
+    assert found["setting"]["shape"]["name"] == "embedded"
+    size = 2 * 6 * 4 * 32 * 4  # keys and values, layers, KV heads, head size, bytes
+    assert found["steps"][0]["kv_bytes"] == 128 * size
 
 
 def test_the_table_names_the_machine_and_what_is_absent(run: Any) -> None:
@@ -52,6 +84,9 @@ def test_the_table_names_the_machine_and_what_is_absent(run: Any) -> None:
         (["--layers", "7"], "1 to 6"),
         (["--keep", "half"], "--keep half"),
         (["--keep", "1.5"], "from 0 to 1"),
+        (["--against", "magic"], "unknown 'magic'"),
+        (["--memory", "much"], "--memory much"),
+        (["--model", "embedded", "--layers", "2"], "a --model is measured whole"),
         (["--shape", "llava-1.5-7b", "--context", "900000"], "GiB and"),
     ],
 )
@@ -101,11 +136,17 @@ def test_shapes_have_the_sizes_of_their_models() -> None:
 
 def test_what_fits_follows_from_the_bytes() -> None:
     shape = SHAPES["llava-1.5-7b"]
-    room = fits(shape, 24 << 30, 0.4, 2)
-    weights = 2 * (shape.parameters + shape.vocabulary * shape.hidden)
-    assert room["full"] == ((24 << 30) - weights) // (2 * 32 * 4096 * 2)
-    assert room["pruned"] / room["full"] == pytest.approx(1 / (0.4 + 0.6 * 2 / 32), rel=1e-3)
-    assert fits(shape, 1 << 30, 0.4, 2) == {"full": 0, "pruned": 0}
+    found = fits(shape, 24 << 30, 0.4, 2, 256, 2)
+    left = (24 << 30) - 2 * (shape.parameters + shape.vocabulary * shape.hidden)
+    token = 2 * 32 * 4096 * 2
+    assert found["context"]["full"] == left // (2 * token)
+    assert found["batch"]["full"] == left // (256 * token)
+    peak = 0.425 + 0.575 * 2 / 32  # kept with its slack, and two layers whole
+    for what in ("context", "batch"):
+        full, less = found[what]["full"], found[what]["pruned"]
+        assert less / full == pytest.approx(1 / peak, rel=0.02)
+    assert fits(shape, 1 << 30, 0.4, 2, 4096, 2)["context"] == {"full": 0, "pruned": 0}
+    assert fits(shape, 24 << 30, 1.0, 2, 4096, 2)["context"]["pruned"] == left // (2 * token)
 
 
 def test_ratios_are_taken_round_by_round(setting: Setting) -> None:

@@ -240,7 +240,12 @@ def test_reported_bytes_are_allocated_ones_at_every_step(recall: plphp.Recall) -
         found = report.recall
         homes = [layer.parked for _, layer in cache.pruned_layers()]
         assert found.parked == allocated(x for home in homes for x in home.parked())
-        assert found.index == allocated(x for home in homes for x in home.tensors())
+        held = allocated(x for home in homes for x in home.tensors())
+        assert held == found.index + (found.parked if recall.bits else 0)
+        stores = (layer.store for _, layer in cache.pruned_layers())
+        assert report.kv_bytes == held + allocated(
+            [cache.shift, *(x for store in stores for x in store.tensors())]
+        )
         assert found.resident <= found.device <= recall.budget * found.full
         before = cache.kv_bytes()
         token = torch.full((1, 1), tiny.SPECIAL)

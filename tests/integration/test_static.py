@@ -61,6 +61,24 @@ def compiled(name: str) -> None:
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("name", ["llava", "idefics2"])
+def test_a_reset_cache_fills_its_buffers_again(name: str) -> None:
+    model, prompts = case(name, prompts=3)
+    with plphp.prune(model, SOME):
+        kept = static(model)
+        places: set[tuple[int, ...]] = set()
+        for turn, inputs in enumerate([*prompts, *prompts]):
+            wanted = model.generate(**inputs, **GREEDY, past_key_values=static(model))
+            assert torch.equal(model.generate(**inputs, **GREEDY, past_key_values=kept), wanted)
+            if turn >= len(prompts):  # they have grown as far as these prompts need
+                places.add(tuple(t.data_ptr() for t in kept.tensors() if t.dim() != 1))
+            size = kept.kv_bytes()
+            kept.reset()
+            assert kept.report is None and kept.get_seq_length() == 0
+        assert len(places) == 1
+        assert kept.kv_bytes() <= size < kept.kv_bytes() + 1000, "buffers that wait are counted"
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_decoding_is_one_graph_for_every_step_and_prompt() -> None:
     compiled("llava")

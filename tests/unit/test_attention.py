@@ -1,6 +1,7 @@
 """Fast paths against the float32 reference, and the reference against a loop."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -48,9 +49,18 @@ def test_reference_is_the_textbook_loop() -> None:
     st.integers(1, 40),
     st.sampled_from(["none", "rows", "heads"]),
     st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(1, 9),
 )
 def test_sdpa_equals_the_reference(
-    seed: int, batch: int, kv: int, groups: int, t: int, s: int, kind: str, dtype: torch.dtype
+    seed: int,
+    batch: int,
+    kv: int,
+    groups: int,
+    t: int,
+    s: int,
+    kind: str,
+    dtype: torch.dtype,
+    threads: int,
 ) -> None:
     q, k, v = (x.to(dtype) for x in tensors(seed, batch, kv, groups, t, s, 8))
     shape = {"none": None, "rows": (batch, 1, t, s), "heads": (batch, kv, t, s)}[kind]
@@ -59,10 +69,20 @@ def test_sdpa_equals_the_reference(
         visible = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.4
         visible[..., -1] = True
     wanted = reference.attend(q.float(), k.float(), v.float(), visible, 0.3)
-    out = sdpa.attend(q, k, v, visible, 0.3)
+    with patch.object(torch, "get_num_threads", lambda: threads):
+        out = sdpa.attend(q, k, v, visible, 0.3)
     assert out.dtype == dtype
     close = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.float(), wanted, atol=close, rtol=close)
+
+
+def test_every_thread_has_a_task_and_heads_stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    cpu = torch.device("cpu")
+    assert [sdpa.parts(tasks, 6, cpu) for tasks in (1, 2, 3, 4, 8, 64)] == [6, 6, 3, 2, 1, 1]
+    assert sdpa.parts(2, 7, cpu) == 7
+    assert sdpa.parts(1, 1, cpu) == 1
+    assert sdpa.parts(1, 6, torch.device("cuda")) == 1
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

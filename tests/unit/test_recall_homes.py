@@ -180,7 +180,7 @@ def test_the_device_holds_what_the_budget_allows(recall: plphp.Recall, dtype: to
     store.compact(home.plan, reserve=0)
     token = 2 * DIM * dtype.itemsize * HEADS
     full = 500 * token
-    on_device = store.tensors() + home.tensors() + (home.parked() if recall.bits else [])
+    on_device = store.tensors() + home.tensors()
     for _ in range(3):
         home.attend(torch.randn(1, HEADS * GROUPS, 1, DIM).to(dtype), store, SCALE, None)
         small = allocated([store.start]) + (0 if recall.bits else allocated([home.origin]))

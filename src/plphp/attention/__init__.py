@@ -1,24 +1,6 @@
-"""HOW tokens are scored and attended. The choice between implementations is made here."""
+"""HOW tokens are scored and attended. The choice between implementations is made in `choose`."""
 
-from __future__ import annotations
-
-from torch import Tensor
-
-from plphp.attention import reference, sdpa
+from plphp.attention.choose import attend, decode_attention
 from plphp.attention.scoring import last_token_probabilities, window_probabilities
 
-__all__ = ["attend", "last_token_probabilities", "window_probabilities"]
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visible: Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-) -> Tensor:
-    """Attention output (B, H, T, Dv) of new tokens over a pruned cache; see `reference.attend`."""
-    if softcap is not None:  # SDPA has no soft-capping
-        return reference.attend(q, k, v, visible, scale, softcap)
-    return sdpa.attend(q, k, v, visible, scale)
+__all__ = ["attend", "decode_attention", "last_token_probabilities", "window_probabilities"]

@@ -19,13 +19,14 @@ def window_probabilities(
     """
     batch, heads, queries, dim = q.shape
     grouped = q.float().reshape(batch, k.shape[1], -1, dim) * scale  # G * W queries of a KV head
-    parts = torch.split(k, BLOCK, dim=2)
-    logits = torch.cat([grouped @ part.float().transpose(2, 3) for part in parts], -1)
+    parts = [grouped @ part.float().transpose(2, 3) for part in torch.split(k, BLOCK, dim=2)]
+    logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
     logits = logits.view(batch, heads, queries, -1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~visible[:, None], -torch.inf)
-    return logits.softmax(-1).masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
+    hidden = ~visible[:, None]
+    probs = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    return probs.masked_fill(hidden.all(-1, keepdim=True), 0.0)
 
 
 def last_token_probabilities(

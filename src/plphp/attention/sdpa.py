@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,12 +11,38 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float
     """Attention output (B, H, T, Dv); arguments as in `reference.attend`.
 
     The G query heads of a KV head become G * T queries of it: keys and values are read once and
-    never repeated.
+    never repeated. Where that leaves threads of a CPU without work they become P * (G / P * T),
+    keys and values being read by P threads.
     """
     batch, heads, queries, dim = q.shape
     groups = heads // k.shape[1]
-    packed = q.reshape(batch, k.shape[1], groups * queries, dim)
-    if visible is not None and visible.shape[2] > 1:
-        visible = visible.repeat(1, 1, groups, 1)
-    out = F.scaled_dot_product_attention(packed, k, v, attn_mask=visible, scale=scale)
+    shares = parts(batch * k.shape[1], groups, q.device)
+    together = groups // shares
+    packed = q.reshape(batch, k.shape[1] * shares, together * queries, dim)
+    if visible is not None:
+        if visible.shape[1] > 1:
+            visible = visible.repeat_interleave(shares, 1)
+        if queries > 1:
+            visible = visible.repeat(1, 1, together, 1)
+    out = F.scaled_dot_product_attention(
+        packed, k, v, attn_mask=visible, scale=scale, enable_gqa=shares > 1
+    )
     return out.reshape(batch, heads, queries, -1)
+
+
+def parts(tasks: int, groups: int, device: torch.device) -> int:
+    """Into how many parts P the G query heads of a KV head are cut, a divisor of G.
+
+    tasks: rows times KV heads. PyTorch's CPU kernel gives a thread to each of them; measured with
+    two threads and one KV head of 8 query heads, P = 2 takes a quarter of the time of P = 1 and
+    half of the time of P = 8, which is what transformers does (dev/LOG.md, 2026-11-23).
+    """
+    if device.type != "cpu":
+        return 1
+    wanted = -(-_threads() // tasks)
+    return next(p for p in range(1, groups + 1) if groups % p == 0 and (p >= wanted or p == groups))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _threads() -> int:
+    return torch.get_num_threads()

@@ -5,18 +5,19 @@ A decode step costs the same whatever the numbers are, and a CPU reads 32k token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from plphp.bench.shapes import Shape
-from plphp.hf import PrunedCache, prune
-from plphp.hf.replan import adopt
+from plphp.cache import bucketed
+from plphp.errors import InputError
+from plphp.hf import PrunedCache
+from plphp.hf.replan import adopt, plans
 from plphp.policy import CachePolicy, LayerView, Look
 from plphp.policy.base import flat_look
 
@@ -59,6 +60,10 @@ class Setting:
         inside = (columns >= 0) & (columns < vision)
         return torch.where(inside, number, 0).expand(self.batch, -1).contiguous()
 
+    def kept(self, rate: float) -> int:
+        """Columns that are left of the prompt where this share of its vision tokens is kept."""
+        return round(rate * (self.context - TEXT)) + TEXT
+
     def pair(self, columns: int) -> tuple[Tensor, Tensor]:
         """Random keys and values (B, Hkv, columns, D) of a layer."""
         size = (self.batch, self.shape.kv_heads, columns, self.shape.head_dim)
@@ -66,51 +71,89 @@ class Setting:
         return drawn, drawn.flip(0, 2)
 
 
+def view(setting: Setting, layer: int, window: int = 1) -> LayerView:
+    """A layer after a prompt, as a policy sees it, with attention that means nothing."""
+    size = (setting.batch, setting.shape.heads, window, setting.context)
+    seen = torch.rand(size, device=setting.device)
+    seen /= seen.sum(-1, keepdim=True)
+    asked = torch.arange(setting.context - window, setting.context, device=setting.device)
+    keys, values = setting.pair(setting.context)
+    return LayerView(
+        seen[:, :, -1],
+        setting.spans(),
+        setting.shape.kv_heads,
+        layer,
+        setting.shape.layers,
+        window=seen,
+        asked=asked.expand(setting.batch, -1),
+        keys=keys,
+        values=values,
+    )
+
+
 def dynamic(model: Any, setting: Setting, columns: int) -> DynamicCache:
     """transformers' own growing cache after a prompt of so many columns."""
-    cache = DynamicCache(config=model.config)
+    return _filled(DynamicCache(config=_text(model)), setting, columns)
+
+
+def quantized(model: Any, setting: Setting, kind: str) -> QuantizedCache:
+    """transformers' own quantized cache, "int4" or "fp8", after the whole prompt."""
+    how: dict[str, Any] = {"backend": "fp8"} if kind == "fp8" else {"backend": "quanto", "nbits": 4}
+    return _filled(QuantizedCache(config=_text(model), **how), setting, setting.context)
+
+
+def static(model: Any, setting: Setting, room: int) -> Callable[[], StaticCache]:
+    """transformers' static cache, its buffers filled again for every turn."""
+    size = bucketed(setting.context + room)
+    cache = StaticCache(config=_text(model), max_cache_len=size)
+
+    def make() -> StaticCache:
+        cache.reset()
+        return _filled(cache, setting, setting.context)
+
+    return make
+
+
+def pruned(
+    model: Any, setting: Setting, policy: CachePolicy, cache: PrunedCache | None = None
+) -> PrunedCache:
+    """The cache that a policy leaves; the model must be attached."""
+    cache = PrunedCache(model) if cache is None else cache
+    indices = [index for index, _ in cache.pruned_layers()]
+    if len(indices) < setting.shape.layers:
+        raise InputError("this model has layers that pruning leaves alone; bench has no row for it")
+    together = policy.kind == "layers"
+    for some in [indices] if together else [[index] for index in indices]:
+        views = {index: view(setting, index, policy.window) for index in some}
+        for index, plan in plans(policy, views).items():
+            seen = views.pop(index)
+            assert seen.keys is not None and seen.values is not None
+            adopt(cache.layers[index], seen.keys, seen.values, plan)
+    cache.shift = torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)
+    return cache
+
+
+def pruned_static(
+    model: Any, setting: Setting, policy: CachePolicy, room: int
+) -> Callable[[], PrunedCache]:
+    """A static pruned cache, its buffers filled again for every turn."""
+    held: list[PrunedCache] = []
+
+    def make() -> PrunedCache:
+        if not held:
+            held.append(PrunedCache(model, max_len=setting.context + room, static=True))
+        held[0].reset()
+        held[0].generating = True  # what follows are steps: nothing is to be read on the host
+        return pruned(model, setting, policy, held[0])
+
+    return make
+
+
+def _filled(cache: Any, setting: Setting, columns: int) -> Any:
     for layer in range(setting.shape.layers):
         cache.update(*setting.pair(columns), layer)
     return cache
 
 
-def pruned(model: Any, setting: Setting, policy: CachePolicy) -> PrunedCache:
-    """The cache that a policy leaves; the model must be attached."""
-    cache = PrunedCache(model)
-    spans = setting.spans()
-    heads = setting.shape.heads
-    probs = torch.zeros(setting.batch, heads, 1, device=setting.device).expand(
-        -1, -1, setting.context
-    )
-    for index, layer in cache.pruned_layers():
-        keys, values = setting.pair(setting.context)
-        view = LayerView(probs, spans, setting.shape.kv_heads, index, setting.shape.layers)
-        adopt(layer, keys, values, policy.plan(view))
-    cache.shift = torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)
-    return cache
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way of decoding: what to attach, and how to make its cache."""
-
-    name: str
-    attach: Callable[[], AbstractContextManager[Any]]
-    make: Callable[[], Any]
-
-
-def contenders(model: Any, setting: Setting, rates: tuple[float, ...]) -> list[Contender]:
-    """The full stock cache, the pruned one, and a stock cache of a prompt as short as that."""
-    policy = Schedule(rates)
-    kept = round(sum(rates) / len(rates) * (setting.context - TEXT)) + TEXT
-
-    @contextmanager
-    def attached() -> Iterator[None]:
-        with prune(model, policy, vision_mask=setting.spans()):
-            yield
-
-    return [
-        Contender("stock", nullcontext, lambda: dynamic(model, setting, setting.context)),
-        Contender("pruned", attached, lambda: pruned(model, setting, policy)),
-        Contender("stock, short", nullcontext, lambda: dynamic(model, setting, kept)),
-    ]
+def _text(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from plphp.cache import Report, allocated
-from plphp.hf import PrunedCache, prune
+from plphp.hf import PrunedCache, compat, prune
 from plphp.policy import Policy
 
 
@@ -138,5 +137,4 @@ def cache_bytes(cache: Any) -> int:
     """Bytes allocated for a cache, ours or one of transformers'."""
     if isinstance(cache, PrunedCache):
         return cache.kv_bytes()
-    pairs = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return allocated(t for t in pairs if isinstance(t, torch.Tensor))
+    return allocated(tensor for layer in cache.layers for tensor in compat.held_tensors(layer))

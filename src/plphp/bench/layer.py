@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from plphp.attention import attend
+from plphp.attention import decode_attention, window_probabilities
 from plphp.bench.caches import Schedule, Setting
 from plphp.bench.machine import synchronize
 from plphp.cache import KVStore
-from plphp.policy import LayerView
+from plphp.policy import PLPHP, LayerView
 
 
 def attention_seconds(
@@ -25,12 +25,12 @@ def attention_seconds(
     """Seconds of a layer's append and attention for one new token, a median each round.
 
     "stock": transformers' DynamicCache and sdpa over all columns; "pruned": what a layer keeps at
-    this rate; "stock, short": transformers' own over a prompt as short as that
+    this rate; "short": transformers' own over a prompt as short as that
     """
     ways: dict[str, Callable[[], Callable[[Tensor, Tensor, Tensor], Any]]] = {
         "stock": lambda: _stock(setting, setting.context),
         "pruned": lambda: _pruned(setting, rate),
-        "stock, short": lambda: _stock(setting, _kept(setting, rate)),
+        "short": lambda: _stock(setting, setting.kept(rate)),
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
@@ -38,6 +38,29 @@ def attention_seconds(
             for name, make in ways.items():
                 found[name].append(_timed(setting, make(), steps))
     return found
+
+
+def pruning_seconds(setting: Setting, rate: float, rounds: int) -> list[float]:
+    """Seconds of scoring, choosing and compacting one layer of a prompt, one a round.
+
+    What pruning adds to a prefill; beside minutes of prompt on a CPU it drowns in their noise.
+    """
+    seconds, policy = [], PLPHP(r=rate, delta_r=0.0)
+    size = (setting.batch, setting.shape.heads, 1, setting.shape.head_dim)
+    query = torch.randn(size, dtype=setting.dtype, device=setting.device)
+    spans = setting.spans()
+    visible = (spans >= 0)[:, None]
+    with torch.inference_mode():
+        for _ in range(rounds + 1):
+            store = KVStore(*setting.pair(setting.context))
+            synchronize(setting.device)
+            start = time.perf_counter()
+            seen = window_probabilities(query, store.keys, visible, query.shape[-1] ** -0.5)
+            view = LayerView(seen[:, :, -1], spans, setting.shape.kv_heads)
+            store.compact(policy.plan(view))
+            synchronize(setting.device)
+            seconds.append(time.perf_counter() - start)
+    return seconds[1:]
 
 
 def _timed(setting: Setting, step: Callable[[Tensor, Tensor, Tensor], Any], steps: int) -> float:
@@ -78,13 +101,7 @@ def _pruned(setting: Setting, rate: float) -> Callable[[Tensor, Tensor, Tensor],
 
     def step(query: Tensor, key: Tensor, value: Tensor) -> Any:
         store.append(key, value)
-        keys, values = store.held()
-        out = attend(query, keys, values, store.visible(1), query.shape[-1] ** -0.5)
+        out = decode_attention(query, store, query.shape[-1] ** -0.5)
         return out.transpose(1, 2).contiguous()
 
     return step
-
-
-def _kept(setting: Setting, rate: float) -> int:
-    spans = setting.spans()[0]
-    return int((spans == 0).sum() + (spans > 0).sum() * rate)

@@ -6,9 +6,9 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def synchronize(device: str) -> None:
 
 
 def bandwidth(device: str, rounds: int = 7) -> float:
-    """Bytes a second that a copy moves, read and written, median of a few."""
+    """Bytes a second that a copy moves, read and written: the best of a few, as a bound is."""
     source = torch.ones(BLOCK // 4, device=device)
     target = torch.empty_like(source)
     seconds = []
@@ -60,18 +60,23 @@ def bandwidth(device: str, rounds: int = 7) -> float:
         target.copy_(source)
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * BLOCK / median(seconds)
+    return 2 * BLOCK / min(seconds)
 
 
 def free_bytes(device: str) -> int | None:
     """Bytes that can still be allocated, None where nobody says."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
+    return _kilobytes("/proc/meminfo", "MemAvailable")
+
+
+def _kilobytes(file: str, entry: str) -> int | None:
+    """Bytes that a file of the kernel's names in kilobytes."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path(file).read_text().splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable")]
+    found = [line.split()[1] for line in lines if line.startswith(f"{entry}:")]
     return int(found[0]) * 1024 if found else None
 
 
@@ -83,6 +88,22 @@ def resident_bytes(device: str) -> int | None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return None
+
+
+def forget_peak(device: str) -> None:
+    """Let `peak_bytes` begin again at what is held now."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: str) -> int | None:
+    """The most bytes held since `forget_peak`: allocated on a GPU, resident in a process."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    return _kilobytes("/proc/self/status", "VmHWM")
 
 
 def energy_meter(device: str) -> tuple[Callable[[], float] | None, str]:

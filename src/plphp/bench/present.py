@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +23,101 @@ def write(found: Shown, out: Path) -> None:
     _draw(found, out / "result.png")
 
 
+def title(found: Shown) -> str:
+    """What was measured, in a line."""
+    setting = found["setting"]
+    shape = setting["shape"]
+    return (
+        f"{shape['name']}, {shape['layers']} layers, {setting['dtype']}, "
+        f"{setting['context']:,} columns x {setting['batch']}, "
+        f"keep {', '.join(f'{rate:g}' for rate in setting['keep'])}"
+    )
+
+
 def markdown(found: Shown) -> str:
     """The tables of a result, with what they were measured on."""
     about, setting = found["about"], found["setting"]
-    shape = setting["shape"]
-    keep = ", ".join(f"{rate:g}" for rate in setting["keep"])
     lines = [
-        f"{shape['name']}, {shape['layers']} layers, {setting['dtype']}, {setting['context']:,} "
-        f"columns x {setting['batch']}, keep {keep}; {setting['rounds']} rounds of "
-        f"{setting['new_tokens']} tokens, A B A B.",
+        f"{title(found)}; {setting['rounds']} rounds of {setting['new_tokens']} tokens, A B A B.",
         "",
         f"{about['machine']}, Python {about['python']}, torch {about['torch']}, transformers "
         f"{about['transformers']}, {about['date']}; copies move {found['copy_gb_s']} GB/s; energy: "
         f"{found['energy']}.",
-        "",
-        "| cache | ms a step | quartiles | over stock | KV bytes | bound ms | of the bound |",
-        "|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {row['name']} | {row['ms']:.2f} | {row['ms_quartiles'][0]:.2f} - "
-        f"{row['ms_quartiles'][1]:.2f} | {_ratio(row)} | {row['kv_bytes']:,} | "
-        f"{row['bound_ms']:.2f} | {row['of_bound']:.0%} |"
-        for row in found["steps"]
-    ]
-    for name, title in (("attention", "cache and attention of all layers"), ("prefill", "prompt")):
-        if found[name]:
-            lines += ["", f"| {title} | ms | over stock |", "|---|---|---|"]
-            lines += [f"| {r['name']} | {r['ms']:.2f} | {_ratio(r)} |" for r in found[name]]
+    for name, (header, rows) in sections(found).items():
+        head = [name if column == header[0] else column for column in header]
+        lines += ["", _line(head), _line(["---"] * len(head)), *map(_line, rows)]
     return "\n".join(lines) + "\n"
+
+
+Rows = tuple[list[str], list[list[str]]]  # the header, then the cells
+
+
+def sections(found: Shown) -> dict[str, Rows]:
+    """Every table of a result: its name, its header, its rows."""
+    made: dict[str, Rows] = {"A decode step": _steps(found["steps"])}
+    made["Cache and attention of all layers, a step"] = _ratios(found["attention"])
+    if found["prefill"]:
+        made["The prompt"] = _ratios(found["prefill"])
+    made["Scoring, choosing and compacting a prompt"] = _pruning(found)
+    made["What fits beside the weights"] = room(
+        found["fits"], found["setting"]["context"], found["setting"]["batch"]
+    )
+    return made
+
+
+def _steps(steps: Sequence[Shown]) -> Rows:
+    header = ["cache", "ms", "over stock", "KV MiB", "bound ms", "of it"]
+    metered = any(row["joules_per_token"] is not None for row in steps)
+    rows = []
+    for row in steps:
+        cells = [row["name"], f"{row['ms']:.2f}", _ratio(row)]
+        cells += [_mebibytes(row["kv_bytes"]), f"{row['bound_ms']:.2f}", f"{row['of_bound']:.0%}"]
+        rows.append([*cells, f"{row['joules_per_token']:.3f}"] if metered else cells)
+    return [*header, "J a token"] if metered else header, rows
+
+
+def _ratios(found: Sequence[Shown]) -> Rows:
+    peaks = "peak_bytes" in found[0]
+    header = ["cache", "ms", "over stock", *(["peak MiB"] if peaks else [])]
+    rows = [[row["name"], f"{row['ms']:.2f}", _ratio(row)] for row in found]
+    if peaks:
+        rows = [
+            [*cells, _mebibytes(row["peak_bytes"])] for cells, row in zip(rows, found, strict=True)
+        ]
+    return header, rows
+
+
+def _pruning(found: Shown) -> Rows:
+    spent = found["pruning_ms"]
+    cells = ["all layers", f"{spent['median']:.2f} ({spent['least']:.2f} - {spent['most']:.2f})"]
+    if not found["prefill"]:
+        return ["", "ms"], [cells]
+    whole = next(row["ms"] for row in found["prefill"] if row["name"] == "stock")
+    return ["", "ms", "of the prompt"], [[*cells, f"{spent['median'] / whole:.2%}"]]
+
+
+def room(fits: Sequence[Shown], context: int, batch: int) -> Rows:
+    """The table of what fits, of rows as `plphp.bench.room.fits` gives them."""
+    header = ["GiB", f"tokens x {batch}, full", "pruned", f"rows of {context:,}, full", "pruned"]
+    return header, [
+        [f"{row['memory_bytes'] / 2**30:g}"]
+        + [f"{row[what][way]:,}" for what in ("context", "batch") for way in ("full", "pruned")]
+        for row in fits
+    ]
+
+
+def _mebibytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**20:,.1f}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _ratio(row: Shown) -> str:
     middle, low, high = row["over_stock"]
-    return f"{middle:.2f} ({low:.2f} - {high:.2f})"
+    return "1" if row["name"] == "stock" else f"{middle:.2f} ({low:.2f} - {high:.2f})"
 
 
 def _draw(found: Shown, path: Path) -> None:

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from plphp.bench import machine
-from plphp.bench.caches import Contender, Schedule, Setting, contenders
-from plphp.bench.layer import attention_seconds
-from plphp.bench.shapes import Shape, needed_bytes
-from plphp.bench.steps import Measured, bound_seconds, race
+from plphp.bench.caches import Setting
+from plphp.bench.layer import attention_seconds, pruning_seconds
+from plphp.bench.room import fits
+from plphp.bench.shapes import needed_bytes
+from plphp.bench.steps import WARM, Measured, bound_seconds, race
+from plphp.bench.ways import DEFAULT, Way, ways
 from plphp.errors import InputError
-from plphp.hf import prune
 
 ATTENTION_STEPS = 20
+MEMORIES = tuple(gib << 30 for gib in (16, 24, 48, 80, 141))
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,16 @@ class Options:
     """rates: a forced share of vision tokens kept a layer, repeated over the layers
     rounds: how often each way has its turn; steps: new tokens of a turn
     prefill: whether the prompt is timed as well, which takes a CPU long
+    against: what else has its turn, see `ways`
+    memories: bytes, for the table of what fits
     """
 
     rates: tuple[float, ...]
     rounds: int
     steps: int
     prefill: bool
+    against: tuple[str, ...] = DEFAULT
+    memories: tuple[int, ...] = MEMORIES
 
 
 def check_memory(setting: Setting) -> None:
@@ -50,11 +56,14 @@ def bench(
     model: Any, setting: Setting, options: Options, advance: Callable[[], None]
 ) -> dict[str, Any]:
     """Everything that one run finds, as plain numbers ready for JSON; times in milliseconds."""
-    ways = contenders(model, setting, options.rates)
+    room = options.steps + WARM
+    chosen = ways(model, setting, options.rates, room, options.against)
     moved = machine.bandwidth(setting.device)
-    found = race(model, setting, ways, options.steps, options.rounds, advance)
+    found = race(model, setting, chosen, options.steps, options.rounds, advance)
+    moved = max(moved, machine.bandwidth(setting.device))  # a bound is the best of the machine
     stock = found[0]
-    prefill = _prefill(model, setting, ways[:2], options) if options.prefill else None
+    read = [way for way in chosen if way.name == "stock" or (way.policy and not way.compiled)]
+    prefill = _prefill(model, setting, read, options.rounds) if options.prefill else None
     return {
         "about": machine.describe(setting.device),
         "setting": _plain(setting, options),
@@ -63,24 +72,15 @@ def bench(
         "steps": [_row(way, stock, setting, moved) for way in found],
         "attention": _attention(setting, options),
         "prefill": prefill,
+        "pruning_ms": _pruning(setting, options),
+        "fits": _fits(setting, options),
     }
-
-
-def fits(shape: Shape, memory: int, rate: float, size: int) -> dict[str, int]:
-    """Tokens of context that fit beside the weights in so many bytes, with and without pruning.
-
-    A pruned prompt holds the kept share of all layers and up to two layers whole while it is read.
-    """
-    table = shape.vocabulary * shape.hidden
-    left = memory - size * (shape.parameters + table)
-    token = shape.kv_bytes(1, size)
-    peak = token * (rate + (1 - rate) * min(2 / shape.layers, 1))
-    return {"full": max(int(left // token), 0), "pruned": max(int(left // peak), 0)}
 
 
 def _plain(setting: Setting, options: Options) -> dict[str, Any]:
     shape = asdict(setting.shape)
-    shape.pop("config")
+    for name in ("config", "head", "weights"):
+        shape.pop(name)
     return {
         "shape": shape,
         "context": setting.context,
@@ -102,6 +102,7 @@ def _row(way: Measured, stock: Measured, setting: Setting, moved: float) -> dict
         "name": way.name,
         "ms": _ms(way.seconds),
         "ms_quartiles": [_ms(low), _ms(high)],
+        "rounds_ms": [_ms(median(steps)) for steps in way.steps],
         "tokens_per_second": round(setting.batch / way.seconds, 3),
         "over_stock": [round(ratio, 3), round(least, 3), round(most, 3)],
         "kv_bytes": way.kv_bytes,
@@ -119,24 +120,41 @@ def _attention(setting: Setting, options: Options) -> list[dict[str, Any]]:
     return _against_stock(found, setting.shape.layers)
 
 
-def _prefill(
-    model: Any, setting: Setting, ways: list[Contender], options: Options
-) -> list[dict[str, Any]]:
-    """The prompt itself, read stock and pruned in turn."""
+def _pruning(setting: Setting, options: Options) -> dict[str, float]:
+    """What pruning adds to the prompt, over all layers: the median and its spread."""
+    rate = sum(options.rates) / len(options.rates)
+    found = pruning_seconds(setting, rate, options.rounds)
+    layers = setting.shape.layers
+    found = [_ms(seconds * layers) for seconds in found]
+    return {"median": median(found), "least": min(found), "most": max(found)}
+
+
+def _prefill(model: Any, setting: Setting, chosen: list[Way], rounds: int) -> list[dict[str, Any]]:
+    """The prompt itself, read stock and pruned in turn; the first turn warms up."""
     ids = torch.ones(setting.batch, setting.context, dtype=torch.int64, device=setting.device)
-    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
-    spans, policy = setting.spans(), Schedule(options.rates)
-    for turn in range(options.rounds + 1):
-        for way in ways:
-            with torch.inference_mode():
-                if way.name == "stock":
-                    spent = _timed(model, ids, setting.device)
-                else:
-                    with prune(model, policy, vision_mask=spans):
-                        spent = _timed(model, ids, setting.device)
-            if turn:  # the first one warms up
+    seconds: dict[str, list[float]] = {way.name: [] for way in chosen}
+    peaks: dict[str, int | None] = {}
+    for turn in range(rounds + 1):
+        for way in chosen:
+            machine.forget_peak(setting.device)
+            held = machine.resident_bytes(setting.device) or 0
+            with way.attach(), torch.inference_mode():
+                spent = _timed(model, ids, setting.device)
+            peak = machine.peak_bytes(setting.device)
+            peaks[way.name] = None if peak is None else max(peak - held, 0)
+            if turn:
                 seconds[way.name].append(spent)
-    return _against_stock(seconds)
+    rows = _against_stock(seconds)
+    return [{**row, "peak_bytes": peaks[row["name"]]} for row in rows]
+
+
+def _fits(setting: Setting, options: Options) -> list[dict[str, Any]]:
+    rate = setting.kept(sum(options.rates) / len(options.rates)) / setting.context
+    size = setting.dtype.itemsize
+    return [
+        fits(setting.shape, memory, rate, size, setting.context, setting.batch)
+        for memory in options.memories
+    ]
 
 
 def _against_stock(found: dict[str, list[float]], times: int = 1) -> list[dict[str, Any]]:

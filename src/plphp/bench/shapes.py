@@ -17,7 +17,11 @@ from plphp.errors import InputError
 
 @dataclass(frozen=True)
 class Shape:
-    """config: the class of the decoder; bias: whether q, k and v have one (Qwen2)"""
+    """The sizes of a decoder.
+
+    config: its class, None for a model that is loaded
+    head, weights: its head size and what a step reads of it, where they do not follow
+    """
 
     name: str
     config: Any
@@ -27,14 +31,18 @@ class Shape:
     kv_heads: int
     intermediate: int
     vocabulary: int
+    head: int | None = None
+    weights: int | None = None
 
     @property
     def head_dim(self) -> int:
-        return self.hidden // self.heads
+        return self.head or self.hidden // self.heads
 
     @property
     def parameters(self) -> int:
         """Weights that a decode step reads: all but the embedding table."""
+        if self.weights is not None:
+            return self.weights
         wide = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         layer = self.hidden * (wide + 3 * self.intermediate)
         return self.layers * layer + self.hidden * self.vocabulary
@@ -66,6 +74,27 @@ def shape_of(name: str, layers: int | None) -> Shape:
     if not 1 <= layers <= shape.layers:
         raise InputError(f"--layers: {name} has 1 to {shape.layers}, not {layers}")
     return replace(shape, layers=layers)
+
+
+def shape_of_model(name: str, model: Any) -> Shape:
+    """The shape of the decoder inside a loaded model."""
+    config = model.config.get_text_config(decoder=True)
+    decoder = model.get_decoder()
+    read = (
+        sum(p.numel() for p in decoder.parameters()) - decoder.get_input_embeddings().weight.numel()
+    )
+    return Shape(
+        name,
+        None,
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.intermediate_size,
+        config.vocab_size,
+        getattr(config, "head_dim", None),
+        read + config.hidden_size * config.vocab_size,
+    )
 
 
 def build(shape: Shape, dtype: torch.dtype, device: str) -> Any:

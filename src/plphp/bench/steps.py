@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from plphp.bench.caches import Contender, Setting
+from plphp.bench.caches import Setting
 from plphp.bench.compare import cache_bytes
 from plphp.bench.machine import energy_meter, resident_bytes, synchronize
+from plphp.bench.ways import Way, stepper
 
 WARM = 2  # steps of every round that are not counted
 
 
 @dataclass
 class Measured:
-    """One contender, over all rounds.
+    """One way, over all rounds.
 
     steps: seconds of each step, by round
     kv_bytes: allocated for the cache before the first step
@@ -56,26 +57,29 @@ class Measured:
 def race(
     model: Any,
     setting: Setting,
-    ways: Sequence[Contender],
+    ways: Sequence[Way],
     new_tokens: int,
     rounds: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Measured]:
-    """Let every contender decode in turn, round after round, each on a fresh cache.
+    """Let every way decode in turn, round after round, each on the cache of a fresh prompt.
 
     advance: called after every turn
     """
     found = [Measured(way.name) for way in ways]
+    forwards = [stepper(model, way, setting) for way in ways]
     for _ in range(rounds):
-        for way, measured in zip(ways, found, strict=True):
+        for way, forward, measured in zip(ways, forwards, found, strict=True):
             with way.attach(), torch.inference_mode():
-                _turn(model, setting, way.make(), new_tokens, measured)
+                _turn(forward, setting, way.make(), new_tokens, measured)
             advance()
     return found
 
 
-def _turn(model: Any, setting: Setting, cache: Any, new_tokens: int, measured: Measured) -> None:
-    """Decode one answer. The cache is all that differs between contenders."""
+def _turn(
+    forward: Callable[..., Any], setting: Setting, cache: Any, new_tokens: int, measured: Measured
+) -> None:
+    """Decode one answer. The cache is all that differs between the ways."""
     token = torch.ones(setting.batch, 1, dtype=torch.int64, device=setting.device)
     measured.kv_bytes = cache_bytes(cache)
     measured.resident = resident_bytes(setting.device)
@@ -88,7 +92,7 @@ def _turn(model: Any, setting: Setting, cache: Any, new_tokens: int, measured: M
         places = torch.full_like(token, position + step)
         synchronize(setting.device)
         start = time.perf_counter()
-        model(input_ids=token, position_ids=places, past_key_values=cache, use_cache=True)
+        forward(input_ids=token, position_ids=places, past_key_values=cache, use_cache=True)
         synchronize(setting.device)
         steps.append(time.perf_counter() - start)
     if meter is not None:

@@ -3,7 +3,7 @@
 from plphp.cache.memory import allocated
 from plphp.cache.report import LayerReport, Report, layer_report, untouched_report
 from plphp.cache.static import StaticStore, bucketed
-from plphp.cache.store import KVStore
+from plphp.cache.store import KVStore, slack
 from plphp.cache.traffic import RecallReport
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "allocated",
     "bucketed",
     "layer_report",
+    "slack",
     "untouched_report",
 ]

@@ -19,7 +19,10 @@ class StaticStore:
 
     keys (B, Hkv, C, D), values (B, Hkv, C, Dv), start (B,), positions as in `KVStore`. Appending
     past C is an error of the caller: `max_len` says how much fits.
+    ragged: true for all that the host knows
     """
+
+    ragged = True
 
     def __init__(self, store: KVStore) -> None:
         """Freeze a compacted store: its buffers are adopted, their unwritten slots zeroed."""
@@ -35,6 +38,22 @@ class StaticStore:
             torch._dynamo.mark_static_address(tensor, guard=False)
             if tensor.dim() > 2:  # layers keep different lengths, and other prompts others
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
+
+    def refill(self, store: KVStore) -> bool:
+        """Take over a compacted store, in these buffers; False where it does not fit them."""
+        pairs = [(self.keys, store.keys), (self.values, store.values)]
+        if self.positions is not None and store.positions is not None:
+            pairs.append((self.positions, store.positions))
+        rows = self.keys.shape[:2] == store.keys.shape[:2]
+        if not rows or self.keys.shape[2] < store.keys.shape[2] or self.window != store.window:
+            return False
+        for mine, theirs in pairs:
+            mine[:, :, : store.end] = theirs[:, :, : store.end]
+            mine[:, :, store.end :] = 0
+        self.start.copy_(store.start)
+        self.end.fill_(store.end)
+        self.logical.fill_(store.logical)
+        return True
 
     def thaw(self) -> KVStore:
         """The same buffers with lengths on the host: two host reads, for the next turn's prompt."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,12 +19,16 @@ from plphp.errors import InputError
 if TYPE_CHECKING:
     from plphp.bench.caches import Setting
     from plphp.bench.run import Options
+    from plphp.bench.shapes import Shape
 
 NOTE = "Random weights: speed and memory only. The vision tower, the same for all, is left out."
 
 
 def bench(
     shape: Annotated[str, typer.Option(help="Real sizes with random weights, or 'tiny'.")] = "tiny",
+    model: Annotated[
+        str | None, typer.Option(help="Instead: 'embedded', a local directory, or a hub id.")
+    ] = None,
     layers: Annotated[
         int | None, typer.Option(help="Only so many layers, where the whole does not fit.")
     ] = None,
@@ -33,9 +38,17 @@ def bench(
     keep: Annotated[
         str, typer.Option(help="Shares of the vision tokens kept, repeated over the layers.")
     ] = ".4",
+    against: Annotated[
+        str,
+        typer.Option(help="Beside stock and pruned: short, static, pruned-static, int4, fp8, or "
+                     "methods such as snapkv; commas between."),
+    ] = "short",
     new_tokens: Annotated[int, typer.Option(min=2, help="Steps of a turn.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each way.")] = 5,
     prefill: Annotated[bool, typer.Option(help="Time the prompt too.")] = False,
+    memory: Annotated[
+        str, typer.Option(help="GiB for the table of what fits.")
+    ] = "16,24,48,80,141",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format.")
     ] = "float32",
@@ -44,21 +57,24 @@ def bench(
         Path | None, typer.Option(help="Directory for result.json, result.md and a picture.")
     ] = None,
     as_json: o.Json = False,
-) -> None:
-    """Decode with the stock cache, the pruned one and a short stock one in turn."""
+) -> None:  # fmt: skip
+    """Decode with the stock cache, the pruned one and others in turn."""
     import torch
 
     from plphp.bench.caches import Setting
-    from plphp.bench.run import Options, check_memory
-    from plphp.bench.shapes import shape_of
+    from plphp.bench.run import Options
+    from plphp.bench.ways import check_names
 
     if gpu and not torch.cuda.is_available():
         raise InputError("--gpu: PyTorch sees no CUDA device here")
-    device = "cuda" if gpu else "cpu"
-    chosen = shape_of(shape, layers)
-    setting = Setting(chosen, context, batch, images, getattr(torch, dtype), device)
-    check_memory(setting)
-    found = _measure(setting, Options(_rates(keep), rounds, new_tokens, prefill), as_json)
+    memories = tuple(int(gib * 2**30) for gib in _numbers(memory, "--memory", "24,80"))
+    names = tuple(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
+    check_names(names)
+    options = Options(_rates(keep), rounds, new_tokens, prefill, names, memories)
+    kind, device = getattr(torch, dtype), "cuda" if gpu else "cpu"
+    loaded, chosen = _chosen(shape, layers, model, dtype, device)
+    setting = Setting(chosen, context, batch, images, kind, device)
+    found = _measure(loaded, setting, options, as_json)
     if out is not None:
         from plphp.bench.present import write
 
@@ -70,69 +86,69 @@ def bench(
     console = stdout()
     for table in _tables(found):
         console.print(table)
-    console.print(f"[dim]{NOTE}[/dim]")
+    if model is None:
+        console.print(f"[dim]{NOTE}[/dim]")
 
 
-def _measure(setting: Setting, options: Options, quiet: bool) -> dict[str, Any]:
+def _chosen(
+    shape: str, layers: int | None, model: str | None, dtype: str, device: str
+) -> tuple[Any, Shape]:
+    """A loaded model with its shape, or none yet and the shape to build."""
+    from plphp.bench.shapes import shape_of, shape_of_model
+
+    if model is None:
+        return None, shape_of(shape, layers)
+    if layers is not None:
+        raise InputError("--layers cuts a --shape; a --model is measured whole")
+    from plphp.inputs import load
+
+    loaded = load(model, dtype, device).model
+    return loaded, shape_of_model(model, loaded)
+
+
+def _measure(loaded: Any, setting: Setting, options: Options, quiet: bool) -> dict[str, Any]:
     from plphp.bench import machine
     from plphp.bench.run import bench as run
+    from plphp.bench.run import check_memory
     from plphp.bench.shapes import build
 
+    check_memory(setting)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=stderr(), disable=quiet, transient=True) as progress:
         task = progress.add_task(f"decoding on {machine.describe(setting.device)['machine']}")
-        model = build(setting.shape, setting.dtype, setting.device)
-        progress.update(task, total=3 * options.rounds)
+        model = loaded or build(setting.shape, setting.dtype, setting.device)
+        progress.update(task, total=(2 + len(options.against)) * options.rounds)
         return run(model, setting, options, lambda: progress.advance(task))
 
 
-def _rates(text: str) -> tuple[float, ...]:
+def _numbers(text: str, option: str, example: str) -> tuple[float, ...]:
     try:
-        rates = tuple(float(part) for part in text.split(","))
+        return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"--keep {text}: not shares, such as .4 or .7,.4,.1") from None
+        raise InputError(f"{option} {text}: not numbers, such as {example}") from None
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    rates = _numbers(text, "--keep", ".4 or .7,.4,.1")
     if not all(0 <= rate <= 1 for rate in rates):
         raise InputError(f"--keep {text}: shares are from 0 to 1")
     return rates
 
 
-def _tables(found: dict[str, Any]) -> list[Table]:
-    setting = found["setting"]
-    title = (
-        f"{setting['shape']['name']}, {setting['shape']['layers']} layers, {setting['dtype']}, "
-        f"{setting['context']:,} columns x {setting['batch']}"
-    )
-    steps = Table(title=f"A decode step: {title}")
-    for name in (
-        "cache", "ms", "quartiles", "over stock", "(range)", "KV bytes", "bound ms", "of bound",
-        "joules/token",
-    ):  # fmt: skip
-        steps.add_column(name, justify="left" if name == "cache" else "right")
-    for row in found["steps"]:
-        middle, low, high = row["over_stock"]
-        steps.add_row(
-            row["name"],
-            f"{row['ms']:.2f}",
-            " - ".join(f"{ms:.2f}" for ms in row["ms_quartiles"]),
-            f"{middle:.2f}",
-            f"{low:.2f} - {high:.2f}",
-            f"{row['kv_bytes']:,}",
-            f"{row['bound_ms']:.2f}",
-            f"{row['of_bound']:.0%}",
-            "absent" if row["joules_per_token"] is None else f"{row['joules_per_token']:.3f}",
-        )
-    steps.caption = f"bound: bytes over {found['copy_gb_s']} GB/s of copies; {found['energy']}"
-    return [steps, *(_short(found, name) for name in ("attention", "prefill") if found[name])]
+def _tables(found: dict[str, Any]) -> Iterator[Table]:
+    """The same rows as in the Markdown of `--out`."""
+    from plphp.bench.present import sections, title
 
-
-def _short(found: dict[str, Any], name: str) -> Table:
-    titles = {"attention": "Cache and attention of all layers, a step", "prefill": "The prompt"}
-    table = Table(title=titles[name])
-    for column in ("cache", "ms", "over stock", "(range)"):
-        table.add_column(column, justify="left" if column == "cache" else "right")
-    for row in found[name]:
-        middle, low, high = row["over_stock"]
-        table.add_row(row["name"], f"{row['ms']:.2f}", f"{middle:.2f}", f"{low:.2f} - {high:.2f}")
-    return table
+    for name, (header, rows) in sections(found).items():
+        table = Table(title=f"{name}: {title(found)}" if name == "A decode step" else name)
+        for column in header:
+            table.add_column(column, justify="left" if column == header[0] else "right")
+        for row in rows:
+            table.add_row(*row)
+        if name == "A decode step":
+            table.caption = (
+                f"bound: bytes over {found['copy_gb_s']} GB/s; energy: {found['energy']}"
+            )
+        yield table

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plphp.attention import attend
+from plphp.attention import decode_attention
+from plphp.cache import KVStore
 from plphp.errors import (
     UnsupportedModeError,
     UnsupportedTransformersError,
@@ -99,7 +100,7 @@ def pruned_attention(
         output, weights = original(view.module_view, query, key, value, attention_mask, **kwargs)
     else:
         among = _among(attention_mask, query.shape[2])
-        output, weights = _attend(module, query, key, value, among, layer, kwargs), None
+        output, weights = _attend(module, query, among, layer, kwargs), None
     if isinstance(layer, PrunedLayer) and layer.shared.turn is not None:
         with torch.no_grad():
             after_attention(module, query, layer, layer.shared.turn, kwargs)
@@ -121,21 +122,15 @@ def _among(mask: Any, queries: int) -> Tensor | None:
 def _attend(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
     among: Tensor | None,
     layer: PrunedLayer,
     kwargs: dict[str, Any],
 ) -> Tensor:
     assert layer.store is not None
-    scale, cap = compat.scale(query, kwargs), compat.softcap(module.config, kwargs)
+    scale, softcap = compat.scale(query, kwargs), compat.softcap(module.config, kwargs)
     if layer.parked is not None:
-        read: Tensor = layer.parked.attend(query, layer.store, scale, cap)  # type: ignore[arg-type]
-        return read.transpose(1, 2).contiguous()
-    visible = layer.store.visible(query.shape[2])
-    if among is not None and visible is not None:
-        old = visible[..., : -among.shape[-1]]
-        lead = [max(sizes) for sizes in zip(old.shape[:2], among.shape[:2], strict=True)]
-        visible = torch.cat([part.expand(*lead, -1, -1) for part in (old, among)], -1)
-    output = attend(query, key, value, visible, scale, cap)
+        assert isinstance(layer.store, KVStore)
+        output = layer.parked.attend(query, layer.store, scale, softcap)
+    else:
+        output = decode_attention(query, layer.store, scale, softcap, among)
     return output.transpose(1, 2).contiguous()

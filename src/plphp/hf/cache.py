@@ -72,6 +72,15 @@ class PrunedCache(Cache):
         self.shared.prunable = tuple(index for index in own if index in self.shared.attached)
         return layers
 
+    def _renewed(self, prompt: int) -> list[Any]:
+        """Layers for a first prompt, with the static buffers that `reset` left behind."""
+        before = dict(self.pruned_layers())
+        layers = self._layers(prompt)
+        for index, layer in enumerate(layers):
+            if isinstance(layer, PrunedLayer) and index in before:
+                layer.spare = before[index].spare
+        return layers
+
     @property
     def config(self) -> Any:
         """Config of the language model that the cache belongs to."""
@@ -114,7 +123,7 @@ class PrunedCache(Cache):
         if self.max_len is not None and self.static and turn.end > self.max_len:
             raise ValueError(f"the prompt ends at column {turn.end}, max_len is {self.max_len}")
         if turn.begin == 0:
-            self.layers = self._layers(turn.length)
+            self.layers = self._renewed(turn.length)
             if self.static and not all(isinstance(layer, PrunedLayer) for layer in self.layers):
                 raise UnsupportedModeError(
                     "static=True needs every layer to be prunable; this model has others: "
@@ -129,6 +138,12 @@ class PrunedCache(Cache):
         for index, layer in enumerate(self.layers):
             if isinstance(layer, PrunedLayer):
                 yield index, layer
+
+    def reset(self) -> None:
+        """Forget the conversation. A static cache keeps its buffers for the next one."""
+        super().reset()
+        self.shift, self.report, self.generating = None, None, False
+        self.shared.turn, self.shared.last_image = None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put rows (B',) in a new order, positions of later turns included."""
@@ -158,10 +173,10 @@ class PrunedCache(Cache):
         for layer in self.layers:
             if not isinstance(layer, PrunedLayer):
                 yield from compat.held_tensors(layer)
-            elif layer.store is not None:
-                yield from layer.store.tensors()
-                if layer.parked is not None:
-                    yield from layer.parked.tensors()
+            else:
+                for store in (layer.store, layer.spare, layer.parked):
+                    if store is not None:
+                        yield from store.tensors()
 
     def move(self, device: torch.device | str) -> None:
         """Move every layer to a device.

@@ -11,6 +11,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import cache_utils
 from transformers.modeling_utils import AttentionInterface
 
@@ -107,11 +108,23 @@ def _lenders(config: Any) -> set[int]:
 
 
 def held_tensors(layer: Any) -> list[Tensor]:
-    """What one of transformers' own cache layers holds: keys and values, or states."""
-    found: list[Any] = []
-    for value in vars(layer).values():
-        found += value.values() if isinstance(value, dict) else [value]
-    return [value for value in found if isinstance(value, Tensor)]
+    """What one of transformers' own cache layers holds: keys and values, or states.
+
+    Those of quantized layers come in pairs with their scales, some of them wrapped as one tensor.
+    """
+    found: list[Tensor] = []
+    left = list(vars(layer).values())
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, tuple | list):
+            left += value
+        elif is_traceable_wrapper_subclass(value):
+            left += [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+        elif isinstance(value, Tensor):
+            found.append(value)
+    return found[::-1]
 
 
 def stock_layers(config: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from plphp.cache import KVStore, StaticStore, bucketed
 from plphp.errors import UnsupportedModeError
 from plphp.hf.turn import Turn
-from plphp.policy import Policy
+from plphp.policy import KeepPlan, Policy
 from plphp.recall import Home, Recall
 
 
@@ -61,6 +61,7 @@ class PrunedLayer(CacheLayerMixin):
     store: what it holds, None before the first token
     raw: whether that is every column, as the model's own masks expect
     parked: the vision tokens that are not in the store, with recall
+    spare: static buffers of a conversation that `reset` ended, to be filled again
     """
 
     is_croppable = True
@@ -73,6 +74,7 @@ class PrunedLayer(CacheLayerMixin):
         self.store: KVStore | StaticStore | None = None
         self.raw = True
         self.parked: Home | None = None
+        self.spare: StaticStore | None = None
         self.is_compileable = shared.static
         self.home: torch.device | None = None
         self.recent: Tensor | None = None  # the last queries of a prompt that comes in chunks
@@ -112,10 +114,28 @@ class PrunedLayer(CacheLayerMixin):
         """Queries (B, H, T, D) of a forward, after those kept of the chunks before it."""
         return query if self.recent is None else torch.cat([self.recent, query], 2)
 
-    def freeze(self) -> None:
-        """Move lengths to the device: what follows is decoding."""
-        if isinstance(self.store, KVStore):
-            self.store = StaticStore(self.store)
+    def compact(self, plan: KeepPlan, drafts: tuple[Tensor, Tensor] | None = None) -> None:
+        """Keep what a plan says. drafts: keys and values that came after the prompt, kept whole."""
+        assert isinstance(self.store, KVStore)
+        longest = plan.columns.shape[-1]
+        self.store.compact(plan, self.shared.reserve(longest, self.store.logical))
+        if drafts is not None:
+            self.store.append(*drafts)
+        self.raw = False
+        if self.shared.static:
+            self._freeze(self.store)
+
+    def _freeze(self, store: KVStore) -> None:
+        """Move lengths to the device: what follows is decoding.
+
+        Buffers of the prompt before are filled again where they fit: a CUDA graph that was
+        captured over them is replayed, and nothing is allocated.
+        """
+        if self.spare is not None and self.spare.refill(store):
+            self.store = self.spare
+        else:
+            self.store = StaticStore(store)
+        self.spare = None
 
     def thaw(self) -> None:
         """Bring lengths back to the host: what follows is a prompt."""
@@ -136,6 +156,7 @@ class PrunedLayer(CacheLayerMixin):
         return most if self.shared.static and most is not None else -1
 
     def reset(self) -> None:
+        self.spare = self.store if isinstance(self.store, StaticStore) else None
         self.store, self.raw, self.is_initialized, self.recent = None, True, False, None
         self.parked = None
 

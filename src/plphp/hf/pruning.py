@@ -20,7 +20,7 @@ from plphp.hf.layer import PrunedLayer
 from plphp.hf.leaving import Leaving
 from plphp.hf.recall import park_layer
 from plphp.hf.turn import Turn, slot_positions, slot_spans
-from plphp.policy import CachePolicy, KeepPlan, LayerView, Look, SequencePolicy
+from plphp.policy import CachePolicy, LayerView, Look, SequencePolicy
 
 REFUSED = {"s_aux": "attention sinks", "position_bias": "position biases"}
 
@@ -79,7 +79,7 @@ def after_attention(
     else:
         plan = policy.plan(view) if layer.shared.recall is None else park_layer(layer, view)
         turn.plans[index] = (plan, view.spans, slot_positions(turn, store.end))
-        _compact(layer, plan, drafts)
+        layer.compact(plan, drafts)
 
 
 def _plan_together(policy: Any, turn: Turn) -> None:
@@ -89,17 +89,7 @@ def _plan_together(policy: Any, turn: Turn) -> None:
     for index, plan in zip(indices, plans, strict=True):
         waiting = turn.waiting.pop(index)
         turn.plans[index] = (plan, waiting.look.spans, waiting.positions)
-        _compact(waiting.layer, plan, waiting.drafts)
-
-
-def _compact(layer: PrunedLayer, plan: KeepPlan, drafts: tuple[Tensor, Tensor]) -> None:
-    store, shared = layer.store, layer.shared
-    assert isinstance(store, KVStore)
-    store.compact(plan, shared.reserve(plan.columns.shape[-1], store.logical))
-    store.append(*drafts)
-    layer.raw = False
-    if shared.static:
-        layer.freeze()
+        waiting.layer.compact(plan, waiting.drafts)
 
 
 def _left(layer: PrunedLayer, turn: Turn, index: int) -> None:

@@ -61,14 +61,16 @@ def recall_report(cache: Any) -> RecallReport | None:
     found = [layer.parked for _, layer in cache.pruned_layers() if layer.parked is not None]
     if not found:
         return None
+    parked = [x for home in found for x in home.parked()]
+    every = parked + [x for home in found for x in home.tensors()]
     return RecallReport(
         home=recall.home,
         budget=recall.budget,
         full=sum(home.full for home in found),
         resident=sum(home.resident for home in found),
         device=sum(home.device for home in found),
-        parked=allocated(x for home in found for x in home.parked()),
-        index=allocated(x for home in found for x in home.tensors()),
+        parked=allocated(parked),
+        index=allocated(every) - allocated(parked),
         token_bytes=found[0].token_bytes,
         fetched=tuple(home.fetched for home in found),
     )

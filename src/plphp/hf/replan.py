@@ -75,16 +75,11 @@ class Prompt:
         turn = self._turn(pruning)
         cache.layers = [self._layer(index, cache) for index in range(len(self.cache.layers))]
         views = {index: _narrow(view, made.window) for index, view in self.views.items()}
-        if cache.shared.recall is not None:
-            cache.shared.spans = turn.spans
-            found = {index: adopt_parked(cache.layers[index], view) for index, view in views.items()}
-        else:
-            found = _plans(made, views)
-            for index, plan in found.items():
-                keys, values = views[index].keys, views[index].values
-                assert keys is not None and values is not None
-                adopt(cache.layers[index], keys, values, plan)
-        for index, plan in found.items():
+        parks = cache.shared.recall is not None
+        cache.shared.spans = turn.spans if parks else None
+        planned = dict.fromkeys(views) if parks else plans(made, views)
+        for index, plan in planned.items():
+            plan = adopt_view(cache.layers[index], views[index], plan)
             turn.plans[index] = (plan, views[index].spans, slot_positions(turn, self.columns))
         cache.report = build_report(cache, turn)
         return cache
@@ -134,22 +129,23 @@ def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> P
 
 def adopt(layer: PrunedLayer, keys: Tensor, values: Tensor, plan: KeepPlan) -> None:
     """Make a layer hold what a plan keeps of a prompt's keys and values (B, Hkv, N, D)."""
+    layer.is_initialized = True
     layer.store = KVStore(keys, values, layer.window)
-    layer.store.compact(plan)
-    layer.raw, layer.is_initialized = False, True
+    layer.compact(plan)
 
 
-def adopt_parked(layer: PrunedLayer, view: LayerView) -> KeepPlan:
-    """Make a layer hold what recall lets it hold of a prompt's keys and values."""
+def adopt_view(layer: PrunedLayer, view: LayerView, plan: KeepPlan | None) -> KeepPlan:
+    """Make a layer hold what a plan keeps of a view; without one, what recall lets it hold."""
     assert view.keys is not None and view.values is not None
-    layer.store = KVStore(view.keys, view.values, layer.window)
-    plan = park_layer(layer, view)
-    layer.store.compact(plan)
-    layer.raw, layer.is_initialized = False, True
+    if plan is None:
+        layer.store = KVStore(view.keys, view.values, layer.window)
+        plan = park_layer(layer, view)
+    adopt(layer, view.keys, view.values, plan)
     return plan
 
 
-def _plans(made: Policy, views: dict[int, LayerView]) -> dict[int, KeepPlan]:
+def plans(made: Policy, views: dict[int, LayerView]) -> dict[int, KeepPlan]:
+    """What a policy keeps of every layer. views: by the index of the layer."""
     if made.kind == "layer":
         return {index: made.plan(view) for index, view in views.items()}
     assert isinstance(made, CachePolicy)

@@ -6,6 +6,7 @@ Shapes: B rows, H query heads, Hkv KV heads, N prompt columns, m images (the mos
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from plphp.policy.view import LayerView
@@ -85,18 +86,15 @@ def ranks(scores: Tensor, groups: Tensor) -> Tensor:
 
     scores (B, Hkv, N); groups (B, N) or (B, Hkv, N) int64. Ties go to the lower position.
     """
-    groups = groups.expand_as(scores) if groups.dim() == 3 else groups[:, None].expand_as(scores)
+    groups = (groups if groups.dim() == 3 else groups[:, None]).expand_as(scores)
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
     # Sorting the score order by group keeps it inside each group: a rank is then the distance to
     # the place where the group begins.
-    by_group = groups.gather(-1, by_score).argsort(dim=-1, stable=True)
+    ordered, by_group = groups.gather(-1, by_score).sort(dim=-1, stable=True)
     order = by_score.gather(-1, by_group)
-    ordered = groups.gather(-1, order)
-    place = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    opens = torch.ones_like(ordered, dtype=torch.bool)
-    opens[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    begin = torch.where(opens, place, 0).cummax(-1).values
-    return torch.empty_like(order).scatter_(-1, order, place - begin)
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    distance = place - torch.searchsorted(ordered, ordered)
+    return torch.empty_like(order).scatter_(-1, order, distance)
 
 
 def select(scores: Tensor, spans: Tensor, quota: Tensor, total: Tensor | None = None) -> Tensor:
@@ -106,14 +104,14 @@ def select(scores: Tensor, spans: Tensor, quota: Tensor, total: Tensor | None = 
     row, at least the sum of its quota and by default just that. How many tokens are kept is the
     same for all KV heads; which ones is each head's own choice.
     """
-    vision = (spans > 0)[:, None].expand_as(scores)
-    limit = torch.cat([quota.new_zeros(len(quota), 1), quota], -1).gather(1, spans.clamp(min=0))
-    keep = vision & (ranks(scores, spans) < limit[:, None])
-    if total is not None:
-        rest = vision & ~keep
-        more = total - quota.sum(-1)
-        keep = keep | (rest & (ranks(scores, rest.long()) < more[:, None, None]))
-    return keep | (spans == 0)[:, None]
+    # One column a code: nothing of padding (-1), all of text (0), an image's quota. No rank is N.
+    limit = F.pad(F.pad(quota, (1, 0), value=scores.shape[-1]), (1, 0)).gather(1, spans + 1)
+    keep = ranks(scores, spans) < limit[:, None]
+    if total is None:
+        return keep
+    rest = (spans > 0)[:, None] & ~keep
+    more = total - quota.sum(-1)
+    return keep | (rest & (ranks(scores, rest.long()) < more[:, None, None]))
 
 
 def round_up(total: Tensor, spans: Tensor, multiple: int) -> Tensor:

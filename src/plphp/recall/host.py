@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plphp.attention import attend
+from plphp.attention import attend, decode_attention
 from plphp.cache import KVStore
 from plphp.policy import Look
 from plphp.recall.budget import affordable, plan_within
@@ -77,12 +77,16 @@ class HostHome:
     def attend(self, query: Tensor, store: KVStore, scale: float, softcap: float | None) -> Tensor:
         """Attention output (B, H, T, Dv) of the last T columns: each reads what it chooses."""
         queries, outputs = query.shape[2], []
+        if queries == 1:
+            self._choose(query, store)
+            return decode_attention(query, store, scale, softcap)
         for step in range(queries):
             asked = query[:, :, step : step + 1]
             self._choose(asked, store)
             visible = store.visible(queries)
-            visible = visible if visible is None else visible[:, :, step : step + 1]
-            outputs.append(attend(asked, *store.held(), visible, scale, softcap))
+            assert visible is not None
+            one = visible[:, :, step : step + 1]
+            outputs.append(attend(asked, *store.held(), one, scale, softcap))
         return torch.cat(outputs, 2)
 
     def _choose(self, query: Tensor, store: KVStore) -> None:

@@ -124,8 +124,8 @@ class QuantisedHome:
         return whole[0], whole[1]
 
     def tensors(self) -> list[Tensor]:
-        """What lies on the device besides the layer's own buffers and the codes."""
-        return [x for x in (self.valid, self.columns) if x is not None]
+        """What lies on the device besides the layer's own buffers."""
+        return self.parked() + [x for x in (self.valid, self.columns) if x is not None]
 
     def parked(self) -> list[Tensor]:
         """The codes, on the device."""

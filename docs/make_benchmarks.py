@@ -1,0 +1,126 @@
+"""Write docs/benchmarks.md from the committed results: `make bench-page`.
+
+With --run, the runs that have no result yet are made first, one `plphp bench` each; --gpu for those
+of a GPU. A result is one JSON file, named by its run, under docs/benchmarks/cpu or /gpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jinja2
+
+from plphp.bench.present import room, sections, title
+from plphp.bench.room import fits
+from plphp.bench.run import MEMORIES
+from plphp.bench.shapes import SHAPES
+
+DOCS = Path(__file__).parent
+FOLDER = DOCS / "benchmarks"
+SHORT = "--rounds 5 --new-tokens 8"
+SMALL = "--shape qwen2-vl-2b"
+LARGE = "--gpu --shape qwen2-vl-7b --dtype bfloat16"
+
+CPU = {
+    f"{context // 1024}k-{dtype}": f"{SMALL} --context {context} --dtype {dtype} {SHORT}"
+    for dtype in ("float32", "bfloat16")
+    for context in (2048, 8192, 32768)
+} | {
+    "nine-tenths": f"{SMALL} --context 8192 --dtype bfloat16 --keep .9 {SHORT}",
+    "no-gqa": f"--shape llava-1.5-7b --layers 8 --context 8192 --dtype bfloat16 {SHORT}",
+    "rows": f"{SMALL} --context 4096 --batch 4 --dtype bfloat16 {SHORT}",
+    "ways": f"{SMALL} --layers 8 --context 8192 --dtype bfloat16 {SHORT} "
+    "--against short,static,pruned-static,fp8,snapkv,vl-cache",
+    "prefill": f"{SMALL} --layers 4 --context 4096 --prefill {SHORT}",
+}
+GPU = {
+    f"{context // 1024}k-x{batch}": f"{LARGE} --against short,static,pruned-static --prefill "
+    f"--context {context} --batch {batch}"
+    for context in (4096, 16384, 32768, 65536)
+    for batch in (1, 8, 32)
+    if context * batch <= 524_288
+} | {
+    "128k-x1": f"{LARGE} --context 131072",
+    "a-tenth": f"{LARGE} --context 32768 --batch 8 --keep .1",
+    "the-papers-rates": f"{LARGE} --context 4096 --keep .7,.4,.1",
+}
+Shown = Mapping[str, Any]
+
+
+def run(names: Mapping[str, str], folder: Path) -> None:
+    """Make the results that are missing, one after the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, options in names.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            continue
+        print(f"{name}: plphp bench {options}", file=sys.stderr)
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / "plphp"), "bench", *options.split(), "--json"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if done.returncode:
+            print(f"{name} failed", file=sys.stderr)
+            continue
+        path.write_text(done.stdout)
+
+
+def page() -> str:
+    """The page that the committed results make."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER), trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+    )  # fmt: skip
+    cpu, gpu = _read(FOLDER / "cpu"), _read(FOLDER / "gpu")
+    template = environment.get_template("benchmarks.md.jinja")
+    return template.render(
+        cpu=[(name, options, cpu.get(name)) for name, options in CPU.items()],
+        gpu=[(name, options, gpu.get(name)) for name, options in GPU.items()],
+        over=over,
+        sections=sections,
+        title=title,
+        fits=[_room("qwen2-vl-2b"), _room("qwen2-vl-7b")],
+    )
+
+
+def over(found: Shown | None, mine: str, theirs: str) -> str:
+    """How long one way's step takes over another's: the median of the rounds and their range."""
+    if found is None:
+        return "not measured yet"
+    rounds = {row["name"]: row["rounds_ms"] for row in found["steps"]}
+    if mine not in rounds or theirs not in rounds:
+        return ""
+    ratios = [a / b for a, b in zip(rounds[mine], rounds[theirs], strict=True)]
+    return f"{median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
+
+
+def _room(name: str, context: int = 32768, rate: float = 0.4) -> Shown:
+    rows = [fits(SHAPES[name], memory, rate, 2, context, 1) for memory in MEMORIES]
+    header, cells = room(rows, context, 1)
+    return {"title": f"{name}, bfloat16, 40 % kept", "header": header, "cells": cells}
+
+
+def _read(folder: Path) -> dict[str, Shown]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", action="store_true", help="make what is missing first")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU")
+    chosen = parser.parse_args()
+    if chosen.run:
+        run(GPU if chosen.gpu else CPU, FOLDER / ("gpu" if chosen.gpu else "cpu"))
+    (DOCS / "benchmarks.md").write_text(page())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""Attention of a few new tokens over one layer's buffers: a Triton kernel split along the keys.
+
+A decode step reads the whole cache once and computes little, so what counts is that every
+multiprocessor reads all the time. One program serves one KV head of one row: it holds all G query
+heads that share it, so keys and values are read once. With few rows and heads the keys are cut into
+splits, whose results a second kernel adds up (flash decoding: Dao et al. 2023, "Flash-Decoding for
+long-context inference"; the sums are those of online softmax, Milakov & Gimelshein 2018,
+arXiv 1805.02867).
+
+Lengths stay on the device. The grid follows from the buffers' capacity alone, and a program reads
+where its row starts and ends: a step can be captured in a CUDA graph and replayed at any length.
+
+Importing this module needs Triton; `plphp.attention.choose` imports it where it is used.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+NOWHERE = tl.constexpr(-1e30)  # finite, so that a block without visible keys yields no NaN
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+STAGE_BYTES = 32 * 1024  # keys and values in flight a pipeline stage
+STAGES = 3  # two in flight beside the one computed with: 70 to 98 KiB of shared memory a program
+RESIDENT = 2  # programs a multiprocessor runs at a time: 128 KiB in flight hide Hopper's latency
+MOST_ROWS, MOST_SPLITS = 32, 64
+
+
+# A length that grows by one a step would be compiled anew for its being 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["end_or_ptr", "logical_or_ptr", "window", "heads", "splits"])
+def _split_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, end_or_ptr, positions_ptr, logical_or_ptr,
+    among_ptr, scale, softcap, window, heads, splits,
+    q_b, q_h, q_t, k_b, k_h, v_b, v_h, o_b, o_h, o_t, o_s, p_b, p_h, a_b, a_t,
+    K_S: tl.constexpr, K_D: tl.constexpr, V_S: tl.constexpr, V_D: tl.constexpr, Q_D: tl.constexpr,
+    P_S: tl.constexpr, A_S: tl.constexpr,
+    GROUPS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    ON_DEVICE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, AMONG: tl.constexpr,
+    SPLIT: tl.constexpr, FLOAT32_DOT: tl.constexpr,
+):  # fmt: skip
+    """One split of one KV head of one row: its softmax-weighted values and their log-sum-exp.
+
+    Rows of the tile are (query head of the group, new token) pairs. With SPLIT the output is
+    float32 (B, H, T, splits, Dv) and lse (B, H, T, splits) in base 2, else it is final.
+    """
+    pair, split = tl.program_id(0), tl.program_id(1)
+    row, kv_head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    end, logical = end_or_ptr, logical_or_ptr
+    if ON_DEVICE:
+        end = tl.load(end_or_ptr).to(tl.int32)
+        if WINDOW:
+            logical = tl.load(logical_or_ptr).to(tl.int32)
+    first = tl.load(start_ptr + row).to(tl.int32)
+    blocks = tl.cdiv(end - first, BLOCK_N)
+    share = tl.cdiv(blocks, splits) * BLOCK_N
+    low = first + split * share
+    high = tl.minimum(low + share, end)
+
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = m < GROUPS * QUERIES
+    head, token = kv_head * GROUPS + m // QUERIES, m % QUERIES
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    q = tl.load(
+        q_ptr + row * q_b + (head * q_h + token * q_t)[:, None] + d[None, :] * Q_D,
+        mask=real[:, None] & (d < DIM)[None, :],
+        other=0.0,
+    )
+    k_at = k_ptr + row * k_b + kv_head * k_h + d[None, :] * K_D
+    v_at = v_ptr + row * v_b + kv_head * v_h + dv[None, :] * V_D
+    p_at = positions_ptr
+    if WINDOW:
+        p_at += row * p_b + kv_head * p_h
+
+    top = tl.full([BLOCK_M], NOWHERE, tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for begin in range(low, high, BLOCK_N):
+        n = begin + tl.arange(0, BLOCK_N)
+        inside = n < high
+        k = tl.load(k_at + n[:, None] * K_S, mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
+        logits = _dot(q, tl.trans(k), FLOAT32_DOT) * scale
+        if SOFTCAP:
+            logits = softcap * _tanh(logits / softcap)
+        seen = inside[None, :]
+        if AMONG:  # what this turn's columns see of each other is said by a mask of theirs
+            place = n - (end - QUERIES)
+            new = place >= 0
+            at = among_ptr + row * a_b + token[:, None] * a_t + place[None, :] * A_S
+            shown = tl.load(at, mask=(new & inside)[None, :], other=0) != 0
+            seen = seen & (shown | (~new)[None, :])
+        elif QUERIES > 1:
+            seen = seen & (n[None, :] <= (end - QUERIES + token)[:, None])
+        if WINDOW:
+            column = tl.load(p_at + n * P_S, mask=inside, other=0)
+            near = column[None, :] > (logical - QUERIES + token - window)[:, None]
+            if AMONG:
+                near = near | new[None, :]
+            seen = seen & near
+        logits = tl.where(seen, logits * LOG2E, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        p = tl.exp2(logits - higher[:, None])
+        fade = tl.exp2(top - higher)
+        v = tl.load(
+            v_at + n[:, None] * V_S, mask=inside[:, None] & (dv < VALUE_DIM)[None, :], other=0.0
+        )
+        mass = mass * fade + tl.sum(p, 1)
+        total = total * fade[:, None] + _dot(p.to(v.dtype), v, FLOAT32_DOT)
+        top = higher
+
+    out = total / tl.where(mass > 0, mass, 1.0)[:, None]  # zeros for a query that sees nothing
+    o_at = out_ptr + row * o_b + (head * o_h + token * o_t)[:, None] + split * o_s + dv[None, :]
+    tl.store(o_at, out.to(out_ptr.dtype.element_ty), mask=real[:, None] & (dv < VALUE_DIM)[None, :])
+    if SPLIT:
+        lse = tl.where(mass > 0, top + tl.log2(tl.where(mass > 0, mass, 1.0)), float("-inf"))
+        at = ((row * heads * GROUPS + head) * QUERIES + token) * splits + split
+        tl.store(lse_ptr + at, lse, mask=real)
+
+
+@triton.jit
+def _reduce_kernel(
+    part_ptr, lse_ptr, out_ptr, splits, all_heads, o_b, o_h, o_t,
+    QUERIES: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Add up the splits of one query: parts (B, H, T, splits, Dv), lse (B, H, T, splits)."""
+    query = tl.program_id(0).to(tl.int64)
+    row, head, token = query // QUERIES // all_heads, query // QUERIES % all_heads, query % QUERIES
+    s = tl.arange(0, BLOCK_S)
+    dv = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    lse = tl.load(lse_ptr + query * splits + s, mask=s < splits, other=float("-inf"))
+    top = tl.maximum(tl.max(lse, 0), NOWHERE)
+    weight = tl.exp2(lse - top)
+    part = tl.load(
+        part_ptr + (query * splits + s)[:, None] * VALUE_DIM + dv[None, :],
+        mask=(weight > 0)[:, None] & (dv < VALUE_DIM)[None, :],
+        other=0.0,
+    )
+    mass = tl.sum(weight, 0)
+    out = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0, mass, 1.0)
+    at = out_ptr + row * o_b + head * o_h + token * o_t + dv
+    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=dv < VALUE_DIM)
+
+
+@triton.jit
+def _dot(a, b, FLOAT32_DOT: tl.constexpr):
+    if FLOAT32_DOT:  # Triton's interpreter multiplies bfloat16 as if it were integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _tanh(x):
+    fade = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    return tl.where(x < 0, -1.0, 1.0) * (1 - fade) / (1 + fade)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    end: int | Tensor,
+    scale: float,
+    softcap: float | None = None,
+    positions: Tensor | None = None,
+    logical: int | Tensor | None = None,
+    window: int = 0,
+    among: Tensor | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Attention output (B, H, T, Dv) in q's dtype of the last T columns that were written.
+
+    q (B, H, T, D); k (B, Hkv, C, D) and v (B, Hkv, C, Dv) are whole buffers with any strides, of
+    q's dtype: float32, bfloat16 or float16. Row b owns slots [start[b], end), start (B,) int64, end
+    an int or a 0-dim integer tensor; other slots are not read, whatever they hold. A column sees
+    all slots up to its own. Zeros for a query that sees nothing.
+
+    softcap: logits x become softcap * tanh(x / softcap)
+    positions, logical, window: (B, Hkv, C) int32 column of each slot, columns seen so far (like
+        `end`, and by default that), and a sliding window over columns; none without positions
+    among: (B or 1, 1, T, T) bool, what the last T slots see of each other, by default all before
+    splits: cuts along the keys, by default what `split_count` says for this device
+    """
+    options = (softcap, positions, end if logical is None else logical, window, among)
+    if isinstance(end, Tensor) and torch.compiler.is_compiling():
+        return _op(q, k, v, start, end, scale, *options, splits)  # type: ignore[no-any-return]
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton's is the current one
+        return _launch(q, k, v, start, end, scale, *options, splits)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    end: int | Tensor,
+    scale: float,
+    softcap: float | None,
+    positions: Tensor | None,
+    logical: int | Tensor,
+    window: int,
+    among: Tensor | None,
+    splits: int | None,
+) -> Tensor:
+    (batch, heads, queries, dim), (kv_heads, capacity, value_dim) = q.shape, v.shape[1:]
+    groups = heads // kv_heads
+    block = tile(groups * queries, dim, value_dim, q.element_size())
+    row_blocks = triton.cdiv(groups * queries, block.rows)
+    if splits is None:
+        programs, keys = batch * kv_heads * row_blocks, triton.cdiv(capacity, block.keys)
+        splits = split_count(programs, keys, _multiprocessors(q.device))
+    out = _empty_output(q, value_dim)
+    part, lse = out, out
+    strides = (*out.stride()[:3], 0)
+    if splits > 1:
+        rows = (batch, heads, queries, splits)
+        part = torch.empty(*rows, value_dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+        strides = part.stride()[:4]
+    # Without a window or a mask, pointers to something else stand for what is not read.
+    columns = k if positions is None else positions
+    mask = k if among is None else among
+    _split_kernel[batch * kv_heads, splits, row_blocks](
+        q, k, v, part, lse, start, end, columns, logical, mask,
+        scale, softcap or 0.0, window, kv_heads, splits,
+        *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *strides, *columns.stride()[:2],
+        mask.stride(0) if len(mask) > 1 else 0, mask.stride(-2),
+        K_S=k.stride(2), K_D=k.stride(3), V_S=v.stride(2), V_D=v.stride(3), Q_D=q.stride(3),
+        P_S=columns.stride(2), A_S=mask.stride(-1),
+        GROUPS=groups, QUERIES=queries, DIM=dim, VALUE_DIM=value_dim,
+        BLOCK_M=block.rows, BLOCK_N=block.keys, BLOCK_D=block.dim, BLOCK_V=block.value_dim,
+        ON_DEVICE=isinstance(end, Tensor), SOFTCAP=softcap is not None, AMONG=among is not None,
+        WINDOW=positions is not None, SPLIT=splits > 1, FLOAT32_DOT=INTERPRETED,
+        num_warps=warps(q.dtype), num_stages=STAGES,
+    )  # fmt: skip
+    if splits > 1:
+        slice_dim = min(block.value_dim, 64)
+        _reduce_kernel[batch * heads * queries, triton.cdiv(value_dim, slice_dim)](
+            part, lse, out, splits, heads, *out.stride()[:3], QUERIES=queries, VALUE_DIM=value_dim,
+            BLOCK_S=triton.next_power_of_2(splits), BLOCK_V=slice_dim,
+        )  # fmt: skip
+    return out
+
+
+def _empty_output(q: Tensor, value_dim: int) -> Tensor:
+    """(B, H, T, Dv) laid out as (B, T, H, Dv), which is what the model goes on with."""
+    batch, heads, queries, _ = q.shape
+    return q.new_empty(batch, queries, heads, value_dim).transpose(1, 2)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132  # of an H200: the interpreter takes the paths that a GPU would
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@torch.library.custom_op("plphp::flash_decode", mutates_args=())
+def _op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    end: Tensor,
+    scale: float,
+    softcap: float | None,
+    positions: Tensor | None,
+    logical: Tensor,
+    window: int,
+    among: Tensor | None,
+    splits: int | None,
+) -> Tensor:
+    """`attend` as one node of a compiled graph: capacities stay dynamic, nothing breaks it."""
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        return _launch(
+            q, k, v, start, end, scale, softcap, positions, logical, window, among, splits
+        )
+
+
+@_op.register_fake
+def _op_shape(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
+    return _empty_output(q, v.shape[-1])
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes of a launch: query rows, keys, head sizes padded to powers of two."""
+
+    rows: int
+    keys: int
+    dim: int
+    value_dim: int
+
+
+def tile(rows: int, dim: int, value_dim: int, itemsize: int) -> Tile:
+    """Blocks for `rows` query rows of a KV head; as many keys as a pipeline stage holds."""
+    padded, value_padded = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
+    keys = STAGE_BYTES // (2 * max(padded, value_padded) * itemsize)
+    rows = min(max(16, triton.next_power_of_2(rows)), MOST_ROWS)
+    return Tile(rows, min(max(keys, 16), 128), padded, value_padded)
+
+
+def warps(dtype: torch.dtype) -> int:
+    """Warps of a program. Float32 products have no tensor cores: with 4 their registers spill."""
+    return 8 if dtype == torch.float32 else 4
+
+
+@lru_cache(maxsize=4096)
+def split_count(programs: int, blocks: int, multiprocessors: int) -> int:
+    """Into how many splits the keys of every program are cut, 1 to MOST_SPLITS.
+
+    programs: (row, KV head, query block) triples; blocks: of keys in the buffers' capacity.
+    The least time in units of a block's: waves of programs times what each of them reads, where
+    starting a program costs about two blocks and the second kernel about as much as four.
+    """
+    slots = multiprocessors * RESIDENT
+
+    def cost(splits: int) -> int:
+        waves = -(-programs * splits // slots)
+        return waves * (-(-blocks // splits) + 2) + (4 if splits > 1 else 0)
+
+    return min(range(1, max(1, min(blocks, MOST_SPLITS)) + 1), key=cost)
