@@ -8,7 +8,7 @@ token is hidden by -inf in its layer, row and KV head, from the first decoding s
 
 import copy
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,10 @@ class Probe:
     capped: bool = True  # up to transformers 5.19, "sdpa" leaves soft caps out
     # of earlier turns: from which column on, and [B, Hkv, n] bool like `hidden`
     earlier: list[tuple[int, Tensor]] = field(default_factory=list)
+    # with recall: (column, [B, Hkv, n]) of what single columns must not see, and what becomes of
+    # keys and values once the prompt has been read
+    single: list[tuple[int, Tensor]] = field(default_factory=list)
+    rounding: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def attend(
@@ -51,6 +55,8 @@ def attend(
         raise NotImplementedError("the oracle knows no attention sinks")
     probe: Probe = module.oracle_probe
     groups = query.shape[1] // key.shape[1]
+    if probe.rounding is not None and probe.probabilities is not None:
+        key, value = probe.rounding(key, value)
     key, value = (x.double().repeat_interleave(groups, dim=1) for x in (key, value))
     logits = query.double() @ key.transpose(2, 3)
     logits = logits * (scaling if scaling is not None else query.shape[-1] ** -0.5)
@@ -64,6 +70,9 @@ def attend(
     asking = torch.arange(key.shape[2] - query.shape[2], key.shape[2])
     for begin, hidden in probe.earlier:
         block = hidden.repeat_interleave(groups, dim=1).unsqueeze(2) & (asking >= begin)[:, None]
+        logits[..., : hidden.shape[-1]].masked_fill_(block, -math.inf)
+    for column, hidden in probe.single:
+        block = hidden.repeat_interleave(groups, dim=1).unsqueeze(2) & (asking == column)[:, None]
         logits[..., : hidden.shape[-1]].masked_fill_(block, -math.inf)
     probabilities = logits.softmax(-1)
     if probe.probabilities is None:

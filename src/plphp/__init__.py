@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from plphp.cache import LayerReport, Report
     from plphp.hf import PrunedCache, Pruning, calibrate, prune
     from plphp.models import vision_spans
+    from plphp.recall import Recall
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "PlphpError",
     "PrunedCache",
     "Pruning",
+    "Recall",
     "Report",
     "UnsupportedModeError",
     "UnsupportedModelError",
@@ -53,6 +55,7 @@ _LATER = {
     "LayerReport": "plphp.cache",
     "PrunedCache": "plphp.hf",
     "Pruning": "plphp.hf",
+    "Recall": "plphp.recall",
     "Report": "plphp.cache",
     "calibrate": "plphp.hf",
     "prune": "plphp.hf",

@@ -15,14 +15,15 @@ LEVELS = {
     "cache": 2,
     "attention": 2,
     "models": 2,
-    "hf": 3,
-    "vllm": 3,
-    "demo": 4,
-    "bench": 4,
-    "inputs": 5,
-    "eval": 6,
-    "report": 6,
-    "cli": 7,
+    "recall": 3,
+    "hf": 4,
+    "vllm": 4,
+    "demo": 5,
+    "bench": 5,
+    "inputs": 6,
+    "eval": 7,
+    "report": 7,
+    "cli": 8,
 }
 
 

@@ -4,10 +4,12 @@ from plphp.cache.memory import allocated
 from plphp.cache.report import LayerReport, Report, Seen, layer_report, untouched_report
 from plphp.cache.static import StaticStore, bucketed
 from plphp.cache.store import KVStore, slack
+from plphp.cache.traffic import RecallReport
 
 __all__ = [
     "KVStore",
     "LayerReport",
+    "RecallReport",
     "Report",
     "Seen",
     "StaticStore",

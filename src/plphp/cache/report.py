@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plphp.cache.traffic import RecallReport
 from plphp.policy import LAYER_CLASSES, KeepPlan
 
 
@@ -72,6 +73,7 @@ class Report:
     images: (B,) images and videos of each row
     notes: what a reader should know: layers left alone, images that could not be told apart
     seen: where the images stand in the prompt
+    recall: what was parked where, None where dropped tokens are gone
     """
 
     layers: tuple[LayerReport, ...]
@@ -81,6 +83,7 @@ class Report:
     images: tuple[int, ...]
     notes: tuple[str, ...] = ()
     seen: Seen | None = field(default=None, repr=False, compare=False)
+    recall: RecallReport | None = None
 
     @property
     def retention(self) -> float:
@@ -100,6 +103,7 @@ class Report:
             "prompt": list(self.prompt),
             "images": list(self.images),
             "notes": list(self.notes),
+            "recall": None if self.recall is None else self.recall.to_dict(),
             "layers": [
                 {
                     "layer": a.layer,
@@ -165,7 +169,8 @@ class Report:
             f"{self.retention:.1%} of vision K/V kept; cache {self.kv_bytes:,} bytes allocated, "
             f"{self.kv_bytes_full:,} for the full prompt"
         )
-        return "\n".join([*rows, *self.notes])
+        recalled = [] if self.recall is None else [str(self.recall)]
+        return "\n".join([*rows, *recalled, *self.notes])
 
 
 def _drawing() -> Any:

@@ -19,7 +19,9 @@ from plphp.policy import Policy
 
 if TYPE_CHECKING:
     from plphp.bench import Comparison
+    from plphp.hf import Pruning
     from plphp.inputs import Runnable
+    from plphp.recall import Recall
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Job:
     policy: Policy
     policy_name: str
     generation: Mapping[str, Any]
+    recall: Recall | None = None
 
 
 def generate(
@@ -50,6 +53,8 @@ def generate(
     gqa: o.Gqa = None,
     min_tokens: o.MinTokens = None,
     round_to: o.RoundTo = None,
+    recall: o.RecallHome = None,
+    recall_budget: o.RecallBudget = None,
     compare: Annotated[bool, typer.Option("--compare", help="Full and pruned in turn.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often --compare times each.")] = 3,
     report: Annotated[bool, typer.Option("--report", help="Print what each layer kept.")] = False,
@@ -76,6 +81,9 @@ def generate(
         min_tokens=min_tokens,
         round_to=round_to,
     )
+    parked = o.chosen_recall(recall, recall_budget)
+    if compare and parked is not None:
+        raise InputError("--compare goes without --recall: dev/studies/recall_speed.py times it")
     generation = _generation(max_new_tokens, temperature, top_p, top_k)
     images, videos = image or [], video or []
     check_files(images, videos)
@@ -89,7 +97,8 @@ def generate(
         raise InputError("--compare needs greedy answers: drop the sampling options")
     from plphp.inputs import load
 
-    job = Job(load(model, dtype, device, attn, trust_remote_code), chosen, policy, generation)
+    loaded = load(model, dtype, device, attn, trust_remote_code)
+    job = Job(loaded, chosen, policy, generation, parked)
     if seed is not None:
         from transformers import set_seed
 
@@ -114,16 +123,21 @@ def answer(
     """The text, the report as a dict, and the report as text."""
     import torch
 
-    from plphp.hf import prune
     from plphp.inputs import make_inputs
 
     inputs = make_inputs(job.loaded, images, prompt, videos)
     extra = {} if streamer is None else {"streamer": streamer}
-    with torch.inference_mode(), prune(job.loaded.model, job.policy) as pruning:
+    with torch.inference_mode(), _attached(job) as pruning:
         tokens = job.loaded.model.generate(**inputs, **job.generation, **extra)
     assert pruning.report is not None
     text = job.loaded.decode(tokens[0, inputs["input_ids"].shape[1] :])
     return text, pruning.report.to_dict(), str(pruning.report)
+
+
+def _attached(job: Job) -> Pruning:
+    from plphp.hf import prune
+
+    return prune(job.loaded.model, job.policy, recall=job.recall)
 
 
 def _print_answer(
@@ -144,10 +158,8 @@ def _print_answer(
         print(json.dumps({**_what(job, images, prompt), "answer": text, "report": numbers}))
         return
     sys.stdout.flush()
-    print(table if full_report else table.splitlines()[-1 - len(numbers["notes"])], file=sys.stderr)
-    if not full_report:
-        for note in numbers["notes"]:
-            print(note, file=sys.stderr)
+    short = 1 + len(numbers["notes"]) + (numbers["recall"] is not None)
+    print(table if full_report else "\n".join(table.splitlines()[-short:]), file=sys.stderr)
 
 
 def _print_comparison(

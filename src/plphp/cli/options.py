@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from plphp.errors import InputError
 from plphp.policy import Policy, policy
+
+if TYPE_CHECKING:
+    from plphp.recall import Recall
 
 PolicyName = Annotated[str, typer.Option("--policy", help="Pruning method.")]
 Rate = Annotated[
@@ -39,6 +43,14 @@ MinTokens = Annotated[
 RoundTo = Annotated[
     int | None, typer.Option("--round-to", help="Drop tokens in multiples of this.")
 ]
+RecallHome = Annotated[
+    str | None,
+    typer.Option("--recall", help="Park what is dropped and read it again: host, int4 or int2."),
+]
+RecallBudget = Annotated[
+    float | None,
+    typer.Option("--recall-budget", help="Device bytes of vision tokens, of the full ones. [0.4]"),
+]
 Model = Annotated[str, typer.Option("--model", help="'embedded', a local directory, or a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, ...")]
@@ -60,3 +72,14 @@ def chosen_policy(name: str, **options: Any) -> Policy:
     with contextlib.suppress(KeyError, ValueError):  # "image" and "global" are words
         given["budget"] = float(given["budget"])
     return policy(name, **given)
+
+
+def chosen_recall(home: str | None, budget: float | None) -> Recall | None:
+    """Recall as it was asked for. Raises InputError for a budget without a home."""
+    if home is None:
+        if budget is not None:
+            raise InputError("--recall-budget needs --recall host, int4 or int2")
+        return None
+    from plphp.recall import Recall
+
+    return Recall(home) if budget is None else Recall(home, budget)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from plphp.eval.batches import TEXT, Batch
 from plphp.hf import PrunedCache, prune
 from plphp.hf.replan import Prompt, read_into
 from plphp.policy import Policy
+from plphp.recall import Recall
 
 GREEDY = {"do_sample": False, "num_beams": 1}
 
@@ -42,7 +43,8 @@ class Answers:
     tokens: (B, T') int64, its own
     kl: KL(full || pruned) in nats of every token of the reference's answer, one list a row
     agree: whether both would have said the same token there, one list a row
-    kept: (B,) vision K/V entries kept, over those of the full prompt
+    kept: (B,) vision K/V entries kept, over those of the full prompt; with recall the device bytes
+        of vision tokens over the full ones, the same for all rows
     kv_bytes: allocated for the whole batch after the prompt
     """
 
@@ -68,7 +70,12 @@ def refer(model: Any, batch: Batch) -> Reference:
 
 
 def answer(
-    model: Any, policy: Policy, batch: Batch, reference: Reference, prompt: Prompt
+    model: Any,
+    policy: Policy,
+    batch: Batch,
+    reference: Reference,
+    prompt: Prompt,
+    recall: Recall | None = None,
 ) -> Answers:
     """Generate pruned, then read the reference's answer on what the same prompt left.
 
@@ -76,7 +83,7 @@ def answer(
         the prompt's own forward read it themselves
     One prefill serves both: the cache is cropped back to it. Raises what `plphp.prune` raises.
     """
-    with prune(model, policy) as pruning:
+    with prune(model, policy, recall=recall) as pruning:
         if policy.kind in ("layer", "layers"):
             cache = prompt.pruned(pruning)
         else:
@@ -85,14 +92,16 @@ def answer(
         report = cache.report
         assert report is not None, "a finished prompt leaves a report"
         if batch.first is None:
-            tokens, first = _go_on(model, cache, batch, prompt), prompt.logits
+            go_on = _go_on if recall is None else walk
+            tokens, first = go_on(model, cache, batch, prompt), prompt.logits
         else:
             _crop(cache, batch.shared)
             tokens, (first, *_) = _generate(model, cache, batch.later(), batch.limit)
         logits = [first[:, None].float()]
         if reference.tokens.shape[1] > 1:
             _crop(cache, batch.columns)
-            logits.append(_read(model, cache, batch, reference.tokens[:, :-1]))
+            given = reference.tokens[:, :-1]
+            logits.append(_read(model, cache, batch, given, 1 if recall else given.shape[1]))
     kl, agree = compare(reference, torch.cat(logits, 1))
     return Answers(
         tokens=tokens,
@@ -133,13 +142,34 @@ def _go_on(model: Any, cache: PrunedCache, batch: Batch, prompt: Prompt) -> Tens
     return torch.cat([prompt.first, torch.where(ended, prompt.first, rest)], 1)
 
 
-def _read(model: Any, cache: PrunedCache, batch: Batch, tokens: Tensor) -> Tensor:
-    """Logits (B, T, vocabulary) after each of some given tokens (B, T), which follow the prompt."""
-    mask = batch.inputs["attention_mask"]
-    mask = torch.cat([mask, mask.new_ones(tokens.shape)], 1)
-    out = model(input_ids=tokens, attention_mask=mask, past_key_values=cache)
-    logits: Tensor = out.logits.float()
-    return logits
+def walk(model: Any, cache: PrunedCache, batch: Batch, prompt: Prompt) -> Tensor:
+    """As `_go_on`, one forward a token: to generate() the first token would be a turn of its own.
+
+    A turn's tokens see the whole conversation, which recall's later tokens do not.
+    """
+    tokens, mask = [prompt.first], batch.inputs["attention_mask"]
+    ends = end_tokens(model).to(prompt.first.device)
+    over = torch.isin(prompt.first, ends)
+    while len(tokens) < batch.limit and not bool(over.all()):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        out = model(input_ids=tokens[-1], attention_mask=mask, past_key_values=cache)
+        new = out.logits[:, -1:].argmax(-1)
+        tokens.append(torch.where(over, tokens[-1], new))
+        over = over | torch.isin(new, ends)
+    return torch.cat(tokens, 1)
+
+
+def _read(model: Any, cache: PrunedCache, batch: Batch, tokens: Tensor, at_once: int) -> Tensor:
+    """Logits (B, T, vocabulary) after each of some given tokens (B, T), which follow the prompt.
+
+    at_once: columns a forward
+    """
+    mask, logits = batch.inputs["attention_mask"], []
+    for part in torch.split(tokens, at_once, 1):
+        mask = torch.cat([mask, mask.new_ones(part.shape)], 1)
+        out = model(input_ids=part, attention_mask=mask, past_key_values=cache)
+        logits.append(out.logits.float())
+    return torch.cat(logits, 1)
 
 
 def compare(reference: Reference, logits: Tensor) -> tuple[Any, Any]:
@@ -174,7 +204,9 @@ def answer_lengths(tokens: Tensor, ends: Tensor) -> tuple[int, ...]:
 
 
 def kept_shares(report: Report, vision: tuple[int, ...]) -> tuple[float, ...]:
-    """Vision K/V entries kept of each row, over those that its full prompt has."""
+    """What is kept of the vision K/V of each row, as `Answers` has it."""
+    if report.recall is not None:
+        return (report.recall.share,) * len(vision)
     layers = [layer for layer in report.layers if layer.kept.shape[1]]
     shares = []
     for row, tokens in enumerate(vision):

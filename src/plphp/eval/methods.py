@@ -9,8 +9,12 @@ from typing import Any
 from plphp.errors import InputError
 from plphp.hf import calibrate
 from plphp.policy import POLICIES, Policy, policy
+from plphp.recall import HOMES, Recall
 
 PAPER = ":paper"  # a method with its own defaults instead of a budget
+# POLICY+HOME: what the policy drops is parked there, and the budget is of device bytes. Of
+# full+int4 everything is parked, at whatever that takes: the control of the others.
+PARKED = "+"
 CALIBRATED = ":calibrated"  # PLPHP with thresholds from this model's own vision attention
 CONTROLS = ("full", "random", "uniform")  # no result without them
 BUDGETS = (0.6, 0.4, 0.2, 0.1)
@@ -22,6 +26,12 @@ class Setting:
 
     method: str
     budget: float | None
+
+    @property
+    def recall(self) -> Recall | None:
+        """Where the method parks what it drops."""
+        home = self.method.partition(PARKED)[2]
+        return Recall(home, self.budget or 0) if home else None  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         return self.method if self.budget is None else f"{self.method} at {self.budget:g}"
@@ -42,15 +52,20 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
     """
     names = list(dict.fromkeys(_split(methods, "--methods")))
     for name in names:
-        base = name.removesuffix(PAPER)
-        if base not in POLICIES and name != f"plphp{CALIBRATED}":
+        base, _, home = name.removesuffix(PAPER).partition(PARKED)
+        right = base in POLICIES or name == f"plphp{CALIBRATED}"
+        right = right and name != f"full{PARKED}host"
+        if not right or (home or HOMES[0]) not in HOMES or name.endswith(PARKED):
             known = ", ".join(known_methods())
-            raise InputError(f"--methods: unknown method {name!r}; known are {known}")
+            raise InputError(
+                f"--methods: unknown method {name!r}; known are {known}, and NAME+HOME with recall "
+                f"from {', '.join(HOMES)}"
+            )
     added = [name for name in CONTROLS if name not in names]
     shares = [_share(text) for text in _split(budgets, "--budgets")]
     settings = [FULL]
     for name in [*names, *added]:
-        if name.endswith(PAPER):
+        if name.endswith(PAPER) or name.startswith(f"full{PARKED}"):
             settings.append(Setting(name, None))
         elif name != "full":
             # Everything kept is what "full" stands for.
@@ -67,6 +82,8 @@ def make(setting: Setting, model: Any, samples: Sequence[Mapping[str, Any]] = ()
         # Thresholds fit the mean prompt; the budget then holds for every one, as for the others.
         return replace(calibrate(model, samples, budget=setting.budget), budget=setting.budget)
     name = setting.method.removesuffix(PAPER)
+    if setting.recall is not None:  # its budget is recall's, and the policy's is not asked
+        return policy(name.partition(PARKED)[0])
     return policy(name) if setting.budget is None else policy(name, budget=setting.budget)
 
 

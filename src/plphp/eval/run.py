@@ -176,7 +176,7 @@ def _answer(
         # Nothing is pruned of the smaller pictures: the same code path, everything kept.
         batch, chosen = _smaller(job, batch, chosen), policy("full")
         prompt = read(model, batch.prompt, chosen.window)
-    return answer(model, chosen, batch, reference, prompt)
+    return answer(model, chosen, batch, reference, prompt, setting.recall)
 
 
 def _smaller(job: Job, batch: Batch, chosen: Policy) -> Batch:

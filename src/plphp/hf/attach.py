@@ -16,11 +16,13 @@ from plphp.hf.attention import ConfigView, pass_layer, pruned_attention
 from plphp.hf.cache import PrunedCache, own_cache
 from plphp.hf.generate import UNSUPPORTED_METHODS, refuse_method, wrap
 from plphp.hf.positions import later_positions, position_shift
+from plphp.hf.recall import checked
 from plphp.hf.report import build_report
 from plphp.hf.sequence import attach_sequence, decoder_layers, refuse_turn
 from plphp.hf.turn import Mask, Turn
 from plphp.models import describes_vision, refusal, sequence_refusal
 from plphp.policy import PLPHP, Policy, SequencePolicy
+from plphp.recall import Recall
 
 logger = logging.getLogger("plphp")
 
@@ -34,9 +36,12 @@ class Pruning:
         threads generate on one model
     """
 
-    def __init__(self, model: Any, policy: Policy, vision_mask: Mask) -> None:
+    def __init__(
+        self, model: Any, policy: Policy, vision_mask: Mask, recall: Recall | None = None
+    ) -> None:
         self.model = model
         self.policy = policy
+        self.recall = recall
         self.vision_mask = vision_mask
         self.report: Report | None = None
         self.layers: tuple[int, ...] = ()  # decoder layers that are attached
@@ -74,23 +79,31 @@ class Pruning:
         self._undo.append(undo)
 
 
-def prune(model: Any, policy: Policy | None = None, *, vision_mask: Mask = None) -> Pruning:
+def prune(
+    model: Any,
+    policy: Policy | None = None,
+    *,
+    vision_mask: Mask = None,
+    recall: Recall | str | None = None,
+) -> Pruning:
     """Prune the vision tokens of everything that `model` generates until `remove()`.
 
     model: a transformers vision-language model, or a PEFT wrapper around one
     policy: by default PLPHP(), the paper's
     vision_mask: (B, N) int64 coded as `vision_spans` returns it, or a function from input_ids to
         it, for models whose vision tokens cannot be found
+    recall: park what the policy drops and read it again when a later token looks for it, a
+        `plphp.Recall` or the name of its home; by default dropped tokens are gone
 
     Raises UnsupportedModelError, UnsupportedModeError (the model is attached already) or
     UnsupportedTransformersError, with what to do, before anything is changed.
     """
     compat.check_version()
     model = _base(model)
-    policy = PLPHP() if policy is None else policy
     modules = _prunable(model, vision_mask)
+    recall, policy = checked(recall, PLPHP() if policy is None else policy, model)
     undo = _attach_kind(model, policy, modules)
-    pruning = Pruning(model, policy, vision_mask)
+    pruning = Pruning(model, policy, vision_mask, recall)
     compat.register_attention(pruned_attention)
     pruning._undo += undo
     pruning.layers = tuple(module.layer_idx for module in modules)
@@ -246,6 +259,7 @@ def _finish(pruning: Pruning) -> Hook:
         drafts = int(cache.get_seq_length()) - turn.end
         cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, turn)
         cache.shared.last_image = max(cache.shared.last_image, turn.last_image)
+        cache.shared.spans = turn.spans if cache.shared.recall is not None else None
         cache.report = pruning.report = report = build_report(cache, turn)
         cache.shared.turn = None
         if logger.isEnabledFor(logging.DEBUG):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from plphp.attention import decode_attention
+from plphp.cache import KVStore
 from plphp.errors import (
     UnsupportedModeError,
     UnsupportedTransformersError,
@@ -130,5 +131,9 @@ def _attend(
 ) -> Tensor:
     assert layer.store is not None
     scale, softcap = compat.scale(query, kwargs), compat.softcap(module.config, kwargs)
-    output = decode_attention(query, layer.store, scale, softcap, among)
+    if layer.parked is not None:
+        assert isinstance(layer.store, KVStore)
+        output = layer.parked.attend(query, layer.store, scale, softcap)
+    else:
+        output = decode_attention(query, layer.store, scale, softcap, among)
     return output.transpose(1, 2).contiguous()

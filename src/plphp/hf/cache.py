@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from plphp.cache import Report, allocated
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
-from plphp.hf.layer import PrunedLayer, Shared
+from plphp.hf.layer import PrunedLayer, Shared, spans_until
 from plphp.hf.turn import Turn
 from plphp.policy import Policy
 
@@ -38,6 +38,10 @@ class PrunedCache(Cache):
             )
         if static and max_len is None:
             raise ValueError("static=True needs max_len, the columns of prompt and answer together")
+        if static and pruning.recall is not None:
+            raise UnsupportedModeError(
+                "recall chooses tokens between the kernels of a step: use static=False"
+            )
         self.shared = Shared(
             config=compat.text_config(pruning.model),
             max_len=max_len,
@@ -45,6 +49,7 @@ class PrunedCache(Cache):
             policy=pruning.policy,
             attached=frozenset(pruning.layers),
             over_ranks=pruning.over_ranks,
+            recall=pruning.recall,
         )
         self.generating = False  # inside generate(): forwards after the prompt are its steps
         self.report: Report | None = None
@@ -125,6 +130,8 @@ class PrunedCache(Cache):
                     "use static=False"
                 )
         turn.static = self.static
+        if self.shared.recall is not None and self.shared.spans is not None and turn.begin:
+            turn.earlier = spans_until(self.shared.spans, turn.begin)
         self.shared.turn = turn
 
     def pruned_layers(self) -> Iterator[tuple[int, PrunedLayer]]:
@@ -141,18 +148,23 @@ class PrunedCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put rows (B',) in a new order, positions of later turns included."""
         super().reorder_cache(beam_idx)
-        if self.shift is not None:
-            self.shift = self.shift[beam_idx.to(self.shift.device)]
+        self._rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        if self.shift is not None:
-            self.shift = self.shift[indices.to(self.shift.device)]
+        self._rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.shift is not None:
-            self.shift = self.shift.repeat_interleave(repeats)
+            self._rows(torch.arange(len(self.shift)).repeat_interleave(repeats))
+
+    def _rows(self, rows: Tensor) -> None:
+        """Rows (B',) of what the cache itself knows of each."""
+        if self.shift is not None:
+            self.shift = self.shift[rows.to(self.shift.device)]
+        if self.shared.spans is not None:
+            self.shared.spans = self.shared.spans[rows.to(self.shared.spans.device)]
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that the cache keeps allocated."""
@@ -182,6 +194,12 @@ class PrunedCache(Cache):
 
         return load_cache(model, path)
 
+    def recalled(self) -> list[list[Tensor]]:
+        """What was read of the images at every step; see `plphp.hf.recall.recalled`."""
+        from plphp.hf.recall import recalled
+
+        return recalled(self)
+
     def kv_bytes(self) -> int:
         """Bytes allocated for this cache, counted by storage."""
         return allocated(self.tensors())
@@ -192,7 +210,7 @@ def layer_tensors(layer: Any) -> Iterator[Tensor]:
     if not isinstance(layer, PrunedLayer):
         yield from compat.held_tensors(layer)
         return
-    for store in (layer.store, layer.spare):
+    for store in (layer.store, layer.spare, layer.parked):
         if store is not None:
             yield from store.tensors()
 

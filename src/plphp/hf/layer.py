@@ -14,6 +14,7 @@ from plphp.cache import KVStore, StaticStore, bucketed
 from plphp.errors import UnsupportedModeError
 from plphp.hf.turn import Turn
 from plphp.policy import KeepPlan, Policy
+from plphp.recall import Home, Recall
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Shared:
     turn: the prompt on its way in, None between prompts
     last_image: columns up to the last vision token
     watch: called after a layer's attention, see `watch.Watch`
+    recall: what becomes of dropped tokens, None to destroy them
+    spans: (B, columns) of all prompts read so far, kept for recall
     """
 
     config: Any
@@ -43,6 +46,8 @@ class Shared:
     turn: Turn | None = None
     last_image: int = 0
     watch: Callable[..., None] | None = None
+    recall: Recall | None = None
+    spans: Tensor | None = None
 
     def reserve(self, longest: int, logical: int) -> int | None:
         """Slots to keep free beside `longest` kept ones of `logical` columns; None by default."""
@@ -58,6 +63,7 @@ class PrunedLayer(CacheLayerMixin):
     Lengths that transformers asks for are logical ones, as if nothing had been dropped.
     store: what it holds, None before the first token
     raw: whether that is every column, as the model's own masks expect
+    parked: the vision tokens that are not in the store, with recall
     spare: static buffers of a conversation that `reset` ended, to be filled again
     """
 
@@ -70,6 +76,7 @@ class PrunedLayer(CacheLayerMixin):
         self.is_sliding = window is not None
         self.store: KVStore | StaticStore | None = None
         self.raw = True
+        self.parked: Home | None = None
         self.spare: StaticStore | None = None
         self.is_compileable = shared.static
         self.home: torch.device | None = None
@@ -101,6 +108,8 @@ class PrunedLayer(CacheLayerMixin):
             self.is_initialized = True
             self.store = KVStore(key_states, value_states, self.window)
             return key_states, value_states
+        if self.shared.recall is not None and self.shared.turn is not None and not self.raw:
+            restore(self)
         self.store.append(key_states, value_states)
         return self.store.held()
 
@@ -152,10 +161,11 @@ class PrunedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.spare = self.store if isinstance(self.store, StaticStore) else None
         self.store, self.raw, self.is_initialized, self.recent = None, True, False, None
+        self.parked = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.store is not None:
-            self.store.reorder(beam_idx)
+            self._rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)
@@ -163,7 +173,14 @@ class PrunedLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.store is not None:
             rows = torch.arange(len(self.store.keys), device=self.store.keys.device)
-            self.store.reorder(rows.repeat_interleave(repeats))
+            self._rows(rows.repeat_interleave(repeats))
+
+    def _rows(self, rows: Tensor) -> None:
+        """Rows (B',) of what is held and parked."""
+        assert self.store is not None
+        self.store.reorder(rows)
+        if self.parked is not None:
+            self.parked.reorder(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last columns: text after the last image, of which every column is held."""
@@ -190,3 +207,34 @@ class PrunedLayer(CacheLayerMixin):
         if self.store is not None:
             self.home = self.home or self.store.keys.device
             self.store.to(device)
+        if self.parked is not None:
+            self.parked.move(device)
+
+
+def restore(layer: PrunedLayer) -> None:
+    """Make a layer hold every column again, for a prompt that reads the whole conversation."""
+    store, home, spans = layer.store, layer.parked, layer.shared.spans
+    assert isinstance(store, KVStore) and spans is not None
+    spans = spans_until(spans.to(store.start.device), store.logical)
+    heads = (-1, store.keys.shape[1], -1)
+    text, vision = ((where[:, None]).expand(heads) for where in (spans == 0, spans > 0))
+    used = torch.arange(store.end, device=spans.device) >= store.start[:, None, None]
+    used = used.expand(heads)
+    found = None if home is None else home.tokens(store)
+    if home is not None:
+        used = used & ~home.vision_slots(store)
+    whole = []
+    for number, held in enumerate(store.held()):
+        full = held.new_zeros(*held.shape[:2], store.logical, held.shape[-1])
+        full[text] = held[used]
+        if found is not None:
+            full[vision] = found[number]
+        whole.append(full)
+    layer.store = KVStore(whole[0], whole[1], layer.window)
+    layer.raw, layer.parked = True, None
+
+
+def spans_until(spans: Tensor, columns: int) -> Tensor:
+    """(B, columns) of the spans of a conversation; what was answered since is text."""
+    spans = spans[:, :columns]
+    return torch.nn.functional.pad(spans, (0, columns - spans.shape[1]))

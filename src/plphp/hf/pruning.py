@@ -18,6 +18,7 @@ from plphp.errors import UnsupportedModelError
 from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.leaving import Leaving
+from plphp.hf.recall import park_layer
 from plphp.hf.turn import Turn, slot_positions, slot_spans
 from plphp.policy import CachePolicy, LayerView, Look, SequencePolicy
 
@@ -67,14 +68,16 @@ def after_attention(
         turn.leaving = Leaving(
             plan, turn.length, "flash" in layer.shared.config._attn_implementation
         )
-    elif isinstance(policy, CachePolicy) and policy.kind == "layers":
+    elif (
+        layer.shared.recall is None and isinstance(policy, CachePolicy) and policy.kind == "layers"
+    ):
         turn.waiting[index] = Waiting(
             layer, policy.look(view), slot_positions(turn, store.end), drafts
         )
         if all(i in turn.waiting for i in layer.shared.prunable):
             _plan_together(policy, turn)
     else:
-        plan = policy.plan(view)
+        plan = policy.plan(view) if layer.shared.recall is None else park_layer(layer, view)
         turn.plans[index] = (plan, view.spans, slot_positions(turn, store.end))
         layer.compact(plan, drafts)
 

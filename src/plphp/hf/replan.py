@@ -20,6 +20,7 @@ from plphp.errors import UnsupportedModeError
 from plphp.hf.attach import Pruning, prune
 from plphp.hf.cache import PrunedCache
 from plphp.hf.layer import PrunedLayer
+from plphp.hf.recall import park_layer
 from plphp.hf.report import build_report
 from plphp.hf.turn import Turn, slot_positions
 from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, policy
@@ -76,11 +77,12 @@ class Prompt:
         turn = self._turn(pruning)
         cache.layers = [self._layer(index, cache) for index in range(len(self.cache.layers))]
         views = {index: _narrow(view, made.window) for index, view in self.views.items()}
-        for index, plan in plans(made, views).items():
-            view, layer = views[index], cache.layers[index]
-            assert view.keys is not None and view.values is not None
-            adopt(layer, view.keys, view.values, plan)
-            turn.plans[index] = (plan, view.spans, slot_positions(turn, self.columns))
+        parks = cache.shared.recall is not None
+        cache.shared.spans = turn.spans if parks else None
+        planned = dict.fromkeys(views) if parks else plans(made, views)
+        for index, plan in planned.items():
+            plan = adopt_view(cache.layers[index], views[index], plan)
+            turn.plans[index] = (plan, views[index].spans, slot_positions(turn, self.columns))
         cache.report = replace(build_report(cache, turn), seen=self.seen)
         return cache
 
@@ -134,6 +136,16 @@ def adopt(layer: PrunedLayer, keys: Tensor, values: Tensor, plan: KeepPlan) -> N
     layer.is_initialized = True
     layer.store = KVStore(keys, values, layer.window)
     layer.compact(plan)
+
+
+def adopt_view(layer: PrunedLayer, view: LayerView, plan: KeepPlan | None) -> KeepPlan:
+    """Make a layer hold what a plan keeps of a view; without one, what recall lets it hold."""
+    assert view.keys is not None and view.values is not None
+    if plan is None:
+        layer.store = KVStore(view.keys, view.values, layer.window)
+        plan = park_layer(layer, view)
+    adopt(layer, view.keys, view.values, plan)
+    return plan
 
 
 def plans(made: Policy, views: dict[int, LayerView]) -> dict[int, KeepPlan]:

@@ -18,6 +18,7 @@ from plphp.cache import (
 from plphp.hf import compat
 from plphp.hf.cache import PrunedCache, layer_tensors
 from plphp.hf.layer import PrunedLayer
+from plphp.hf.recall import recall_report
 from plphp.hf.turn import Turn
 from plphp.models import processor_inputs
 from plphp.policy import SequencePolicy
@@ -36,6 +37,7 @@ def build_report(cache: PrunedCache, turn: Turn) -> Report:
         images=tuple(counts.amax(-1).clamp(min=0).tolist()),
         notes=(*turn.notes, *_notes(cache, turn)),
         seen=_seen(turn, counts),
+        recall=recall_report(cache),
     )
 
 
@@ -53,7 +55,7 @@ def _seen(turn: Turn, spans: Tensor) -> Seen:
     given = processor_inputs(turn.source).items()
     small = {name: t.cpu() for name, t in given if isinstance(t, Tensor) and t.dim() <= 2}
     ids = turn.source.get("input_ids")
-    ids = None if ids is None else ids[:, -turn.length :].cpu()
+    ids = None if ids is None else ids[:, -spans.shape[1] :].cpu()
     return Seen(spans, turn.positions().cpu(), turn.config, small, ids)
 
 
@@ -96,7 +98,7 @@ def _notes(cache: PrunedCache, turn: Turn) -> list[str]:
         notes.append("nothing was pruned: the prompt has no vision tokens")
     pruned = {index for index, _ in cache.pruned_layers()}
     alone = [index for index in range(_depth(cache)) if index not in pruned]
-    if cache.shared.policy.kind == "layers":
+    if cache.shared.policy.kind == "layers" and cache.shared.recall is None:
         notes.append("planned after the last layer: until then the whole prompt was held")
     if turn.leaving is not None and isinstance(cache.shared.policy, SequencePolicy):
         at = cache.shared.policy.leave_at(len(cache.layers))

@@ -26,6 +26,8 @@ def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
     left to transformers.
     """
     cache.check()
+    if cache.shared.recall is not None:
+        raise UnsupportedModeError("a cache with recall cannot be saved yet: its parked tokens too")
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for index, layer in enumerate(cache.layers):

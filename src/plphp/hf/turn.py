@@ -24,6 +24,8 @@ class Turn:
     source: the keyword arguments that describe it: input_ids, mm_token_type_ids, grids
     spans: (B, length) once the whole prompt is there; `notes` on images that touch
     tokens_before: (B,) tokens of earlier turns, padding not counted
+    earlier: (B, begin) spans of earlier turns, with recall: then `spans` covers them too, and
+        images are counted on
     plans: layer index -> what it kept, with the spans of the slots that it chose from
     """
 
@@ -36,6 +38,7 @@ class Turn:
     notes: tuple[str, ...] = ()
     prunes: bool = False  # whether there is anything to drop: vision tokens or padding
     tokens_before: Tensor | None = None
+    earlier: Tensor | None = None
     static: bool = False  # lengths go to the device afterwards: every layer is compacted
     leaving: Leaving | None = None  # of a sequence method: what stays, once that is known
     waiting: dict[int, Any] = field(default_factory=dict)  # layers looked at and not planned yet
@@ -62,18 +65,30 @@ class Turn:
             spans = spans.masked_fill(new == 0, -1)
             if mask.shape[1] >= self.end:
                 self.tokens_before = mask[:, : self.begin].sum(-1)
-        self.spans = spans
-        self.prunes = self.static or bool((spans != 0).any())
+        self.spans = spans if self.earlier is None else self._whole(spans, mask)
+        self.prunes = self.static or bool((self.spans != 0).any())
+
+    def _whole(self, spans: Tensor, mask: Tensor | None) -> Tensor:
+        """Spans (B, end) of the whole conversation, of which `spans` are the new ones."""
+        assert self.earlier is not None
+        earlier = self.earlier.to(spans.device)
+        earlier = earlier.repeat_interleave(len(spans) // len(earlier), dim=0)
+        if mask is not None and mask.shape[1] >= self.end:
+            earlier = earlier.masked_fill(mask[:, : self.begin] == 0, -1)
+        before = earlier.amax(-1, keepdim=True).clamp(min=0)
+        self.tokens_before = torch.zeros_like(before[:, 0])
+        return torch.cat([earlier, torch.where(spans > 0, spans + before, spans)], -1)
 
     @property
     def last_image(self) -> int:
         """Columns of the conversation up to this prompt's last vision token; 0 without any."""
         assert self.spans is not None
         columns = (self.spans > 0).any(0).nonzero()
-        return self.begin + int(columns[-1]) + 1 if len(columns) else 0
+        first = self.end - self.spans.shape[1]
+        return first + int(columns[-1]) + 1 if len(columns) else 0
 
     def positions(self) -> Tensor:
-        """Row-logical position (B, length) of each column: padding is not counted."""
+        """Row-logical position of each column of `spans`: padding is not counted."""
         assert self.spans is not None and self.tokens_before is not None
         return (self.spans >= 0).cumsum(-1) - 1 + self.tokens_before[:, None]
 
@@ -124,7 +139,7 @@ def slot_spans(turn: Turn, start: Tensor, end: int) -> Tensor:
     """Spans (B, end) of a layer's slots: earlier turns count as text, fillers as padding."""
     assert turn.spans is not None
     spans = turn.spans.to(start.device)
-    held = torch.zeros(len(spans), end - turn.length, dtype=spans.dtype, device=start.device)
+    held = torch.zeros(len(spans), end - spans.shape[1], dtype=spans.dtype, device=start.device)
     slots = torch.cat([held, spans], -1)
     return slots.masked_fill(torch.arange(end, device=start.device) < start[:, None], -1)
 
@@ -132,4 +147,4 @@ def slot_spans(turn: Turn, start: Tensor, end: int) -> Tensor:
 def slot_positions(turn: Turn, end: int) -> Tensor:
     """Row-logical position (B, end) of each slot of this turn; meaningless for earlier slots."""
     positions = turn.positions()
-    return torch.nn.functional.pad(positions, (end - turn.length, 0))
+    return torch.nn.functional.pad(positions, (end - positions.shape[1], 0))

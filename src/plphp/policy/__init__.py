@@ -38,7 +38,10 @@ POLICIES: dict[str, Any] = {
     "downsample": Downsample,
 }
 
+ALIASES = {"recommended": "novelty"}  # chosen on other samples than docs/accuracy.md reports
+
 __all__ = [
+    "ALIASES",
     "LAYER_CLASSES",
     "PLPHP",
     "POLICIES",
@@ -57,10 +60,13 @@ def policy(name: str, **options: Any) -> Policy:
     """A policy by its name and its options: `policy("plphp", r=.3)`, `policy("snapkv", budget=.2)`.
 
     Every method takes `budget`, the share of vision K/V kept over all layers, 0 to 1.
+    "recommended" is the best single decision at the prompt that we know (docs/methods.md).
     Raises ValueError for an unknown name or option, and for a value out of range, naming it.
     """
+    name = ALIASES.get(name, name)
     if name not in POLICIES:
-        raise ValueError(f"unknown policy {name!r}; known are {', '.join(sorted(POLICIES))}")
+        known = ", ".join(sorted([*POLICIES, *ALIASES]))
+        raise ValueError(f"unknown policy {name!r}; known are {known}")
     known = POLICIES[name].__dataclass_fields__
     for option in options:
         if option not in known:

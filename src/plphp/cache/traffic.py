@@ -1,0 +1,60 @@
+"""What recall holds where, and what it moves, as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RecallReport:
+    """Bytes of the vision tokens of one conversation, over its layers, and the traffic since.
+
+    home, budget: as asked for
+    full: keys and values of all vision tokens in the model's dtype
+    resident: of those that lie on the device in full; device: of all that lies there, in full, in
+        codes and in the index. These three leave out what fills up unequal rows of a batch
+    parked: allocated for the codes, or in main memory for all vision tokens
+    index: allocated on the device to find or to number them, what fills up rows included
+    fetched: tokens that each layer fetched at each step since, all rows and KV heads together; the
+        lists go on growing while the answer is written
+    token_bytes: what one fetched token moves
+    """
+
+    home: str
+    budget: float
+    full: int
+    resident: int
+    device: int
+    parked: int
+    index: int
+    token_bytes: int = 0
+    fetched: tuple[list[int], ...] = field(default=(), repr=False)
+
+    @property
+    def share(self) -> float:
+        """Device bytes of vision tokens over those of the full cache; 1 without any."""
+        return self.device / self.full if self.full else 1.0
+
+    @property
+    def steps(self) -> int:
+        """Tokens written since."""
+        return max((len(layer) for layer in self.fetched), default=0)
+
+    @property
+    def transferred(self) -> float:
+        """Bytes from main memory to the device a token, mean over the steps since."""
+        return sum(map(sum, self.fetched)) * self.token_bytes / max(self.steps, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        names = ("home", "budget", "full", "resident", "device", "parked", "index")
+        numbers = {name: getattr(self, name) for name in names}
+        return {**numbers, "share": self.share, "transferred_per_token": self.transferred}
+
+    def __str__(self) -> str:
+        where = "in main memory" if self.home == "host" else f"in {self.home}"
+        return (
+            f"recall: {self.resident:,} bytes of vision K/V in full, {self.index:,} of index, "
+            f"{self.parked:,} parked {where}: {self.share:.1%} of the full bytes on the device"
+        )

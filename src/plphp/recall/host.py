@@ -1,0 +1,194 @@
+"""Parked in main memory: every KV head has its k best tokens at hand and changes them as it goes.
+
+What is at hand lies in the layer's own buffers among the text, so that attention reads one piece of
+memory and knows nothing of this. A token that is fetched takes the slot of one that is not asked
+for any more; only what is new crosses the bus.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from plphp.attention import attend, decode_attention
+from plphp.cache import KVStore
+from plphp.policy import Look
+from plphp.recall.budget import affordable, plan_within
+from plphp.recall.index import build, index_bytes
+from plphp.recall.options import Recall
+from plphp.recall.slots import at_hand, first_slots, vision_first
+
+
+class HostHome:
+    """The vision tokens of one layer, V at most in a row, and which k of them are at hand.
+
+    keys, values: (B, Hkv, V, D) and (B, Hkv, V, Dv) in main memory, rows of fewer end in fillers
+    index: on the device
+    valid: (B, V) bool on the device, which are no fillers; None where all count
+    columns: (B, V) int32 on the device, a token's column, for sliding windows only
+    plan: what the store should be compacted to: k vision tokens a KV head, then all text
+    held: (B, Hkv, k) int16 or int32, which token each of a row's first k slots holds; V in rows
+        that have fewer than k
+    full, resident, device: bytes of vision tokens in the full cache, in full on the device, and in
+        all on the device; fillers of unequal rows and what a sliding window needs not counted
+    fetched: tokens fetched at each step, all rows and KV heads together
+    log: what each head held at each step, like `held`; empty unless recorded
+    """
+
+    def __init__(self, store: KVStore, look: Look, recall: Recall) -> None:
+        """Park the vision tokens of a store that holds the whole prompt.
+
+        look: whom the policy would keep
+        """
+        vision = look.spans > 0
+        tokens = vision.sum(-1)
+        order = vision.int().argsort(dim=-1, descending=True, stable=True)
+        order = order[:, : int(tokens.max())]
+        valid = vision.gather(1, order)
+        self.origin = torch.arange(len(vision), device=vision.device)
+        self.held = self.origin.new_empty(0)
+        keys, values = (_take(x, order) for x in store.held())
+        self.valid = None if bool(valid.all()) else valid
+        self.columns = order.int() if store.window is not None else None
+        dim = keys.shape[-1]
+        rank = min(recall.rank or dim // 4, dim)
+        self.index = build(keys, valid, rank)
+        self.keys, self.values = to_host(keys), to_host(values)
+        number = torch.int16 if keys.shape[2] < 2**15 else torch.int32
+        unit = self.token_bytes
+        fixed = index_bytes(tokens, dim, rank)
+        most = affordable(recall.budget, tokens, unit, unit + number.itemsize, fixed, least=1)
+        self.plan = vision_first(plan_within(look, most), look.spans)
+        self.held = at_hand(self.plan, look.spans, most).to(number)
+        heads = keys.shape[1]
+        self.resident, self.full = (int(x.sum()) * heads * unit for x in (most, tokens))
+        numbers = int((fixed + most * number.itemsize).sum()) * heads
+        self.device = self.resident + numbers
+        self.every, self.record = recall.every, recall.record
+        self.steps = 0
+        self.fetched: list[int] = []
+        self.log: list[Tensor] = []
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value."""
+        return sum(x.shape[-1] * x.element_size() for x in (self.keys, self.values))
+
+    def attend(self, query: Tensor, store: KVStore, scale: float, softcap: float | None) -> Tensor:
+        """Attention output (B, H, T, Dv) of the last T columns: each reads what it chooses."""
+        queries, outputs = query.shape[2], []
+        if queries == 1:
+            self._choose(query, store)
+            return decode_attention(query, store, scale, softcap)
+        for step in range(queries):
+            asked = query[:, :, step : step + 1]
+            self._choose(asked, store)
+            visible = store.visible(queries)
+            assert visible is not None
+            one = visible[:, :, step : step + 1]
+            outputs.append(attend(asked, *store.held(), one, scale, softcap))
+        return torch.cat(outputs, 2)
+
+    def _choose(self, query: Tensor, store: KVStore) -> None:
+        """Bring what a query (B, H, 1, D) looks for into the store."""
+        if self.steps % self.every == 0:
+            scores = self.index.scores(query)
+            if self.valid is not None:
+                scores = scores.masked_fill(~self.valid[:, None], -torch.inf)
+            if self.columns is not None and store.window is not None:
+                far = self.columns <= store.logical - 1 - store.window
+                scores = scores.masked_fill(far[:, None], -torch.inf)
+            best = scores.topk(self.held.shape[-1], sorted=self.valid is not None).indices
+            filler = self.keys.shape[2]
+            self._swap(best.masked_fill(self.held == filler, filler), store)
+        else:
+            self.fetched.append(0)
+        self.steps += 1
+        if self.record:
+            self.log.append(self.held.cpu().clone())
+
+    def _swap(self, best: Tensor, store: KVStore) -> None:
+        """Put the tokens best (B, Hkv, k) where others lie that are not among them."""
+        batch, heads, tokens, _ = self.keys.shape
+        wide = torch.zeros(batch, heads, tokens + 1, dtype=torch.bool, device=best.device)
+        held = self.held.long()
+        new = ~wide.scatter(2, held, True).gather(2, best)
+        old = ~wide.scatter(2, best, True).gather(2, held)
+        # As many come as go in every head, so that both lists are in the same order of heads.
+        row, head, slot = old.nonzero().unbind(1)
+        source = best[new]
+        self.held[old] = source.to(self.held.dtype)
+        line = row * heads + head
+        lines = (source + line * tokens).to(self.keys.device)
+        place = slot + store.start[row] + line * store.keys.shape[2]
+        for parked, buffer in ((self.keys, store.keys), (self.values, store.values)):
+            came = fetch(parked.flatten(0, 2), lines, buffer.device)
+            buffer.view(-1, buffer.shape[-1]).index_copy_(0, place, came)
+        if store.positions is not None and self.columns is not None:
+            store.positions.view(-1)[place] = self.columns[row, source]
+        self.fetched.append(len(source))
+
+    def vision_slots(self, store: KVStore) -> Tensor:
+        """(B, Hkv, end) bool: which of a store's slots hold vision tokens."""
+        return first_slots(self.held, self.keys.shape[2], store)
+
+    def tokens(self, store: KVStore) -> tuple[Tensor, Tensor]:
+        """Keys and values (tokens of all rows and heads, D) of every vision token, in order."""
+        heads, device = self.keys.shape[1], self.held.device
+        if self.valid is None:
+            return self.keys.flatten(0, 2).to(device), self.values.flatten(0, 2).to(device)
+        every = self.valid[:, None].expand(-1, heads, -1).to(self.keys.device)
+        return self.keys[every].to(device), self.values[every].to(device)
+
+    def tensors(self) -> list[Tensor]:
+        """What lies on the device besides the layer's own buffers."""
+        maybe = (self.valid, self.columns)
+        own = [*self.index.tensors(), self.held, self.origin]
+        return own + [x for x in maybe if x is not None]
+
+    def parked(self) -> list[Tensor]:
+        """What lies in main memory."""
+        return [self.keys, self.values]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Rows (B',) of the batch. Beams of a prompt share what it parked: nothing is copied."""
+        rows = rows.to(self.held.device)
+        same = len(rows) == len(self.origin) and torch.equal(self.origin[rows], self.origin)
+        self.origin = self.origin[rows]
+        self.held = self.held[rows]
+        if same:
+            return
+        self.index = self.index.through(lambda x: x[rows])
+        self.valid = None if self.valid is None else self.valid[rows]
+        self.columns = None if self.columns is None else self.columns[rows]
+        self.keys, self.values = (to_host(x[rows.to(x.device)]) for x in (self.keys, self.values))
+
+    def move(self, device: torch.device) -> None:
+        """Move what lies on the device; what is parked stays in main memory."""
+        self.index = self.index.through(lambda x: x.to(device))
+        for name in ("valid", "columns", "held", "origin"):
+            found = getattr(self, name)
+            setattr(self, name, None if found is None else found.to(device))
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """(B, Hkv, N, D) at columns (B, V) -> (B, Hkv, V, D)."""
+    return torch.stack(
+        [row.index_select(1, columns) for row, columns in zip(x, order, strict=True)]
+    )
+
+
+def to_host(x: Tensor) -> Tensor:
+    """In main memory, pinned where a GPU copies from there."""
+    if x.device.type != "cuda":
+        return x.cpu()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
+
+
+def fetch(parked: Tensor, lines: Tensor, device: torch.device) -> Tensor:
+    """Lines of a matrix in main memory, on the device."""
+    if device.type != "cuda":
+        return parked.index_select(0, lines).to(device)
+    staged = torch.empty(len(lines), parked.shape[1], dtype=parked.dtype, pin_memory=True)
+    torch.index_select(parked, 0, lines, out=staged)
+    return staged.to(device, non_blocking=True)

@@ -1,0 +1,249 @@
+"""The homes of parked tokens by themselves, against what their formulas say."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import plphp
+from plphp.attention import reference
+from plphp.cache import KVStore, allocated
+from plphp.policy import Look
+from plphp.recall import Home, park
+from plphp.recall.codes import keys_to_codes, values_to_codes
+
+BATCH, HEADS, GROUPS, DIM = 2, 2, 3, 32
+SPANS = torch.tensor(
+    [
+        [0] * 5 + [1] * 60 + [0] * 3 + [2] * 40 + [0] * 4,
+        [-1] * 30 + [0] * 4 + [1] * 70 + [0] * 8,
+    ]
+)
+SCALE = DIM**-0.5
+
+
+def pair(seed: int = 0, length: int = SPANS.shape[1]) -> tuple[Tensor, Tensor]:
+    """Keys near a subspace of 8 dimensions, as keys of images are, and values."""
+    drawn = torch.Generator().manual_seed(seed)
+    basis = torch.randn(BATCH, HEADS, 8, DIM, generator=drawn)
+    keys = torch.randn(BATCH, HEADS, length, 8, generator=drawn) @ basis + 3
+    return keys, torch.randn(BATCH, HEADS, length, DIM, generator=drawn)
+
+
+def parked(recall: plphp.Recall, window: int | None = None) -> tuple[KVStore, Home, Tensor, Tensor]:
+    """A compacted store, its home, and the prompt's keys and values."""
+    keys, values = pair()
+    store = KVStore(keys.clone(), values.clone(), window)
+    scores = torch.rand(BATCH, HEADS, SPANS.shape[1], generator=torch.Generator().manual_seed(1))
+    nothing = torch.zeros(BATCH)
+    look = Look(scores, SPANS, nothing.double(), nothing, nothing.long())
+    home = park(store, look, recall)
+    store.compact(home.plan)
+    return store, home, keys, values
+
+
+def query(seed: int) -> Tensor:
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, HEADS * GROUPS, 1, DIM, generator=drawn)
+
+
+def vision_of(row: int) -> Tensor:
+    return (SPANS[row] > 0).nonzero()[:, 0]
+
+
+def scores_by_the_formula(keys: Tensor, asked: Tensor, rank: int) -> Tensor:
+    """Of keys (V, D) for queries (G, D), float64, in standard deviations."""
+    keys, asked = keys.double(), asked.double()
+    own = keys - keys.mean(0)
+    basis = torch.linalg.svd(own, full_matrices=False).Vh[:rank].T
+    found = own @ basis
+    step = found.abs().amax(0) / 127
+    logits = asked @ basis @ ((found / step).round() * step).T
+    scores = (logits - logits.amax(-1, keepdim=True)).amax(0)
+    return scores / scores.std()
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.6])
+def test_a_step_brings_what_its_query_looks_for(budget: float) -> None:
+    store, home, keys, values = parked(plphp.Recall(budget=budget, record=True))
+    for step in range(6):
+        asked = query(step)
+        home.attend(asked, store, SCALE, None)
+        for row in range(BATCH):
+            columns = vision_of(row)
+            for head in range(HEADS):
+                held = home.log[step][row, head].long()
+                held = held[held < home.keys.shape[2]]
+                queries = asked[row, head * GROUPS : (head + 1) * GROUPS, 0]
+                scores = scores_by_the_formula(keys[row, head, columns], queries, DIM // 4)
+                chosen = torch.zeros(len(columns), dtype=torch.bool)
+                chosen[held] = True
+                assert int(chosen.sum()) == len(held) < len(columns)
+                # the codes of the basis round as well
+                assert scores[chosen].min() > scores[~chosen].max() - 0.05
+                own = slice(int(store.start[row]), int(store.start[row]) + len(held))
+                assert torch.equal(store.keys[row, head, own], keys[row, head, columns[held]])
+                assert torch.equal(store.values[row, head, own], values[row, head, columns[held]])
+
+
+def test_attention_reads_text_and_what_was_chosen() -> None:
+    store, home, keys, values = parked(plphp.Recall(budget=0.4, record=True))
+    asked = query(0)
+    out = home.attend(asked, store, SCALE, None)
+    visible = (SPANS == 0)[:, None].repeat(1, HEADS, 1)
+    for row in range(BATCH):
+        for head in range(HEADS):
+            held = home.log[0][row, head].long()
+            visible[row, head, vision_of(row)[held[held < home.keys.shape[2]]]] = True
+    expected = reference.attend(asked, keys, values, visible[:, :, None], SCALE)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("home", ["int4", "int2"])
+def test_codes_are_read_as_the_rounded_numbers(home: str) -> None:
+    store, found, keys, values = parked(plphp.Recall(home, 0.6))  # type: ignore[arg-type]
+    bits = int(home[3:])
+    kept = torch.zeros(BATCH, HEADS, SPANS.shape[1], dtype=torch.bool)
+    for row in range(BATCH):
+        own = found.plan.columns[row, :, -int(found.plan.lengths[row]) :]
+        kept[row].scatter_(1, own, True)
+    rough = keys.clone(), values.clone()
+    for row in range(BATCH):
+        for head in range(HEADS):
+            gone = ((SPANS[row] > 0) & ~kept[row, head]).nonzero()[:, 0]
+            for begin in range(0, len(gone), 32):
+                group = gone[begin : begin + 32]
+                rough[0][row, head, group] = rounded(keys[row, head, group], bits, 0)
+            rough[1][row, head, gone] = rounded(values[row, head, gone], bits, 1)
+    asked = query(0)
+    out = found.attend(asked, store, SCALE, None)
+    valid = (SPANS >= 0)[:, None, None]
+    expected = reference.attend(asked, *rough, valid, SCALE)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    exact = reference.attend(asked, keys, values, valid, SCALE)
+    assert (out - exact).abs().max() > 1e-3, "nothing was rounded"
+
+
+def rounded(x: Tensor, bits: int, dim: int) -> Tensor:
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    return ((x - low) / step).round() * step + low
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_codes_are_near_what_they_stand_for(bits: int) -> None:
+    keys, values = pair(length=77)
+    for codes, x, dim in (
+        (keys_to_codes(keys, bits), keys, 2),
+        (values_to_codes(values, bits), values, 3),
+    ):
+        half = (x.amax(dim) - x.amin(dim)).max() / (2**bits - 1) / 2
+        assert (codes.dense() - x).abs().max() <= half + 1e-5
+        assert codes.packed.numel() * 8 == x.numel() * bits
+        weights = torch.rand(BATCH, HEADS, 3, 77)
+        torch.testing.assert_close(codes.read(weights), weights @ codes.dense())
+        asked = torch.rand(BATCH, HEADS, 3, DIM)
+        torch.testing.assert_close(codes.products(asked), asked @ codes.dense().mT)
+
+
+HOMES = (plphp.Recall(budget=0.4), plphp.Recall("int4", 0.4), plphp.Recall("int2", 0.2))
+
+
+@pytest.mark.parametrize("recall", HOMES, ids=str)
+def test_a_row_does_not_depend_on_the_others(recall: plphp.Recall) -> None:
+    keys, values = pair()
+    scores = torch.rand(BATCH, HEADS, SPANS.shape[1])
+    outputs = []
+    for rows in ([0, 1], [0], [1]):
+        lead = int((SPANS[rows] < 0).sum(-1).min())
+        spans = SPANS[rows][:, lead:]
+        nothing = torch.zeros(len(rows))
+        look = Look(scores[rows][:, :, lead:], spans, nothing.double(), nothing, nothing.long())
+        store = KVStore(*(x[rows][:, :, lead:].clone() for x in (keys, values)))
+        home = park(store, look, recall)
+        store.compact(home.plan)
+        outputs.append(home.attend(query(0)[rows], store, SCALE, None))
+    torch.testing.assert_close(torch.cat(outputs[1:]), outputs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "recall", [plphp.Recall(budget=0.15), plphp.Recall(budget=0.9), *HOMES], ids=str
+)
+def test_the_device_holds_what_the_budget_allows(recall: plphp.Recall, dtype: torch.dtype) -> None:
+    """Storages, but for text, slack and the numbers of the batch's rows, and what they say."""
+    spans = torch.cat([torch.zeros(1, 6), torch.ones(1, 500), torch.zeros(1, 10)], 1).long()
+    keys = torch.randn(1, HEADS, spans.shape[1], DIM).to(dtype)
+    store = KVStore(keys, keys.clone())
+    nothing = torch.zeros(1)
+    scores = torch.rand(1, HEADS, spans.shape[1])
+    home = park(store, Look(scores, spans, nothing.double(), nothing, nothing.long()), recall)
+    store.compact(home.plan, reserve=0)
+    token = 2 * DIM * dtype.itemsize * HEADS
+    full = 500 * token
+    on_device = store.tensors() + home.tensors()
+    for _ in range(3):
+        home.attend(torch.randn(1, HEADS * GROUPS, 1, DIM).to(dtype), store, SCALE, None)
+        small = allocated([store.start]) + (0 if recall.bits else allocated([home.origin]))
+        used = allocated(on_device) - 16 * token - small
+        assert used == home.device
+        assert used <= recall.budget * full
+        left = 2 * token if recall.bits is None else 0.03 * full
+        assert used > recall.budget * full - left, "room for another token"
+    assert home.full == full
+
+
+def test_tokens_come_back_in_order() -> None:
+    for recall in (plphp.Recall(budget=0.4), plphp.Recall("int4", 0.4)):
+        store, home, keys, values = parked(recall)
+        found = home.tokens(store)
+        for number, whole in enumerate((keys, values)):
+            wanted = torch.cat(
+                [whole[row][:, vision_of(row)].flatten(0, 1) for row in range(BATCH)]
+            )
+            off = (found[number] - wanted).abs().max()
+            assert off == 0 if recall.bits is None else 0 < off < 1
+
+
+def test_rows_are_put_in_order_with_what_they_parked() -> None:
+    for recall in (plphp.Recall(budget=0.4), plphp.Recall("int4", 0.4)):
+        store, home, *_ = parked(recall)
+        before = home.attend(query(3), store, SCALE, None)
+        rows = torch.tensor([1, 0, 1])
+        store.reorder(rows)
+        home.reorder(rows)
+        after = home.attend(query(3)[rows], store, SCALE, None)
+        torch.testing.assert_close(after, before[rows])
+
+
+def test_fetched_tokens_are_counted() -> None:
+    store, home, *_ = parked(plphp.Recall(budget=0.4, record=True))
+    for step in (0, 0, 1):
+        home.attend(query(step), store, SCALE, None)
+    assert home.fetched[0] > 0 and home.fetched[1] == 0
+    heads = (log.flatten(0, 1).tolist() for log in home.log[1:])
+    new = [len(set(after) - set(before)) for before, after in zip(*heads, strict=True)]
+    assert home.fetched[2] == sum(new)
+
+
+def test_every_other_step_keeps_what_it_has() -> None:
+    store, home, *_ = parked(plphp.Recall(budget=0.4, every=2))
+    for step in range(4):
+        home.attend(query(step), store, SCALE, None)
+    assert [bool(n) for n in home.fetched] == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"home": "disk"}, "home"),
+        ({"budget": 0}, "budget"),
+        ({"budget": 1.2}, "budget"),
+        ({"rank": 0}, "rank"),
+        ({"every": 0}, "every"),
+        ({"home": "int4", "every": 2}, "every"),
+        ({"home": "int4", "rank": 4}, "rank"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, object], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        plphp.Recall(**options)  # type: ignore[arg-type]
