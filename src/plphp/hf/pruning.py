@@ -19,7 +19,7 @@ from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.leaving import Leaving
 from plphp.hf.recall import park_layer
-from plphp.hf.turn import Turn, slot_positions, slot_spans
+from plphp.hf.turn import Turn, asked, slot_positions
 from plphp.policy import CachePolicy, LayerView, Look, SequencePolicy
 
 REFUSED = {"s_aux": "attention sinks", "position_bias": "position biases"}
@@ -117,38 +117,22 @@ def _view(
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"{type(module).__name__} uses {what}; it cannot be scored")
-    spans = slot_spans(turn, store.start, store.end)
     keys, values = store.held()
-    asked = last_columns(spans, min(window, query.shape[2]))
-    place = asked + (store.logical - store.end) - first  # slots end where columns end
-    asked = asked.masked_fill((place < 0) | (place >= query.shape[2]), -1)
+    last = asked(turn, store, query.shape[2], first, window)
     rows = torch.arange(len(query), device=query.device)[:, None]
-    chosen = query[rows, :, place.clamp(0, query.shape[2] - 1)].transpose(1, 2)
-    slots = torch.arange(store.end, device=query.device)
-    visible = (slots <= asked[..., None]) & (spans >= 0)[:, None]
     seen = window_probabilities(
-        chosen,
+        query[rows, :, last.place].transpose(1, 2),
         keys,
-        visible,
+        last.visible,
         compat.scale(query, kwargs),
         compat.softcap(module.config, kwargs),
     )
     return LayerView(
         probs=seen[:, :, -1],
-        spans=spans,
+        spans=last.spans,
         kv_heads=keys.shape[1],
         window=seen,
-        asked=asked,
+        asked=last.slots,
         keys=keys,
         values=values,
     )
-
-
-def last_columns(spans: Tensor, count: int) -> Tensor:
-    """(B, count) int64: the slots of each row's last tokens, ascending, -1 where it has fewer.
-
-    spans (B, N), -1 for padding.
-    """
-    slots = torch.arange(spans.shape[1], device=spans.device)
-    found = torch.where(spans >= 0, slots, -1).topk(min(count, spans.shape[1]), sorted=True)
-    return found.values.flip(-1)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from plphp.cache import KVStore
 from plphp.errors import UnsupportedModeError
 from plphp.hf.leaving import Leaving
 from plphp.models import find_spans, processor_inputs
 from plphp.policy import KeepPlan
 
 Mask = Tensor | Callable[..., Tensor] | None
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -43,6 +45,19 @@ class Turn:
     leaving: Leaving | None = None  # of a sequence method: what stays, once that is known
     waiting: dict[int, Any] = field(default_factory=dict)  # layers looked at and not planned yet
     plans: dict[int, tuple[KeepPlan, Tensor, Tensor]] = field(default_factory=dict)
+    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """What `make` gives, made once for all layers of a first prompt, which hold the same slots.
+
+        Later, every layer has kept its own.
+        """
+        if self.begin:
+            return make()
+        if key not in self._made:
+            self._made[key] = make()
+        found: Made = self._made[key]
+        return found
 
     @property
     def end(self) -> int:
@@ -50,6 +65,7 @@ class Turn:
 
     def locate(self, batch: int, attention_mask: Tensor | None) -> None:
         """Find the images, for a forward of `batch` rows (beams repeat the prompt's rows)."""
+        self._made.clear()
         spans = self._given() if self.vision_mask is not None else self._found()
         if batch % len(spans):
             raise UnsupportedModeError(
@@ -146,5 +162,53 @@ def slot_spans(turn: Turn, start: Tensor, end: int) -> Tensor:
 
 def slot_positions(turn: Turn, end: int) -> Tensor:
     """Row-logical position (B, end) of each slot of this turn; meaningless for earlier slots."""
-    positions = turn.positions()
-    return torch.nn.functional.pad(positions, (end - positions.shape[1], 0))
+
+    def padded() -> Tensor:
+        positions = turn.positions()
+        return torch.nn.functional.pad(positions, (end - positions.shape[1], 0))
+
+    return turn.once(("positions", end), padded)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Whose attention is scored in a layer, and over what.
+
+    spans: (B, C) of the layer's slots
+    slots: (B, W) of the row's last tokens, -1 where it has fewer, or where a query is not at hand
+    place: (B, W) of their queries among those at hand
+    visible: (B, W, C) bool, what each of them sees
+    """
+
+    spans: Tensor
+    slots: Tensor
+    place: Tensor
+    visible: Tensor
+
+
+def asked(turn: Turn, store: KVStore, queries: int, first: int, window: int) -> Asked:
+    """The last `window` tokens of each row, of whose queries `queries` are at hand.
+
+    first: column of the first of them
+    """
+
+    def made() -> Asked:
+        spans = slot_spans(turn, store.start, store.end)
+        slots = last_columns(spans, min(window, queries))
+        place = slots + (store.logical - store.end) - first  # slots end where columns end
+        slots = slots.masked_fill((place < 0) | (place >= queries), -1)
+        every = torch.arange(store.end, device=spans.device)
+        visible = (every <= slots[..., None]) & (spans >= 0)[:, None]
+        return Asked(spans, slots, place.clamp(0, queries - 1), visible)
+
+    return turn.once(("asked", store.end, queries, first, window, store.start.device), made)
+
+
+def last_columns(spans: Tensor, count: int) -> Tensor:
+    """(B, count) int64: the slots of each row's last tokens, ascending, -1 where it has fewer.
+
+    spans (B, N), -1 for padding.
+    """
+    slots = torch.arange(spans.shape[1], device=spans.device)
+    found = torch.where(spans >= 0, slots, -1).topk(min(count, spans.shape[1]), sorted=True)
+    return found.values.flip(-1)
