@@ -1,22 +1,15 @@
 """docs/accuracy.md is what its template makes of the committed JSON, and says who loses."""
 
-import importlib.util
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-DOCS = Path(__file__).parents[2] / "docs"
+from makers import DOCS, maker_of
 
 
 @pytest.fixture(scope="module")
 def maker() -> Any:
-    spec = importlib.util.spec_from_file_location("make_accuracy", DOCS / "make_accuracy.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return maker_of("make_accuracy")
 
 
 def test_the_page_is_made_of_the_summary(maker: Any) -> None:
