@@ -7,7 +7,8 @@ tokens that a variant chooses for the step's own query:
 
 exact         by the query's product with the keys themselves
 rank r        with the keys' projections onto their r first principal directions
-int8 r        the same projections in 8 bits; "int8 sum": by the sum of a KV head's queries
+int8 r        the same projections in 8 bits; "int8 sum": by the sum of a KV head's queries; "int8
+              max": by the highest logit, each query head's own maximum taken off
 bits b        with keys rounded to b bits, per channel in groups of 32 tokens
 blocks n      whole blocks of n tokens, by the product with their mean key
 random        by lot, anew at every step
@@ -118,6 +119,8 @@ class Reader:
             grouped = grouped.sum(2, keepdim=True)
         logits = grouped @ keys.transpose(2, 3)  # (B, Hkv, G, slots)
         logits = logits.masked_fill(~self.vision[:, None, None], -torch.inf)
+        if self.kind == "int8 max":
+            return (logits - logits.amax(-1, keepdim=True)).amax(2)
         return logits.softmax(-1).amax(2)
 
     def index(self, k: Tensor, layer: int) -> Tensor:
@@ -138,7 +141,7 @@ class Reader:
     def summary(self, k: Tensor) -> Tensor:
         if self.kind == "bits":
             return in_groups(k, self.number)
-        if self.kind in ("rank", "int8", "int8 sum"):
+        if self.kind == "rank" or self.kind.startswith("int8"):
             own = self.centred(k)
             basis = torch.linalg.eigh(own.transpose(2, 3) @ own).eigenvectors[..., -self.number :]
             found = own @ basis
@@ -186,6 +189,7 @@ VARIANTS: list[tuple[str, int, float]] = [
     ("rank", 8, 0.1),
     *(("int8", 8, b) for b in (0.3, 0.15, 0.1)),
     ("int8 sum", 8, 0.15),
+    *(("int8 max", 8, b) for b in (0.15, 0.1)),
     ("bits", 2, 0.1),
     ("blocks", 4, 0.2),
     *(("every", m, 0.2) for m in (2, 4)),

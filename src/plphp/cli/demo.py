@@ -83,15 +83,22 @@ def demo(
     """Ask the embedded model about bundled pictures, with its full and with a pruned cache."""
     policy = o.chosen_policy("plphp", r=r, delta_r=delta_r, alpha=alpha, beta=beta)
     answers = ask(policy, device, dtype, rounds, quiet=as_json)
+    from plphp.cli.beside import beside, table
+    from plphp.inputs import load
+
+    others = beside(load("embedded", dtype, device))
     if as_json:
         questions = [answer.to_dict() for answer in answers]
-        found = {"note": NOTE, "summary": summary(answers), "questions": questions}
+        numbers = summary(answers)
+        numbers["beside"] = [other.to_dict() for other in others]
+        found = {"note": NOTE, "summary": numbers, "questions": questions}
         print(json.dumps(found, indent=1))
         return
     console = stdout()
     console.print(_answers(answers))
     console.print(_layers(max(answers, key=lambda a: sum(a.compared.report.prompt))))
     console.print(_costs(answers))
+    console.print(table(others))
     for line in (*_words(answers), f"[dim]{NOTE}[/dim]"):
         console.print(line)
     console.print(f"See what question 1 kept: {_command()} inspect, then open report.html.")

@@ -1,0 +1,51 @@
+"""Recall on the command line: `plphp generate --recall`, `plphp demo`, methods of `plphp eval`."""
+
+from collections.abc import Callable
+
+import pytest
+
+from plphp.errors import InputError
+from plphp.eval.methods import Setting, parse
+
+QUESTION = ("--prompt", "describe picture 1.")
+
+
+def test_generate_reports_what_was_parked(run: Callable, picture: str) -> None:
+    options = ("generate", "--image", picture, *QUESTION)
+    result = run(*options, "--recall", "host", "--recall-budget", ".3")
+    assert result.code == 0
+    assert result.out.startswith("picture 1: ")
+    assert "parked in main memory" in result.err
+    found = run(*options, "--recall", "int4", "--json").json["report"]["recall"]
+    assert found["home"] == "int4" and found["share"] <= 0.4
+
+
+def test_recall_is_refused_in_one_line(run: Callable, picture: str) -> None:
+    for options, said in (
+        (("--recall", "disk"), "home must be one of"),
+        (("--recall-budget", ".3"), "--recall-budget needs --recall"),
+        (("--recall", "host", "--compare"), "--compare goes without --recall"),
+        (("--recall", "host", "--policy", "vtw"), "VTW"),
+    ):
+        result = run("generate", "--image", picture, *QUESTION, *options)
+        assert result.code == 2
+        assert said in result.err
+
+
+def test_the_demo_shows_the_recommended_policy_and_recall(run: Callable) -> None:
+    found = run("demo", "--rounds", 1, "--json").json["summary"]
+    single, codes, host = found["beside"]
+    assert single["vision_kv_on_device"] < 0.42 and codes["vision_kv_on_device"] <= 0.4
+    assert host["vision_kv_on_device"] <= 0.2
+    assert min(way["right"] for way in found["beside"]) > found["right_pruned"]
+
+
+def test_methods_with_a_home() -> None:
+    settings, _ = parse("novelty+host,full+int4", ".4")
+    host, everything = settings[1:3]
+    assert host == Setting("novelty+host", 0.4)
+    assert host.recall is not None and host.recall.budget == 0.4
+    assert everything.recall is not None and everything.recall.budget == 0
+    for wrong in ("novelty+", "novelty+disk", "full+host", "none+host"):
+        with pytest.raises(InputError, match="unknown method"):
+            parse(wrong, ".4")
