@@ -109,8 +109,6 @@ class Prometheus(KVConnectorPromMetrics):
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         engine = self.per_engine_labelvalues[engine_idx]
         for name, number in transfer_stats_data.items():
-            prefix = next(p for p in (name, SEEN, KEPT, REFUSED) if name.startswith(p))
-            if prefix in (SEEN, KEPT, REFUSED):
-                self.series[prefix].labels(*engine, name[len(prefix) :]).inc(number)
-            else:
-                self.series[prefix].labels(*engine).inc(number)
+            prefix = next((p for p in (SEEN, KEPT, REFUSED) if name.startswith(p)), name)
+            label = name[len(prefix) :]
+            self.series[prefix].labels(*engine, *([label] if label else [])).inc(number)

@@ -84,6 +84,11 @@ class SchedulerSide:
     def step(self, output: Any) -> Step:
         """What to tell the workers about a step that was just scheduled."""
         gone = frozenset(output.finished_req_ids) | frozenset(output.preempted_req_ids or ())
+        for new in output.scheduled_new_reqs:
+            if new.req_id in self.prompts:
+                # vLLM keeps pixels from the workers where the prefix cache has the image, and then
+                # stops with an error if the request is preempted and the image evicted.
+                new.mm_features = self.prompts[new.req_id].request.mm_features
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
