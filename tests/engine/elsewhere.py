@@ -14,7 +14,7 @@ MODES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
 }
 ENVIRONMENT = {
-    "multiprocess": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    "multiprocess": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
     "tensor parallel": {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
