@@ -13,6 +13,7 @@ from plphp.hf.watch import kept_and_dropped
 from plphp.report.gather import mask_bits
 
 Log = Sequence[Sequence[Tensor]]  # as `PrunedCache.recalled()`
+PUNCTUATION = len('[""], ')  # of a mask in JSON, where every layer had one head only
 
 
 def all_read(report: Report, seen: Seen) -> Report:
@@ -39,7 +40,7 @@ def masks(log: Log, seen: Seen, room: int) -> tuple[tuple[tuple[str, ...], ...],
     heads = sum(layer[0].shape[1] for layer in log if layer)
     if not heads:
         return ()
-    each = heads * (len(mask_bits(torch.zeros(len(vision)))) + len('"",'))
+    each = heads * (len(mask_bits(torch.zeros(len(vision)))) + PUNCTUATION)
     steps = min(max(map(len, log)), room // each)
     return tuple(
         tuple(_masks(layer[step][0], vision) if layer else () for layer in log)
