@@ -104,7 +104,8 @@ def inspect(
         return
     for run in page.runs:
         same = "the full model's answer" if run.differs is None else f"differs at {run.differs + 1}"
-        stdout().print(f"{run.policy}: {run.retention:.0%} of the vision K/V kept, {same}")
+        held = "kept" if run.recall is None else "in full on the device"
+        stdout().print(f"{run.policy}: {run.retention:.0%} of the vision K/V {held}, {same}")
     stdout().print(f"open {where} in a browser", soft_wrap=True)
 
 

@@ -186,7 +186,7 @@ function drawTokens(box, steps, words, [did, not], chosen, choose) {
   const below = [];
   if (oracle) below.push(["KL(full ‖ pruned), nats", steps.kl, (v) => v.toFixed(1)]);
   if (steps.fetched.length) below.push(["tokens fetched, all layers and heads", steps.fetched, short]);
-  const f = columns(box, steps.kept.length, 186 + 76 * below.length,
+  const f = columns(box, steps.kept.length, 186 + 90 * below.length,
     "Attention to vision tokens at every token of the answer");
   const [top, bottom] = [8, 118];
   band(f, chosen);
@@ -201,7 +201,7 @@ function drawTokens(box, steps, words, [did, not], chosen, choose) {
     if (f.w > 44) f.chart.append(label(x + 3, y + 4, text, { ...attributes, "text-anchor": "middle" }));
     else if (f.w > 11) f.chart.append(label(x, y, text, { ...attributes, transform: `rotate(55 ${x} ${y})` }));
   });
-  below.forEach((one, i) => drawBelow(f, ...one, bottom + 74 + 80 * i));
+  below.forEach((one, i) => drawBelow(f, ...one, bottom + 74 + 90 * i));
   hits(f, 0, f.height, choose, (i) => `token ${i + 1}: ${words[i]}`);
   const entries = oracle
     ? [["attentive", `full model, to tokens ${did}`], ["lost", `full model, to tokens ${not}`]]

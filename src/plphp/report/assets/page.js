@@ -37,7 +37,8 @@ function paintSummary() {
   const now = run();
   const saved = 1 - now.kv_bytes / now.kv_bytes_full;
   const entries = [
-    [percent(now.retention), "of the vision K/V kept"],
+    [percent(now.retention),
+      `of the vision K/V ${now.recall ? "in full on the device" : "kept"}`],
     [`${short(now.kv_bytes)}B`, `in the cache, ${short(now.kv_bytes_full)}B full: ` +
       `${percent(Math.abs(saved))} ${saved < 0 ? "more" : "saved"}`],
   ];
@@ -59,10 +60,10 @@ function recalled(told) {
     [`${short(told.resident)}B`, `of vision K/V in full on the device, ${short(told.full)}B full`],
     [`${short(told.parked)}B`, coded ? `parked in ${told.home}, read at every token`
       : "parked in main memory"],
-    [`${short(told.index)}B`, "of index on the device"],
   ];
   if (coded) return entries;
-  return [...entries, [`${short(told.transferred_per_token)}B`, "fetched a token"]];
+  return [...entries, [`${short(told.index)}B`, "of index on the device"],
+    [`${short(told.transferred_per_token)}B`, "fetched a token"]];
 }
 
 function words(box, answer, differs, pick) {
