@@ -44,5 +44,18 @@ def test_json_is_the_data_of_the_page(run: Callable, picture: str, tmp_path: Pat
     assert both.json["runs"][0]["steps"]["lost"] == []
 
 
+def test_recall_is_on_the_page_and_refused_where_nothing_is_ranked(
+    run: Callable, picture: str
+) -> None:
+    question = ["--image", picture, "--prompt", "what is brown in picture 1?", "--rounds", 1]
+    data = run("inspect", *question, "--json", "--recall", "host", "--recall-budget", ".3").json
+    (one,) = data["runs"]
+    assert one["recall"]["home"] == "host" and one["recall"]["budget"] == 0.3
+    assert len(one["steps"]["read"]) == len(one["answer"]["tokens"]) - 1
+    refused = run("inspect", *question, "--recall", "int4", "--policy", "fastv")
+    assert refused.code == 2 and "does not rank" in refused.err
+    assert run("inspect", *question, "--recall-budget", ".3").code == 2
+
+
 def test_the_demo_ends_with_how_to_open_the_page(run: Callable) -> None:
     assert run("demo", "--rounds", 1).out.strip().endswith("plphp inspect, then open report.html.")

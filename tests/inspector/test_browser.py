@@ -143,6 +143,36 @@ def test_steps_follow_the_answer(browser: Any, made: Made) -> None:
         assert watched.said == []
 
 
+def test_with_recall_the_overlay_shows_what_a_token_read(
+    browser: Any, embedded: Embedded, tmp_path: Path
+) -> None:
+    pictures = [PICTURES / "a1.png", PICTURES / "a2.png"]
+    inputs = embedded.inputs([Image.open(p).convert("RGB") for p in pictures], EVIL)
+    recall = plphp.Recall("host", record=True)
+    with torch.inference_mode(), plphp.prune(embedded.model, recall=recall):
+        cache = plphp.PrunedCache(embedded.model)
+        embedded.model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=6)
+    options = {"rounds": 1, "max_new_tokens": 6, "recall": recall}
+    page = examine(embedded, inputs, {"plphp": plphp.PLPHP()}, pictures, EVIL, **options)
+    write_html(page, tmp_path / "report.html")
+    vision = (cache.report.seen.spans[0] > 0).nonzero()[:, 0].tolist()
+    with opened(browser, tmp_path / "report.html") as watched:
+        shown = watched.page
+        shown.get_by_role("slider", name="layer").fill("3")
+        shown.get_by_role("slider", name="KV head").fill("1")
+        shown.get_by_role("slider", name="token").fill("0")
+        assert kept(shown) == expected(cache.report, 3, 1)
+        assert "at hand after the prompt" in shown.inner_text("#chosen")
+        for step, read in enumerate(cache.recalled()[3]):
+            shown.keyboard.press("n")
+            assert kept(shown) == [vision.index(p) for p in read[0, 1].tolist()]
+            assert f"read at token {step + 2}" in shown.inner_text("#chosen")
+            fetched = page.runs[0].steps.fetched[step + 1]
+            assert f"{fetched} tokens fetched" in shown.inner_text("#said").replace(",", "")
+        assert "parked in main memory" in shown.inner_text("#summary")
+        assert watched.said == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])

@@ -1,16 +1,15 @@
 """What the inspector gathers is what the model did, by an independent look where there is one."""
 
-import base64
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from asking import QUESTION, asked, bits, eager_attention
 from PIL import Image
 
 import plphp
-import plphp.demo
 import tiny
 from plphp.demo.model import Embedded, load
 from plphp.hf.replan import read
@@ -21,19 +20,10 @@ from plphp.report.gather import pictures_of
 from plphp.report.steps import steps_of
 from tiny.base import RowSpec
 
-PICTURES = Path(plphp.demo.__file__).parent / "pictures"
-QUESTION = "what is brown in picture 1?"
-
 
 @pytest.fixture(scope="module")
 def embedded() -> Embedded:
     return load()
-
-
-def asked(embedded: Embedded, count: int = 2) -> tuple[list[Image.Image], dict[str, Any]]:
-    paths = [PICTURES / f"a{number}.png" for number in range(1, count + 1)]
-    pictures = [Image.open(path).convert("RGB") for path in paths]
-    return pictures, embedded.inputs(pictures, QUESTION)
 
 
 def reported(model: Any, inputs: dict[str, Any]) -> plphp.Report:
@@ -41,11 +31,6 @@ def reported(model: Any, inputs: dict[str, Any]) -> plphp.Report:
         model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert pruning.report is not None
     return pruning.report
-
-
-def bits(text: str, count: int) -> list[int]:
-    every = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), bitorder="little")
-    return np.flatnonzero(every[:count]).tolist()
 
 
 def test_masks_shares_and_agreement_are_those_of_the_report(embedded: Embedded) -> None:
@@ -63,26 +48,6 @@ def test_masks_shares_and_agreement_are_those_of_the_report(embedded: Embedded) 
             assert same == pytest.approx(sum(others) / len(others), abs=1e-4)
     assert sum(layer.kv_bytes for layer in run.layers) <= report.kv_bytes
     assert sum(layer.kv_bytes_full for layer in run.layers) == report.kv_bytes_full
-
-
-def eager_attention(model: Any, inputs: dict[str, Any], answer: torch.Tensor) -> list[Any]:
-    """Attention (H, T, N) of each layer, of the last prompt token and all answered but the last.
-
-    By transformers' own eager code, on the untouched model.
-    """
-    ids = torch.cat([inputs["input_ids"], answer[None, :-1]], 1)
-    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "mm_token_type_ids" in inputs:
-        kinds = inputs["mm_token_type_ids"]
-        more["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, len(answer) - 1))
-    before = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        with torch.inference_mode():
-            out = model(**{**inputs, **more}, output_attentions=True)
-    finally:
-        model.set_attn_implementation(before)
-    return [layer[0, :, -len(answer) :] for layer in out.attentions]
 
 
 @pytest.mark.parametrize("name", ["plphp", "vl-cache", "fastv"])

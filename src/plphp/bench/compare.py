@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from plphp.cache import Report, allocated
 from plphp.hf import PrunedCache, compat, prune
 from plphp.policy import Policy
+from plphp.recall import Recall
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,22 @@ def compare(
     inputs: Mapping[str, Any],
     policy: Policy,
     rounds: int = 3,
+    *,
+    recall: Recall | None = None,
     **options: Any,
 ) -> Comparison:
     """Generate full, pruned, full, pruned, ... for one prompt; `options` go to generate().
 
     inputs: what the model's generate() takes, a batch of one row
     rounds: how often each way is timed
+    recall: what becomes of dropped tokens, None to destroy them
     options: greedy ones, without a streamer or a cache, which are needed here
 
     A short round of both comes first and is not counted: first calls pay for what later ones have.
     Raises what `plphp.prune` raises for a model that cannot be pruned.
     """
-    _pair(model, inputs, policy, {**options, "max_new_tokens": 2})
-    pairs = [_pair(model, inputs, policy, options) for _ in range(rounds)]
+    _pair(model, inputs, policy, recall, {**options, "max_new_tokens": 2})
+    pairs = [_pair(model, inputs, policy, recall, options) for _ in range(rounds)]
     return Comparison(
         full=_run([full for full, _, _ in pairs]),
         pruned=_run([pruned for _, pruned, _ in pairs]),
@@ -105,11 +109,15 @@ def compare(
 
 
 def _pair(
-    model: Any, inputs: Mapping[str, Any], policy: Policy, options: Mapping[str, Any]
+    model: Any,
+    inputs: Mapping[str, Any],
+    policy: Policy,
+    recall: Recall | None,
+    options: Mapping[str, Any],
 ) -> tuple[Timing, Timing, Report]:
     config = model.config.get_text_config(decoder=True)
     full = _timed(model, inputs, DynamicCache(config=config), options)
-    with prune(model, policy) as pruning:
+    with prune(model, policy, recall=recall) as pruning:
         pruned = _timed(model, inputs, PrunedCache(model), options)
     assert pruning.report is not None
     return full, pruned, pruning.report

@@ -38,6 +38,8 @@ def inspect(
     gqa: o.Gqa = None,
     min_tokens: o.MinTokens = None,
     round_to: o.RoundTo = None,
+    recall: o.RecallHome = None,
+    recall_budget: o.RecallBudget = None,
     policies: Annotated[
         str | None, typer.Option(help="Several methods on one page, such as plphp,random.")
     ] = None,
@@ -64,6 +66,7 @@ def inspect(
         "round_to": round_to,
     }
     chosen = _chosen(policy, policies, settings)
+    parked = o.chosen_recall(recall, recall_budget)
     images, videos = image or [], video or []
     if not images and not videos:
         images, question = example()
@@ -91,6 +94,7 @@ def inspect(
             max_new_tokens=max_new_tokens,
             rounds=rounds,
             oracle=oracle,
+            recall=parked,
             advance=status.update,
         )
     if where is not None:
@@ -100,7 +104,8 @@ def inspect(
         return
     for run in page.runs:
         same = "the full model's answer" if run.differs is None else f"differs at {run.differs + 1}"
-        stdout().print(f"{run.policy}: {run.retention:.0%} of the vision K/V kept, {same}")
+        held = "kept" if run.recall is None else "in full on the device"
+        stdout().print(f"{run.policy}: {run.retention:.0%} of the vision K/V {held}, {same}")
     stdout().print(f"open {where} in a browser", soft_wrap=True)
 
 

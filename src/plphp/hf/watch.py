@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from plphp.attention import window_probabilities
-from plphp.cache import LayerReport, Seen
+from plphp.cache import KVStore, LayerReport, Seen
 from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer
 
@@ -22,7 +22,8 @@ from plphp.hf.layer import PrunedLayer
 class Watch:
     """Sums up, layer by layer, what every new token reads from groups of slots.
 
-    groups: layer -> (n, Hkv, S) bool, which of the first S slots belong to each group
+    groups: layer -> (n, Hkv, S) bool, which of the first S slots belong to each group; with recall
+        the one group is the vision tokens that were read, of a single token with `home="host"`
     seen: layer -> (n, T) float32, mean over heads of the attention to each group, 0 to 1
     """
 
@@ -36,18 +37,21 @@ class Watch:
         index, store = int(module.layer_idx), layer.store  # type: ignore[arg-type]
         if index not in self.groups or store is None:
             return
-        keys = store.held()[0][0]  # (Hkv, S, D): KV heads take the place of rows
+        if layer.parked is None:
+            held, visible, own = store.held()[0], store.visible(query.shape[2]), self.groups[index]
+        else:
+            assert isinstance(store, KVStore)
+            held, visible, own = layer.parked.looked_at(store, query.shape[2])
+        keys = held[0]  # (Hkv, S, D): KV heads take the place of rows
         grouped = query[0].reshape(keys.shape[0], -1, *query.shape[2:])
-        visible = store.visible(query.shape[2])
         if visible is None:
             visible = torch.ones(1, device=keys.device, dtype=torch.bool)
         shape = keys.shape[0], query.shape[2], keys.shape[1]
         scale, softcap = compat.scale(query, kwargs), compat.softcap(module.config, kwargs)
         seen = visible.expand(1, *shape)[0]
         probs = window_probabilities(grouped, keys[:, None], seen, scale, softcap)
-        groups = self.groups[index].to(probs)
-        own = probs[..., : groups.shape[-1]]
-        found = torch.einsum("hgts,nhs->nt", own, groups) / query.shape[1]
+        probs, groups = probs[..., : own.shape[-1]], own.to(probs)
+        found = torch.einsum("hgts,nhs->nt", probs, groups) / query.shape[1]
         before = self.seen.get(index)
         self.seen[index] = found.cpu() if before is None else torch.cat([before, found.cpu()], -1)
 

@@ -128,6 +128,13 @@ class HostHome:
             store.positions.view(-1)[place] = self.columns[row, source]
         self.fetched.append(len(source))
 
+    def looked_at(self, store: KVStore, queries: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What the last query read: keys (B, Hkv, S, D), who sees them, and which are vision's.
+
+        The second is as `KVStore.visible`, the third (B, Hkv, S) bool.
+        """
+        return store.held()[0], store.visible(queries), self.vision_slots(store)
+
     def vision_slots(self, store: KVStore) -> Tensor:
         """(B, Hkv, end) bool: which of a store's slots hold vision tokens."""
         return first_slots(self.held, self.keys.shape[2], store)

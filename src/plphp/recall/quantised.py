@@ -97,6 +97,15 @@ class QuantisedHome:
         lead = [max(sizes) for sizes in zip(own.shape[:2], parked.shape[:2], strict=True)]
         return torch.cat([part.expand(*lead, -1, -1) for part in (own, parked)], -1)
 
+    def looked_at(self, store: KVStore, queries: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As in `HostHome`: what is held, and then what is parked, as numbers again."""
+        keys, parked = store.held()[0], self.keys.dense()
+        real = torch.ones(parked.shape[:3], dtype=torch.bool, device=parked.device)
+        if self.valid is not None:
+            real = real & self.valid[:, None]
+        vision = torch.cat([self.vision_slots(store), real], 2)
+        return torch.cat([keys, parked], 2), self._visible(store, queries), vision
+
     def vision_slots(self, store: KVStore) -> Tensor:
         """(B, Hkv, end) bool: which of a store's slots hold vision tokens."""
         return first_slots(self.held.to(store.start.device), self.tokens_a_row, store)

@@ -78,6 +78,12 @@ class Steps:
     lost: what the full model, reading the same answer, pays to the tokens dropped here
     full_kept: what it pays to those kept
     said: the full model's own choice at this place; kl: KL(full || pruned) in nats
+    fetched: with recall from main memory: tokens that all layers and KV heads fetched for it
+    read: and which they read, for every token after the first: layer by layer masks as
+        `Layer.kept`, none for a layer that was left alone. The last tokens of long answers have
+        none: a page stays small
+
+    With recall, "kept" is what was read at a token, and "dropped" what was not.
     """
 
     kept: tuple[Numbers, ...]
@@ -85,6 +91,8 @@ class Steps:
     full_kept: tuple[Numbers, ...] = ()
     said: tuple[str, ...] = ()
     kl: tuple[float, ...] = ()
+    fetched: tuple[int, ...] = ()
+    read: tuple[tuple[tuple[str, ...], ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ class Run:
 
     settings: its options; differs: first token that is not the full model's, None if none is
     kv_bytes, kv_bytes_full: as in `plphp.Report`; full_ms: the full side of the measurement
+    recall: `plphp.cache.RecallReport` as a dict, None where dropped tokens are gone
     """
 
     policy: str
@@ -106,6 +115,7 @@ class Run:
     full: Answer | None = None
     differs: int | None = None
     steps: Steps | None = None
+    recall: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

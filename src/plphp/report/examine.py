@@ -15,10 +15,11 @@ from plphp.errors import InputError
 from plphp.hf.replan import read
 from plphp.inputs import Runnable
 from plphp.policy import Policy
+from plphp.recall import Recall
 from plphp.report.data import Answer, Page, Run
 from plphp.report.gather import page_of, run_of
 from plphp.report.pictures import Media
-from plphp.report.steps import steps_of
+from plphp.report.steps import READ_BYTES, steps_of
 
 
 def examine(
@@ -32,6 +33,7 @@ def examine(
     max_new_tokens: int = 128,
     rounds: int = 3,
     oracle: bool = False,
+    recall: Recall | None = None,
     advance: Callable[[str], None] = lambda stage: None,
 ) -> Page:
     """Answer one prompt with the full cache and with every policy's; measure, and look inside.
@@ -39,6 +41,7 @@ def examine(
     images: as the user gave them, in prompt order, left out of the page where the model counts
         others than these (crops, frames); inputs: what the model is given, one row
     rounds: how often full and pruned are timed in turn; oracle: also ask the full model
+    recall: what becomes of tokens that policies drop, None to destroy them
     advance: called with a line for people before every stage
     Raises InputError for a prompt without images, and what `plphp.prune` raises.
     """
@@ -49,16 +52,15 @@ def examine(
     found = whole.cache.report
     if found is None or not found.images[0]:
         raise InputError("nothing to inspect: the prompt has no image that the model can see")
-    runs = []
+    runs, generation = [], {"max_new_tokens": max_new_tokens, "do_sample": False}
     for name, policy in policies.items():
         advance(f"{name}: full and pruned in turn")
-        compared = compare(
-            loaded.model, inputs, policy, rounds, max_new_tokens=max_new_tokens, do_sample=False
-        )
+        compared = compare(loaded.model, inputs, policy, rounds, recall=recall, **generation)
         advance(f"{name}: step by step")
         decode = _text(loaded) if oracle else None
         tokens = compared.pruned.tokens
-        steps = steps_of(loaded.model, inputs, policy, whole, tokens, decode)
+        room = READ_BYTES // len(policies)
+        steps = steps_of(loaded.model, inputs, policy, whole, tokens, decode, recall, room)
         run = run_of(compared.report, name, policy)
         extra = {
             "answer": _answer(loaded, compared.pruned),

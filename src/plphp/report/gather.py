@@ -70,6 +70,7 @@ def run_of(report: Report, name: str, policy: Policy | None, row: int = 0) -> Ru
         kv_bytes=report.kv_bytes,
         kv_bytes_full=report.kv_bytes_full,
         notes=report.notes,
+        recall=None if report.recall is None else report.recall.to_dict(),
     )
 
 

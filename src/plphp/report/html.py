@@ -30,7 +30,12 @@ def render(page: Page) -> str:
     assets = files("plphp.report") / "assets"
     parts = {
         name: (assets / file).read_text(encoding="utf-8")
-        for name, file in (("css", "page.css"), ("charts", "charts.js"), ("script", "page.js"))
+        for name, file in (
+            ("css", "page.css"),
+            ("charts", "charts.js"),
+            ("pictures", "pictures.js"),
+            ("script", "page.js"),
+        )
     }
     template = (assets / "page.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)

@@ -6,7 +6,7 @@ on the full one. The first token is the last prompt token's, which saw everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,12 @@ from plphp.hf import PrunedCache, prune
 from plphp.hf.replan import Prompt, read_into
 from plphp.hf.watch import Watch, kept_and_dropped, kept_slots
 from plphp.policy import Policy, policy
+from plphp.recall import Recall
 from plphp.report.data import Numbers, Steps
+from plphp.report.reads import all_read, looks, masks
+
+Groups = Mapping[int, Tensor]
+READ_BYTES = 2_000_000  # of a page's masks of what recall read: a page stays below 5 MB
 
 
 def steps_of(
@@ -28,14 +33,20 @@ def steps_of(
     prompt: Prompt,
     tokens: Tensor,
     decode: Callable[[Tensor], str] | None = None,
+    recall: Recall | None = None,
+    room: int = READ_BYTES,
 ) -> Steps:
     """Attention of an answer's tokens to what was kept; with `decode` also the oracle's.
 
     prompt: of `inputs`, read once and unpruned; tokens (T,) int64, what the pruned model said
     decode: text of tokens, for what the full model would have said
+    recall: as the answer was made with; room: bytes that masks of what it read may take
     """
+    if recall is not None and recall.home == "host":
+        recall = replace(recall, record=True)
+    parts = 1 if recall is None else len(tokens) - 1
     with torch.inference_mode():
-        with prune(model, made) as pruning:
+        with prune(model, made, recall=recall) as pruning:
             if made.kind in ("layer", "layers"):
                 cache, first = prompt.pruned(pruning), prompt.logits
             else:
@@ -44,21 +55,25 @@ def steps_of(
             report, seen = cache.report, prompt.seen
             assert report is not None and seen is not None
             groups = {a.layer: kept_slots(a, seen) for a in report.layers if a.kept.shape[1]}
-            pruned, attention = _read(model, cache, tokens, groups)
+            pruned, attention = _read(model, cache, tokens, [groups] * parts, parts)
+            log = cache.recalled()
+        if recall is not None and recall.home != "host":
+            report = all_read(report, seen)
         depth = len(report.layers)
         begin = _first(prompt, report, seen)
         kept = _numbers({i: m[:1] for i, m in begin.items()}, attention, depth, 0)
+        own = Steps(kept, fetched=_fetched(report), read=masks(log, seen, room))
         if decode is None:
-            return Steps(kept)
+            return own
         with prune(model, policy("full")):
-            whole = {a.layer: kept_and_dropped(a, seen) for a in report.layers if a.kept.shape[1]}
-            full, attention = _read(model, prompt.cache, tokens, whole)
+            whole = looks(report, seen, log, parts)
+            full, attention = _read(model, prompt.cache, tokens, whole, parts)
             prompt.cache.crop(-(len(tokens) - 1))
         full, pruned = (torch.cat([f, x]) for f, x in ((prompt.logits, full), (first, pruned)))
         full, pruned = full.float().log_softmax(-1), pruned.float().log_softmax(-1)
         kl = (full.exp() * (full - pruned)).sum(-1).clamp(min=0)
     return replace(
-        Steps(kept),
+        own,
         full_kept=_numbers(begin, attention, depth, 0),
         lost=_numbers(begin, attention, depth, 1),
         said=tuple(decode(token[None]) for token in full.argmax(-1)),
@@ -67,19 +82,29 @@ def steps_of(
 
 
 def _read(
-    model: Any, cache: PrunedCache, tokens: Tensor, groups: Mapping[int, Tensor]
+    model: Any, cache: PrunedCache, tokens: Tensor, groups: Iterable[Groups], parts: int
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits (T-1, vocabulary) behind each token but the last, and their attention to groups."""
-    watch = Watch(groups)
+    """Logits (T-1, vocabulary) behind each token but the last, and their attention to groups.
+
+    groups: of each of the `parts` in which the tokens are read: one, or one a token
+    """
+    watch, logits = Watch({}), []
     ids = tokens[None, :-1].to(model.device)
     if not ids.numel():
         return torch.empty(0, model.config.get_text_config().vocab_size), {}
     cache.shared.watch = watch
     try:
-        logits = model(input_ids=ids, past_key_values=cache).logits[0]
+        for part, watch.groups in zip(ids.tensor_split(parts, 1), groups, strict=True):
+            logits.append(model(input_ids=part, past_key_values=cache).logits[0])
     finally:
         cache.shared.watch = None
-    return logits, watch.seen
+    return torch.cat(logits), watch.seen
+
+
+def _fetched(report: Report) -> tuple[int, ...]:
+    """Tokens that all layers and KV heads fetched for each token; nothing for the first."""
+    found = () if report.recall is None else report.recall.fetched
+    return (0, *map(sum, zip(*found, strict=True))) if any(found) else ()
 
 
 def _first(prompt: Prompt, report: Report, seen: Seen) -> dict[int, Tensor]:

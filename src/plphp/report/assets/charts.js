@@ -181,9 +181,12 @@ function stack(f, kept, lost, top, bottom) {
   });
 }
 
-function drawTokens(box, steps, words, differs, chosen, choose) {
+function drawTokens(box, steps, words, [did, not], chosen, choose) {
   const oracle = steps.lost.length > 0;
-  const f = columns(box, steps.kept.length, oracle ? 262 : 186,
+  const below = [];
+  if (oracle) below.push(["KL(full ‖ pruned), nats", steps.kl, (v) => v.toFixed(1)]);
+  if (steps.fetched.length) below.push(["tokens fetched, all layers and heads", steps.fetched, short]);
+  const f = columns(box, steps.kept.length, 186 + 90 * below.length,
     "Attention to vision tokens at every token of the answer");
   const [top, bottom] = [8, 118];
   band(f, chosen);
@@ -198,27 +201,28 @@ function drawTokens(box, steps, words, differs, chosen, choose) {
     if (f.w > 44) f.chart.append(label(x + 3, y + 4, text, { ...attributes, "text-anchor": "middle" }));
     else if (f.w > 11) f.chart.append(label(x, y, text, { ...attributes, transform: `rotate(55 ${x} ${y})` }));
   });
-  if (oracle) drawSurprise(f, steps.kl, bottom + 74, 248);
+  below.forEach((one, i) => drawBelow(f, ...one, bottom + 74 + 90 * i));
   hits(f, 0, f.height, choose, (i) => `token ${i + 1}: ${words[i]}`);
   const entries = oracle
-    ? [["attentive", "full model, to kept tokens"], ["lost", "full model, to dropped tokens"]]
-    : [["attentive", "pruned model, to kept tokens"]];
+    ? [["attentive", `full model, to tokens ${did}`], ["lost", `full model, to tokens ${not}`]]
+    : [["attentive", `pruned model, to tokens ${did}`]];
   box.replaceChildren(html("h3", {}, "Attention to vision tokens, mean over layers"));
   box.append(legend(entries), f.chart);
 }
 
-function drawSurprise(f, kl, top, bottom) {
-  const most = Math.max(1, ...kl);
-  f.chart.append(label(0, top - 10, "KL(full ‖ pruned), nats"));
-  scale(f, top, bottom, most, (v) => v.toFixed(1));
-  kl.forEach((value, i) => {
+// Another number of every token, with a scale of its own.
+function drawBelow(f, title, values, form, top) {
+  const [most, bottom] = [Math.max(1, ...values), top + 56];
+  f.chart.append(label(0, top - 10, title));
+  scale(f, top, bottom, most, form);
+  values.forEach((value, i) => {
     const height = (value / most) * (bottom - top);
     const bar = { x: f.x(i) + f.w * 0.3, width: f.w * 0.4, y: bottom - height, height };
     f.chart.append(svg("rect", { class: "indifferent", ...bar }));
   });
 }
 
-function drawAtLayers(box, steps, token, layer, choose) {
+function drawAtLayers(box, steps, token, layer, [did, not], choose) {
   const oracle = steps.lost.length > 0;
   const kept = (oracle ? steps.full_kept : steps.kept)[token];
   const f = columns(box, kept.length, 142, `Attention of token ${token + 1} by layer`);
@@ -237,11 +241,11 @@ function drawAtLayers(box, steps, token, layer, choose) {
   numbers(f, 137, layer);
   const told = (i) => {
     const dropped = oracle && steps.lost[token][i] !== null
-      ? `, full model gives ${percent(steps.lost[token][i])} to dropped tokens` : "";
-    return `layer ${i}: pruned gives ${percent(steps.kept[token][i] ?? 0)} to kept tokens${dropped}`;
+      ? `, full model gives ${percent(steps.lost[token][i])} to tokens ${not}` : "";
+    return `layer ${i}: pruned gives ${percent(steps.kept[token][i] ?? 0)} to tokens ${did}${dropped}`;
   };
   hits(f, 0, bottom, choose, told);
   const entries = oracle ? [["ink", "pruned model, to the tokens that it has"]]
-    : [["attentive", "pruned model, to kept tokens"]];
+    : [["attentive", `pruned model, to tokens ${did}`]];
   box.replaceChildren(html("h3", {}, `At token ${token + 1}, by layer`), legend(entries), f.chart);
 }

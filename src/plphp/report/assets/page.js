@@ -6,107 +6,6 @@ const state = { run: 0, layer: 0, head: 0, mode: "head", view: 1, grid: "share",
 const run = () => page.runs[state.run];
 const clamp = (value, count) => Math.min(Math.max(value, 0), count - 1);
 
-// Bit masks over the prompt's vision tokens, read once.
-const masks = new Map();
-function mask(layer, head) {
-  const text = run().layers[layer].kept[head];
-  if (!masks.has(text)) masks.set(text, Uint8Array.from(atob(text), (c) => c.charCodeAt(0)));
-  return masks.get(text);
-}
-const has = (bits, token) => (bits[token >> 3] >> (token & 7)) & 1;
-
-// How much of a token is kept as chosen: 0 or 1, or the share of heads that keep it.
-function kept(token) {
-  const heads = run().layers[state.layer].kept.length;
-  if (!heads) return 0;
-  if (state.mode === "head") return has(mask(state.layer, state.head), token);
-  let count = 0;
-  for (let h = 0; h < heads; h += 1) count += has(mask(state.layer, h), token);
-  return state.mode === "union" ? Number(count > 0) : count / heads;
-}
-
-// Tokens that share a rectangle, such as latents of one tile, are drawn as one.
-function rectangles(picture) {
-  const found = new Map();
-  placed(picture).forEach((box, i) => {
-    if (box === null) return;
-    const [view, frame] = [picture.views[i] || 0, picture.frame[i] || 0];
-    const key = [view, frame, ...box].join();
-    if (!found.has(key)) found.set(key, { box, view, frame, tokens: [] });
-    found.get(key).tokens.push(picture.first + i);
-  });
-  return [...found.values()];
-}
-
-// Without a known place tokens stand in prompt order, in lines.
-function placed(picture) {
-  if (picture.boxes.length) return picture.boxes;
-  const wide = Math.ceil(Math.sqrt(picture.tokens * 2));
-  return Array.from({ length: picture.tokens }, (_, i) => {
-    const [x, y] = [i % wide, Math.floor(i / wide)];
-    return [x * 10, y * 10, x * 10 + 9, y * 10 + 9];
-  });
-}
-
-function sizeOf(picture) {
-  if (picture.boxes.length) return [picture.width, picture.height];
-  const wide = Math.ceil(Math.sqrt(picture.tokens * 2));
-  return [wide * 10, Math.ceil(picture.tokens / wide) * 10];
-}
-
-function buildPicture(picture, number) {
-  const bare = !picture.boxes.length;
-  const [width, height] = sizeOf(picture);
-  const all = rectangles(picture);
-  const frames = bare ? 1 : Math.max(1, picture.frames.length);
-  const shown = Array.from({ length: frames }, (_, frame) => {
-    const overlay = svg("svg", {
-      viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", "aria-hidden": "true",
-    });
-    for (const one of all.filter((each) => each.frame === frame)) {
-      const [left, top, right, bottom] = one.box;
-      overlay.append(svg("rect", {
-        x: left, y: top, width: right - left, height: bottom - top,
-        "data-tokens": one.tokens.join(" "), "data-view": one.view,
-      }));
-    }
-    const source = picture.frames[frame];
-    const alt = `${picture.name}${frames > 1 ? `, frame ${frame + 1}` : ""}`;
-    const image = source && !bare ? [html("img", { src: source, alt })] : [];
-    return html("div", { class: image.length ? "frame" : "frame bare" }, ...image, overlay);
-  });
-  const box = html("div", { class: frames > 1 ? "strip" : "" }, ...shown);
-  const classes = ["picture", frames > 1 ? "video" : "", all.length > 500 ? "dense" : ""];
-  return html("figure", { class: classes.join(" ").trim(), "data-picture": number }, box,
-    html("figcaption", {}));
-}
-
-function paintPictures() {
-  page.pictures.forEach((picture, number) => {
-    const figure = find("pictures").children[number];
-    const bare = !picture.boxes.length;
-    const tiled = new Set(picture.views).size > 1;
-    for (const rect of figure.querySelectorAll("rect")) {
-      const tokens = rect.dataset.tokens.split(" ").map(Number);
-      const value = mean(tokens.map(kept));
-      const hidden = tiled && Number(rect.dataset.view) !== state.view;
-      rect.style.display = hidden ? "none" : "";
-      rect.dataset.kept = value;
-      rect.style.fillOpacity = bare ? 0.08 + 0.92 * value : 0.86 * (1 - value);
-    }
-    const every = Array.from({ length: picture.tokens }, (_, i) => kept(picture.first + i));
-    const count = every.filter((value) => value > 0).length;
-    const placeless = picture.boxes.filter((box) => box === null).length;
-    const notes = [
-      `${picture.name}: ${count} of ${picture.tokens} tokens`,
-      placeless ? `${placeless} of them line ends or class tokens, without a place` : "",
-      picture.shared ? "tokens that look at the same area are drawn as one" : "",
-      bare ? "in prompt order: their places are not known" : "",
-    ];
-    figure.querySelector("figcaption").textContent = notes.filter(Boolean).join("; ");
-  });
-}
-
 function paintChoice() {
   const layer = run().layers[state.layer];
   const heads = layer.kept.length;
@@ -125,9 +24,9 @@ function paintChoice() {
     count: `layer ${state.layer}, shaded by how many of ${heads} heads keep a token`,
   }[state.mode];
   const rate = layer.rate === null ? "" : `, asked for ${percent(layer.rate)}`;
-  find("chosen").textContent = layer.pruned
-    ? `${which}: ${count} of ${page.vision} vision tokens kept${rate}`
-    : `${which}: left alone, all ${page.vision} vision tokens kept`;
+  find("chosen").textContent = `${which}: ` + (layer.pruned
+    ? `${count} of ${page.vision} vision tokens ${doneWith(state.layer) || `kept${rate}`}`
+    : `left alone, all ${page.vision} vision tokens kept`);
   for (const name of ["mode", "view", "grid"]) {
     const input = document.querySelector(`input[name="${name}"][value="${state[name]}"]`);
     if (input) input.checked = true;
@@ -138,7 +37,8 @@ function paintSummary() {
   const now = run();
   const saved = 1 - now.kv_bytes / now.kv_bytes_full;
   const entries = [
-    [percent(now.retention), "of the vision K/V kept"],
+    [percent(now.retention),
+      `of the vision K/V ${now.recall ? "in full on the device" : "kept"}`],
     [`${short(now.kv_bytes)}B`, `in the cache, ${short(now.kv_bytes_full)}B full: ` +
       `${percent(Math.abs(saved))} ${saved < 0 ? "more" : "saved"}`],
   ];
@@ -148,8 +48,22 @@ function paintSummary() {
     entries.push([`${Math.round(now.answer.first_ms)} ms`,
       `to the first token, ${Math.round(now.full.first_ms)} ms full`]);
   }
+  if (now.recall) entries.push(...recalled(now.recall));
   find("summary").replaceChildren(...entries.map(([big, small]) =>
     html("div", { class: "figure" }, html("b", {}, big), html("span", {}, small))));
+}
+
+// Where recall has its bytes, as in `plphp.cache.RecallReport`.
+function recalled(told) {
+  const coded = told.home !== "host";
+  const entries = [
+    [`${short(told.resident)}B`, `of vision K/V in full on the device, ${short(told.full)}B full`],
+    [`${short(told.parked)}B`, coded ? `parked in ${told.home}, read at every token`
+      : "parked in main memory"],
+  ];
+  if (coded) return entries;
+  return [...entries, [`${short(told.index)}B`, "of index on the device"],
+    [`${short(told.transferred_per_token)}B`, "fetched a token"]];
 }
 
 function words(box, answer, differs, pick) {
@@ -196,13 +110,19 @@ function paintSteps() {
   const quoted = (text) => (text ? `“${text.trim() || text}”` : "the end");
   const also = steps.said.length
     ? `; the full model would say ${quoted(steps.said[at])} here (KL ${steps.kl[at].toFixed(2)})` : "";
-  find("said").textContent = `Token ${at + 1}: ${policy} says ${quoted(answer.tokens[at])}${also}.`;
-  drawTokens(find("tokens"), steps, answer.tokens, run().differs, at, (token) => set({ token }));
-  drawAtLayers(find("at-layers"), steps, at, state.layer, (layer) => set({ layer }));
+  const fetched = steps.fetched.length
+    ? `; ${bytes(steps.fetched[at])} tokens fetched, over all layers and heads` : "";
+  find("said").textContent =
+    `Token ${at + 1}: ${policy} says ${quoted(answer.tokens[at])}${also}${fetched}.`;
+  const named = run().recall ? ["read", "not read"] : ["kept", "dropped"];
+  drawTokens(find("tokens"), steps, answer.tokens, named, at, (token) => set({ token }));
+  drawAtLayers(find("at-layers"), steps, at, state.layer, named, (layer) => set({ layer }));
 }
 
 function paintSettings() {
-  const pairs = [["method", run().policy], ...Object.entries(run().settings)];
+  const { policy, settings, recall } = run();
+  const pairs = [["method", policy], ...Object.entries(settings)];
+  if (recall) pairs.push(["recall", recall.home], ["recall budget", recall.budget]);
   find("settings").replaceChildren(...pairs.flatMap(([name, value]) =>
     [html("dt", {}, name), html("dd", {}, String(value))]));
   find("notes").replaceChildren(...run().notes.map((note) => html("li", {}, note)));
