@@ -1,4 +1,6 @@
-"""Write docs/recall/results.json, its picture and the table in docs/recall.md: python docs/make_recall.py [--run DIR ...]
+"""Write docs/recall/results.json, its picture, and the table in docs/recall.md.
+
+    python docs/make_recall.py [--run DIR ...]
 
 Each DIR is a `plphp eval --out` directory; samples of several are put together. Without --run
 picture and table are made again of the committed results.
