@@ -149,16 +149,20 @@ def scheduling() -> dict[str, Any]:
     return found
 
 
-def capacity() -> dict[str, Any]:
-    """Requests that are decoded at once, and tokens a second, in equal KV memory."""
-    found: dict[str, Any] = {}
+def ways() -> dict[str, dict[str, Any] | None]:
+    """What is compared: without the plugin, and with either rule of prefix caching."""
     chosen = policy()
-    kinds = {
+    return {
         "stock": None,
         "pruned, shared prefix": {"policy": chosen},
         "pruned in place": {"policy": chosen, "share_prefix": False},
     }
-    for name, pruned in kinds.items():
+
+
+def capacity() -> dict[str, Any]:
+    """Requests that are decoded at once, and tokens a second, in equal KV memory."""
+    found: dict[str, Any] = {}
+    for name, pruned in ways().items():
         with engine(pruned, kv_cache_memory_bytes=96 << 20, max_num_seqs=64) as llm:
             scheduler = llm.llm_engine.engine_core.engine_core.scheduler
             decoding = watch_decoding(scheduler)
@@ -189,14 +193,8 @@ def capacity() -> dict[str, Any]:
 def prefix() -> dict[str, Any]:
     """Seconds to the first token of a chat's first and second turn."""
     found: dict[str, Any] = {}
-    chosen = policy()
-    kinds = {
-        "stock": None,
-        "pruned, shared prefix": {"policy": chosen},
-        "pruned in place": {"policy": chosen, "share_prefix": False},
-    }
     sampling = SamplingParams(temperature=0, max_tokens=1)
-    for name, pruned in kinds.items():
+    for name, pruned in ways().items():
         with engine(pruned, kv_cache_memory_bytes=256 << 20) as llm:
             llm.chat(chat(99), sampling, use_tqdm=False)
             first, second, cached = [], [], 0
