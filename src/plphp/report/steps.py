@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from plphp.cache import Report, Seen
-from plphp.hf import PrunedCache, prune
+from plphp.hf import PrunedCache, Pruning, prune
 from plphp.hf.replan import Prompt, read_into
 from plphp.hf.watch import Watch, kept_and_dropped, kept_slots
 from plphp.policy import Policy, policy
@@ -47,11 +47,7 @@ def steps_of(
     parts = 1 if recall is None else len(tokens) - 1
     with torch.inference_mode():
         with prune(model, made, recall=recall) as pruning:
-            if made.kind in ("layer", "layers"):
-                cache, first = prompt.pruned(pruning), prompt.logits
-            else:
-                cache = PrunedCache(model)
-                first = read_into(cache, model, inputs).logits
+            cache, first = _begun(pruning, inputs, prompt)
             report, seen = cache.report, prompt.seen
             assert report is not None and seen is not None
             groups = {a.layer: kept_slots(a, seen) for a in report.layers if a.kept.shape[1]}
@@ -79,6 +75,16 @@ def steps_of(
         said=tuple(decode(token[None]) for token in full.argmax(-1)),
         kl=tuple(round(float(value), 4) for value in kl),
     )
+
+
+def _begun(
+    pruning: Pruning, inputs: Mapping[str, Tensor], prompt: Prompt
+) -> tuple[PrunedCache, Tensor]:
+    """The pruned prompt, planned of what was read of it where that will do, and its logits."""
+    if pruning.policy.kind in ("layer", "layers"):
+        return prompt.pruned(pruning), prompt.logits
+    cache = PrunedCache(pruning.model)
+    return cache, read_into(cache, pruning.model, inputs).logits
 
 
 def _read(
