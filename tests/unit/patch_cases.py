@@ -11,15 +11,26 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
+from patch_processors import (
+    CLIP,
+    GOT,
+    IDEFICS3,
+    NEXT,
+    NORMAL,
+    ONEVISION,
+    OVIS,
+    PADDING,
+    PINPOINTS,
+    SIGLIP,
+    SMOLVLM,
+    TIGHT,
+    made,
+)
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from plphp.models.patches import TILES, WHOLE
-
-NORMAL = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-PINPOINTS = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ def qwen_seen(out: Any, change: Tensor, size: tuple[int, int]) -> dict[int, int]
 
 
 QWEN = Case(
-    transformers.Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 50000}),
+    made("Qwen2VLImageProcessorPil", size={"shortest_edge": 3136, "longest_edge": 50000}),
     SimpleNamespace(model_type="qwen2_vl", vision_config=SimpleNamespace(spatial_merge_size=2)),
     qwen_seen,
     lambda out, size: [int(out["image_grid_thw"][0].prod()) // 4],
@@ -87,12 +98,6 @@ def llava(kind: str, strategy: str) -> SimpleNamespace:
     )
 
 
-CLIP = transformers.CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56, **NORMAL)
-TIGHT = transformers.CLIPImageProcessorPil(size={"shortest_edge": 80}, crop_size=56, **NORMAL)
-SIGLIP = transformers.SiglipImageProcessorPil(size={"height": 56, "width": 56}, **NORMAL)
-PADDING = transformers.LlavaImageProcessorPil(
-    size={"shortest_edge": 56}, crop_size=56, do_pad=True, **NORMAL
-)
 LLAVA = Case(CLIP, llava("clip_vision_model", "default"), square_seen, lambda o, s: [16])
 LLAVA_CLASS = Case(CLIP, llava("clip_vision_model", "full"), clip_with_class, lambda o, s: [17])
 MANTIS = Case(SIGLIP, llava("siglip_vision_model", "full"), square_seen, lambda o, s: [16])
@@ -112,7 +117,7 @@ def pooled_seen(out: Any, change: Tensor, size: tuple[int, int]) -> dict[int, in
 
 
 GEMMA = Case(
-    transformers.Gemma3ImageProcessorPil(size={"height": 56, "width": 56}, **NORMAL),
+    made("Gemma3ImageProcessorPil", size={"height": 56, "width": 56}, **NORMAL),
     SimpleNamespace(model_type="gemma3", mm_tokens_per_image=4),
     pooled_seen,
     lambda o, s: [4],
@@ -139,8 +144,11 @@ def pixtral(model_type: str, merge: int) -> Case:
         return [columns] * rows
 
     vision = SimpleNamespace(model_type="pixtral", patch_size=8, image_size=128)
-    processor = transformers.PixtralImageProcessorPil(
-        size={"longest_edge": 128}, patch_size={"height": step, "width": step}, **NORMAL
+    processor = made(
+        "PixtralImageProcessorPil",
+        size={"longest_edge": 128},
+        patch_size={"height": step, "width": step},
+        **NORMAL,
     )
     return Case(
         processor,
@@ -194,17 +202,6 @@ def grid_tokens(out: Any) -> tuple[int, ...]:
     return (3, *([*[4] * (columns - 1), 5] * rows)[:-1], 2)
 
 
-IDEFICS3 = transformers.Idefics3ImageProcessorPil(
-    size={"longest_edge": 224}, max_image_size={"longest_edge": 56}, **NORMAL
-)
-SMOLVLM = transformers.SmolVLMImageProcessorPil(
-    size={"longest_edge": 168}, max_image_size={"longest_edge": 56}, **NORMAL
-)
-TILED = {"crop_to_patches": True, "min_patches": 1, "max_patches": 12}
-GOT = transformers.GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, **TILED, **NORMAL)
-OVIS = transformers.Ovis2ImageProcessorPil(size={"height": 56, "width": 56}, **TILED, **NORMAL)
-
-
 def latents_seen(out: Any, change: Tensor, size: tuple[int, int]) -> dict[int, int]:
     """Any of the quarter's latents sees it: the first one stands for all."""
     quarter, _, _ = peak(change[0][:4])
@@ -212,8 +209,11 @@ def latents_seen(out: Any, change: Tensor, size: tuple[int, int]) -> dict[int, i
 
 
 IDEFICS2 = Case(
-    transformers.Idefics2ImageProcessorPil(
-        size={"shortest_edge": 40, "longest_edge": 96}, do_image_splitting=True, **NORMAL
+    made(
+        "Idefics2ImageProcessorPil",
+        size={"shortest_edge": 40, "longest_edge": 96},
+        do_image_splitting=True,
+        **NORMAL,
     ),
     SimpleNamespace(model_type="idefics2"),
     latents_seen,
@@ -267,12 +267,6 @@ def anyres(model: Any, processor: Any, model_type: str, **options: Any) -> Case:
 
 
 ASPECT = {"vision_aspect_ratio": "anyres_max_9"}
-NEXT = transformers.LlavaNextImageProcessorPil(
-    size={"shortest_edge": 56}, crop_size=56, image_grid_pinpoints=PINPOINTS, **NORMAL
-)
-ONEVISION = transformers.LlavaOnevisionImageProcessorPil(
-    size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS, **NORMAL
-)
 
 CASES = {
     "qwen2_vl": QWEN,
