@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +12,12 @@ from torch import Tensor
 from plphp.bench import compare
 from plphp.bench.compare import Run as Timed
 from plphp.bench.machine import describe
-from plphp.cache import Report
 from plphp.errors import InputError
 from plphp.hf.replan import read
 from plphp.inputs import Runnable
 from plphp.policy import Policy
 from plphp.recall import Recall
-from plphp.report.data import Answer, Page, Run
+from plphp.report.data import Answer, Page
 from plphp.report.gather import page_of, run_of
 from plphp.report.pictures import Media
 from plphp.report.steps import READ_BYTES, steps_of
@@ -61,21 +62,26 @@ def examine(
         tokens = compared.pruned.tokens
         room = READ_BYTES // len(policies)
         steps = steps_of(loaded.model, inputs, policy, whole, tokens, decode, recall, room)
-        run = run_of(compared.report, name, policy)
-        extra = {
-            "answer": _answer(loaded, compared.pruned),
-            "full": _answer(loaded, compared.full),
-            "differs": first_difference(compared.full.tokens, tokens),
-            "steps": steps,
-        }
-        runs.append(Run(**{**vars(run), **extra}))
-    report: Report = compared.report
-    processor = getattr(loaded, "image_processor", None) or getattr(
-        getattr(loaded, "processor", None), "image_processor", None
-    )
+        inside = replace(
+            run_of(compared.report, name, policy),
+            answer=_answer(loaded, compared.pruned),
+            full=_answer(loaded, compared.full),
+            differs=first_difference(compared.full.tokens, tokens),
+            steps=steps,
+        )
+        runs.append(inside)
+    processor = _image_processor(loaded)
     images = images if len(images) == found.images[0] else ()
     made = _made(str(loaded.model.device), rounds)
-    return page_of(report, runs, images, prompt, model=model, processor=processor, made=made)
+    return page_of(
+        compared.report, runs, images, prompt, model=model, processor=processor, made=made
+    )
+
+
+def _image_processor(loaded: Runnable) -> Any:
+    """What cut the pictures up: the embedded model's own, or part of a processor."""
+    owner = loaded if hasattr(loaded, "image_processor") else getattr(loaded, "processor", None)
+    return getattr(owner, "image_processor", None)
 
 
 def first_difference(full: Tensor, pruned: Tensor) -> int | None:
