@@ -62,14 +62,14 @@ def examine(
         tokens = compared.pruned.tokens
         room = READ_BYTES // len(policies)
         steps = steps_of(loaded.model, inputs, policy, whole, tokens, decode, recall, room)
-        inside = replace(
+        run = replace(
             run_of(compared.report, name, policy),
             answer=_answer(loaded, compared.pruned),
             full=_answer(loaded, compared.full),
             differs=first_difference(compared.full.tokens, tokens),
             steps=steps,
         )
-        runs.append(inside)
+        runs.append(run)
     processor = _image_processor(loaded)
     images = images if len(images) == found.images[0] else ()
     made = _made(str(loaded.model.device), rounds)
