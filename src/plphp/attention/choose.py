@@ -70,10 +70,14 @@ def decode_attention(
         )  # fmt: skip
     visible = held.visible(q.shape[2])
     if among is not None and visible is not None:
-        old = visible[..., : -among.shape[-1]]
-        lead = [max(sizes) for sizes in zip(old.shape[:2], among.shape[:2], strict=True)]
-        visible = torch.cat([part.expand(*lead, -1, -1) for part in (old, among)], -1)
+        visible = side_by_side(visible[..., : -among.shape[-1]], among)
     return attend(q, *held.held(), visible, scale, softcap)
+
+
+def side_by_side(left: Tensor, right: Tensor) -> Tensor:
+    """One mask (B, Hkv, T, S + S') of two, (B or 1, Hkv or 1, T, S) and (..., S')."""
+    lead = [max(sizes) for sizes in zip(left.shape[:2], right.shape[:2], strict=True)]
+    return torch.cat([part.expand(*lead, -1, -1) for part in (left, right)], -1)
 
 
 def attend(

@@ -16,7 +16,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from plphp.bench.shapes import Shape
 from plphp.cache import bucketed
 from plphp.errors import InputError
-from plphp.hf import PrunedCache
+from plphp.hf import PrunedCache, compat
 from plphp.hf.replan import adopt, plans
 from plphp.policy import CachePolicy, LayerView, Look
 from plphp.policy.base import flat_look
@@ -93,19 +93,21 @@ def view(setting: Setting, layer: int, window: int = 1) -> LayerView:
 
 def dynamic(model: Any, setting: Setting, columns: int) -> DynamicCache:
     """transformers' own growing cache after a prompt of so many columns."""
-    return _filled(DynamicCache(config=_text(model)), setting, columns)
+    return _filled(DynamicCache(config=compat.text_config(model)), setting, columns)
 
 
 def quantized(model: Any, setting: Setting, kind: str) -> QuantizedCache:
     """transformers' own quantized cache, "int4" or "fp8", after the whole prompt."""
     how: dict[str, Any] = {"backend": "fp8"} if kind == "fp8" else {"backend": "quanto", "nbits": 4}
-    return _filled(QuantizedCache(config=_text(model), **how), setting, setting.context)
+    return _filled(
+        QuantizedCache(config=compat.text_config(model), **how), setting, setting.context
+    )
 
 
 def static(model: Any, setting: Setting, room: int) -> Callable[[], StaticCache]:
     """transformers' static cache, its buffers filled again for every turn."""
     size = bucketed(setting.context + room)
-    cache = StaticCache(config=_text(model), max_cache_len=size)
+    cache = StaticCache(config=compat.text_config(model), max_cache_len=size)
 
     def make() -> StaticCache:
         cache.reset()
@@ -153,7 +155,3 @@ def _filled(cache: Any, setting: Setting, columns: int) -> Any:
     for layer in range(setting.shape.layers):
         cache.update(*setting.pair(columns), layer)
     return cache
-
-
-def _text(model: Any) -> Any:
-    return model.config.get_text_config(decoder=True)

@@ -115,7 +115,7 @@ def _pair(
     recall: Recall | None,
     options: Mapping[str, Any],
 ) -> tuple[Timing, Timing, Report]:
-    config = model.config.get_text_config(decoder=True)
+    config = compat.text_config(model)
     full = _timed(model, inputs, DynamicCache(config=config), options)
     with prune(model, policy, recall=recall) as pruning:
         pruned = _timed(model, inputs, PrunedCache(model), options)

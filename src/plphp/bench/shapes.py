@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from plphp.errors import InputError
+from plphp.hf import compat
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def shape_of(name: str, layers: int | None) -> Shape:
 
 def shape_of_model(name: str, model: Any) -> Shape:
     """The shape of the decoder inside a loaded model."""
-    config = model.config.get_text_config(decoder=True)
+    config = compat.text_config(model)
     decoder = model.get_decoder()
     read = (
         sum(p.numel() for p in decoder.parameters()) - decoder.get_input_embeddings().weight.numel()
@@ -92,7 +93,7 @@ def shape_of_model(name: str, model: Any) -> Shape:
         config.num_key_value_heads,
         config.intermediate_size,
         config.vocab_size,
-        getattr(config, "head_dim", None),
+        compat.head_dim(config),
         read + config.hidden_size * config.vocab_size,
     )
 

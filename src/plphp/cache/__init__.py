@@ -3,7 +3,7 @@
 from plphp.cache.memory import allocated
 from plphp.cache.report import LayerReport, Report, Seen, layer_report, untouched_report
 from plphp.cache.static import StaticStore, bucketed
-from plphp.cache.store import KVStore, slack
+from plphp.cache.store import KVStore, slack, take
 from plphp.cache.traffic import RecallReport
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "bucketed",
     "layer_report",
     "slack",
+    "take",
     "untouched_report",
 ]

@@ -60,10 +60,10 @@ class KVStore:
         # On short prompts slack would outweigh what was dropped: half of it is freed for sure.
         spare = min(slack(longest), (self.end - longest) // 2) if reserve is None else reserve
         capacity = longest + spare
-        self.keys = _take(self.keys, plan.columns, capacity)
-        self.values = _take(self.values, plan.columns, capacity)
+        self.keys = take(self.keys, plan.columns, capacity)
+        self.values = take(self.values, plan.columns, capacity)
         if self.positions is not None:
-            self.positions = _take(self.positions[..., None], plan.columns, capacity)[..., 0]
+            self.positions = take(self.positions[..., None], plan.columns, capacity)[..., 0]
         self.start = longest - plan.lengths
         self.ragged = plan.ragged
         self.end = longest
@@ -145,9 +145,13 @@ def slack(length: int) -> int:
     return max(SLACK_LEAST, length // SLACK_SHARE)
 
 
-def _take(source: Tensor, columns: Tensor, capacity: int) -> Tensor:
-    """(B, Hkv, C, D) at columns (B, Hkv, K) -> a buffer (B, Hkv, capacity, D), K slots written."""
+def take(source: Tensor, columns: Tensor, capacity: int | None = None) -> Tensor:
+    """(B, Hkv, C, D) at columns (B, Hkv, K) -> a buffer (B, Hkv, capacity, D), K slots written.
+
+    capacity: K by default
+    """
     batch, heads, longest = columns.shape
+    capacity = longest if capacity is None else capacity
     target = source.new_empty(batch, heads, capacity, source.shape[-1])
     kept = target[:, :, :longest]
     if source.device.type != "cpu":

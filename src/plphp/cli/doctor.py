@@ -152,11 +152,12 @@ def _layer_bytes(text: Any, dtype: str) -> int:
     """Bytes of one token's key and value in one layer."""
     import torch
 
+    from plphp.hf import compat
+
     kind = getattr(text, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     kind = kind if isinstance(kind, torch.dtype) else torch.bfloat16
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * int(heads) * int(dim) * kind.itemsize
+    return 2 * int(heads) * compat.head_dim(text) * kind.itemsize
 
 
 def _found_by(config: Any) -> str:

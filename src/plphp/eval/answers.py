@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache
 
 from plphp.cache import Report
 from plphp.eval.batches import TEXT, Batch
-from plphp.hf import PrunedCache, prune
+from plphp.hf import PrunedCache, compat, prune
 from plphp.hf.replan import Prompt, read_into
 from plphp.policy import Policy
 from plphp.recall import Recall
@@ -57,7 +57,7 @@ class Answers:
 
 def refer(model: Any, batch: Batch) -> Reference:
     """Generate with the untouched model, which must not be attached."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache = DynamicCache(config=compat.text_config(model))
     tokens, logits = _generate(model, cache, batch.inputs, batch.limit)
     pairs = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     held = [t[..., : batch.columns, :] for t in pairs if isinstance(t, Tensor)]

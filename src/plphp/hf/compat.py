@@ -171,6 +171,12 @@ def text_config(model: nn.Module) -> Any:
     return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
 
 
+def head_dim(config: Any) -> int:
+    """Numbers of a key in one head, of a language model's config."""
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)
+
+
 def register_attention(function: Callable[..., Any]) -> None:
     """Offer a stateless function under our name; only attached modules ask for it."""
     AttentionInterface.register(ATTENTION, function)

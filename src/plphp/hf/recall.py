@@ -30,10 +30,7 @@ def checked(given: Recall | str | None, chosen: Policy, model: Any) -> tuple[Rec
             f"{type(chosen).__name__} does not rank what a cache holds, which recall needs: take a "
             "method that prunes the cache, or leave recall out"
         )
-    config = compat.text_config(model)
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    least = recall.least_share(dim, model.dtype.itemsize)
+    least = recall.least_share(compat.head_dim(compat.text_config(model)), model.dtype.itemsize)
     if 0 < recall.budget < least:
         raise ValueError(
             f"budget must be at least {least:.3f} for home={recall.home!r}, the share of this "

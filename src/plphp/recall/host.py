@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plphp.attention import attend, decode_attention
-from plphp.cache import KVStore
+from plphp.cache import KVStore, take
 from plphp.policy import Look
 from plphp.recall.budget import affordable, plan_within
 from plphp.recall.index import build, index_bytes
@@ -47,7 +47,8 @@ class HostHome:
         valid = vision.gather(1, order)
         self.origin = torch.arange(len(vision), device=vision.device)
         self.held = self.origin.new_empty(0)
-        keys, values = (_take(x, order) for x in store.held())
+        every_head = order[:, None].expand(-1, store.keys.shape[1], -1)
+        keys, values = (take(x, every_head) for x in store.held())
         self.valid = None if bool(valid.all()) else valid
         self.columns = order.int() if store.window is not None else None
         dim = keys.shape[-1]
@@ -176,13 +177,6 @@ class HostHome:
         for name in ("valid", "columns", "held", "origin"):
             found = getattr(self, name)
             setattr(self, name, None if found is None else found.to(device))
-
-
-def _take(x: Tensor, order: Tensor) -> Tensor:
-    """(B, Hkv, N, D) at columns (B, V) -> (B, Hkv, V, D)."""
-    return torch.stack(
-        [row.index_select(1, columns) for row, columns in zip(x, order, strict=True)]
-    )
 
 
 def to_host(x: Tensor) -> Tensor:

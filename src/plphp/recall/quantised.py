@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from plphp.cache import KVStore
+from plphp.attention import side_by_side
+from plphp.cache import KVStore, take
 from plphp.policy import KeepPlan, Look
 from plphp.recall.budget import affordable, plan_within
 from plphp.recall.codes import code_bytes, keys_to_codes, values_to_codes
@@ -51,8 +52,8 @@ class QuantisedHome:
         order, valid = left_over(plan, vision)
         self.valid = None if bool(valid.all()) else valid
         self.columns = order.int() if store.window is not None else None
-        self.keys = keys_to_codes(_take(keys, order), recall.bits)
-        self.values = values_to_codes(_take(values, order), recall.bits)
+        self.keys = keys_to_codes(take(keys, order), recall.bits)
+        self.values = values_to_codes(take(values, order), recall.bits)
         self.token_bytes = unit
         heads = keys.shape[1]
         self.resident, self.full = (int(x.sum()) * heads * unit for x in (most, tokens))
@@ -94,8 +95,7 @@ class QuantisedHome:
             parked = parked & (self.columns[:, :, None] > asking - store.window)
         if own is None:
             own = torch.ones(1, 1, queries, store.end, dtype=torch.bool, device=device)
-        lead = [max(sizes) for sizes in zip(own.shape[:2], parked.shape[:2], strict=True)]
-        return torch.cat([part.expand(*lead, -1, -1) for part in (own, parked)], -1)
+        return side_by_side(own, parked)
 
     def looked_at(self, store: KVStore, queries: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """As in `HostHome`: what is held, and then what is parked, as numbers again."""
@@ -170,8 +170,3 @@ def left_over(plan: KeepPlan, vision: Tensor) -> tuple[Tensor, Tensor]:
     last = (count - 1).clamp(min=0)[:, None]
     near = torch.minimum(places, last)[:, None].expand(-1, heads, -1)
     return order.gather(2, near), places < count[:, None]
-
-
-def _take(x: Tensor, order: Tensor) -> Tensor:
-    """(B, Hkv, N, D) at columns (B, Hkv, P) -> (B, Hkv, P, D)."""
-    return x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1]))
