@@ -97,7 +97,8 @@ def test_models_without_vision_are_refused() -> None:
         plphp.prune(torch.nn.Linear(2, 2))
 
 
-def test_a_vision_mask_serves_where_the_config_is_silent() -> None:
+def silent_llama() -> LlamaForCausalLM:
+    """A model whose config names no vision tokens."""
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=64,
@@ -109,7 +110,11 @@ def test_a_vision_mask_serves_where_the_config_is_silent() -> None:
         bos_token_id=1,
         eos_token_id=None,
     )
-    llama = LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()
+
+
+def test_a_vision_mask_serves_where_the_config_is_silent() -> None:
+    llama = silent_llama()
     ids = torch.arange(2, 42)[None]
     mask = torch.zeros(1, 40, dtype=torch.long)
     mask[:, 5:25] = 1
@@ -119,6 +124,34 @@ def test_a_vision_mask_serves_where_the_config_is_silent() -> None:
             llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
         assert pruning.report.retention == 0.5
         assert pruning.report.images == (1,)
+
+
+def test_a_vision_mask_may_number_images_of_earlier_turns() -> None:
+    llama = silent_llama()
+    ids = torch.arange(2, 42)[None]
+
+    def numbered(input_ids: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros_like(input_ids)
+        mask[:, 5:25] = torch.arange(1, 21)
+        return mask
+
+    with plphp.prune(llama, vision_mask=numbered) as pruning:
+        cache = plphp.PrunedCache(llama)
+        out = llama.generate(ids, **GREEDY, past_key_values=cache)
+        assert pruning.report.images == (20,)
+        more = torch.cat([out, torch.full((1, 3), 7)], 1)
+        llama.generate(more, **GREEDY, past_key_values=cache)
+        assert pruning.report.images == (0,)
+
+
+def test_a_vision_mask_with_numbers_that_no_row_has_is_refused() -> None:
+    llama = silent_llama()
+    ids = torch.arange(2, 42)[None]
+    with (
+        plphp.prune(llama, vision_mask=torch.full_like(ids, 41)),
+        pytest.raises(ValueError, match="41"),
+    ):
+        llama.generate(ids, **GREEDY)
 
 
 def test_a_text_only_prompt_is_no_error(model: torch.nn.Module) -> None:

@@ -128,11 +128,10 @@ class Turn:
                 f"vision_mask must be (B, N) with N at least {self.length} columns, "
                 f"got {tuple(given.shape)}"
             )
-        if int(given.max()) > self.length:
-            raise ValueError(
-                f"vision_mask numbers an image {int(given.max())}: number them 1, 2, ... a row"
-            )
-        return given[:, -self.length :].long()
+        own = given[:, -self.length :].long()
+        if (most := int(own.max())) > self.length:
+            raise ValueError(f"vision_mask numbers an image {most}: number them 1, 2, ... a row")
+        return own
 
     def _columns(self, tensor: Tensor | None) -> Tensor | None:
         """This prompt's columns of a (B, N) tensor that may also hold earlier turns."""
