@@ -81,13 +81,13 @@ def memory(pid: int) -> int:
 
 
 def message(request: serving.Request) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
     for image in request.images:
         file = io.BytesIO()
         image.save(file, "png")
         data = base64.b64encode(file.getvalue()).decode()
-        content.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
-    return [{"role": "user", "content": [*content, {"type": "text", "text": request.question}]}]
+        images.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
+    return request.talk(images)
 
 
 async def stream(client: Any, request: serving.Request, cut: bool) -> str:

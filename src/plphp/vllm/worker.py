@@ -67,6 +67,8 @@ class WorkerSide:
         self.choices: dict[str, Choice] = {}
         for request_id in step.gone if step else ():
             self.live.pop(request_id, None)
+        if not self.live:
+            self.frame = Frame((), self.groups)
 
     def shift(self, group: int, common: Any) -> Any:
         """vLLM's CommonAttentionMetadata of a group, without the blocks that hold nothing.
