@@ -1,4 +1,4 @@
-"""Short requests that are aborted and preempted at random: `soak.py COUNT` writes what was left.
+"""Short requests that are aborted and preempted at random: `make soak-vllm`, and a test.
 
 It tests bookkeeping, not answers, so two layers of random weights and small prompts do.
 """
@@ -6,7 +6,6 @@ It tests bookkeeping, not answers, so two layers of random weights and small pro
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -148,14 +147,3 @@ def soak(count: int, share: bool) -> dict[str, Any]:
 
 def megabytes() -> int:
     return int(psutil.Process().memory_info().rss >> 20)
-
-
-def main(count: int) -> None:
-    from record import record
-
-    ways = {"pruned into fresh blocks": True, "pruned in place": False}
-    record("soak", soak.__doc__, {way: soak(count, share) for way, share in ways.items()})
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

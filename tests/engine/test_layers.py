@@ -1,4 +1,4 @@
-"""Without the switch an engine's layers are vLLM's own; layers that cannot be pruned are refused."""
+"""Layers are vLLM's own without the switch, and with it refused if they cannot be pruned."""
 
 from __future__ import annotations
 
@@ -40,7 +40,12 @@ def test_without_the_switch_nothing_is_changed(stock: Any) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "value", "message"),
     [
-        ("attn_backend", "get_name", staticmethod(lambda: "FLASH_ATTN"), "its attention backend is"),
+        (
+            "attn_backend",
+            "get_name",
+            staticmethod(lambda: "FLASH_ATTN"),
+            "its attention backend is",
+        ),
         ("", "kv_sharing_target_layer_name", "layers.0", "another layer reads its cache"),
         ("impl", "sinks", torch.zeros(8), "it has attention sinks"),
         ("impl", "alibi_slopes", [0.5], r"it has position biases \(ALiBi\)"),

@@ -103,7 +103,7 @@ def test_all_that_has_to_change_is_said_at_once() -> None:
 def test_a_gpu_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(current_platform, "device_type", "cuda")
     transfer = KVTransferConfig(**plphp.vllm.engine_args()["kv_transfer_config"])
-    with pytest.raises(plphp.UnsupportedModeError, match="cpu backend only so far, and this is cud"):
+    with pytest.raises(plphp.UnsupportedModeError, match="cpu backend only so far, and this"):
         KVConnectorFactory.get_connector_class(transfer)
     other = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
     assert KVConnectorFactory.get_connector_class(other).__name__ == "ExampleConnector"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,16 @@ import vllm
 import plphp
 
 
-def record(name: str, what: str | None, results: dict[str, Any]) -> None:
-    """Write `DATE-name.json`. what: a docstring whose first line says what was measured."""
+def record(name: str, what: str | None, results: dict[str, Any], rounds: bool = False) -> None:
+    """Write `DATE-name.json`. what: a docstring, which says what was measured.
+
+    rounds: keep those that the file has, and write the medians and ranges of all of them
+    """
+    path = Path(__file__).parent / f"{date.today().isoformat()}-{name}.json"
+    if rounds:
+        before = json.loads(path.read_text())["results"]["rounds"] if path.exists() else []
+        results = {"rounds": [*before, results]}
+        results["median [least, most]"] = summary(results["rounds"])
     result = {
         "what": (what or "").strip(),
         "date": date.today().isoformat(),
@@ -28,6 +37,17 @@ def record(name: str, what: str | None, results: dict[str, Any]) -> None:
         },
         "results": results,
     }
-    path = Path(__file__).parent / f"{date.today().isoformat()}-{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
+
+
+def summary(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, str]]:
+    """Of every number of every case, over the rounds."""
+    return {
+        case: {name: across([one[case][name] for one in rounds]) for name in rounds[0][case]}
+        for case in rounds[0]
+    }
+
+
+def across(values: list[float]) -> str:
+    return f"{statistics.median(values):g} [{min(values):g}, {max(values):g}]"

@@ -23,13 +23,13 @@ def check_platform(found: str) -> None:
     """Raise UnsupportedModeError where no attention backend is known, before a model is loaded."""
     if found not in PLATFORMS:
         raise UnsupportedModeError(
-            f"{CONNECTOR} works with vLLM's {', '.join(PLATFORMS)} backend only so far, and this is "
-            f"{found}: start vLLM without it"
+            f"{CONNECTOR} works with vLLM's {', '.join(PLATFORMS)} backend only so far, "
+            f"and this is {found}: start vLLM without it"
         )
 
 
 def check_alone(transfer: Any) -> None:
-    """Raise UnsupportedModeError for a KVTransferConfig in which the connector is one of several."""
+    """Raise UnsupportedModeError for a KVTransferConfig that has the connector beside others."""
     if transfer.kv_connector != "MultiConnector":
         return
     together = transfer.kv_connector_extra_config.get("connectors", ())

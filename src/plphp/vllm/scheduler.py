@@ -1,4 +1,8 @@
-"""The scheduler's side: which prompts are pruned, what workers are told, which blocks come back."""
+"""The scheduler's side: which prompts are pruned, what workers are told, which blocks come back.
+
+Touches: what vLLM is about to send of a new request, a request's own rule about the prefix cache
+(the reason at each), and reads the managers' block tables, because workers know requests by blocks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from plphp.vllm.messages import Choice, PromptEnd, Pruned, Step, spans_of, visio
 from plphp.vllm.metrics import Counts
 from plphp.vllm.options import Options, request_policy
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers under its own name
 
 
 @dataclass
