@@ -102,7 +102,7 @@ def test_requests_that_come_and_go_change_no_other(reference: Any) -> None:
     requests = serving.random_requests(30, seed=90)
     with serving.engine(max_num_batched_tokens=64, max_num_seqs=6) as llm:
         engine, before = llm.llm_engine, serving.free_blocks(llm)
-        left = {str(n): rng.randrange(1, 40) for n in range(0, len(requests), 3)}
+        left = {str(n): rng.randrange(1, 25) for n in range(0, len(requests), 3)}
         added, ended, aborted = 0, {}, 0
         while added < len(requests) or engine.has_unfinished_requests():
             if added < len(requests) and rng.random() < 0.4:
