@@ -115,6 +115,8 @@ def test_other_connectors_beside_it_are_refused() -> None:
     config_of(kv_transfer_config=several(example, example))
     with pytest.raises(plphp.UnsupportedModeError, match="in a MultiConnector: use it alone"):
         config_of(kv_transfer_config=several(example, mine))
+    with pytest.raises(plphp.UnsupportedModeError, match="leave out --kv-offloading-size"):
+        config_of(**plphp.vllm.engine_args(), kv_offloading_size=1)
 
 
 def several(*connectors: dict[str, Any]) -> KVTransferConfig:

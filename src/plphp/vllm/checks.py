@@ -9,6 +9,7 @@ from plphp.vllm.options import CONNECTOR, Options
 
 VLLM = "0.32"  # the minor version whose internals this was written against
 PLATFORMS = ("cpu",)  # what has an attention backend in `layout`
+MARKS = {"r", "delta_r", "layers_per_group"}  # options by which a config is known to be ours
 
 
 def check_version(found: str) -> None:
@@ -29,12 +30,18 @@ def check_platform(found: str) -> None:
 
 
 def check_alone(transfer: Any) -> None:
-    """Raise UnsupportedModeError for a KVTransferConfig that has the connector beside others."""
-    if transfer.kv_connector != "MultiConnector":
-        return
-    together = transfer.kv_connector_extra_config.get("connectors", ())
-    if any(one["kv_connector"] == CONNECTOR for one in together):
-        raise UnsupportedModeError(f"{CONNECTOR} does not work in a MultiConnector: use it alone")
+    """Raise UnsupportedModeError for the KVTransferConfig of another connector that holds ours."""
+    given = transfer.kv_connector_extra_config
+    if transfer.kv_connector == "MultiConnector":
+        if any(one["kv_connector"] == CONNECTOR for one in given.get("connectors", ())):
+            raise UnsupportedModeError(
+                f"{CONNECTOR} does not work in a MultiConnector: use it alone"
+            )
+    elif transfer.kv_connector != CONNECTOR and MARKS & given.keys():
+        raise UnsupportedModeError(
+            f"{transfer.kv_connector} has taken the place of {CONNECTOR}: "
+            "leave out --kv-offloading-size"
+        )
 
 
 def check_modes(vllm_config: Any, options: Options) -> None:
