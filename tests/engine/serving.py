@@ -6,6 +6,7 @@ import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -20,21 +21,38 @@ from plphp.demo.model import WEIGHTS, Embedded
 BLOCK = 32  # the least that vLLM's CPU attention takes
 MARGIN = 1e-3  # logits closer than this may swap places between two implementations
 QUESTIONS = ("describe picture 1.", "describe all pictures.", "what is red in picture 1?", "hello")
+WORDS = ("", "", "and", "this one?", "the next picture is red.")  # between pictures
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, how it is pruned (None: not), and how many tokens it generates."""
+    """One prompt, how it is pruned (None: not), and how many tokens it generates.
+
+    words: what stands after each image, nothing if it is shorter than `images`
+    """
 
     images: tuple[Image.Image, ...]
     question: str
     policy: plphp.PLPHP | None
     tokens: int
+    words: tuple[str, ...] = ()
 
     @property
     def chat(self) -> list[dict[str, Any]]:
-        content = [{"type": "image_pil", "image_pil": image} for image in self.images]
+        return self.talk([{"type": "image_pil", "image_pil": image} for image in self.images])
+
+    def talk(self, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A chat with these parts for its images."""
+        content = []
+        for image, words in zip_longest(images, self.words, fillvalue=""):
+            content += [image, {"type": "text", "text": words}] if words else [image]
         return [{"role": "user", "content": [*content, {"type": "text", "text": self.question}]}]
+
+    def text(self, tokenizer: Any) -> str:
+        """The chat as text, with a placeholder for each image."""
+        talk = self.talk([{"type": "image"} for _ in self.images])
+        text: str = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        return text
 
     @property
     def sampling(self) -> SamplingParams:
@@ -65,12 +83,14 @@ def picture(seed: int, most: int = 10) -> Image.Image:
     return Image.fromarray(small).resize((int(width) * 28, int(height) * 28), Image.NEAREST)
 
 
-def random_requests(count: int, seed: int) -> list[Request]:
-    """0 to 6 images; thresholds around what the model's layers reach, so that classes mix."""
+def random_requests(count: int, seed: int, most: int = 10) -> list[Request]:
+    """0 to 6 images with words between them; thresholds about where the layers are: classes mix."""
     rng = random.Random(seed)
     out = []
     for _ in range(count):
-        images = tuple(picture(rng.randrange(10**6)) for _ in range(rng.choice((0, 1, 1, 2, 3, 6))))
+        number = rng.choice((0, 1, 1, 2, 3, 4, 5, 6))
+        images = tuple(picture(rng.randrange(10**6), most) for _ in range(number))
+        words = tuple(rng.choice(WORDS) for _ in images)
         r = rng.choice((0.2, 0.4, 0.5))
         beta = rng.uniform(0.2, 0.6)
         policy = plphp.PLPHP(
@@ -83,13 +103,13 @@ def random_requests(count: int, seed: int) -> list[Request]:
             min_tokens=rng.choice((0, 0, 3)),
         )
         pruned = policy if rng.random() < 0.85 else None
-        out.append(Request(images, rng.choice(QUESTIONS), pruned, rng.randint(4, 24)))
+        out.append(Request(images, rng.choice(QUESTIONS), pruned, rng.randint(4, 24), words))
     return out
 
 
 def answer(embedded: Embedded, request: Request, round_to: int = BLOCK) -> Answer:
     """plphp on transformers, with lengths rounded as the engine's blocks want them."""
-    inputs = embedded.inputs(request.images, request.question)
+    inputs = embedded.inputs_of(request.images, request.text(embedded.tokenizer))
     policy = request.policy or plphp.PLPHP(r=1, delta_r=0)
     with plphp.prune(embedded.model, replace(policy, round_to=round_to)) as pruning:
         out = embedded.model.generate(
@@ -148,8 +168,10 @@ def state(llm: LLM) -> int:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     scheduler, worker = scheduler_of(llm).connector.scheduler, get_kv_transfer_group().worker
-    managers = sum(len(m.done) + len(m.reserved) for m in scheduler.managers)
-    return len(scheduler.prompts) + len(scheduler.blocks) + len(worker.live) + managers
+    managers = [held for m in scheduler.managers for held in (m.done, m.reserved)]
+    planned = [scheduler.prompts, scheduler.blocks, scheduler.refused, scheduler.features]
+    kept = [worker.live, worker.endings, worker.choices, worker.frame.rows]
+    return sum(len(entries) for entries in managers + planned + kept)
 
 
 def generate(llm: LLM, requests: list[Request]) -> list[Any]:
@@ -160,11 +182,8 @@ def generate(llm: LLM, requests: list[Request]) -> list[Any]:
 
 def prompt(llm: LLM, request: Request) -> dict[str, Any]:
     """What an engine's `add_request` takes."""
-    content = [{"type": "image"} for _ in request.images]
-    talk = [{"role": "user", "content": [*content, {"type": "text", "text": request.question}]}]
-    text = llm.get_tokenizer().apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     data = {"multi_modal_data": {"image": list(request.images)}} if request.images else {}
-    return {"prompt": text} | data
+    return {"prompt": request.text(llm.get_tokenizer())} | data
 
 
 def same(output: Any, expected: Answer) -> bool | None:

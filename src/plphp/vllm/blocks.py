@@ -16,6 +16,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from plphp.vllm.messages import in_use
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec(FullAttentionSpec):
@@ -99,7 +101,7 @@ class LayerBlocks(FullAttentionManager):
         held = self.req_to_blocks[request_id]
         fresh = self.reserved.pop(request_id, [])
         full = self.prompts[request_id].length // self.block_size
-        used = fresh[len(fresh) - (full - dead) :] if fresh and 0 < dead < full else []
+        used = list(in_use(fresh, full, dead))
         free = held[: dead + len(used)]
         held[: dead + len(used)] = [self._null_block] * dead + used
         self.block_pool.free_blocks(fresh[: len(fresh) - len(used)])

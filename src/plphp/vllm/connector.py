@@ -29,7 +29,7 @@ from plphp.vllm.scheduler import SchedulerSide
 from plphp.vllm.worker import WorkerSide
 
 checks.check_version(vllm.__version__)
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers under its own name
 
 
 class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
