@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tiny
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+import tiny
 from tiny.base import FAKE, GLOBAL, IMAGE, PAD, PATCH, TILE, VIDEO, VISION_END, VISION_START, VOCAB
 from tiny.idefics import SIDE
 from tiny.llava import PINPOINTS
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 CHARACTERS = ["\n", *map(chr, range(32, 127)), *map(chr, range(0xC0, 0x17F))]
 WEIGHTS = "model.safetensors"
@@ -61,6 +62,10 @@ class Checkpoint:
             weights = load_file(folder / WEIGHTS)
             named = {name.replace("vision_tower.", self.tower): w for name, w in weights.items()}
             save_file(named, folder / WEIGHTS, {"format": "pt"})
+        self.save_processor(folder)
+
+    def save_processor(self, folder: Path) -> None:
+        """All but config and weights."""
         processor = self.processor(tokenizer(self.names, self.roles))
         template = TEMPLATE.replace("IMAGE", self.image).replace("VIDEO", self.video)
         processor.chat_template = processor.tokenizer.chat_template = template
@@ -85,7 +90,9 @@ def tokenizer(names: Mapping[int, str], roles: Mapping[str, str]) -> Any:
     made = Tokenizer(models.WordLevel(vocabulary, unk_token=special[1]))
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     made.decoder = decoders.Fuse()
-    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    made.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=made,
         pad_token=special[PAD],

@@ -157,12 +157,11 @@ def engine(policy: plphp.PLPHP | None = None, **options: Any) -> Iterator[LLM]:
         "seed": 0,
         "mm_processor_cache_gb": 0,
     }
-    llm = LLM(**defaults | options)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(cleanup_dist_env_and_memory)
+        llm = LLM(**defaults | options)
+        stack.callback(llm.llm_engine.engine_core.shutdown)
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
 
 
 def scheduler_of(llm: LLM) -> Any:

@@ -32,7 +32,10 @@ class Reference:
         return Reference(model.eval(), transformers.AutoProcessor.from_pretrained(folder))
 
     def inputs(self, request: serving.Request) -> Any:
-        told = [transformers.video_utils.VideoMetadata(**serving.about(video)) for video in request.videos]
+        told = [
+            transformers.video_utils.VideoMetadata(**serving.about(video))
+            for video in request.videos
+        ]
         return self.processor(
             text=request.text(self.processor.tokenizer),
             images=list(request.images) or None,
@@ -70,7 +73,8 @@ def requests_of(name: str) -> list[serving.Request]:
     for place in range(len(requests) // 2, len(requests) if frames else 0):
         length, request = rng.choice(frames), requests[place]
         videos = tuple(film(rng, length) for _ in range(rng.choice((0, 1, 1, 2))))
-        requests[place] = replace(request, images=request.images[:2], videos=videos)
+        first = {"images": request.images[:2], "words": request.words[:2]}
+        requests[place] = replace(request, **first, videos=videos)
     return requests
 
 
