@@ -43,6 +43,7 @@ class Checkpoint:
     roles: tokens that the processor asks the tokenizer for by attribute
     frames: how long videos are; empty where vLLM takes none
     tower: how published checkpoints name the vision tower, where transformers 5 writes it otherwise
+    differs: what vLLM does otherwise than transformers, for docs/vllm.md
     """
 
     family: str
@@ -53,6 +54,7 @@ class Checkpoint:
     roles: Mapping[str, str] = field(default_factory=dict)
     frames: tuple[int, ...] = ()
     tower: str = ""
+    differs: str = "nothing"
 
     def save(self, folder: Path, seed: int = 0) -> None:
         """Config, weights, tokenizer, processor and chat template."""
@@ -202,7 +204,12 @@ CHECKPOINTS = {
     made.family: made
     for made in (
         Checkpoint("qwen2_vl", processor=qwen("Qwen2VLProcessor"), **QWEN),
-        Checkpoint("qwen2_5_vl", processor=qwen("Qwen2_5_VLProcessor"), **QWEN),
+        Checkpoint(
+            "qwen2_5_vl",
+            processor=qwen("Qwen2_5_VLProcessor"),
+            differs="a video must come with its frame rate",
+            **QWEN,
+        ),
         Checkpoint("llava", {IMAGE: "<image>"}, llava, "<image>", tower=SIGLIP),
         Checkpoint(
             "llava_onevision",
@@ -210,11 +217,18 @@ CHECKPOINTS = {
             onevision,
             "<image>",
             "<video>",
-            frames=(4,),  # vLLM 0.32 fails by itself where a step has videos of different lengths
+            frames=(4,),
             tower=SIGLIP,
+            differs="every image is tiled, in transformers only one that has its prompt to itself; "
+            "videos of different lengths in one step stop vLLM 0.32, pruned or not",
         ),
         Checkpoint("idefics3", processor=idefics3, **IDEFICS),
-        Checkpoint("smolvlm", processor=smolvlm, **IDEFICS),
+        Checkpoint(
+            "smolvlm",
+            processor=smolvlm,
+            differs="no video; its processor wants `pip install num2words`",
+            **IDEFICS,
+        ),
         Checkpoint(
             "internvl",
             {
@@ -233,6 +247,8 @@ CHECKPOINTS = {
                 "context_image_token": "<IMG_CONTEXT>",
                 "video_token": "<video>",
             },
+            differs="a video is one image, in transformers each of its frames is one unless "
+            "`vision_mask` says otherwise",
         ),
     )
 }

@@ -1,8 +1,13 @@
-"""Every family that vLLM has: tokens equal those of plphp on transformers, images and videos."""
+"""Families in vLLM: tokens equal those of plphp on transformers, for images and videos.
+
+The table of docs/vllm.md is made from these requests: PLPHP_WRITE_DOCS=1 rewrites it.
+"""
 
 from __future__ import annotations
 
+import os
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +21,10 @@ import transformers
 from checkpoints import CHECKPOINTS
 
 import plphp
+import tiny
 from tiny import IMAGE, VIDEO
+
+PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
 
 
 @dataclass(frozen=True)
@@ -112,3 +120,24 @@ def test_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
             classes |= set(told["layer_classes"])
     assert close <= 1
     assert len(classes) == 3
+
+
+def test_the_page_has_the_table() -> None:
+    table = [
+        "| class in vLLM | images | videos | tokens compared | what differs from transformers |",
+        "|---|--:|--:|--:|---|",
+    ]
+    for name, checkpoint in CHECKPOINTS.items():
+        requests = requests_of(name)
+        counts = [
+            sum(len(request.images) for request in requests),
+            sum(len(request.videos) for request in requests),
+            sum(request.tokens for request in requests),
+        ]
+        cells = [f"`{tiny.FAMILIES[name].model_class}`", *map(str, counts), checkpoint.differs]
+        table.append(f"| {' | '.join(cells)} |")
+    found = re.compile(r"\| class in vLLM .*?\n\n", re.S)
+    text, made = PAGE.read_text(), "\n".join(table) + "\n\n"
+    if os.environ.get("PLPHP_WRITE_DOCS"):
+        PAGE.write_text(found.sub(lambda _: made, text))
+    assert found.findall(PAGE.read_text()) == [made]
