@@ -17,7 +17,19 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import tiny
-from tiny.base import FAKE, GLOBAL, IMAGE, PAD, PATCH, TILE, VIDEO, VISION_END, VISION_START, VOCAB
+from tiny.base import (
+    BREAK,
+    FAKE,
+    GLOBAL,
+    IMAGE,
+    PAD,
+    PATCH,
+    TILE,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    VOCAB,
+)
 from tiny.idefics import SIDE
 from tiny.llava import PINPOINTS
 
@@ -44,6 +56,7 @@ class Checkpoint:
     frames: how long videos are; empty where vLLM takes none
     tower: how published checkpoints name the vision tower, where transformers 5 writes it otherwise
     differs: what vLLM does otherwise than transformers, for docs/vllm.md
+    slow: only in the long run of the tests
     """
 
     family: str
@@ -55,6 +68,7 @@ class Checkpoint:
     frames: tuple[int, ...] = ()
     tower: str = ""
     differs: str = "nothing"
+    slow: bool = False
 
     def save(self, folder: Path, seed: int = 0) -> None:
         """Config, weights, tokenizer, processor and chat template."""
@@ -120,6 +134,18 @@ def qwen(name: str) -> Callable[[Any], Any]:
     return processor
 
 
+def qwen3(tokenizer: Any) -> Any:
+    half = [0.5] * 3  # of images and videos alike: vLLM normalizes both with the image's
+    sizes = {"patch_size": PATCH, "merge_size": 2, "image_mean": half, "image_std": half}
+    longest = {"shortest_edge": 4 * 64, "longest_edge": 64 * 64}
+    film = {"shortest_edge": 8 * 64, "longest_edge": 256 * 64}
+    return transformers.Qwen3VLProcessor(
+        transformers.Qwen2VLImageProcessor(**sizes, size=longest),
+        tokenizer,
+        transformers.Qwen3VLVideoProcessor(**sizes, size=film, cap_pixels_per_frame=False),
+    )
+
+
 def square(side: int) -> dict[str, Any]:
     return {"size": {"height": side, "width": side}}
 
@@ -133,6 +159,35 @@ def llava(tokenizer: Any) -> Any:
         num_additional_image_tokens=0,
         image_token="<image>",
     )
+
+
+def llava_next(tokenizer: Any) -> Any:
+    return transformers.LlavaNextProcessor(
+        transformers.LlavaNextImageProcessor(
+            size={"shortest_edge": 16},
+            crop_size={"height": 16, "width": 16},
+            image_grid_pinpoints=PINPOINTS,
+        ),
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def pixtral(patch: int, merge: int) -> Callable[[Any], Any]:
+    def processor(tokenizer: Any) -> Any:
+        side = patch * merge  # of a token
+        return transformers.PixtralProcessor(
+            transformers.PixtralImageProcessor(
+                patch_size={"height": side, "width": side}, size={"longest_edge": 6 * side}
+            ),
+            tokenizer,
+            patch_size=patch,
+            spatial_merge_size=merge,
+        )
+
+    return processor
 
 
 def onevision(tokenizer: Any) -> Any:
@@ -186,6 +241,10 @@ QWEN = {
     "image": "<|vision_start|><|image_pad|><|vision_end|>",
     "video": "<|vision_start|><|video_pad|><|vision_end|>",
     "frames": (2, 4, 6),
+}
+PIXTRAL = {
+    "names": {IMAGE: "[IMG]", BREAK: "[IMG_BREAK]", VISION_END: "[IMG_END]"},
+    "image": "[IMG]",
 }
 TILES = {TILE + i: f"<row_{1 + i // 3}_col_{1 + i % 3}>" for i in range(9)}
 IDEFICS = {
@@ -250,5 +309,11 @@ CHECKPOINTS = {
             differs="a video is one image, in transformers each of its frames is one unless "
             "`vision_mask` says otherwise",
         ),
+        Checkpoint("qwen3_vl", processor=qwen3, slow=True, **QWEN),
+        Checkpoint(
+            "llava_next", {IMAGE: "<image>"}, llava_next, "<image>", tower=SIGLIP, slow=True
+        ),
+        Checkpoint("pixtral", processor=pixtral(2 * PATCH, 1), slow=True, **PIXTRAL),
+        Checkpoint("mistral3", processor=pixtral(PATCH, 2), slow=True, **PIXTRAL),
     )
 }

@@ -91,7 +91,13 @@ def alike(ids: Sequence[int]) -> list[int]:
     return [IMAGE if token == VIDEO else token for token in ids]
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if made.slow else [])
+        for name, made in CHECKPOINTS.items()
+    ],
+)
 def test_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
     CHECKPOINTS[name].save(tmp_path)
     requests = requests_of(name)
