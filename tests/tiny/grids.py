@@ -42,7 +42,7 @@ IDS = {
     "vision_end_token_id": VISION_END,
 }
 ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
-# transformers' Qwen3-VL always interleaves; vLLM does where the config says so, as published ones do
+# transformers always interleaves; vLLM does where the config says so, as published ones do
 INTERLEAVED = {"rope_parameters": ROPE["rope_parameters"] | {"mrope_interleaved": True}}
 TOWER = {
     "depth": 2,
