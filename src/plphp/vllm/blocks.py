@@ -16,6 +16,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from plphp.errors import UnsupportedModelError
 from plphp.vllm.messages import in_use
 
 
@@ -34,6 +35,28 @@ class LayerSpec(FullAttentionSpec):
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return len({getattr(spec, "group", None) for spec in kv_cache_specs.values()}) == 1
+
+
+def refusal(layer: str, reason: str) -> UnsupportedModelError:
+    """What to raise for a layer that cannot be pruned."""
+    return UnsupportedModelError(
+        f"{layer} cannot be pruned in vLLM: {reason}; start vLLM without PLPHPConnector"
+    )
+
+
+def other_cache(spec: KVCacheSpec) -> str:
+    """The reason for layers whose cache is not that of full attention."""
+    return f"it has a cache of kind {type(spec).__name__}, and only full attention can be pruned"
+
+
+def check_groups(groups: Sequence[Any]) -> None:
+    """Raise UnsupportedModelError where a cache group is not of `LayerSpec`.
+
+    Layers of other classes than Attention (chunked, linear, latent) make their specs themselves.
+    """
+    for group in groups:
+        if not isinstance(group.kv_cache_spec, LayerSpec):
+            raise refusal(group.layer_names[0], other_cache(group.kv_cache_spec))
 
 
 @dataclass(frozen=True)

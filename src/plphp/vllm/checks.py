@@ -61,6 +61,9 @@ def check_modes(vllm_config: Any, options: Options) -> None:
             scheduler.disable_hybrid_kv_cache_manager
         ),
         "bidirectional attention among image tokens": model.is_mm_prefix_lm,
+        "vLLM's own video pruning (leave out --video-pruning-rate)": (
+            model.multimodal_config and model.multimodal_config.video_pruning_rate
+        ),
         "pooling, which has no decoding to save": model.runner_type != "generate",
         f"layers_per_group={options.layers_per_group} (use a divisor of {layers} layers)": (
             layers % options.layers_per_group

@@ -43,6 +43,7 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         checks.check_modes(vllm_config, options)
         blocks.register()
         self.groups = kv_cache_config.kv_cache_groups
+        blocks.check_groups(self.groups)
         self.block_size: int = self.groups[0].kv_cache_spec.block_size
         self.worker: WorkerSide | None = None
         self.scheduler: SchedulerSide | None = None
