@@ -8,8 +8,15 @@ import plphp
 from plphp.attention import reference
 from plphp.cache import KVStore, allocated
 from plphp.policy import Look
-from plphp.recall import Home, park
-from plphp.recall.codes import keys_to_codes, values_to_codes
+from plphp.recall import Home, codes, park
+from plphp.recall.codes import (
+    code_bytes,
+    from_rows,
+    keys_to_codes,
+    to_rows,
+    unpacked,
+    values_to_codes,
+)
 
 BATCH, HEADS, GROUPS, DIM = 2, 2, 3, 32
 SPANS = torch.tensor(
@@ -124,25 +131,36 @@ def test_codes_are_read_as_the_rounded_numbers(home: str) -> None:
 
 
 def rounded(x: Tensor, bits: int, dim: int) -> Tensor:
-    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    step = (high - low) / (2**bits - 1)
-    return ((x - low) / step).round() * step + low
+    """A step and a lowest number in float16 for all along `dim`."""
+    low = x.amin(dim, keepdim=True).half().float()
+    step = ((x.amax(dim, keepdim=True) - low) / (2**bits - 1)).half().float()
+    return ((x - low) / step).round().clamp(min=0) * step + low
 
 
 @pytest.mark.parametrize("bits", [4, 2])
-def test_codes_are_near_what_they_stand_for(bits: int) -> None:
-    keys, values = pair(length=77)
-    for codes, x, dim in (
-        (keys_to_codes(keys, bits), keys, 2),
-        (values_to_codes(values, bits), values, 3),
-    ):
+@pytest.mark.parametrize("length", [77, 64, 7])  # whole groups and a rest, whole groups, a rest
+@pytest.mark.parametrize("block", [codes.BLOCK, 2**12])
+def test_codes_are_near_what_they_stand_for(
+    bits: int, length: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codes, "BLOCK", block)
+    keys, values = pair(length=length)
+    coded = keys_to_codes(keys, bits), values_to_codes(values, bits)
+    for own, x, dim in zip(coded, (keys, values), (2, 3), strict=True):
         half = (x.amax(dim) - x.amin(dim)).max() / (2**bits - 1) / 2
-        assert (codes.dense() - x).abs().max() <= half + 1e-5
-        assert codes.packed.numel() * 8 == x.numel() * bits
-        weights = torch.rand(BATCH, HEADS, 3, 77)
-        torch.testing.assert_close(codes.read(weights), weights @ codes.dense())
-        asked = torch.rand(BATCH, HEADS, 3, DIM)
-        torch.testing.assert_close(codes.products(asked), asked @ codes.dense().mT)
+        assert (own.dense() - x).abs().max() <= half + 5e-3  # ranges are in float16
+    weights, asked = torch.rand(BATCH, HEADS, 3, length), torch.rand(BATCH, HEADS, 3, DIM)
+    torch.testing.assert_close(coded[0].products(asked), asked @ coded[0].dense().mT)
+    torch.testing.assert_close(coded[1].read(weights), weights @ coded[1].dense())
+    took = sum(own.packed.numel() for own in coded)
+    assert took == BATCH * HEADS * int(code_bytes(torch.tensor(length), (DIM, DIM), bits))
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_both_ways_to_read_codes_agree(bits: int) -> None:
+    """PyTorch's operator for rows of this format, and the tensor operations for other devices."""
+    rows = to_rows(torch.randn(3, 5, 36) * 100, bits)
+    torch.testing.assert_close(unpacked(rows, bits), from_rows(rows, bits), atol=0, rtol=1e-6)
 
 
 HOMES = (plphp.Recall(budget=0.4), plphp.Recall("int4", 0.4), plphp.Recall("int2", 0.2))

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from plphp.policy.base import check_choice, check_count, check_share
 
 GROUP = 32  # tokens of a channel of the keys that share a range, in codes
+RANGE_BYTES = 4  # of a range: step and lowest number in float16
 
 Home = Literal["host", "int4", "int2"]
 HOMES: tuple[Home, ...] = get_args(Home)
@@ -54,7 +55,8 @@ class Recall:
         """What codes take of full keys and values of `dim` components each, as the prompt grows."""
         if self.bits is None:
             return 0.0
-        return self.bits / 8 / itemsize + (1 + dim / GROUP) / dim
+        ranges = RANGE_BYTES * (1 / GROUP + 1 / dim) / 2
+        return (self.bits / 8 + ranges) / itemsize
 
     @property
     def bits(self) -> int | None:
