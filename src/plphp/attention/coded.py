@@ -18,7 +18,7 @@ BLOCK = 2**19  # numbers of the part in full that are converted at a time
 class Keys(Protocol):
     """P keys in codes: `plphp.recall.codes.KeyCodes`."""
 
-    def products(self, query: Tensor) -> Tensor: ...
+    def products(self, query: Tensor) -> Iterator[Tensor]: ...
 
 
 class Values(Protocol):
@@ -42,9 +42,8 @@ def attend(
     and values more; visible: as in `reference.attend`, over S and then P
     """
     batch, heads, queries, dim = q.shape
-    asked = q.reshape(batch, k.shape[1], -1, dim).float()
-    logits = [asked @ part.mT for part in _blocks(k)]
-    logits = scale * torch.cat([*logits, codes[0].products(asked)], -1)
+    asked = scale * q.reshape(batch, k.shape[1], -1, dim).float()
+    logits = torch.cat([*(asked @ part.mT for part in _blocks(k)), *codes[0].products(asked)], -1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:

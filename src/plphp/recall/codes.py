@@ -36,9 +36,9 @@ class KeyCodes:
     tokens: int
     dim: int
 
-    def products(self, query: Tensor) -> Tensor:
-        """query (B, Hkv, T, D) float32 times every key: (B, Hkv, T, P) float32."""
-        return torch.cat([query @ block for block in self._blocks()], -1)
+    def products(self, query: Tensor) -> Iterator[Tensor]:
+        """query (B, Hkv, T, D) float32 times every key: (B, Hkv, T, P) float32 in blocks of P."""
+        return (query @ block for block in self._blocks())
 
     def dense(self) -> Tensor:
         """(B, Hkv, P, D) float32."""
