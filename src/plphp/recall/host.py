@@ -13,7 +13,7 @@ from torch import Tensor
 from plphp.attention import attend, decode_attention
 from plphp.cache import KVStore, take
 from plphp.policy import Look
-from plphp.recall.budget import affordable, plan_within
+from plphp.recall.budget import Place, affordable, plan_within
 from plphp.recall.index import build, index_bytes
 from plphp.recall.options import Recall
 from plphp.recall.slots import at_hand, first_slots, vision_first
@@ -35,7 +35,7 @@ class HostHome:
     log: what each head held at each step, like `held`; empty unless recorded
     """
 
-    def __init__(self, store: KVStore, look: Look, recall: Recall) -> None:
+    def __init__(self, store: KVStore, look: Look, recall: Recall, place: Place) -> None:
         """Park the vision tokens of a store that holds the whole prompt.
 
         look: whom the policy would keep
@@ -58,7 +58,9 @@ class HostHome:
         number = torch.int16 if keys.shape[2] < 2**15 else torch.int32
         unit = self.token_bytes
         fixed = index_bytes(tokens, dim, rank)
-        most = affordable(recall.budget, tokens, unit, unit + number.itemsize, fixed, least=1)
+        most = affordable(
+            recall.budget, tokens, unit, unit + number.itemsize, fixed, least=1, place=place
+        )
         self.plan = vision_first(plan_within(look, most), look.spans)
         self.held = at_hand(self.plan, look.spans, most).to(number)
         heads = keys.shape[1]

@@ -14,7 +14,7 @@ from torch import Tensor
 from plphp.attention import coded, side_by_side
 from plphp.cache import KVStore, take
 from plphp.policy import KeepPlan, Look
-from plphp.recall.budget import affordable, plan_within
+from plphp.recall.budget import Place, affordable, plan_within
 from plphp.recall.codes import code_bytes, keys_to_codes, values_to_codes
 from plphp.recall.options import RANGE_BYTES, Recall
 from plphp.recall.slots import at_hand, first_slots, vision_first
@@ -32,7 +32,7 @@ class QuantisedHome:
     full, resident, device: as in `HostHome`
     """
 
-    def __init__(self, store: KVStore, look: Look, recall: Recall) -> None:
+    def __init__(self, store: KVStore, look: Look, recall: Recall, place: Place) -> None:
         """Park the vision tokens of a store that holds the whole prompt.
 
         look: whom the policy would keep in full
@@ -45,7 +45,7 @@ class QuantisedHome:
         dims = (keys.shape[-1], values.shape[-1])
         small = code_bytes(tokens, dims, recall.bits) + dims[0]  # a channel's rest is whole bytes
         each = unit - sum(dims) * recall.bits / 8 - RANGE_BYTES
-        most = affordable(recall.budget, tokens, unit, each, small, least=0)
+        most = affordable(recall.budget, tokens, unit, each, small, least=0, place=place)
         plan = plan_within(look, most)
         self.plan = vision_first(plan, look.spans)
         self.held = at_hand(self.plan, look.spans, most).cpu()
