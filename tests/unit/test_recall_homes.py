@@ -9,6 +9,7 @@ from plphp.attention import reference
 from plphp.cache import KVStore, allocated
 from plphp.policy import Look
 from plphp.recall import Home, codes, park
+from plphp.recall.budget import dealt
 from plphp.recall.codes import (
     code_bytes,
     from_rows,
@@ -194,31 +195,54 @@ def test_a_row_does_not_depend_on_the_others(recall: plphp.Recall) -> None:
     torch.testing.assert_close(torch.cat(outputs[1:]), outputs[0])
 
 
+@pytest.mark.parametrize("layers", [1, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "recall", [plphp.Recall(budget=0.15), plphp.Recall(budget=0.9), *HOMES], ids=str
 )
-def test_the_device_holds_what_the_budget_allows(recall: plphp.Recall, dtype: torch.dtype) -> None:
+def test_the_device_holds_what_the_budget_allows(
+    recall: plphp.Recall, dtype: torch.dtype, layers: int
+) -> None:
     """Storages, but for text, slack and the numbers of the batch's rows, and what they say."""
     spans = torch.cat([torch.zeros(1, 6), torch.ones(1, 500), torch.zeros(1, 10)], 1).long()
-    keys = torch.randn(1, HEADS, spans.shape[1], DIM).to(dtype)
-    store = KVStore(keys, keys.clone())
-    nothing = torch.zeros(1)
-    scores = torch.rand(1, HEADS, spans.shape[1])
-    home = park(store, Look(scores, spans, nothing.double(), nothing, nothing.long()), recall)
-    store.compact(home.plan, reserve=0)
     token = 2 * DIM * dtype.itemsize * HEADS
-    full = 500 * token
-    on_device = store.tensors() + home.tensors()
-    for _ in range(3):
-        home.attend(torch.randn(1, HEADS * GROUPS, 1, DIM).to(dtype), store, SCALE, None)
-        small = allocated([store.start]) + (0 if recall.bits else allocated([home.origin]))
-        used = allocated(on_device) - 16 * token - small
-        assert used == home.device
-        assert used <= recall.budget * full
-        left = 2 * token if recall.bits is None else 0.03 * full
-        assert used > recall.budget * full - left, "room for another token"
-    assert home.full == full
+    full, used, held = 500 * token, 0, []
+    for layer in range(layers):
+        keys = torch.randn(1, HEADS, spans.shape[1], DIM).to(dtype)
+        store = KVStore(keys, keys.clone())
+        nothing = torch.zeros(1)
+        scores = torch.rand(1, HEADS, spans.shape[1])
+        look = Look(scores, spans, nothing.double(), nothing, nothing.long())
+        home = park(store, look, recall, (layer, layers))
+        store.compact(home.plan, reserve=0)
+        on_device = store.tensors() + home.tensors()
+        for _ in range(3):
+            home.attend(torch.randn(1, HEADS * GROUPS, 1, DIM).to(dtype), store, SCALE, None)
+            small = allocated([store.start]) + (0 if recall.bits else allocated([home.origin]))
+            assert allocated(on_device) - 16 * token - small == home.device
+        assert home.full == full
+        used += home.device
+        held.append(home.held.shape[-1])
+    allowed = recall.budget * layers * full
+    assert used <= allowed
+    left = 2 * layers * token if recall.bits is None else 0.03 * layers * full
+    assert used > allowed - left, "room for another token"
+    early = -(-layers // 3)
+    assert len({*held[:early]}) == 1 and len({*held[early:]}) <= 1
+    assert layers == 1 or min(held[0], 500) >= min(2 * held[-1], 500)
+
+
+def test_early_layers_hold_twice_as_much_up_to_everything() -> None:
+    tokens = torch.tensor([100, 100, 100, 30])
+    mean = torch.tensor([10.0, 60.0, 90.0, 30.0]).double()
+    for layers, early in ((1, 1), (2, 1), (4, 2), (6, 2), (28, 10)):
+        parts = torch.stack([dealt(mean, tokens, (i, layers)) for i in range(layers)])
+        torch.testing.assert_close(parts.mean(0), mean)
+        first, last = parts[0], parts[-1]
+        assert torch.equal(parts[:early], first.expand(early, -1))
+        assert (parts <= tokens + 1e-9).all()
+        free = (first < tokens) & (layers > 1)
+        torch.testing.assert_close(first[free], 2 * last[free])
 
 
 def test_tokens_come_back_in_order() -> None:
