@@ -85,10 +85,9 @@ def main() -> None:
                 kl[name] += found[1]
     for name in VARIANTS:
         every = torch.tensor(kl[name])
+        share, root = sum(same[name]) / len(every), every.sqrt().mean()
         print(
-            f"{options.task} at {options.budget:g}, {name:20s} the same "
-            f"{sum(same[name]) / len(every):.3f}, KL {every.mean():.5f}, root {every.sqrt().mean():.4f}",
-            flush=True,
+            f"{name:20s} the same {share:.3f}, KL {every.mean():.5f}, root {root:.4f}", flush=True
         )
 
 

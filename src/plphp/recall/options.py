@@ -22,8 +22,9 @@ class Recall:
         and at every step each KV head fetches the tokens that its query looks for.
         "int4", "int2": they stay on the device in 4 or 2 bits and are all read at every step
     budget: device bytes of the vision tokens, index and codes included, over those of the full
-        cache in the model's dtype, above 0 to 1. Of all layers together: the first third hold twice as
-        many tokens in full. 1 parks nothing; with "int4" and "int2", 0 holds nothing in full
+        cache in the model's dtype, above 0 to 1, of all layers together: the first third hold
+        twice as many tokens in full. 1 parks nothing; with "int4" and "int2", 0 holds nothing in
+        full
     rank: host only: components of a key in the index, 4 bits each; a quarter of the head by default
     every: host only: choose at every so many-th token. 1 is what accuracy wants (docs/recall.md)
     record: keep which tokens every head read at every step, on the CPU, in `PrunedCache.recalled()`
