@@ -68,9 +68,9 @@ def rounding(spans: Tensor, kept: Tensor, bits: int) -> Callable[[Tensor, Tensor
     hidden = oracle.hidden_columns(spans, kept)
 
     def rough(x: Tensor, dim: int) -> Tensor:
-        low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-        step = (high - low) / (2**bits - 1)
-        return ((x - low) / step).round() * step + low
+        low = x.amin(dim, keepdim=True).half().float()
+        step = ((x.amax(dim, keepdim=True) - low) / (2**bits - 1)).half().float()
+        return ((x - low) / step).round().clamp(min=0) * step + low
 
     def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = keys.clone(), values.clone()

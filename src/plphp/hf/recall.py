@@ -47,7 +47,9 @@ def park_layer(layer: PrunedLayer, view: LayerView) -> KeepPlan:
     assert recall is not None
     if not bool((view.spans > 0).any()):
         return chosen.plan(view)
-    layer.parked = park(layer.store, chosen.look(view), recall)
+    among = layer.shared.prunable
+    place = (among.index(view.layer), len(among))
+    layer.parked = park(layer.store, chosen.look(view), recall, place)
     plan: KeepPlan = layer.parked.plan
     return plan
 
