@@ -38,7 +38,7 @@ class RecallReport:
 
     @property
     def steps(self) -> int:
-        """Tokens written since."""
+        """Tokens read since, guesses that were taken back included."""
         return max((len(layer) for layer in self.fetched), default=0)
 
     @property

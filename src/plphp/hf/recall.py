@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from plphp.cache import KVStore, RecallReport, allocated
@@ -47,8 +46,9 @@ def park_layer(layer: PrunedLayer, view: LayerView) -> KeepPlan:
     assert recall is not None
     if not bool((view.spans > 0).any()):
         return chosen.plan(view)
-    layer.parked = park(layer.store, chosen.look(view), recall)
-    plan: KeepPlan = layer.parked.plan
+    layer.parked = home = park(layer.store, chosen.look(view), recall)
+    plan, home.plan = home.plan, None
+    assert plan is not None
     return plan
 
 
@@ -74,31 +74,11 @@ def recall_report(cache: Any) -> RecallReport | None:
 
 
 def recalled(cache: Any) -> list[list[Tensor]]:
-    """Layer by layer and step by step since the last prompt, what every KV head read of the images.
+    """Layer by layer and token by token since the last prompt, what every KV head read of images.
 
     Each (B, Hkv, k) int64 on the CPU: row-logical positions of vision tokens, ascending, -1 pads.
-    Empty without `Recall(record=True)`, and of layers that were left alone.
+    Tokens that were taken back are left out, and rows are those that the cache has now. Empty
+    without `Recall(record=True)`, and of layers that were left alone.
     """
-    spans = cache.shared.spans
-    if spans is None:
-        return []
-    spans = spans.cpu()
-    vision = spans > 0
-    order = vision.int().argsort(dim=-1, descending=True, stable=True)
-    position = ((spans >= 0).cumsum(-1) - 1).masked_fill(~vision, -1).gather(1, order)
-    position = torch.nn.functional.pad(position, (0, 1), value=-1)
-    found = []
-    for layer in cache.layers:
-        home = getattr(layer, "parked", None)
-        found.append([_positions(position, held) for held in (home.log if home else [])])
-    return found
-
-
-def _positions(position: Tensor, held: Tensor) -> Tensor:
-    """held (B, Hkv, k): numbers of vision tokens, what is above all of them for none."""
-    most = int((position >= 0).sum(-1).max())
-    number = held.long().clamp(max=most)
-    where = position[:, None].expand(-1, held.shape[1], -1).gather(2, number)
-    where = where.masked_fill(number == most, position.shape[1])
-    where = where.sort(-1).values
-    return where.masked_fill(where == position.shape[1], -1)
+    homes = (getattr(layer, "parked", None) for layer in cache.layers)
+    return [[] if home is None else list(home.log) for home in homes]
