@@ -82,7 +82,8 @@ def test_a_step_brings_what_its_query_looks_for(budget: float) -> None:
             for head in range(HEADS):
                 held = home.held[row, head].long()
                 held = held[held < home.keys.shape[2]]
-                assert read_of(home, row, head) == (columns[held] - padding(row)).sort().values.tolist()
+                places = columns[held].sort().values - padding(row)
+                assert read_of(home, row, head) == places.tolist()
                 queries = asked[row, head * GROUPS : (head + 1) * GROUPS, 0]
                 scores = scores_by_the_formula(keys[row, head, columns], queries, DIM // 4)
                 chosen = torch.zeros(len(columns), dtype=torch.bool)

@@ -14,6 +14,6 @@ __all__ = ["HOMES", "Home", "Recall", "as_recall", "park"]
 
 
 def park(store: KVStore, look: Look, recall: Recall) -> Home:
-    """The home of one layer's vision tokens, whose `plan` says what the store may keep: take it off."""
+    """The home of one layer's vision tokens; its `plan` says what the store may keep."""
     kind = HostHome if recall.home == "host" else QuantisedHome
     return kind(store, look, recall)
