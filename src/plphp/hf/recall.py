@@ -70,6 +70,7 @@ def recall_report(cache: Any) -> RecallReport | None:
         index=allocated(every) - allocated(parked),
         token_bytes=found[0].token_bytes,
         fetched=tuple(home.fetched for home in found),
+        read=tuple(recalled(cache)),
     )
 
 
@@ -81,4 +82,4 @@ def recalled(cache: Any) -> list[list[Tensor]]:
     without `Recall(record=True)`, and of layers that were left alone.
     """
     homes = (getattr(layer, "parked", None) for layer in cache.layers)
-    return [[] if home is None else list(home.log) for home in homes]
+    return [[] if home is None else home.log for home in homes]
