@@ -76,6 +76,11 @@ class HostHome:
         self.log: list[Tensor] = []
 
     @property
+    def tokens_a_row(self) -> int:
+        """V."""
+        return self.keys.shape[2]
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token's key and value."""
         return sum(x.shape[-1] * x.element_size() for x in (self.keys, self.values))
@@ -193,6 +198,8 @@ class HostHome:
 
     def move(self, device: torch.device) -> None:
         """Move what lies on the device; what is parked stays in main memory."""
+        if device.type == "cuda":
+            self.keys, self.values = self.keys.pin_memory(), self.values.pin_memory()
         self.index = self.index.through(lambda x: x.to(device))
         self.chosen = [(column, held.to(device)) for column, held in self.chosen]
         for name in ("valid", "columns", "held", "origin"):
