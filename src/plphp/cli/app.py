@@ -19,6 +19,7 @@ from plphp.cli.env import env
 from plphp.cli.eval import evaluate
 from plphp.cli.generate import generate
 from plphp.cli.inspect import inspect
+from plphp.cli.options import spread
 
 app = typer.Typer(
     add_completion=False,
@@ -27,8 +28,8 @@ app = typer.Typer(
     help="Prune the vision tokens of large vision-language models, layer by layer, head by head.",
 )
 for function in (demo, generate, inspect, bench, doctor, env):
-    app.command()(command(function))
-app.command("eval")(command(evaluate))
+    app.command()(command(spread(function)))
+app.command("eval")(command(spread(evaluate)))
 
 
 def _version(wanted: bool) -> None:

@@ -75,6 +75,13 @@ def bench(
     loaded, chosen = _chosen(shape, layers, model, dtype, device)
     setting = Setting(chosen, context, batch, images, kind, device)
     found = _measure(loaded, setting, options, as_json)
+    _show(found, out, as_json)
+    if model is None and not as_json:
+        stdout().print(f"[dim]{NOTE}[/dim]")
+
+
+def _show(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    """Files where they are asked for, and tables or JSON on standard output."""
     if out is not None:
         from plphp.bench.present import write
 
@@ -83,11 +90,8 @@ def bench(
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    console = stdout()
     for table in _tables(found):
-        console.print(table)
-    if model is None:
-        console.print(f"[dim]{NOTE}[/dim]")
+        stdout().print(table)
 
 
 def _chosen(

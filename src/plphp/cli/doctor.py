@@ -88,31 +88,21 @@ def diagnose(
     trust: bool = False,
 ) -> Diagnosis:
     """Attach to the model on the meta device: the same checks as a real one, no memory."""
-    import torch
+    from plphp.hf import compat
 
-    from plphp.hf import compat, prune
-
-    reason = ""
-    layers: tuple[int, ...] = ()
-    try:
-        with prune(_shell(config, trust)) as pruning:
-            layers = pruning.layers
-    except PlphpError as error:
-        reason = str(error)
+    layers, reason = _layers(config, trust)
     text = config.get_text_config(decoder=True)
     windows = compat.layer_windows(text)
-    vision = images * tokens_per_image
-    length = vision + text_tokens
+    length = images * tokens_per_image + text_tokens
     per_layer = _layer_bytes(text, dtype)
     # A window that is shorter than the prompt leaves its layer alone.
-    pruned_layers = [i for i in layers if compat.covers(windows[i], length)]
-    alone = len(windows) - len(pruned_layers)
-    tokens = torch.tensor([[tokens_per_image]])
-    sizes = []
-    for rate in (policy.r - policy.delta_r, policy.r, policy.r + policy.delta_r):
-        share = steps.share(torch.tensor([rate], dtype=torch.float64), tokens)
-        kept = text_tokens + images * int(share)
-        sizes.append(per_layer * (alone * length + len(pruned_layers) * kept))
+    pruned = [i for i in layers if compat.covers(windows[i], length)]
+    alone = len(windows) - len(pruned)
+
+    def taken(rate: float) -> int:
+        kept = text_tokens + images * _kept(tokens_per_image, rate)
+        return per_layer * (alone * length + len(pruned) * kept)
+
     return Diagnosis(
         model=name,
         model_type=config.model_type,
@@ -123,13 +113,36 @@ def diagnose(
         prunable_layers=layers,
         windows=tuple(windows),
         token_bytes=per_layer * len(windows),
-        prunable_bytes=per_layer * len(pruned_layers),
+        prunable_bytes=per_layer * len(pruned),
         images=images,
         tokens_per_image=tokens_per_image,
         text_tokens=text_tokens,
         full=per_layer * len(windows) * length,
-        pruned=(sizes[0], sizes[1], sizes[2]),
+        pruned=(
+            taken(policy.r - policy.delta_r),
+            taken(policy.r),
+            taken(policy.r + policy.delta_r),
+        ),
     )
+
+
+def _layers(config: Any, trust: bool) -> tuple[tuple[int, ...], str]:
+    """The layers that can be pruned, or none and the reason."""
+    from plphp.hf import prune
+
+    try:
+        with prune(_shell(config, trust)) as pruning:
+            return pruning.layers, ""
+    except PlphpError as error:
+        return (), str(error)
+
+
+def _kept(tokens: int, rate: float) -> int:
+    """Tokens of an image that a rate keeps."""
+    import torch
+
+    rates = torch.tensor([rate], dtype=torch.float64)
+    return int(steps.share(rates, torch.tensor([[tokens]])))
 
 
 def _shell(config: Any, trust: bool) -> Any:

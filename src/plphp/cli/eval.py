@@ -28,8 +28,8 @@ SECONDS = 600.0  # over which the speed is estimated
 
 
 def evaluate(
+    *,
     out: Annotated[Path, typer.Option(help="Directory of the run; an earlier one goes on.")],
-    model: o.Model = "embedded",
     tasks: Annotated[str, typer.Option(help="Names, or 'all'.")] = "all",
     methods: Annotated[
         str, typer.Option(help="Names, 'all', NAME:paper (own defaults), plphp:calibrated.")
@@ -44,10 +44,7 @@ def evaluate(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What is asked of --images.")] = None,
     shard: Annotated[str, typer.Option(help="i/n: do the i-th of n parts, from 0.")] = "0/1",
-    dtype: o.Dtype = "auto",
-    device: o.Device = "cpu",
-    attn: o.Attention = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    source: o.Source,
     as_json: o.Json = False,
 ) -> None:
     """Compare pruning methods by what they lose: task by task, at equal budgets. Resumable."""
@@ -60,10 +57,9 @@ def evaluate(
     if added:
         print(f"added to --methods, as controls: {', '.join(added)}", file=sys.stderr)
     from plphp.eval.run import run
-    from plphp.inputs import load
 
-    loaded = load(model, dtype, device, attn, trust_remote_code)
-    about = _about(model, loaded, device)
+    loaded = source.load()
+    about = _about(source.model, loaded, source.device)
     with _progress(plan, as_json) as watch:
         run(loaded, plan, about, watch)
     _finish(plan, as_json)

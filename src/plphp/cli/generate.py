@@ -35,56 +35,50 @@ class Job:
     recall: Recall | None = None
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is written: greedily where nothing is said."""
+
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Sample from this probability mass.")] = None
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
+
+    def options(self) -> dict[str, Any]:
+        """What generate() is told. Raises InputError for what cannot be sampled from."""
+        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
+        said = {name: value for name, value in given.items() if value is not None}
+        for name, value in said.items():
+            most = 1 if name == "top_p" else None
+            if value <= 0 or (most is not None and value > most):
+                bounds = "above 0" if most is None else f"above 0 and at most {most}"
+                raise InputError(f"--{name.replace('_', '-')} must be {bounds}, got {value}")
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": bool(said), **said}
+
+
 def generate(
+    *,
     image: Annotated[list[str] | None, typer.Option(help="An image file; may be repeated.")] = None,
     video: Annotated[list[str] | None, typer.Option(help="A video file; may be repeated.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The question; else standard input.")] = None,
-    model: o.Model = "embedded",
     batch: Annotated[
         Path | None, typer.Option(help="A directory of images, or JSONL of images and prompt.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where --batch writes its JSONL.")] = None,
-    policy: o.PolicyName = "plphp",
-    r: o.Rate = None,
-    delta_r: o.DeltaR = None,
-    alpha: o.Alpha = None,
-    beta: o.Beta = None,
-    budget: o.Budget = None,
-    gqa: o.Gqa = None,
-    min_tokens: o.MinTokens = None,
-    round_to: o.RoundTo = None,
-    recall: o.RecallHome = None,
-    recall_budget: o.RecallBudget = None,
+    method: o.Method,
     compare: Annotated[bool, typer.Option("--compare", help="Full and pruned in turn.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often --compare times each.")] = 3,
     report: Annotated[bool, typer.Option("--report", help="Print what each layer kept.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from this probability mass.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = "cpu",
-    attn: o.Attention = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    sampling: Sampling,
+    source: o.Source,
     as_json: o.Json = False,
 ) -> None:
     """Answer a prompt about images with a pruned cache. Streams the answer as it comes."""
-    chosen = o.chosen_policy(
-        policy,
-        r=r,
-        delta_r=delta_r,
-        alpha=alpha,
-        beta=beta,
-        budget=budget,
-        gqa=gqa,
-        min_tokens=min_tokens,
-        round_to=round_to,
-    )
-    parked = o.chosen_recall(recall, recall_budget)
+    policy, parked = method.chosen(), method.parked()
     if compare and parked is not None:
         raise InputError("--compare goes without --recall: dev/studies/recall_speed.py times it")
-    generation = _generation(max_new_tokens, temperature, top_p, top_k)
+    generation = sampling.options()
     images, videos = image or [], video or []
     check_files(images, videos)
     if batch is not None:
@@ -95,14 +89,11 @@ def generate(
             raise InputError("the prompt is empty: give --prompt TEXT, or standard input")
     if compare and generation["do_sample"]:
         raise InputError("--compare needs greedy answers: drop the sampling options")
-    from plphp.inputs import load
-
-    loaded = load(model, dtype, device, attn, trust_remote_code)
-    job = Job(loaded, chosen, policy, generation, parked)
-    if seed is not None:
+    job = Job(source.load(), policy, method.policy, generation, parked)
+    if sampling.seed is not None:
         from transformers import set_seed
 
-        set_seed(seed)
+        set_seed(sampling.seed)
     if batch is not None and out is not None:
         from plphp.cli.batch import run_batch
 
@@ -217,20 +208,6 @@ def _what(job: Job, images: Sequence[str], prompt: str) -> dict[str, Any]:
         "prompt": prompt,
         "policy": {"name": job.policy_name, **settings},
     }
-
-
-def _generation(
-    max_new_tokens: int, temperature: float | None, top_p: float | None, top_k: int | None
-) -> dict[str, Any]:
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    sampling = {name: value for name, value in given.items() if value is not None}
-    for name, low, high in (("temperature", 0.0, None), ("top_p", 0.0, 1.0), ("top_k", 0, None)):
-        value = sampling.get(name)
-        if value is not None and (value <= low or (high is not None and value > high)):
-            most = "" if high is None else f" and at most {high}"
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} must be above {low}{most}, got {value}")
-    return {"max_new_tokens": max_new_tokens, "do_sample": bool(sampling), **sampling}
 
 
 def check_files(images: Sequence[str], videos: Sequence[str]) -> None:

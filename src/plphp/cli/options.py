@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -11,6 +15,7 @@ from plphp.errors import InputError
 from plphp.policy import Policy, policy
 
 if TYPE_CHECKING:
+    from plphp.inputs import Runnable
     from plphp.recall import Recall
 
 PolicyName = Annotated[str, typer.Option("--policy", help="Pruning method.")]
@@ -66,6 +71,63 @@ TrustRemoteCode = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Method:
+    """How to prune, as a user says it; None is the method's own default."""
+
+    policy: PolicyName = "plphp"
+    r: Rate = None
+    delta_r: DeltaR = None
+    alpha: Alpha = None
+    beta: Beta = None
+    budget: Budget = None
+    gqa: Gqa = None
+    min_tokens: MinTokens = None
+    round_to: RoundTo = None
+    recall: RecallHome = None
+    recall_budget: RecallBudget = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was said of the policy, its name left out."""
+        said = vars(self).items()
+        return {name: value for name, value in said if value is not None and name in _OF_POLICY}
+
+    def chosen(self) -> Policy:
+        return chosen_policy(self.policy, **self.settings)
+
+    def parked(self) -> Recall | None:
+        """Recall as it was asked for. Raises InputError for a budget without a home."""
+        if self.recall is None:
+            if self.recall_budget is not None:
+                raise InputError("--recall-budget needs --recall host, int4 or int2")
+            return None
+        from plphp.recall import Recall, as_recall
+
+        if self.recall_budget is None:
+            return as_recall(self.recall)
+        return Recall(self.recall, self.recall_budget)  # type: ignore[arg-type]
+
+
+_OF_POLICY = {f.name for f in fields(Method)} - {"policy", "recall", "recall_budget"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and how it is loaded."""
+
+    model: Model = "embedded"
+    dtype: Dtype = "auto"
+    device: Device = "cpu"
+    attn: Attention = None
+    trust_remote_code: TrustRemoteCode = False
+
+    def load(self) -> Runnable:
+        from plphp.inputs import load
+
+        return load(self.model, self.dtype, self.device, self.attn, self.trust_remote_code)
+
+
 def chosen_policy(name: str, **options: Any) -> Policy:
     """The policy with the options that were given; the others keep their own defaults."""
     given = {key: value for key, value in options.items() if value is not None}
@@ -74,12 +136,37 @@ def chosen_policy(name: str, **options: Any) -> Policy:
     return policy(name, **given)
 
 
-def chosen_recall(home: str | None, budget: float | None) -> Recall | None:
-    """Recall as it was asked for. Raises InputError for a budget without a home."""
-    if home is None:
-        if budget is not None:
-            raise InputError("--recall-budget needs --recall host, int4 or int2")
-        return None
-    from plphp.recall import Recall
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that has an option for every field of the dataclasses it takes.
 
-    return Recall(home) if budget is None else Recall(home, budget)  # type: ignore[arg-type]
+    typer reads signatures: the fields are written into one.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if _is_group(kind)}
+
+    @functools.wraps(command)
+    def spread_out(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
+        command(**given)
+
+    own = inspect.signature(command).parameters.values()
+    parameters = [part for one in own for part in _parameters(one, hints[one.name])]
+    spread_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread_out.__annotations__ = {part.name: part.annotation for part in parameters}
+    return spread_out
+
+
+def _parameters(one: inspect.Parameter, kind: Any) -> list[inspect.Parameter]:
+    """A parameter of a command as typer shall see it, or one for every field of its dataclass."""
+    if not _is_group(kind):
+        return [one.replace(annotation=kind, kind=one.KEYWORD_ONLY)]
+    hints = get_type_hints(kind, include_extras=True)
+    return [
+        inspect.Parameter(f.name, one.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in fields(kind)
+    ]
+
+
+def _is_group(kind: Any) -> bool:
+    return isinstance(kind, type) and is_dataclass(kind)
