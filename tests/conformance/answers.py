@@ -21,15 +21,14 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import plphp
+from along import check_greedy, led
 from invariants import (
     EVERY,
     LOGITS,
     STEPS,
     Truth,
-    check_greedy,
     check_selection,
     generate,
-    led,
     observe,
     truth,
 )

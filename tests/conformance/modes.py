@@ -13,21 +13,19 @@ from transformers import PreTrainedModel
 import oracle
 import plphp
 import tiny
+from along import check_logits, kept_of, led
 from invariants import (
     EVERY,
     LOGITS,
     Truth,
     check_decoding,
     check_keeping_all,
-    check_logits,
     check_retention,
     check_rows_alone,
     check_selection,
     check_spans,
     check_whole_layers,
     generate,
-    kept_of,
-    led,
     run_policy,
     state_of,
     truth,

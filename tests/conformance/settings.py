@@ -20,6 +20,7 @@ from transformers import modeling_flash_attention_utils
 
 import oracle
 import plphp
+from along import kept_of, led
 from invariants import (
     EVERY,
     LOGITS,
@@ -28,8 +29,6 @@ from invariants import (
     check_keeping_all,
     check_selection,
     generate,
-    kept_of,
-    led,
     observe,
     per_row,
     run_policy,

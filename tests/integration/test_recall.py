@@ -1,4 +1,4 @@
-"""Recall on whole models: with everything at hand it is the untouched model, and its bytes are told.
+"""Recall on whole models: with all at hand it is the untouched model, and its bytes are told.
 
 Against the oracle step by step, in every way of generating: tests/conformance/test_matrix.py.
 """
