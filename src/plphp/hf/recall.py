@@ -44,7 +44,7 @@ def park_layer(layer: PrunedLayer, view: LayerView) -> KeepPlan:
     chosen, recall = layer.shared.policy, layer.shared.recall
     assert isinstance(chosen, CachePolicy) and isinstance(layer.store, KVStore)
     assert recall is not None
-    if not bool((view.spans > 0).any()):
+    if not view.most_images():
         return chosen.plan(view)
     layer.parked = home = park(layer.store, chosen.look(view), recall)
     plan, home.plan = home.plan, None

@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from plphp.cache import KVStore
+from plphp.cache import EarlierImage, KVStore
 from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf.cache import PrunedCache
 from plphp.hf.layer import PrunedLayer
+from plphp.hf.report import images_found
 from plphp.recall import Home, Recall, restored, state
 
 FORMAT = 1
@@ -59,6 +60,7 @@ def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
         "model_type": cache.config.model_type,
         "last_image": cache.shared.last_image,
         "recall": _said(cache.shared.recall),
+        "images": [asdict(image) for image in images_found(cache)],
         "layers": layers,
     }
     target = Path(path)
@@ -90,6 +92,7 @@ def load_cache(model: Any, path: str | os.PathLike[str]) -> PrunedCache:
     cache.shift = None if shift is None else shift.to(device)
     cache.shared.spans = None if spans is None else spans.to(device)
     cache.shared.last_image = int(header["last_image"])
+    cache.found = tuple(EarlierImage(**image) for image in header.get("images", []))
     cache.check()
     return cache
 
