@@ -38,28 +38,29 @@ def images_left(report: Report) -> tuple[EarlierImage, ...]:
     for row, (spans, positions) in enumerate(zip(seen.spans, seen.positions, strict=True)):
         before = sum(image.row == row for image in report.earlier)
         vision = spans > 0
-        sizes = torch.bincount(spans[vision]).tolist()
         image_at = torch.zeros(int(positions.max()) + 1, dtype=torch.int64)
         image_at[positions[vision]] = spans[vision]
         kept = torch.cat([layer.kept[row].flatten() for layer in report.layers])
-        counts = torch.bincount(image_at[kept[kept >= 0]], minlength=len(sizes)).tolist()
-        found += [
-            EarlierImage(
-                row, before + i, sizes[i], counts[i] / (sizes[i] * heads) if heads else 1.0
-            )
-            for i in range(1, len(sizes))
-        ]
+        counts = torch.bincount(image_at[kept[kept >= 0]], minlength=int(spans.max()) + 1)
+        for number, (image, size) in enumerate(_sizes(spans), start=before + 1):
+            share = float(counts[image]) / (size * heads) if heads else 1.0
+            found.append(EarlierImage(row, number, size, share))
     return tuple(found)
 
 
 def images_of(spans: Tensor) -> tuple[EarlierImage, ...]:
     """The images of a conversation of which nothing is lost. spans (B, columns), on the CPU."""
     return tuple(
-        EarlierImage(row, image, size, 1.0)
+        EarlierImage(row, number, size, 1.0)
         for row, own in enumerate(spans)
-        for image, size in enumerate(torch.bincount(own[own > 0]).tolist())
-        if image
+        for number, (_, size) in enumerate(_sizes(own), start=1)
     )
+
+
+def _sizes(spans: Tensor) -> list[tuple[int, int]]:
+    """(image, its tokens) of a row, in their order."""
+    counts = torch.bincount(spans[spans > 0]).tolist()
+    return [(image, size) for image, size in enumerate(counts) if size]
 
 
 def in_rows(images: Sequence[EarlierImage], rows: Sequence[int]) -> tuple[EarlierImage, ...]:
@@ -72,14 +73,15 @@ def in_rows(images: Sequence[EarlierImage], rows: Sequence[int]) -> tuple[Earlie
     )
 
 
-def told(images: Sequence[EarlierImage]) -> str:
-    """What a reader should know of earlier images, in one line."""
+def told(images: Sequence[EarlierImage], home: str | None = None) -> str:
+    """What a reader should know of earlier images, in one line. home: where they were parked."""
     tokens = sum(image.tokens for image in images)
     left = sum(image.tokens * image.kept for image in images)
     numbers = sorted({image.image for image in images})
     which = f"image {numbers[0]}" if len(numbers) == 1 else f"images 1 to {numbers[-1]}"
     if round(left) == tokens:
-        return f"{which} of earlier turns: all {tokens} vision tokens were there"
+        how = "" if home in (None, "host") else f", what was parked as {home} numbers"
+        return f"{which} of earlier turns: all {tokens} vision tokens were there{how}"
     return (
         f"{which} of earlier turns: {1 - left / tokens:.1%} of their K/V is gone, "
         f"{tokens - left:.0f} of {tokens} vision tokens in the mean of layers and KV heads; "

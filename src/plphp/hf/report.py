@@ -32,8 +32,9 @@ from plphp.policy import SequencePolicy
 def build_report(cache: PrunedCache, turn: Turn) -> Report:
     """The report of a finished prefill; what it tells is on the CPU."""
     assert turn.spans is not None
-    counts = turn.spans.cpu()
+    counts, recall = turn.spans.cpu(), cache.shared.recall
     earlier = images_found(cache) if turn.begin else ()
+    lost = [told(earlier, None if recall is None else recall.home)] if earlier else []
     layers = tuple(_layer(cache, turn, index) for index in range(_depth(cache)))
     return Report(
         layers=layers,
@@ -41,7 +42,7 @@ def build_report(cache: PrunedCache, turn: Turn) -> Report:
         kv_bytes_full=sum(layer.kv_bytes_full for layer in layers),
         prompt=tuple((counts >= 0).sum(-1).tolist()),
         images=tuple(counts.amax(-1).clamp(min=0).tolist()),
-        notes=(*turn.notes, *_notes(cache, turn), *([told(earlier)] if earlier else [])),
+        notes=(*turn.notes, *_notes(cache, turn), *lost),
         seen=_seen(turn, counts),
         recall=recall_report(cache),
         earlier=earlier,

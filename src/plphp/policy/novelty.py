@@ -54,16 +54,15 @@ class Novelty(CachePolicy):
 def novelty(values: Tensor, spans: Tensor, images: int) -> Tensor:
     """(B, Hkv, N) float32: distance of values (B, Hkv, N, Dv) from the mean of their image.
 
-    spans (B, N), with up to `images` images; text and padding are one more each, which nothing ranks.
+    spans (B, N) of up to `images` images a row; text and padding are one more each, which nothing
+    ranks.
     """
     index = (spans + 1)[:, None, :, None].expand(values.shape)
+    groups = torch.arange(-1, images + 1, device=spans.device)
     full = values.float()
-    total = full.new_zeros(*values.shape[:2], images + 2, values.shape[-1]).scatter_add_(
-        2, index, full
-    )
-    sizes = (
-        (spans[..., None] + 1 == torch.arange(images + 2, device=spans.device)).sum(1).clamp(min=1)
-    )
+    total = full.new_zeros(*values.shape[:2], len(groups), values.shape[-1])
+    total.scatter_add_(2, index, full)
+    sizes = (spans[..., None] == groups).sum(1).clamp(min=1)
     mean = total / sizes[:, None, :, None]
     distance: Tensor = (full - mean.gather(2, index)).norm(dim=-1)
     return distance
