@@ -24,7 +24,12 @@ TASKS = ("describe", "grid", "long", "refer", "second")
 RESAMPLES, LEAST = 2000, 100  # a task with fewer samples is left out
 NAMES = {
     ("plphp+host", 0.4): "recall, host",
+    ("plphp+host", 0.3): "recall, host",
     ("plphp+host", 0.2): "recall, host",
+    ("novelty+host", 0.4): "the same, recommended",
+    ("novelty+host", 0.2): "the same, recommended",
+    ("random+host", 0.4): "the same, random",
+    ("random+host", 0.2): "the same, random",
     ("novelty+int4", 0.4): "recall, int4",
     ("novelty+int2", 0.2): "recall, int2",
     ("full+int4", None): "uniform int4",
@@ -34,8 +39,11 @@ NAMES = {
     ("plphp", 0.4): "plphp",
     ("plphp", 0.2): "plphp",
     ("random", 0.4): "random",
+    ("random", 0.2): "random",
     ("uniform", 0.4): "uniform top-k",
+    ("uniform", 0.2): "uniform top-k",
 }
+HIDDEN = "the same"  # behind another line of the picture
 Key = tuple[str, str, float | None]
 
 
@@ -101,7 +109,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")  # no window system needed
     from matplotlib import pyplot as plt
 
-    colors = dict(zip(dict.fromkeys(NAMES.values()), plt.get_cmap("tab10").colors, strict=False))
+    shown = dict.fromkeys(name for name in NAMES.values() if not name.startswith(HIDDEN))
+    colors = dict(zip(shown, plt.get_cmap("tab10").colors, strict=False))
     size = {"figsize": (12, 3.7), "layout": "constrained"}
     figure, panels = plt.subplots(1, len(TASKS), sharey=True, **size)
     for panel, task in zip(panels, TASKS, strict=True):

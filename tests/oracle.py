@@ -240,9 +240,9 @@ def rounding(hidden: Tensor, bits: int) -> Callable[[Tensor, Tensor], tuple[Tens
     of 32 tokens, values a token."""
 
     def rough(x: Tensor, dim: int) -> Tensor:
-        low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-        step = ((high - low) / (2**bits - 1)).clamp(min=1e-6)
-        return ((x - low) / step).round() * step + low
+        low = x.amin(dim, keepdim=True).half().float()
+        step = ((x.amax(dim, keepdim=True) - low) / (2**bits - 1)).half().float()
+        return (((x - low) / step).round().clamp(min=0) * step + low).to(x.dtype)
 
     def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = keys.clone(), values.clone()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from plphp.eval import curves
 from plphp.eval.curves import draw
 from plphp.eval.present import write
 from plphp.eval.summary import summarize
@@ -95,6 +96,30 @@ def test_the_same_lines_make_the_same_files(out: Path) -> None:
     )
     assert "no difference shown (+0.000)" in written[0]["summary.md"].decode()
     assert json.loads(written[0]["summary.json"])["tasks"]["made"]["samples"] == 36
+
+
+def test_recall_is_on_the_chart_at_its_device_bytes(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parked = {("plphp+host", 0.4): 0.39, ("plphp+host", 0.2): 0.19, ("full+int4", None): 0.32}
+    rows = [
+        {**line(method, k, k < 35), "budget": budget, "kept": kept}
+        for (method, budget), kept in parked.items()
+        for k in range(SAMPLES)
+    ]
+    with (out / "samples" / "made.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(curves, "_save", lambda _, panels, path: drawn.update({path.name: panels}))
+    write(summarize(out), out)
+    (panel,) = drawn["curves.png"]
+    shown = {found.get_label(): sorted(found.get_xdata()) for found in panel.get_lines()}
+    assert shown["plphp"] == [0.41]
+    assert shown["plphp+host"] == [0.19, 0.39, 1.0] and shown["full+int4"] == [0.32]
+    assert panel.get_xlabel() == "vision K/V on the device"
+    table = (out / "summary.md").read_text()
+    assert "| plphp+host | 20% | 19.0% |" in table and "| full+int4 | own | 32.0% |" in table
+    assert "device bytes" in table
 
 
 def test_nothing_to_draw_is_no_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Curves of a summary, as PNG files: score against the share of vision K/V kept.
+"""Curves of a summary, as PNG files: score against the share of vision K/V that the device holds.
 
 Colours are Paul Tol's, told apart by colour-blind readers; markers tell the rest. The controls,
 random and uniform, are grey and in every panel.
@@ -114,7 +114,7 @@ def _line(
 
 def _frame(axes: Any, task: Shown) -> None:
     axes.set(xlim=(0, 1.02), ylim=(-0.02, 1.04))
-    axes.set_xlabel("vision K/V kept", fontsize=8)
+    axes.set_xlabel("vision K/V on the device", fontsize=8)
     axes.set_ylabel(LABELS.get(task["metric"], task["metric"]), fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from plphp.eval.methods import PARKED
+
 Shown = Mapping[str, Any]
 
 
@@ -14,6 +16,8 @@ def markdown(summary: Shown) -> str:
     parts = ["# What pruning loses", about]
     for name, task in summary["tasks"].items():
         parts += [f"## {name}", _head(task), "\n".join(_table(task))]
+        if any(PARKED in row["method"] for row in task["settings"]):
+            parts.append("Kept of NAME+HOME: device bytes, what is parked in main memory left out.")
         parts += [f"Could not run: {reason}" for reason in _skipped(task)]
     return "\n\n".join(parts) + "\n"
 

@@ -46,7 +46,9 @@ def park_layer(layer: PrunedLayer, view: LayerView) -> KeepPlan:
     assert recall is not None
     if not view.most_images():
         return chosen.plan(view)
-    layer.parked = home = park(layer.store, chosen.look(view), recall)
+    among = layer.shared.prunable
+    place = (among.index(view.layer), len(among))
+    layer.parked = home = park(layer.store, chosen.look(view), recall, place)
     plan, home.plan = home.plan, None
     assert plan is not None
     return plan

@@ -1,111 +1,152 @@
-"""Numbers rounded to 4 or 2 bits, several a byte (KIVI, Liu et al. 2024, arXiv 2402.02750).
+"""Numbers rounded to 4 or 2 bits, row by row (KIVI, Liu et al. 2024, arXiv 2402.02750).
 
-    step = (max - low) / (2^bits - 1)   over a group; keys: 32 tokens of one channel, because keys
-    code = round((x - low) / step)      have channels that stand out; values: one token
+    step = (max - low) / (2^bits - 1)   over a row. Keys: 32 tokens of one channel, because keys
+    code = round((x - low) / step)      have channels that stand out. Values: one token
 
-`step` and `low` are kept in the dtype of x.
+A row is its codes, the first number in the lowest bits of a byte, and then `step` and `low` in
+float16. PyTorch's quantized embeddings have the same format, and on the CPU their operator makes
+numbers of codes in one pass over memory; elsewhere tensor operations do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from plphp.recall.options import GROUP
+from plphp.recall.options import GROUP, RANGE_BYTES
 
-BLOCK = 64 * GROUP  # tokens that are made numbers again at a time
+BLOCK = 2**19  # numbers that are there again at a time: 2 MiB, what two cores' caches hold
 
 
 @dataclass
-class Codes:
-    """x (..., P, D) as packed (..., P, D * bits / 8) uint8.
+class KeyCodes:
+    """Keys (B, Hkv, P, D) in packed (B, Hkv, bytes) uint8.
 
-    step, low: (..., groups, D), a range for every `group` tokens, or (..., P, 1) for every token
+    Every channel's whole groups of tokens, channel by channel, and then their last tokens, where
+    they are no group: (D, P // GROUP, row) and (D, shorter row).
     """
 
     packed: Tensor
-    step: Tensor
-    low: Tensor
     bits: int
+    tokens: int
+    dim: int
 
-    def dense(self, begin: int = 0, end: int | None = None) -> Tensor:
-        """Tokens begin to end, (..., tokens, D) in the dtype of x. begin: a multiple of `GROUP`."""
-        packed = self.packed[..., begin:end, :]
-        mask = 2**self.bits - 1
-        parts = [(packed >> shift) & mask for shift in range(0, 8, self.bits)]
-        codes = torch.cat(parts, -1).to(self.step.dtype)
-        step, low = (_ranges(x, begin, packed.shape[-2]) for x in (self.step, self.low))
-        return codes * step + low
+    def products(self, query: Tensor) -> Iterator[Tensor]:
+        """query (B, Hkv, T, D) float32 times every key: (B, Hkv, T, P) float32 in blocks of P."""
+        return (query @ block for block in self._blocks())
 
-    def products(self, query: Tensor) -> Tensor:
-        """query (..., T, D) times every token: (..., T, P'), a block of tokens at a time."""
-        return torch.cat([query @ block.mT for _, block in self._blocks()], -1)
+    def dense(self) -> Tensor:
+        """(B, Hkv, P, D) float32."""
+        return torch.cat([block.mT for block in self._blocks()], 2)
+
+    def _blocks(self) -> Iterator[Tensor]:
+        """(B, Hkv, D, tokens) float32, in order."""
+        whole, rest = divmod(self.tokens, GROUP)
+        row = row_bytes(GROUP, self.bits)
+        end = self.dim * whole * row
+        groups, last = self.packed[..., :end], self.packed[..., end:]
+        if whole:
+            rows = groups.unflatten(2, (self.dim, whole, row))
+            for part in rows.split(_share(rows[:, :, :, 0, 0].numel() * GROUP), 3):
+                yield from_rows(part, self.bits).flatten(3)
+        if rest:
+            yield from_rows(last.unflatten(2, (self.dim, -1)), self.bits)[..., :rest]
+
+    def through(self, change: Callable[[Tensor], Tensor]) -> KeyCodes:
+        """The same with its tensor changed: other rows, another device."""
+        return replace(self, packed=change(self.packed))
+
+
+@dataclass
+class ValueCodes:
+    """Values (B, Hkv, P, Dv) in packed (B, Hkv, P, bytes) uint8."""
+
+    packed: Tensor
+    bits: int
+    dim: int
 
     def read(self, weights: Tensor) -> Tensor:
-        """weights (..., T, P') of the tokens: their sum (..., T, D)."""
-        return sum(weights[..., i : i + block.shape[-2]] @ block for i, block in self._blocks())  # type: ignore[return-value]
+        """weights (B, Hkv, T, P) float32 of the tokens: their sum (B, Hkv, T, Dv) float32."""
+        blocks = self._blocks()
+        parts = weights.split(self._length(), -1)
+        return reduce(torch.add, (w @ block for w, block in zip(parts, blocks, strict=True)))
 
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        length = self.packed.shape[-2]
-        for begin in range(0, length, BLOCK):
-            yield begin, self.dense(begin, min(begin + BLOCK, length))
+    def dense(self) -> Tensor:
+        """(B, Hkv, P, Dv) float32."""
+        return torch.cat(list(self._blocks()), 2)
 
-    def tensors(self) -> list[Tensor]:
-        return [self.packed, self.step, self.low]
+    def _blocks(self) -> Iterator[Tensor]:
+        for part in self.packed.split(self._length(), 2):
+            yield from_rows(part, self.bits)[..., : self.dim]
 
-    def through(self, change: Callable[[Tensor], Tensor]) -> Codes:
-        """The same with every tensor changed: other rows, another device."""
-        return Codes(change(self.packed), change(self.step), change(self.low), self.bits)
+    def _length(self) -> int:
+        return _share(self.packed[:, :, :1, 0].numel() * self.dim)
+
+    def through(self, change: Callable[[Tensor], Tensor]) -> ValueCodes:
+        """The same with its tensor changed: other rows, another device."""
+        return replace(self, packed=change(self.packed))
 
 
-def keys_to_codes(keys: Tensor, bits: int) -> Codes:
+def keys_to_codes(keys: Tensor, bits: int) -> KeyCodes:
     """(B, Hkv, P, D) per channel in groups of tokens; the last group may be short."""
-    short = -keys.shape[2] % GROUP
-    whole = torch.cat([keys, keys[:, :, -1:].expand(-1, -1, short, -1)], 2)
-    groups = whole.reshape(*keys.shape[:2], -1, GROUP, keys.shape[-1])
-    step, low = (x[:, :, :, 0] for x in _range(groups, bits, -2))
-    return _rounded(keys, step, low, bits)
+    channels, whole = keys.mT, keys.shape[2] // GROUP * GROUP
+    groups = to_rows(channels[..., :whole].unflatten(-1, (-1, GROUP)), bits).flatten(2)
+    rest = to_rows(channels[..., whole:], bits).flatten(2) if keys.shape[2] > whole else None
+    packed = groups if rest is None else torch.cat([groups, rest], -1)
+    return KeyCodes(packed, bits, keys.shape[2], keys.shape[3])
 
 
-def values_to_codes(values: Tensor, bits: int) -> Codes:
-    """(B, Hkv, P, D) per token."""
-    return _rounded(values, *_range(values, bits, -1), bits)
+def values_to_codes(values: Tensor, bits: int) -> ValueCodes:
+    """(B, Hkv, P, Dv) per token."""
+    return ValueCodes(to_rows(values, bits), bits, values.shape[-1])
 
 
-def _rounded(x: Tensor, step: Tensor, low: Tensor, bits: int) -> Codes:
-    wide, least = (_ranges(part, 0, x.shape[2]).float() for part in (step, low))
-    codes = ((x.float() - least) / wide).round().clamp(0, 2**bits - 1)
-    return Codes(_pack(codes, bits), step, low, bits)
+def to_rows(x: Tensor, bits: int) -> Tensor:
+    """(..., n) -> (..., row_bytes(n)) uint8."""
+    most, wide = 2**bits - 1, x.float()
+    low = wide.amin(-1, keepdim=True).half()
+    step = ((wide.amax(-1, keepdim=True) - low) / most).clamp(min=1e-6).half()
+    codes = ((wide - low) / step).round().clamp(0, most).to(torch.uint8)
+    codes = F.pad(codes, (0, -x.shape[-1] % (8 // bits))).unflatten(-1, (-1, 8 // bits))
+    packed = reduce(torch.bitwise_or, (codes[..., i] << bits * i for i in range(8 // bits)))
+    return torch.cat([packed, torch.cat([step, low], -1).view(torch.uint8)], -1)
 
 
-def _ranges(x: Tensor, begin: int, tokens: int) -> Tensor:
-    """A range for every token from `begin` on, of one for every group or for every token."""
-    if x.shape[-1] == 1:
-        return x[..., begin : begin + tokens, :]
-    own = x[..., begin // GROUP : -(-(begin + tokens) // GROUP), :]
-    return own.repeat_interleave(GROUP, -2)[..., :tokens, :]
+def from_rows(rows: Tensor, bits: int) -> Tensor:
+    """(..., bytes) uint8 -> (..., n) float32, n rounded up to whole bytes."""
+    unpack = getattr(torch.ops.quantized, f"embedding_bag_{bits}bit_unpack", None)
+    if rows.device.type == "cpu" and unpack is not None:
+        found: Tensor = unpack(rows.reshape(-1, rows.shape[-1]).contiguous())
+        return found.view(*rows.shape[:-1], -1)
+    return unpacked(rows, bits)
 
 
-def code_bytes(tokens: Tensor, dims: tuple[int, int], bits: int, itemsize: int) -> Tensor:
+def unpacked(rows: Tensor, bits: int) -> Tensor:
+    """`from_rows` in tensor operations."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=rows.device)
+    codes = (rows[..., :-RANGE_BYTES, None] >> shifts) & (2**bits - 1)
+    step, low = rows[..., -RANGE_BYTES:].contiguous().view(torch.float16).float().split(1, -1)
+    return codes.flatten(-2) * step + low
+
+
+def row_bytes(numbers: int, bits: int) -> int:
+    """Bytes of a row of so many numbers."""
+    return -(-numbers * bits // 8) + RANGE_BYTES
+
+
+def code_bytes(tokens: Tensor, dims: tuple[int, int], bits: int) -> Tensor:
     """Bytes of the keys and values of so many tokens (B,) in a KV head."""
-    groups = (tokens + GROUP - 1) // GROUP
-    numbers = 2 * itemsize * (groups * dims[0] + tokens)
-    return tokens * sum(dims) * bits // 8 + numbers
+    whole, rest = tokens // GROUP, tokens % GROUP
+    last = ((rest * bits + 7) // 8 + RANGE_BYTES) * (rest > 0)
+    channel = whole * row_bytes(GROUP, bits) + last
+    return dims[0] * channel + tokens * row_bytes(dims[1], bits)
 
 
-def _range(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
-    low, high = (end.float() for end in (x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)))
-    step = ((high - low) / (2**bits - 1)).clamp(min=1e-6)
-    return step.to(x.dtype), low.to(x.dtype)
-
-
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """(..., D) whole numbers below 2**bits -> (..., D * bits / 8) uint8."""
-    parts = codes.to(torch.uint8).chunk(8 // bits, -1)
-    packed = torch.zeros_like(parts[0])
-    for number, part in enumerate(parts):
-        packed |= part << (bits * number)
-    return packed
+def _share(numbers: int) -> int:
+    """How many of something of so many numbers make a block."""
+    return max(1, BLOCK // numbers)

@@ -13,7 +13,7 @@ from torch import Tensor
 from plphp.attention import attend, decode_attention
 from plphp.cache import KVStore, take
 from plphp.policy import KeepPlan, Look
-from plphp.recall.budget import affordable, plan_within
+from plphp.recall.budget import Place, affordable, plan_within
 from plphp.recall.index import build, index_bytes
 from plphp.recall.options import Recall
 from plphp.recall.slots import at_hand, first_slots, places, positions, vision_first
@@ -38,7 +38,7 @@ class HostHome:
         that it read, ascending, -1 pads; empty unless recorded
     """
 
-    def __init__(self, store: KVStore, look: Look, recall: Recall) -> None:
+    def __init__(self, store: KVStore, look: Look, recall: Recall, place: Place) -> None:
         """Park the vision tokens of a store that holds the whole prompt.
 
         look: whom the policy would keep
@@ -61,7 +61,9 @@ class HostHome:
         number = torch.int16 if keys.shape[2] < 2**15 else torch.int32
         unit = self.token_bytes
         fixed = index_bytes(tokens, dim, rank)
-        most = affordable(recall.budget, tokens, unit, unit + number.itemsize, fixed, least=1)
+        most = affordable(
+            recall.budget, tokens, unit, unit + number.itemsize, fixed, least=1, place=place
+        )
         plan = vision_first(plan_within(look, most), look.spans)
         self.held = at_hand(plan, look.spans, most).to(number)
         self.plan: KeepPlan | None = plan
@@ -122,21 +124,22 @@ class HostHome:
 
     def _swap(self, best: Tensor, store: KVStore) -> int:
         """Put the tokens best (B, Hkv, k) where others lie that are not among them; how many."""
-        batch, heads, tokens, _ = self.keys.shape
-        wide = torch.zeros(batch, heads, tokens + 1, dtype=torch.bool, device=best.device)
+        heads, tokens = self.keys.shape[1:3]
         held = self.held.long()
-        new = ~wide.scatter(2, held, True).gather(2, best)
-        old = ~wide.scatter(2, best, True).gather(2, held)
+        none = torch.zeros(*best.shape[:2], tokens + 1, dtype=torch.bool, device=best.device)
+        wanted, there = (none.scatter(2, x, True) for x in (best, held))
         # As many come as go in every head, so that both lists are in the same order of heads.
-        row, head, slot = old.nonzero().unbind(1)
-        source = best[new]
-        self.held[old] = source.to(self.held.dtype)
-        line = row * heads + head
+        old = (~wanted.gather(2, held)).flatten().nonzero()[:, 0]
+        new = (wanted & ~there).flatten().nonzero()[:, 0]
+        line, slot = old // held.shape[-1], old % held.shape[-1]
+        source = new - line * (tokens + 1)
+        self.held.view(-1)[old] = source.to(self.held.dtype)
         lines = (source + line * tokens).to(self.keys.device)
+        row = line // heads
         place = slot + store.start[row] + line * store.keys.shape[2]
         for parked, buffer in ((self.keys, store.keys), (self.values, store.values)):
-            came = fetch(parked.flatten(0, 2), lines, buffer.device)
-            buffer.view(-1, buffer.shape[-1]).index_copy_(0, place, came)
+            came = fetch(whole_rows(parked), lines, buffer.device)
+            whole_rows(buffer).index_copy_(0, place, came)
         if store.positions is not None and self.columns is not None:
             store.positions.view(-1)[place] = self.columns[row, source]
         return len(source)
@@ -212,6 +215,16 @@ def to_host(x: Tensor) -> Tensor:
     if x.device.type != "cuda":
         return x.cpu()
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
+
+
+def whole_rows(x: Tensor) -> Tensor:
+    """(..., D) contiguous as a matrix of rows, in pieces of 16 bytes where that is possible.
+
+    What copies rows by their numbers goes piece by piece on the CPU.
+    """
+    rows = x.view(-1, x.shape[-1])
+    wide = rows.shape[1] * x.element_size() % 16 == 0
+    return rows.view(torch.complex128) if wide else rows
 
 
 def fetch(parked: Tensor, lines: Tensor, device: torch.device) -> Tensor:

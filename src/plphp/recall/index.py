@@ -1,14 +1,16 @@
 """A small index of keys: enough to tell which of them a query looks for, in a few bytes a token.
 
-    k'[j]    = (k[j] - mean_j k) B              B: the first `rank` principal directions of the keys
-    c[j]     = round(k'[j] / s)                 8 bits; s: one step a component, its largest / 127
-    a[h, j]  = ((q_h B) * s) . c[j]             the logit of query head h but for one number a head
+    B        = r4(the first `rank` principal directions of the keys)
+    c[j]     = r4((k[j] - mean k) B (B^T B)^-1)      so that k[j] - mean k is about B c[j]
+    a[h, j]  = (q_h B) . c[j]                        the logit of query head h but for one number
     score[j] = max over h of  (a[h, j] - max_i a[h, i])
 
-Keys of images lie near a subspace of few dimensions (Loki, arXiv 2406.02542), and taking the mean
-off shifts all logits of a query alike. What each query head of a KV head looks at most comes first:
-that chose better than sums of probabilities and than the sum of the queries, and costs no
-exponentials (dev/studies/recall_index.py).
+r4: rounded to 4 bits over the range of a direction, `codes.to_rows`. Keys of images lie near a
+subspace of few dimensions (Loki, arXiv 2406.02542), and taking the mean off shifts all logits of a
+query alike. c is fitted to the rounded directions: they span a subspace a little off, and that is
+all that rounding them does. What each query head of a KV head looks at most comes first: that chose
+better than sums of probabilities and than the sum of the queries, and costs no exponentials
+(dev/studies/recall_index.py).
 """
 
 from __future__ import annotations
@@ -19,31 +21,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEVELS = 127  # of 8 bits, on either side of zero
+from plphp.recall.codes import from_rows, row_bytes, to_rows
+from plphp.recall.options import RANGE_BYTES
+
+BITS = 4  # 8 choose no better, and halve what is left for tokens (docs/recall.md)
 
 
 @dataclass
 class KeyIndex:
-    """codes: (B, Hkv, rank, V) int8; basis: (B, Hkv, D, rank) int8; step: (B, Hkv, 1, rank)
-    float32, what both leave out.
+    """codes: (B, Hkv, rank, row of V), basis: (B, Hkv, rank, row of D), uint8 as `to_rows` has it.
+
+    tokens: V
     """
 
     codes: Tensor
     basis: Tensor
-    step: Tensor
+    tokens: int
 
     def scores(self, query: Tensor) -> Tensor:
         """(B, Hkv, V) float32 for queries (B, H, 1, D); the higher the better."""
-        asked = query.reshape(*self.codes.shape[:2], -1, query.shape[-1]).float()
-        logits = (asked @ self.basis.float() * self.step) @ self.codes.float()
+        dim = query.shape[-1]
+        asked = query.reshape(*self.codes.shape[:2], -1, dim).float()
+        logits = asked @ from_rows(self.basis, BITS)[..., :dim].mT @ from_rows(self.codes, BITS)
+        logits = logits[..., : self.tokens]
         return (logits - logits.amax(-1, keepdim=True)).amax(2)
 
     def tensors(self) -> list[Tensor]:
-        return [self.codes, self.basis, self.step]
+        return [self.codes, self.basis]
 
     def through(self, change: Callable[[Tensor], Tensor]) -> KeyIndex:
         """The same with every tensor changed: other rows, another device."""
-        return KeyIndex(change(self.codes), change(self.basis), change(self.step))
+        return KeyIndex(change(self.codes), change(self.basis), self.tokens)
 
 
 def build(keys: Tensor, valid: Tensor, rank: int) -> KeyIndex:
@@ -52,19 +60,13 @@ def build(keys: Tensor, valid: Tensor, rank: int) -> KeyIndex:
     own = keys.float() * seen
     mean = own.sum(2, keepdim=True) / valid.sum(-1).clamp(min=1)[:, None, None, None]
     own = (own - mean) * seen
-    basis = torch.linalg.eigh(own.mT @ own).eigenvectors[..., -rank:]
-    coarse = _step(basis)
-    found = own @ basis
-    step = _step(found)
-    codes = (found / step).round().to(torch.int8).mT.contiguous()
-    return KeyIndex(codes, (basis / coarse).round().to(torch.int8), coarse * step)
+    directions = torch.linalg.eigh(own.mT @ own).eigenvectors[..., -rank:]
+    basis = to_rows(directions.mT, BITS)
+    rough = from_rows(basis, BITS)[..., : keys.shape[-1]]  # (B, Hkv, rank, D)
+    found = own @ rough.mT @ torch.linalg.pinv(rough @ rough.mT, hermitian=True)
+    return KeyIndex(to_rows(found.mT, BITS), basis, keys.shape[2])
 
 
 def index_bytes(tokens: Tensor, dim: int, rank: int) -> Tensor:
     """Bytes of a KV head's index over so many tokens (B,)."""
-    return rank * (tokens + dim + 4)
-
-
-def _step(x: Tensor) -> Tensor:
-    """(B, Hkv, 1, C): what the largest entry of a column is 127 of."""
-    return x.abs().amax(2, keepdim=True).clamp(min=1e-12) / LEVELS
+    return rank * ((tokens + 1) // 2 + RANGE_BYTES + row_bytes(dim, BITS))

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from plphp.policy.base import check_choice, check_count, check_share
 
 GROUP = 32  # tokens of a channel of the keys that share a range, in codes
+RANGE_BYTES = 4  # of a range: step and lowest number in float16
 
 Home = Literal["host", "int4", "int2"]
 HOMES: tuple[Home, ...] = get_args(Home)
@@ -21,9 +22,10 @@ class Recall:
         and at every step each KV head fetches the tokens that its query looks for.
         "int4", "int2": they stay on the device in 4 or 2 bits and are all read at every step
     budget: device bytes of the vision tokens, index and codes included, over those of the full
-        cache in the model's dtype, above 0 to 1; the same for every layer. 1 parks nothing; with
-        "int4" and "int2", 0 holds nothing in full
-    rank: host only: components of a key in the index, 8 bits each; a quarter of the head by default
+        cache in the model's dtype, above 0 to 1, of all layers together: the first third hold
+        twice as many tokens in full. 1 parks nothing; with "int4" and "int2", 0 holds nothing in
+        full
+    rank: host only: components of a key in the index, 4 bits each; a quarter of the head by default
     every: host only: choose at every so many-th token. 1 is what accuracy wants (docs/recall.md)
     record: keep which tokens every head read at every step, on the CPU, in `PrunedCache.recalled()`
     Raises ValueError.
@@ -54,7 +56,8 @@ class Recall:
         """What codes take of full keys and values of `dim` components each, as the prompt grows."""
         if self.bits is None:
             return 0.0
-        return self.bits / 8 / itemsize + (1 + dim / GROUP) / dim
+        ranges = RANGE_BYTES * (1 / GROUP + 1 / dim) / 2
+        return (self.bits / 8 + ranges) / itemsize
 
     @property
     def bits(self) -> int | None:

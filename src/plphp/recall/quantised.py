@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from plphp.attention import side_by_side
+from plphp.attention import coded, side_by_side
 from plphp.cache import KVStore, take
 from plphp.policy import KeepPlan, Look
-from plphp.recall.budget import affordable, plan_within
+from plphp.recall.budget import Place, affordable, plan_within
 from plphp.recall.codes import code_bytes, keys_to_codes, values_to_codes
-from plphp.recall.options import Recall
+from plphp.recall.options import RANGE_BYTES, Recall
 from plphp.recall.slots import at_hand, first_slots, vision_first
 
 
@@ -32,7 +32,7 @@ class QuantisedHome:
     full, resident, device: as in `HostHome`
     """
 
-    def __init__(self, store: KVStore, look: Look, recall: Recall) -> None:
+    def __init__(self, store: KVStore, look: Look, recall: Recall, place: Place) -> None:
         """Park the vision tokens of a store that holds the whole prompt.
 
         look: whom the policy would keep in full
@@ -43,9 +43,9 @@ class QuantisedHome:
         tokens = vision.sum(-1)
         unit = sum(x.shape[-1] * x.element_size() for x in (keys, values))
         dims = (keys.shape[-1], values.shape[-1])
-        small = code_bytes(tokens, dims, recall.bits, keys.element_size())
-        each = unit - sum(dims) * recall.bits / 8 - 2 * keys.element_size()
-        most = affordable(recall.budget, tokens, unit, each, small, least=0)
+        small = code_bytes(tokens, dims, recall.bits) + dims[0]  # a channel's rest is whole bytes
+        each = unit - sum(dims) * recall.bits / 8 - RANGE_BYTES
+        most = affordable(recall.budget, tokens, unit, each, small, least=0, place=place)
         plan = plan_within(look, most)
         ordered = vision_first(plan, look.spans)
         self.plan: KeepPlan | None = ordered
@@ -58,35 +58,23 @@ class QuantisedHome:
         self.token_bytes = unit
         heads = keys.shape[1]
         self.resident, self.full = (int(x.sum()) * heads * unit for x in (most, tokens))
-        coded = code_bytes(tokens - most, dims, recall.bits, keys.element_size())
-        self.device = self.resident + int(coded.sum()) * heads
+        parked = code_bytes(tokens - most, dims, recall.bits)
+        self.device = self.resident + int(parked.sum()) * heads
         self.count, self.tokens_a_row = tokens.cpu(), int(tokens.max())
         self.fetched: list[int] = []
         self.log: list[Tensor] = []
 
     def attend(self, query: Tensor, store: KVStore, scale: float, softcap: float | None) -> Tensor:
         """Attention output (B, H, T, Dv) of the last T columns over what is held and parked."""
-        batch, heads, queries, dim = query.shape
-        keys, values = store.held()
-        asked = query.reshape(batch, keys.shape[1], -1, dim)
-        logits = torch.cat([asked @ keys.mT, self.keys.products(asked)], -1)
-        logits = scale * logits.float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        visible = self._visible(store, queries)
-        if visible is not None:
-            visible = visible.repeat(1, 1, heads // keys.shape[1], 1)
-            logits = logits.masked_fill(~visible, -torch.inf)
-        read = logits.softmax(-1).to(values.dtype)
-        out = read[..., : store.end] @ values + self.values.read(read[..., store.end :])
-        return out.reshape(batch, heads, queries, -1)
+        visible = self._visible(store, query.shape[2])
+        return coded.attend(query, *store.held(), (self.keys, self.values), visible, scale, softcap)
 
     def _visible(self, store: KVStore, queries: int) -> Tensor | None:
         """(B or 1, Hkv or 1, T, end + P) bool, None where every query sees everything."""
         own = store.visible(queries)
         if own is None and self.valid is None and self.columns is None:
             return None
-        length = self.keys.packed.shape[2]
+        length = self.keys.tokens
         device = store.start.device
         parked = torch.ones(1, 1, queries, length, dtype=torch.bool, device=device)
         if self.valid is not None:
@@ -100,7 +88,7 @@ class QuantisedHome:
 
     def looked_at(self, store: KVStore, queries: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """As in `HostHome`: what is held, and then what is parked, as numbers again."""
-        keys, parked = store.held()[0], self.keys.dense()
+        keys, parked = store.held()[0], self.keys.dense().to(store.keys.dtype)
         real = torch.ones(parked.shape[:3], dtype=torch.bool, device=parked.device)
         if self.valid is not None:
             real = real & self.valid[:, None]
@@ -123,13 +111,13 @@ class QuantisedHome:
         # What is held in full lies in the store in the order of the tokens, as parked ones do.
         here = self.vision_slots(store)
         whole = []
-        coded_ones = self.keys.packed[..., 0] >= 0
+        coded_ones = self.values.packed[..., 0] >= 0
         if self.valid is not None:
             coded_ones = coded_ones & self.valid[:, None]
-        for held, coded in zip(store.held(), (self.keys, self.values), strict=True):
+        for held, codes in zip(store.held(), (self.keys, self.values), strict=True):
             full = held.new_zeros(*parked.shape, held.shape[-1])
             full[resident] = held[here]
-            full[parked] = coded.dense()[coded_ones]
+            full[parked] = codes.dense()[coded_ones].to(full.dtype)
             whole.append(full[real[:, None].expand(-1, heads, -1).to(parked.device)])
         return whole[0], whole[1]
 
@@ -139,7 +127,7 @@ class QuantisedHome:
 
     def parked(self) -> list[Tensor]:
         """The codes, on the device."""
-        return [*self.keys.tensors(), *self.values.tensors()]
+        return [self.keys.packed, self.values.packed]
 
     def crop(self, store: KVStore, columns: int) -> None:
         """A store has forgotten its last columns: nothing was chosen for them."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from plphp.cache import KVStore
-from plphp.recall.codes import Codes
+from plphp.recall.codes import KeyCodes, ValueCodes
 from plphp.recall.host import HostHome
 from plphp.recall.index import KeyIndex
 from plphp.recall.options import Recall
@@ -17,7 +17,7 @@ from plphp.recall.quantised import QuantisedHome
 
 PARTS: dict[type, dict[str, type]] = {
     HostHome: {"index": KeyIndex},
-    QuantisedHome: {"keys": Codes, "values": Codes},
+    QuantisedHome: {"keys": KeyCodes, "values": ValueCodes},
 }
 
 

@@ -1,0 +1,63 @@
+"""Attention over a layer of which a part lies in codes of a few bits, in tensor operations.
+
+Logits and sums are float32: codes are numbers of that kind as soon as they are read, and a product
+of a few rows is faster so on a CPU than in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**19  # numbers of the part in full that are converted at a time
+
+
+class Keys(Protocol):
+    """P keys in codes: `plphp.recall.codes.KeyCodes`."""
+
+    def products(self, query: Tensor) -> Iterator[Tensor]: ...
+
+
+class Values(Protocol):
+    """P values in codes: `plphp.recall.codes.ValueCodes`."""
+
+    def read(self, weights: Tensor) -> Tensor: ...
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    codes: tuple[Keys, Values],
+    visible: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention output (B, H, T, Dv) in q's dtype.
+
+    q (B, H, T, D); k (B, Hkv, S, D) and v (B, Hkv, S, Dv), what is there in full; codes: of P keys
+    and values more; visible: as in `reference.attend`, over S and then P
+    """
+    batch, heads, queries, dim = q.shape
+    asked = scale * q.reshape(batch, k.shape[1], -1, dim).float()
+    logits = torch.cat([*(asked @ part.mT for part in _blocks(k)), *codes[0].products(asked)], -1)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if visible is not None:
+        visible = visible.repeat(1, 1, heads // k.shape[1], 1)
+        logits = logits.masked_fill(~visible, -torch.inf)
+    weights = logits.softmax(-1)
+    out = codes[1].read(weights[..., k.shape[2] :])
+    begin = 0
+    for part in _blocks(v):
+        out += weights[..., begin : (begin := begin + part.shape[2])] @ part
+    return out.to(q.dtype).view(batch, heads, queries, -1)
+
+
+def _blocks(x: Tensor) -> Iterator[Tensor]:
+    """x (B, Hkv, S, D) in float32, so many tokens at a time."""
+    length = max(1, BLOCK // (x.shape[0] * x.shape[1] * x.shape[3]))
+    return (part.float() for part in x.split(length, 2))
