@@ -66,5 +66,9 @@ def crowded(report: Any, row: int, probabilities: Sequence[Tensor]) -> bool:
     """
     if report.recall is None or in_codes(report) or not report.images[row]:
         return False
-    heads = [(kept, p.shape[1]) for kept, p in zip(kept_of(report), probabilities, strict=True)]
-    return any((kept[row] >= 0).sum(-1).min() * kept.shape[1] < many for kept, many in heads)
+    attending = [
+        (kept, p.shape[1])
+        for kept, p in zip(kept_of(report), probabilities, strict=True)
+        if p.numel() and kept.numel()
+    ]
+    return any((kept[row] >= 0).sum(-1).min() * kept.shape[1] < heads for kept, heads in attending)
