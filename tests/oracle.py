@@ -9,7 +9,7 @@ probabilities of the last prompt token and decoding with hidden tokens; which, s
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,19 +46,16 @@ ATTENTION = "plphp_test_oracle"
 
 @dataclass
 class Probe:
-    """What hangs on one attention module of a copied model."""
+    """What hangs on one attention module of a copied model, told by the columns that ask."""
 
-    hidden: Tensor | None = (
-        None  # [B, Hkv, N] bool: columns of the prompt that decoding must not see
-    )
     probabilities: Tensor | None = None  # [B, H, N] of the prompt's last token
     capped: bool = True  # up to transformers 5.19, "sdpa" leaves soft caps out
-    # of earlier turns: from which column on, and [B, Hkv, n] bool like `hidden`
-    earlier: list[tuple[int, Tensor]] = field(default_factory=list)
-    # with recall: (column, [B, Hkv, n]) of what single columns must not see, and what becomes of
-    # keys and values once the prompt has been read
-    single: list[tuple[int, Tensor]] = field(default_factory=list)
-    rounding: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    # columns from the first to before the second, and [B, Hkv, n] bool: what they must not see
+    hidden: list[tuple[float, float, Tensor]] = field(default_factory=list)
+    # from which column on keys and values are others, one after the other
+    rounding: list[tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]] = field(
+        default_factory=list
+    )
 
 
 def attend(
@@ -77,29 +74,34 @@ def attend(
         raise NotImplementedError("the oracle knows no attention sinks")
     probe: Probe = module.oracle_probe
     groups = query.shape[1] // key.shape[1]
-    if probe.rounding is not None and probe.probabilities is not None:
-        key, value = probe.rounding(key, value)
-    key, value = (x.double().repeat_interleave(groups, dim=1) for x in (key, value))
-    logits = query.double() @ key.transpose(2, 3)
-    logits = logits * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    if softcap is not None and probe.capped:
-        logits = softcap * torch.tanh(logits / softcap)
-    # a padding query sees nothing: the mask's finite minimum keeps its (unused) output finite
-    logits = logits + attention_mask.double()
-    if probe.probabilities is not None and probe.hidden is not None:
-        hidden = probe.hidden.repeat_interleave(groups, dim=1).unsqueeze(2)
-        logits[..., : hidden.shape[-1]].masked_fill_(hidden, -math.inf)
     asking = torch.arange(key.shape[2] - query.shape[2], key.shape[2])
-    for begin, hidden in probe.earlier:
-        block = hidden.repeat_interleave(groups, dim=1).unsqueeze(2) & (asking >= begin)[:, None]
-        logits[..., : hidden.shape[-1]].masked_fill_(block, -math.inf)
-    for column, hidden in probe.single:
-        block = hidden.repeat_interleave(groups, dim=1).unsqueeze(2) & (asking == column)[:, None]
-        logits[..., : hidden.shape[-1]].masked_fill_(block, -math.inf)
-    probabilities = logits.softmax(-1)
+
+    def weigh(key: Tensor) -> Tensor:
+        key = key.double().repeat_interleave(groups, dim=1)
+        logits = query.double() @ key.transpose(2, 3)
+        logits = logits * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+        if softcap is not None and probe.capped:
+            logits = softcap * torch.tanh(logits / softcap)
+        # a padding query sees nothing: the mask's finite minimum keeps its (unused) output finite
+        logits = logits + attention_mask.double()
+        for begin, end, hidden in probe.hidden:
+            blind = ((asking >= begin) & (asking < end))[:, None]
+            block = hidden.repeat_interleave(groups, dim=1).unsqueeze(2) & blind
+            logits[..., : hidden.shape[-1]].masked_fill_(block, -math.inf)
+        return logits.softmax(-1)
+
+    def read(probabilities: Tensor, value: Tensor) -> Tensor:
+        return probabilities @ value.double().repeat_interleave(groups, dim=1)
+
+    probabilities = weigh(key)
     if probe.probabilities is None:
         probe.probabilities = probabilities[:, :, -1]  # prompts are padded on the left
-    return (probabilities @ value).to(query.dtype).transpose(1, 2).contiguous(), None
+    output = read(probabilities, value)
+    for begin, change in probe.rounding:
+        if asking[-1] >= begin:
+            key, value = change(key, value)
+            output = torch.where((asking >= begin)[:, None], read(weigh(key), value), output)
+    return output.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, attend)
@@ -169,26 +171,50 @@ def generate(
     return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
 
 
-# (column, spans, kept) of an earlier turn: from that column on, what it dropped is not seen
-Earlier = tuple[int, Tensor, list[Tensor]]
+@dataclass(frozen=True)
+class Dropped:
+    """What the columns from `begin` on do without of a prompt's images, layer by layer.
+
+    kept: a LongTensor [B, Hkv, K], row-logical positions (padding not counted) of the kept vision
+        tokens, filled up with -1; the others are hidden
+    read: with recall, in place of `kept`: such a tensor for each column from `begin` on, one after
+        the other; columns after those see everything
+    bits: those that are not kept are not hidden but rounded
+    """
+
+    begin: int
+    spans: Tensor
+    kept: list[Tensor]
+    read: Sequence[Sequence[Tensor]] | None = None
+    bits: int = 0
 
 
-def remember(probes: list[Probe], earlier: Iterable[Earlier]) -> None:
-    for begin, spans, kept in earlier:
-        for probe, layer in zip(probes, kept, strict=True):
-            if layer.shape[1]:
-                probe.earlier.append((begin, hidden_columns(spans, layer)))
+def leave_out(probes: list[Probe], dropped: Dropped) -> None:
+    for layer, probe in enumerate(probes):
+        kept = dropped.kept[layer]
+        if not kept.shape[1]:
+            continue
+        if dropped.read is not None:
+            for column, positions in enumerate(dropped.read[layer], start=dropped.begin):
+                hidden = hidden_columns(dropped.spans, positions)
+                probe.hidden.append((column, column + 1, hidden))
+        elif dropped.bits:
+            hidden = hidden_columns(dropped.spans, kept)
+            probe.rounding.append((dropped.begin, rounding(hidden, dropped.bits)))
+        else:
+            probe.hidden.append((dropped.begin, math.inf, hidden_columns(dropped.spans, kept)))
 
 
 def prefill(
-    model: PreTrainedModel, inputs: dict[str, Tensor], earlier: Iterable[Earlier] = ()
+    model: PreTrainedModel, inputs: dict[str, Tensor], earlier: Iterable[Dropped] = ()
 ) -> list[Tensor]:
     """Each layer's attention of the last prompt token: float64 [B, H, N], N with the padding.
 
     Empty for a layer without attention.
     """
     model, probes = instrumented(model)
-    remember(probes, earlier)
+    for dropped in earlier:
+        leave_out(probes, dropped)
     generate(model, inputs, steps=1)
     return [
         torch.empty(0) if probe.probabilities is None else probe.probabilities for probe in probes
@@ -198,22 +224,38 @@ def prefill(
 def decode(
     model: PreTrainedModel,
     inputs: dict[str, Tensor],
-    spans: Tensor,
-    kept: list[Tensor],
+    dropped: Iterable[Dropped],
     steps: int,
     tokens: Tensor | None = None,
-    earlier: Iterable[Earlier] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Greedy decoding, or along `tokens`, in which vision tokens that are not kept are hidden.
-
-    `kept`: a LongTensor [B, Hkv, K] a layer, row-logical positions (padding not counted) of the
-    kept vision tokens, filled up with -1.
-    """
+    """Greedy decoding, or along `tokens`, without what this turn and earlier ones have dropped."""
     model, probes = instrumented(model)
-    for probe, layer in zip(probes, kept, strict=True):
-        probe.hidden = hidden_columns(spans, layer) if layer.shape[1] else None
-    remember(probes, earlier)
+    for turn in dropped:
+        leave_out(probes, turn)
     return generate(model, inputs, steps, tokens)
+
+
+def rounding(hidden: Tensor, bits: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What codes make of the tokens hidden [B, Hkv, n], told the slow way: keys a channel in groups
+    of 32 tokens, values a token."""
+
+    def rough(x: Tensor, dim: int) -> Tensor:
+        low = x.amin(dim, keepdim=True).half().float()
+        step = ((x.amax(dim, keepdim=True) - low) / (2**bits - 1)).half().float()
+        return (((x - low) / step).round().clamp(min=0) * step + low).to(x.dtype)
+
+    def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = keys.clone(), values.clone()
+        for row in range(hidden.shape[0]):
+            for head in range(hidden.shape[1]):
+                gone = hidden[row, head].nonzero()[:, 0]
+                for group in torch.split(gone, 32):
+                    if len(group):
+                        keys[row, head, group] = rough(keys[row, head, group], 0)
+                values[row, head, gone] = rough(values[row, head, gone], 1)
+        return keys, values
+
+    return change
 
 
 def hidden_columns(spans: Tensor, kept: Tensor) -> Tensor:

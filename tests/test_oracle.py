@@ -1,6 +1,7 @@
 """The oracle has to be right before anything is judged against it."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,13 @@ def test_prefill_is_the_models_own_attention(name: str) -> None:
         assert (mine.sum(-1) - 1).abs().max() < 1e-12
 
 
+def decode(
+    model: Any, inputs: dict[str, Tensor], spans: Tensor, kept: list[Tensor], *tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    dropped = oracle.Dropped(spans.shape[1], spans, kept)
+    return oracle.decode(model, inputs, [dropped], STEPS, *tokens)
+
+
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("seed", range(2))
 def test_keeping_all_is_the_untouched_model(name: str, seed: int) -> None:
@@ -111,7 +119,7 @@ def test_keeping_all_is_the_untouched_model(name: str, seed: int) -> None:
     inputs, spans = family.make_inputs(model, rows_of(name), seed)
     tokens, logits = untouched(model, inputs)
     keep_all = oracle.select(oracle.prefill(model, inputs), spans, Numbers(r=1, delta_r=0), 2)
-    mine, my_logits = oracle.decode(model, inputs, spans, keep_all.tensors(), STEPS)
+    mine, my_logits = decode(model, inputs, spans, keep_all.tensors())
     assert torch.equal(mine, tokens)
     assert (my_logits - logits).abs().max() < 1e-5
     again, logits_again = untouched(model, inputs)
@@ -127,11 +135,11 @@ def test_hiding_one_token_in_one_head_changes_only_its_row(name: str) -> None:
     inputs, spans = family.make_inputs(model, rows, seed=0)
     probabilities = oracle.prefill(model, inputs)
     kept = oracle.select(probabilities, spans, Numbers(r=1, delta_r=0), 2).tensors()
-    tokens, logits = oracle.decode(model, inputs, spans, kept, STEPS)
+    tokens, logits = decode(model, inputs, spans, kept)
     score = probabilities[2][1, 4:].mean(0).masked_fill(spans[1] <= 0, 0.0)
     dropped = int(score.argmax()) - oracle.padding(spans[1])
     kept[2][1, 1][kept[2][1, 1] == dropped] = -1
-    _, hidden = oracle.decode(model, inputs, spans, kept, STEPS, tokens)
+    _, hidden = decode(model, inputs, spans, kept, tokens)
     change = (hidden - logits).abs().amax(-1)
     assert (change[0] < 1e-5).all()
     assert change[1, 0] < 1e-5, "the prompt's own forward pass sees everything"
@@ -149,7 +157,7 @@ def test_dropped_tokens_do_not_act_through_their_values() -> None:
     results = []
     for poison in (0.0, 1e6):
         value[0, 0, 2] = poison
-        module.oracle_probe = oracle.Probe(hidden, torch.ones(1))
+        module.oracle_probe = oracle.Probe(torch.ones(1), hidden=[(0, math.inf, hidden)])
         results.append(oracle.attend(module, query[:, :, -1:], key, value, mask)[0])
     assert torch.equal(results[0], results[1])
 

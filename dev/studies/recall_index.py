@@ -112,7 +112,7 @@ class Reader:
         if self.kind == "random":
             return torch.rand(k.shape[:3])
         if self.kind == "novelty":
-            return novelty(v, self.spans)
+            return novelty(v, self.spans, int(self.spans.max()))
         keys = self.index(k, layer)
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
         if self.kind == "int8 sum":

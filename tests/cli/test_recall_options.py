@@ -20,11 +20,22 @@ def test_generate_reports_what_was_parked(run: Callable, picture: str) -> None:
     assert found["home"] == "int4" and found["share"] <= 0.4
 
 
+def test_full_beside_recall(run: Callable, picture: str) -> None:
+    options = ("generate", "--image", picture, *QUESTION, "--compare", "--rounds", 1)
+    recall = ("--recall", "host", "--recall-budget", ".3")
+    shown = run(*options, *recall)
+    assert shown.code == 0 and "of the vision K/V on the device" in shown.out
+    assert "parked in main memory" in shown.err
+    found = run(*options, *recall, "--json").json
+    assert found["report"]["recall"]["share"] <= 0.3
+    assert found["pruned"]["answer"] == found["full"]["answer"]
+    assert found["pruned"]["kv_bytes"] < found["full"]["kv_bytes"]
+
+
 def test_recall_is_refused_in_one_line(run: Callable, picture: str) -> None:
     for options, said in (
         (("--recall", "disk"), "home must be one of"),
         (("--recall-budget", ".3"), "--recall-budget needs --recall"),
-        (("--recall", "host", "--compare"), "--compare goes without --recall"),
         (("--recall", "host", "--policy", "vtw"), "VTW"),
     ):
         result = run("generate", "--image", picture, *QUESTION, *options)

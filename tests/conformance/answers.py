@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-import oracle
 import plphp
+from along import check_greedy, led
 from invariants import (
     EVERY,
     LOGITS,
@@ -29,7 +29,6 @@ from invariants import (
     Truth,
     check_selection,
     generate,
-    kept_of,
     observe,
     truth,
 )
@@ -70,7 +69,7 @@ def check_truth(ask: Ask, expected: Truth, method: Method) -> None:
     assert torch.equal(untouched, expected.tokens[:, : untouched.shape[1]])
     with plphp.prune(model, KEEP_ALL):
         assert torch.equal(ask(model, expected.inputs), untouched)
-    with plphp.prune(model, method.make(expected.numbers)) as pruning:
+    with method.attach(model, expected.numbers) as pruning:
         tokens, report = ask(model, expected.inputs), pruning.report
     check_tokens(expected, tokens, report, method)
 
@@ -81,15 +80,8 @@ def check_tokens(expected: Truth, tokens: Tensor, report: Any, method: Method) -
         check_selection(expected, report, **method.options)
     assert report.retention < 1 or method.name == "full"
     assert tokens.shape[1] > 1
-    assert torch.equal(tokens, led(expected, tokens, report).argmax(-1))
-
-
-def led(expected: Truth, tokens: Tensor, report: Any) -> Tensor:
-    """The oracle's logits along `tokens`, for what a report says was kept."""
-    kept, steps = kept_of(report), tokens.shape[1]
-    return oracle.decode(
-        expected.build(), expected.inputs, expected.spans, kept, steps, tokens=tokens
-    )[1]
+    wanted = led(expected.build(), expected.inputs, expected.spans, report, tokens)
+    check_greedy(tokens, wanted, report)
 
 
 # --- streams, stopping, logits processors ---------------------------------------------------------
@@ -142,9 +134,10 @@ def check_processor(mode: Mode, family: str, method: Method) -> None:
     assert not torch.equal(untouched, expected.tokens)
     with plphp.prune(model, KEEP_ALL):
         assert torch.equal(ask(), untouched)
-    with plphp.prune(model, method.make(expected.numbers)) as pruning:
+    with method.attach(model, expected.numbers) as pruning:
         tokens, report = ask(), pruning.report
-    logits, ids = led(expected, tokens, report), expected.inputs["input_ids"]
+    logits = led(expected.build(), expected.inputs, expected.spans, report, tokens)
+    ids = expected.inputs["input_ids"]
     for step in range(STEPS):
         said = torch.cat([ids, tokens[:, :step]], 1)
         assert torch.equal(Banned()(said, logits[:, step]).argmax(-1), tokens[:, step])
@@ -223,7 +216,7 @@ def check_compiled(mode: Mode, family: str, method: Method) -> None:
     torch._dynamo.utils.counters.clear()
     config = CompileConfig(mode="default")
     config._compile_all_devices = True  # transformers compiles on accelerators only otherwise
-    with plphp.prune(model, method.make(expected.numbers)) as pruning:
+    with method.attach(model, expected.numbers) as pruning:
         tokens = static(model, expected.inputs, compile_config=config)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1, "not compiled, or recompiled by a step"
@@ -238,7 +231,7 @@ def check_refused(options: dict[str, Any], mode: Mode, family: str, method: Meth
     """Raises the refusal, which is what the page shows; a silent no-op would be a failure."""
     expected = truth(family, 0, mode.rows)
     model = expected.build()
-    with plphp.prune(model, method.make(expected.numbers)) as pruning:
+    with method.attach(model, expected.numbers) as pruning:
         try:
             new_tokens(model, expected.inputs, **options)
         finally:

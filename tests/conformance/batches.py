@@ -73,7 +73,7 @@ def check_padded_turn(mode: Mode, family: str, method: Method) -> None:
         (_, batch), (_, rows) = together_and_alone(model, expected, stock_cache)
         if (batch - rows).abs().max() > LOGITS:
             raise NotApplicable("transformers itself sees the padding between turns")
-    with plphp.prune(model, method.make(expected.numbers)):
+    with method.attach(model, expected.numbers):
         batched, single = together_and_alone(model, expected, plphp.PrunedCache)
     assert torch.equal(batched[0], single[0])
     assert (batched[1] - single[1]).abs().max() < LOGITS
@@ -89,7 +89,7 @@ def check_rows(mode: Mode, family: str, method: Method) -> None:
         cache.batch_repeat_interleave(2)
     picked = torch.tensor([5, 0, 2, 4])
     rows = picked.flip(0) // 2
-    with plphp.prune(model, method.make(expected.numbers)):
+    with method.attach(model, expected.numbers):
         cache = plphp.PrunedCache(model)
         said, _ = ask(model, expected.inputs, cache)
         later = next_turn(EVERY[family], said, expected.spans, (7, 7, 7))

@@ -32,8 +32,8 @@ from conversations import (
     other_talk,
     stored,
 )
-from methods import Method
-from modes import Mode
+from methods import HOMES, METHODS, Method
+from modes import MODES, Mode
 from settings import (
     EAGER,
     FLEX,
@@ -47,6 +47,8 @@ from settings import (
     offloaded,
     spread,
 )
+
+import tiny
 
 CIRCUMSTANCES: dict[str, Mode] = {
     mode.name: mode
@@ -139,6 +141,37 @@ def normal() -> set[tuple[str, str, str]]:
         for number, mode in enumerate(CIRCUMSTANCES)
         if mode not in COMPILES
     }
+
+
+# With recall: families of three kinds in every mode, all families in one
+NOT_WITH_RECALL = ("static cache", "compiled decode")
+FAMILIES = {**tiny.FAMILIES, **tiny.DECODERS}
+RECALLED = ("qwen2_vl", "idefics2", "gemma3")
+PLAIN = "padded batch"
+
+
+def recalled() -> list[tuple[str, str, str]]:
+    """(family, plphp with a home behind it, mode), and one cell of every other method."""
+    found = []
+    for mode in (*MODES.values(), *CIRCUMSTANCES.values()):
+        for family in FAMILIES if mode.name == PLAIN else RECALLED:
+            if mode.applies(FAMILIES[family]):
+                found += [(family, f"plphp+{home}", mode.name) for home in HOMES]
+    for number, method in enumerate(METHODS):
+        if method != "plphp":
+            home = tuple(HOMES)[number % len(HOMES)]
+            found.append((tuple(tiny.FAMILIES)[number], f"{method}+{home}", PLAIN))
+    return found
+
+
+def normal_recalled() -> set[tuple[str, str, str]]:
+    """One cell of every mode and of every family, the homes in turn."""
+    modes: dict[str, list[tuple[str, str, str]]] = {}
+    for cell in recalled():
+        if cell[1].startswith("plphp+") and cell[2] not in COMPILES:
+            modes.setdefault(cell[2], []).append(cell)
+    found = {cells[number % len(cells)] for number, cells in enumerate(modes.values())}
+    return found | {cell for number, cell in enumerate(modes[PLAIN]) if number % 4 in (0, 3)}
 
 
 def run(mode: Mode, family: str, method: Method) -> None:

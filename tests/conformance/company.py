@@ -36,8 +36,8 @@ def check_models(mode: Mode, family: str, method: Method) -> None:
     assert pruned.config is bystander.config
     alone, _ = generate(bystander, expected.inputs)
     before = state_of(bystander)
-    policy = method.make(expected.numbers)
-    with plphp.prune(pruned, policy) as pruning, plphp.prune(whole, KEEP_ALL) as other:
+    attached = method.attach(pruned, expected.numbers)
+    with attached as pruning, plphp.prune(whole, KEEP_ALL) as other:
         assert state_of(bystander) == before
         for _ in range(2):
             assert torch.equal(new_tokens(whole, expected.inputs), expected.tokens)
@@ -53,7 +53,6 @@ def check_threads(mode: Mode, family: str, method: Method) -> None:
     """Two threads on one attached model and one on another that is not, all at once."""
     prompts = [truth(family, 0, rows) for rows in ("one", "three")]
     model, other = prompts[0].build(), prompts[0].build()
-    policy = method.make(prompts[1].numbers)
     got: dict[int, list[tuple[Tensor, Any]]] = {0: [], 1: [], 2: []}
     failed: list[BaseException] = []
 
@@ -70,7 +69,7 @@ def check_threads(mode: Mode, family: str, method: Method) -> None:
         cache = plphp.PrunedCache(model)
         return new_tokens(model, prompts[which].inputs, past_key_values=cache), cache.report
 
-    with plphp.prune(model, policy):
+    with method.attach(model, prompts[1].numbers):
         wanted = [turn(which) for which in got]
         threads = [threading.Thread(target=work, args=(which,)) for which in got]
         for thread in threads:
@@ -90,7 +89,7 @@ def check_ranks(mode: Mode, family: str, method: Method) -> None:
     expected = truth(family, 0, mode.rows)
     model = expected.build()
     policy = method.make(expected.numbers)
-    tokens, _, one = run_policy(model, expected.inputs, policy)
+    tokens, _, one = run_policy(model, expected.inputs, policy, recall=method.recall)
     check_tokens(expected, tokens, one, method)
     ranks = processes().run(model, family, mode.rows, method.name, asdict(expected.numbers))
     for rank in ranks:

@@ -20,7 +20,13 @@ from transformers import DynamicCache
 import oracle
 import plphp
 import tiny
-from invariants import EVERY, KV_HEADS, LOGITS, kept_of, truth
+from along import check_greedy, check_logits, dropped, in_codes, kept_of, led
+from invariants import (
+    EVERY,
+    KV_HEADS,
+    LOGITS,
+    truth,
+)
 
 STEPS = 8
 FIRST = tiny.RowSpec(images=2, text=30)
@@ -70,6 +76,7 @@ class Talk:
     answers: list[list[int]] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     reports: list[Any] = field(default_factory=list)
+    taken_back: list[oracle.Dropped] = field(default_factory=list)  # turns of which codes remain
 
     def ask(self, cache: Any) -> None:
         """The next turn: it repeats the conversation and brings its own pixels."""
@@ -115,20 +122,19 @@ def start(family: str, turns: Turns) -> Talk:
     return Talk(EVERY[family].build(0), EVERY[family], turns)
 
 
-def policy_for(family: str, method: Method) -> Any:
-    return method.make(truth(family, 0, "three").numbers)
+def attached(model: Any, family: str, method: Method) -> Any:
+    return method.attach(model, truth(family, 0, "three").numbers)
 
 
 def check_turns(turns: Turns, mode: Mode, family: str, method: Method) -> None:
     check_kept_whole(turns, family)
     talk = start(family, turns)
-    with plphp.prune(talk.model, policy_for(family, method)):
+    with attached(talk.model, family, method):
         talk.hold(plphp.PrunedCache(talk.model))
-    earlier: list[oracle.Earlier] = []
-    for turn, prompt in enumerate(talk.prompts):
+    earlier: list[oracle.Dropped] = []
+    for turn in range(len(turns)):
         check_turn(talk, turn, earlier, family, method)
-        begin = len(prompt.ids)
-        earlier.append((begin, own_spans(talk, turn), kept_of(talk.reports[turn])))
+        earlier.append(dropped(talk.reports[turn], spans_of(talk, turn, method)))
 
 
 def check_kept_whole(turns: Turns, family: str) -> None:
@@ -149,20 +155,23 @@ def stock_cache(model: Any) -> DynamicCache:
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def own_spans(talk: Talk, turn: int) -> Tensor:
-    """(1, columns so far): this turn's images, those of earlier turns count as text."""
-    before = max(talk.prompts[turn - 1].spans) if turn else 0
+def spans_of(talk: Talk, turn: int, method: Method) -> Tensor:
+    """(1, columns so far) of this turn's images; without recall those of earlier ones are text."""
+    before = max(talk.prompts[turn - 1].spans) if turn and method.recall is None else 0
     spans = torch.tensor([talk.prompts[turn].spans])
     return (spans - before).clamp(min=0)
 
 
 def check_turn(
-    talk: Talk, turn: int, earlier: list[oracle.Earlier], family: str, method: Method
+    talk: Talk, turn: int, earlier: list[oracle.Dropped], family: str, method: Method
 ) -> None:
     """Selection, logits and tokens of one turn, given what the turns before it kept."""
     report, inputs = talk.reports[turn], inputs_of(talk.family, talk.prompts[turn])
-    spans = own_spans(talk, turn)
-    if talk.turns[turn].images == 0:
+    spans = spans_of(talk, turn, method)
+    if method.recall is not None:
+        assert report.images == (int(spans.max()),), "of all turns"
+        assert report.retention < 1
+    elif talk.turns[turn].images == 0:
         assert any("nothing was pruned" in note for note in report.notes)
     elif method.options is not None:
         probabilities = oracle.prefill(talk.model, inputs, earlier)
@@ -174,11 +183,9 @@ def check_turn(
         assert not oracle.compare(selection, kept_of(report)).wrong
         assert report.retention < 1 or method.name == "full"
     tokens = torch.tensor([talk.answers[turn]])
-    _, logits = oracle.decode(
-        talk.model, inputs, spans, kept_of(report), STEPS, tokens=tokens, earlier=earlier
-    )
-    assert (talk.logits[turn] - logits).abs().max() < LOGITS
-    assert torch.equal(tokens, logits.argmax(-1))
+    wanted = led(talk.model, inputs, spans, report, tokens, earlier)
+    check_logits(talk.logits[turn], wanted, report, again=turn > 0)
+    check_greedy(tokens, wanted, report)
 
 
 # --- between two turns ----------------------------------------------------------------------------
@@ -188,7 +195,6 @@ def check_between(
     change: Callable[[Talk, Any], Any], mode: Mode, family: str, method: Method
 ) -> None:
     """`change` does something to the cache after the first turn that the second must not notice."""
-    policy = policy_for(family, method)
     talk, alone = start(family, IMAGE_TURN), start(family, IMAGE_TURN)
     if not reads_later_images(family):
         talk.turns = alone.turns = TEXT_TURN
@@ -198,12 +204,16 @@ def check_between(
         stock.ask(cache)
         with stock_fails_as_not_applicable():
             change(stock, cache)
-    with plphp.prune(alone.model, policy):
+    with attached(alone.model, family, method):
         alone.hold(plphp.PrunedCache(alone.model))
-    with plphp.prune(talk.model, policy):
+    with attached(talk.model, family, method):
         cache = plphp.PrunedCache(talk.model)
         talk.ask(cache)
         talk.ask(change(talk, cache))
+    if talk.taken_back:
+        first = dropped(talk.reports[0], spans_of(talk, 0, method))
+        check_turn(talk, 1, [first, *talk.taken_back], family, method)
+        return
     assert talk.answers == alone.answers
     assert (talk.logits[1] - alone.logits[1]).abs().max() < LOGITS
     assert talk.reports[0].retention < 1 or method.name == "full"
@@ -234,10 +244,13 @@ def stored(talk: Talk, cache: Any) -> Any:
 
 
 def cropped(talk: Talk, cache: Any) -> Any:
-    """More is said, and taken back."""
+    """More is said, and taken back; what it put in codes stays so."""
     length = int(cache.get_seq_length())
     row = add(talk.said, spoken([tiny.SPECIAL + i for i in range(5)]))
     answer_to(talk.model, inputs_of(talk.family, replace(row, media=[])), past_key_values=cache)
+    if in_codes(cache.report):
+        spans = torch.tensor([row.spans[:length]])
+        talk.taken_back.append(replace(dropped(cache.report, spans), begin=length))
     cache.crop(length - int(cache.get_seq_length()))
     assert int(cache.get_seq_length()) == length
     return cache

@@ -1,13 +1,15 @@
 """The policies of the matrix: every registered one, and PLPHP's options one by one.
 
 A policy of which the oracle knows no selection is held against the oracle's decoding of what it
-says it keeps, and against itself in other circumstances.
+says it keeps, and against itself in other circumstances. So is what recall reads of a policy's
+dropped tokens.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import plphp
 from invariants import plphp_policy
 from oracle import Numbers
 from plphp.policy import POLICIES
@@ -26,11 +28,17 @@ OPTIONS: dict[str, dict[str, object]] = {
 class Method:
     """make: the policy, given thresholds that fit the model
     options: how the oracle selects, None where it cannot
+    recall: what becomes of dropped tokens, None to destroy them
     """
 
     name: str
     make: Callable[[Numbers], Any]
     options: dict[str, object] | None = field(default=None, hash=False)
+    recall: plphp.Recall | None = None
+
+    def attach(self, model: Any, numbers: Numbers, mask: Any = None) -> Any:
+        """`plphp.prune` as the method says."""
+        return plphp.prune(model, self.make(numbers), vision_mask=mask, recall=self.recall)
 
 
 def _plphp(name: str, options: dict[str, object]) -> Method:
@@ -53,3 +61,17 @@ METHODS: dict[str, Method] = {
         *(_other(name) for name in POLICIES if name != "plphp" and prunes_the_cache(name)),
     )
 }
+
+# Small enough that every prompt of the matrix parks most of its vision tokens
+HOMES = {"host": plphp.Recall("host", 0.4, record=True), "int4": plphp.Recall("int4", 0.4)}
+
+
+def method(name: str) -> Method:
+    """Of that name; with +host or +int4 behind it, with recall."""
+    policy, _, home = name.partition("+")
+    found = METHODS[policy]
+    return replace(found, name=name, options=None, recall=HOMES[home]) if home else found
+
+
+def home_of(name: str) -> str:
+    return name.partition("+")[2]

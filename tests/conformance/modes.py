@@ -1,6 +1,7 @@
 """The modes of the matrix: which prompts, on which families, and what must hold of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 import oracle
 import plphp
 import tiny
+from along import check_logits, kept_of, led
 from invariants import (
     EVERY,
     LOGITS,
@@ -24,7 +26,6 @@ from invariants import (
     check_spans,
     check_whole_layers,
     generate,
-    kept_of,
     run_policy,
     state_of,
     truth,
@@ -69,7 +70,7 @@ def check_images(mode: Mode, family: str, method: Method) -> None:
     untouched, _ = generate(model, expected.inputs, steps=1)  # transformers sets things lazily
     before = state_of(model)
     policy = method.make(expected.numbers)
-    run = run_policy(model, expected.inputs, policy, expected.mask)
+    run = run_policy(model, expected.inputs, policy, expected.mask, method.recall)
     tokens, logits, report = run
     check_retention(expected, report)
     check_whole_layers(expected, report)
@@ -82,7 +83,7 @@ def check_images(mode: Mode, family: str, method: Method) -> None:
         assert (logits - expected.logits).abs().max() > LOGITS, "pruning had no effect at all"
     check_keeping_all(expected, model)
     if len(expected.rows) > 2:
-        check_rows_alone(expected, model, policy, run, tie(expected, method))
+        check_rows_alone(expected, model, policy, run, tie(expected, method), method.recall)
 
 
 def tie(expected: Truth, method: Method) -> Callable[[Any], bool]:
@@ -102,7 +103,9 @@ def check_text(mode: Mode, family: str, method: Method) -> None:
     model = EVERY[family].build(0)
     inputs, _ = EVERY[family].make_inputs(model, [tiny.NONE], seed=0)
     tokens, logits = generate(model, inputs)
-    pruned, pruned_logits, report = run_policy(model, inputs, method.make(Numbers()))
+    policy = method.make(Numbers())
+    pruned, pruned_logits, report = run_policy(model, inputs, policy, recall=method.recall)
+    assert report.recall is None
     assert torch.equal(pruned, tokens)
     assert (pruned_logits - logits).abs().max() < LOGITS
     assert all((layer == -1).all() for layer in kept_of(report))
@@ -119,37 +122,71 @@ def check_call(mode: Mode, family: str, method: Method) -> None:
     expected = truth(family, 0, mode.rows)
     model = expected.build()
     try:
-        untouched, first = call(mode, model, expected)
+        untouched = call(mode, model, expected)
     except Exception as error:
         raise NotApplicable(f"transformers itself fails, {type(error).__name__}") from error
     with plphp.prune(model, plphp.PLPHP(r=1.0, delta_r=0.0), vision_mask=expected.mask):
-        assert torch.equal(call(mode, model, expected)[0], untouched)
-    with plphp.prune(model, method.make(expected.numbers), vision_mask=expected.mask) as pruning:
-        call(mode, model, expected)
+        assert torch.equal(call(mode, model, expected).sequences, untouched.sequences)
+    with method.attach(model, expected.numbers, expected.mask) as pruning:
+        with last_reads(pruning.model) as reads:
+            out = call(mode, model, expected)
         report = pruning.report
     copies = len(report.prompt) // len(expected.rows)
-    alike = (first - expected.logits[:, :1].repeat_interleave(copies, 0)).abs().amax(
-        (1, 2)
-    ) < LOGITS
+    first = expected.logits[:, 0].repeat_interleave(copies, 0)
+    alike = (untouched.logits[0] - first).abs().amax(1) < LOGITS
     if not any(row.images and alike[i * copies] for i, row in enumerate(expected.rows)):
         raise NotApplicable("transformers itself reads the images differently so")
     for copy in range(copies):
         own = slice(copy, None, copies)
         if method.options is not None:
             check_selection(expected, rows_of(report, own), alike[own].tolist(), **method.options)
+    if method.recall is not None:
+        check_reads(expected, out, report, reads, alike)
 
 
-def call(mode: Mode, model: PreTrainedModel, expected: Truth) -> tuple[Tensor, Tensor]:
-    """(sequences, logits (rows, 1, V) after the prompt), whatever is drawn by the same seed."""
+def call(mode: Mode, model: PreTrainedModel, expected: Truth) -> Any:
+    """What generate() returns, whatever is drawn by the same seed."""
     torch.manual_seed(0)
-    out = model.generate(
+    return model.generate(
         **expected.inputs,
         max_new_tokens=8,
         output_logits=True,
         return_dict_in_generate=True,
         **mode.call,
     )
-    return out.sequences, out.logits[0][:, None]
+
+
+@contextmanager
+def last_reads(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
+    """What had been read after the last forward, before beams are put in order once more."""
+    reads: list[list[Tensor]] = []
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        reads[:] = [list(layer) for layer in output.past_key_values.recalled()]
+
+    with model.register_forward_hook(note):
+        yield reads
+
+
+def check_reads(
+    expected: Truth, out: Any, report: Any, reads: list[list[Tensor]], alike: Tensor
+) -> None:
+    """Along every answer, beams from row to row, the logits are the oracle's."""
+    tokens = out.sequences[:, expected.spans.shape[1] :]
+    answers, steps = tokens.shape
+    slots = torch.arange(answers)[:, None].expand(-1, steps)
+    if getattr(out, "beam_indices", None) is not None:
+        slots = out.beam_indices[:, :steps]
+    logits = torch.stack(out.logits, 1)[slots, torch.arange(steps)]
+    copies = answers // len(expected.rows)
+    for copy in range(copies):
+        own = slice(copy, None, copies)
+        rows = slots[own, -1]
+        layers = tuple(replace(layer, kept=layer.kept[rows]) for layer in report.layers)
+        read = tuple([positions[rows] for positions in layer] for layer in reads)
+        its = replace(report, layers=layers, recall=replace(report.recall, read=read))
+        wanted = led(expected.build(), expected.inputs, expected.spans, its, tokens[own])
+        check_logits(logits[own][alike[rows]], wanted[alike[rows]], report)
 
 
 def rows_of(report: Any, rows: slice) -> Any:

@@ -20,16 +20,15 @@ from transformers import modeling_flash_attention_utils
 
 import oracle
 import plphp
+from along import kept_of, led
 from invariants import (
     EVERY,
     LOGITS,
     ROWS,
-    STEPS,
     check_decoding,
     check_keeping_all,
     check_selection,
     generate,
-    kept_of,
     observe,
     per_row,
     run_policy,
@@ -48,7 +47,8 @@ def check_setting(setting: Setting, mode: Mode, family: str, method: Method) -> 
             logits = generate(model, expected.inputs, steps=1)[1]
         if (logits - expected.logits[:, :1]).abs().max() > LOGITS:
             raise NotApplicable("transformers itself reads the images differently so")
-        run = run_policy(model, expected.inputs, method.make(expected.numbers))
+        policy = method.make(expected.numbers)
+        run = run_policy(model, expected.inputs, policy, recall=method.recall)
         if method.options is not None:
             check_selection(expected, run[2], **method.options)
         check_decoding(expected.build(), expected, *run)
@@ -63,7 +63,8 @@ def check_weights(setting: Setting, mode: Mode, family: str, method: Method) -> 
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         expected = observe(base, family, mode.rows, (plain.inputs, plain.spans))
         assert (expected.logits - plain.logits).abs().max() > 1e-3, "the same weights"
-        run = run_policy(model, expected.inputs, method.make(expected.numbers))
+        policy = method.make(expected.numbers)
+        run = run_policy(model, expected.inputs, policy, recall=method.recall)
         if method.options is not None:
             check_selection(expected, run[2], **method.options)
         check_decoding(base, expected, *run)
@@ -86,15 +87,14 @@ def check_half(dtype: torch.dtype, mode: Mode, family: str, method: Method) -> N
     with plphp.prune(model, KEEP_ALL):
         tokens, logits = generate(model, inputs)
     check_sure(tokens, logits, expected.logits, model)
-    with plphp.prune(model, method.make(expected.numbers)):
+    with method.attach(model, expected.numbers):
         cache = plphp.PrunedCache(model)
         tokens, logits = generate(model, inputs, past_key_values=cache)
     assert all(layer.store.keys.dtype == dtype for _, layer in cache.pruned_layers())
     assert cache.report.retention < 1 or method.name == "full"
     if method.options is not None:
         check_near(expected.select(**method.options), cache.report, ROUNDING[dtype])
-    kept = kept_of(cache.report)
-    wanted = oracle.decode(model, inputs, spans, kept, STEPS, tokens=tokens)[1]
+    wanted = led(model, inputs, spans, cache.report, tokens)
     check_sure(tokens, logits, wanted, model)
 
 

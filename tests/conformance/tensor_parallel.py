@@ -10,9 +10,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import methods
 import torch
 import torch.distributed as dist
-from methods import METHODS
 from transformers import AutoModelForImageTextToText
 
 from invariants import EVERY, ROWS, generate, run_policy
@@ -31,10 +31,11 @@ def answer(
         untouched, _ = generate(model, inputs)
     except Exception as error:
         return {"stock": type(error).__name__}
-    keep_all = METHODS["plphp"].make(Numbers(r=1.0, delta_r=0.0))
+    keep_all = methods.method("plphp").make(Numbers(r=1.0, delta_r=0.0))
     whole, _, _ = run_policy(model, inputs, keep_all)
-    policy = METHODS[method].make(Numbers(**numbers))
-    tokens, _, report = run_policy(model, inputs, policy)
+    chosen = methods.method(method)
+    policy = chosen.make(Numbers(**numbers))
+    tokens, _, report = run_policy(model, inputs, policy, recall=chosen.recall)
     return {
         "untouched": untouched.tolist(),
         "whole": whole.tolist(),

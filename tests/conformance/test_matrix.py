@@ -2,8 +2,9 @@
 
 PLPHP and each of its options meet every family in every mode; other policies the cells that a
 pairwise sample needs. Ways to run a model (`circumstances.py`) meet a few families. The normal run
-takes the sample and every way on one family; the others are marked slow. After a run of all cells,
-`PLPHP_WRITE_DOCS=1` rewrites the page; every other run is held against it.
+takes the sample and every way on one family; the others are marked slow. With recall all that is
+done once more, on fewer families. After a run of all cells `PLPHP_WRITE_DOCS=1` rewrites the page,
+or that half of it of which all were run; every other run is held against it.
 """
 
 import os
@@ -12,10 +13,10 @@ import time
 import circumstances
 import pytest
 import transformers
-from circumstances import CIRCUMSTANCES, COLUMNS, COMPILES, MAY_REFUSE
-from methods import METHODS, OPTIONS
+from circumstances import CIRCUMSTANCES, COLUMNS, COMPILES, MAY_REFUSE, PLAIN, RECALLED
+from methods import METHODS, OPTIONS, home_of, method
 from modes import MODES, NotApplicable
-from page import LINES, NOT_APPLICABLE, PAGE, WORKS, Results, page, shown
+from page import NOT_APPLICABLE, PAGE, WORKS, Results, every_key, page, shown
 from sampling import pairwise
 
 import plphp
@@ -70,9 +71,11 @@ def results() -> Results:
 
 WHOLE = [cell for cell in APPLICABLE if cell[1] in OPTIONS or cell in SAMPLE]
 WAYS = circumstances.cells()
+WITH_RECALL = circumstances.recalled()
 NORMAL = {
     *SAMPLE,
     *circumstances.normal(),
+    *circumstances.normal_recalled(),
     *(cell for cell in DECODERS if cell[2] == "padded batch"),
 }
 CELLS = [
@@ -81,38 +84,39 @@ CELLS = [
         marks=() if cell in NORMAL else pytest.mark.slow,
         id="-".join(cell).replace(" ", "_"),
     )
-    for cell in (*WHOLE, *DECODERS, *WAYS)
+    for cell in (*WHOLE, *DECODERS, *WAYS, *WITH_RECALL)
 ]
 
 
-@pytest.mark.parametrize(("family", "method", "mode"), CELLS)
-def test_cell(family: str, method: str, mode: str, results: Results) -> None:
+@pytest.mark.parametrize(("family", "name", "mode"), CELLS)
+def test_cell(family: str, name: str, mode: str, results: Results) -> None:
+    home = home_of(name)
     if not EVERY[family].available:
-        results.note(family, mode, NOT_APPLICABLE)
+        results.note(family, mode, NOT_APPLICABLE, home)
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     begin = time.perf_counter()
     try:
-        run(family, method, mode)
+        run(family, name, mode)
         result = WORKS if told(family, mode) else "works, given a `vision_mask`"
     except NotApplicable as reason:
         result = f"{NOT_APPLICABLE}: {reason}"
     except (plphp.UnsupportedModelError, plphp.UnsupportedModeError) as error:
-        if must_work(family, mode):
+        if must_work(family, mode, home):
             raise
         result = f"refused: {error}"
-    results.note(family, mode, result)
-    results.cells += 1
-    results.seconds += time.perf_counter() - begin
+    results.note(family, mode, result, home, time.perf_counter() - begin)
 
 
-def run(family: str, method: str, mode: str) -> None:
+def run(family: str, name: str, mode: str) -> None:
     if mode in CIRCUMSTANCES:
-        circumstances.run(CIRCUMSTANCES[mode], family, METHODS[method])
+        circumstances.run(CIRCUMSTANCES[mode], family, method(name))
     else:
-        MODES[mode].check(MODES[mode], family, METHODS[method])
+        MODES[mode].check(MODES[mode], family, method(name))
 
 
-def must_work(family: str, mode: str) -> bool:
+def must_work(family: str, mode: str, home: str) -> bool:
+    if home and mode in circumstances.NOT_WITH_RECALL:
+        return False
     if mode in CIRCUMSTANCES:
         return family not in MAY_REFUSE.get(mode, ())
     return mode in MUST_WORK.get(family, ())
@@ -155,18 +159,30 @@ def test_every_way_meets_every_column() -> None:
     assert {cell[0] for cell in circumstances.normal()} == {*COLUMNS}
 
 
+def test_recall_meets_every_mode_and_every_family() -> None:
+    by_plphp = {(family, mode) for family, name, mode in WITH_RECALL if name.startswith("plphp+")}
+    applicable = {mode.name for mode in MODES.values() if mode.applies(tiny.FAMILIES[RECALLED[0]])}
+    assert {mode for _, mode in by_plphp} == applicable | {*CIRCUMSTANCES}
+    assert {family for family, mode in by_plphp if mode == PLAIN} == {*circumstances.FAMILIES}
+    assert {name.partition("+")[0] for _, name, _ in WITH_RECALL} == {*METHODS}
+    normal = circumstances.normal_recalled()
+    assert {cell[2] for cell in normal} == {cell[2] for cell in WITH_RECALL} - {*COMPILES}
+    assert {cell[0] for cell in normal} == {*circumstances.FAMILIES}
+
+
 def test_the_page_says_what_works(results: Results) -> None:
     """Cells that ran say what the page says; with PLPHP_WRITE_DOCS=1 and all cells, they are it."""
     if os.environ.get("PLPHP_WRITE_DOCS"):
-        assert results.cells == len(CELLS), "the page is made from a run of all cells"
-        PAGE.write_text(page(results))
+        cells = {False: len(CELLS) - len(WITH_RECALL), True: len(WITH_RECALL)}
+        whole = {recall for recall, many in cells.items() if results.cells[recall] == many}
+        assert whole, "the page is made from a run of all cells, or of all with or without recall"
+        PAGE.write_text(page(results, whole))
     if f"transformers {transformers.__version__}," not in PAGE.read_text():
         pytest.skip("the page speaks of another transformers")
     cells = shown()
-    wanted = {(family, mode) for family in LINES for mode in MODES}
-    assert set(cells) == wanted | {(family, mode) for family in COLUMNS for mode in CIRCUMSTANCES}
+    assert set(cells) == every_key()
     assert all(cells.values()), "no empty cell"
-    for family, mode in results.said:
+    for family, mode, home in results.said:
         for column in [mode] if mode else MODES:
-            now = {*results.cell(family, column)} - {NOT_APPLICABLE}
-            assert now <= {*cells[family, column]}, f"{family}, {column}"
+            now = {*results.cell(family, column, home)} - {NOT_APPLICABLE}
+            assert now <= {*cells[family, column, home]}, f"{family}, {column}, {home}"

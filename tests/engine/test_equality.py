@@ -58,7 +58,7 @@ class Together(plphp.PLPHP):
     def kind(self) -> str:
         return "layers"
 
-    def plan_all(self, looks: Any, budget: Any) -> Any:
+    def plan_all(self, looks: Any) -> Any:
         from plphp.policy import steps
         from plphp.policy.view import pack
 

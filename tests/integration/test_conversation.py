@@ -16,6 +16,7 @@ from torch import Tensor
 
 import plphp
 import tiny
+from plphp.cache import allocated
 
 KEEP_ALL = plphp.PLPHP(r=1, delta_r=0)
 FAMILIES = ("qwen2_vl", "llava", "idefics2")
@@ -208,12 +209,18 @@ def test_rows_can_be_repeated_reordered_and_selected() -> None:
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+WAYS = (None, plphp.Recall("host", 0.4), plphp.Recall("host", 0.4, every=2), plphp.Recall("int4"))
+
+
+@pytest.mark.parametrize("recall", WAYS, ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_saved_conversation_goes_on_as_if_it_had_stayed(name: str, tmp_path: Path) -> None:
+def test_a_saved_conversation_goes_on_as_if_it_had_stayed(
+    name: str, recall: plphp.Recall | None, tmp_path: Path
+) -> None:
     family = tiny.FAMILIES[name]
     talk = Talk(family.build(0), family, TURNS["image"])
     file = tmp_path / "talk.safetensors"
-    with plphp.prune(talk.model, SOME):
+    with plphp.prune(talk.model, SOME, recall=recall):
         wanted = talk.hold(plphp.PrunedCache(talk.model))
 
         class Stored:
@@ -232,7 +239,46 @@ def test_a_saved_conversation_goes_on_as_if_it_had_stayed(name: str, tmp_path: P
         talk.ask = asked  # type: ignore[method-assign]
         got = talk.hold(None)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-        assert file.stat().st_size < 1.1 * Stored.cache.kv_bytes() + 10_000
+        parked = Stored.cache.kv_bytes()
+        if recall is not None:
+            parked += sum(
+                allocated(layer.parked.parked()) for _, layer in Stored.cache.pruned_layers()
+            )
+        assert file.stat().st_size < 1.1 * parked + 20_000
+
+
+@pytest.mark.parametrize("recall", WAYS[1::2], ids=str)
+def test_damaged_and_foreign_parked_tokens_are_refused(
+    recall: plphp.Recall, tmp_path: Path
+) -> None:
+    family = tiny.FAMILIES["qwen2_vl"]
+    model = family.build(0)
+    inputs = family.make_inputs(model, [tiny.RowSpec(images=1, text=40)], 0)[0]
+    file = tmp_path / "talk.safetensors"
+    with plphp.prune(model, SOME, recall=recall):
+        cache = plphp.PrunedCache(model)
+        model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
+        cache.save(file)
+        with safe_open(file, framework="pt") as saved:
+            metadata = saved.metadata()
+            tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+        held = tensors["1.parked.held"]
+        key = next(n for n in tensors if n.startswith("1.parked.keys"))
+        for damage, says in (
+            ({"1.parked.held": held + 999}, "at hand makes no sense"),
+            ({"1.parked.held": held[:, :1].contiguous()}, "does not fit"),
+            ({key: torch.cat([tensors[key]] * 2)}, "does not fit"),
+        ):
+            save_file({**tensors, **damage}, file, metadata)
+            with pytest.raises(plphp.InputError, match=says):
+                plphp.PrunedCache.load(model, file)
+        save_file({k: v for k, v in tensors.items() if k != key}, file, metadata)
+        with pytest.raises(plphp.InputError, match="incomplete"):
+            plphp.PrunedCache.load(model, file)
+        cache.save(file)
+    for other in (None, plphp.Recall("int2")):
+        with plphp.prune(model, SOME, recall=other), pytest.raises(plphp.InputError, match="like"):
+            plphp.PrunedCache.load(model, file)
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:

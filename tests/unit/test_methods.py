@@ -52,7 +52,7 @@ def vision_kept(plan: KeepPlan, view: LayerView, head: int = 0) -> list[int]:
 
 def plans(policy: plphp.policy, views: list[LayerView]) -> list[KeepPlan]:
     if policy.kind == "layers":
-        made: list[KeepPlan] = policy.plan_all([policy.look(v) for v in views], policy.budget)
+        made: list[KeepPlan] = policy.plan_all([policy.look(v) for v in views])
         return made
     return [policy.plan(view) for view in views]
 

@@ -58,6 +58,15 @@ def vision_of(row: int) -> Tensor:
     return (SPANS[row] > 0).nonzero()[:, 0]
 
 
+def padding(row: int) -> int:
+    return int((SPANS[row] < 0).sum())
+
+
+def read_of(home: Home, row: int, head: int) -> list[int]:
+    """Row-logical positions of what was read last."""
+    return [position for position in home.log[-1][row, head].tolist() if position >= 0]
+
+
 def scores_by_the_formula(keys: Tensor, asked: Tensor, basis: Tensor) -> Tensor:
     """Of keys (V, D) for queries (G, D) and directions (D, r), float64, in standard deviations."""
     keys, asked, basis = keys.double(), asked.double(), basis.double()
@@ -89,8 +98,10 @@ def test_a_step_brings_what_its_query_looks_for(budget: float) -> None:
         for row in range(BATCH):
             columns = vision_of(row)
             for head in range(HEADS):
-                held = home.log[step][row, head].long()
+                held = home.held[row, head].long()
                 held = held[held < home.keys.shape[2]]
+                places = columns[held].sort().values - padding(row)
+                assert read_of(home, row, head) == places.tolist()
                 queries = asked[row, head * GROUPS : (head + 1) * GROUPS, 0]
                 scores = scores_by_the_formula(keys[row, head, columns], queries, basis[row, head])
                 chosen = torch.zeros(len(columns), dtype=torch.bool)
@@ -110,8 +121,7 @@ def test_attention_reads_text_and_what_was_chosen() -> None:
     visible = (SPANS == 0)[:, None].repeat(1, HEADS, 1)
     for row in range(BATCH):
         for head in range(HEADS):
-            held = home.log[0][row, head].long()
-            visible[row, head, vision_of(row)[held[held < home.keys.shape[2]]]] = True
+            visible[row, head, torch.tensor(read_of(home, row, head)) + padding(row)] = True
     expected = reference.attend(asked, keys, values, visible[:, :, None], SCALE)
     torch.testing.assert_close(out, expected)
 
@@ -278,11 +288,34 @@ def test_fetched_tokens_are_counted() -> None:
     assert home.fetched[2] == sum(new)
 
 
+def say(home: Home, store: KVStore, *steps: int) -> Tensor:
+    """Attention of new columns, the queries of these numbers, read at once."""
+    new = torch.zeros(BATCH, HEADS, len(steps), DIM)
+    store.append(new, new)
+    return home.attend(torch.cat([query(step) for step in steps], 2), store, SCALE, None)
+
+
 def test_every_other_step_keeps_what_it_has() -> None:
     store, home, *_ = parked(plphp.Recall(budget=0.4, every=2))
     for step in range(4):
-        home.attend(query(step), store, SCALE, None)
+        say(home, store, step)
     assert [bool(n) for n in home.fetched] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_guesses_that_are_taken_back_leave_nothing(every: int) -> None:
+    """Columns read one by one, and two at a time with three wrong ones behind them."""
+    recall = plphp.Recall(budget=0.4, every=every, record=True)
+    plain_store, plain, *_ = parked(recall)
+    store, home, *_ = parked(recall)
+    for step in range(0, 10, 2):
+        wanted = [say(plain, plain_store, step), say(plain, plain_store, step + 1)]
+        found = say(home, store, step, step + 1, 77, 78, 79)
+        store.crop(3)
+        home.crop(store, 3)
+        torch.testing.assert_close(found[:, :, :2], torch.cat(wanted, 2))
+        assert len(home.log) == len(plain.log) == step + 2
+        assert all(map(torch.equal, home.log, plain.log))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """WHERE kept tokens live: buffers of one layer, byte accounting, the report."""
 
+from plphp.cache.earlier import EarlierImage, images_left, images_of, in_rows, told
 from plphp.cache.memory import allocated
 from plphp.cache.report import LayerReport, Report, Seen, layer_report, untouched_report
 from plphp.cache.static import StaticStore, bucketed
@@ -7,6 +8,7 @@ from plphp.cache.store import KVStore, slack, take
 from plphp.cache.traffic import RecallReport
 
 __all__ = [
+    "EarlierImage",
     "KVStore",
     "LayerReport",
     "RecallReport",
@@ -15,8 +17,12 @@ __all__ = [
     "StaticStore",
     "allocated",
     "bucketed",
+    "images_left",
+    "images_of",
+    "in_rows",
     "layer_report",
     "slack",
     "take",
+    "told",
     "untouched_report",
 ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from plphp.cache.earlier import EarlierImage
 from plphp.cache.traffic import RecallReport
 from plphp.policy import LAYER_CLASSES, KeepPlan
 
@@ -49,10 +50,12 @@ class LayerReport:
 class Seen:
     """Which tokens of a prompt are vision, for drawing them.
 
+    What only drawing asks for stays on the device where it came.
+
     spans: (B, N) int64 on the CPU, as `vision_spans` returns them
     positions: (B, N) int64 on the CPU, row-logical position of each column
     config: the model's; inputs: what its processor said of the images, pixels left out
-    ids: (B, N) int64 on the CPU, None for a prompt that came as embeddings
+    ids: (B, N) int64, None for a prompt that came as embeddings
     """
 
     spans: Tensor
@@ -74,6 +77,7 @@ class Report:
     notes: what a reader should know: layers left alone, images that could not be told apart
     seen: where the images stand in the prompt
     recall: what was parked where, None where dropped tokens are gone
+    earlier: images of earlier turns, and what of them this prompt found
     """
 
     layers: tuple[LayerReport, ...]
@@ -84,6 +88,7 @@ class Report:
     notes: tuple[str, ...] = ()
     seen: Seen | None = field(default=None, repr=False, compare=False)
     recall: RecallReport | None = None
+    earlier: tuple[EarlierImage, ...] = ()
 
     @property
     def retention(self) -> float:
@@ -104,6 +109,7 @@ class Report:
             "images": list(self.images),
             "notes": list(self.notes),
             "recall": None if self.recall is None else self.recall.to_dict(),
+            "earlier": [asdict(image) for image in self.earlier],
             "layers": [
                 {
                     "layer": a.layer,
@@ -165,12 +171,20 @@ class Report:
                     f"{a.layer:5d}  {gamma:5.3f}  {name:19s}  {a.rate[row]:4.2f}  "
                     f"{kept}/{a.vision[row]}"
                 )
-        rows.append(
+        return "\n".join([*rows, self.summary, *self.remarks])
+
+    @property
+    def summary(self) -> str:
+        """One line: what was kept, and bytes."""
+        return (
             f"{self.retention:.1%} of vision K/V kept; cache {self.kv_bytes:,} bytes allocated, "
             f"{self.kv_bytes_full:,} for the full prompt"
         )
-        recalled = [] if self.recall is None else [str(self.recall)]
-        return "\n".join([*rows, *recalled, *self.notes])
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Lines that go with it: recall, and the notes."""
+        return (*([] if self.recall is None else [str(self.recall)]), *self.notes)
 
 
 def _drawing() -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class RecallReport:
@@ -19,6 +21,7 @@ class RecallReport:
     fetched: tokens that each layer fetched at each step since, all rows and KV heads together; the
         lists go on growing while the answer is written
     token_bytes: what one fetched token moves
+    read: as `PrunedCache.recalled()` returns it; these lists go on growing too
     """
 
     home: str
@@ -30,6 +33,7 @@ class RecallReport:
     index: int
     token_bytes: int = 0
     fetched: tuple[list[int], ...] = field(default=(), repr=False)
+    read: tuple[list[Tensor], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def share(self) -> float:
@@ -38,7 +42,7 @@ class RecallReport:
 
     @property
     def steps(self) -> int:
-        """Tokens written since."""
+        """Tokens read since, guesses that were taken back included."""
         return max((len(layer) for layer in self.fetched), default=0)
 
     @property

@@ -108,10 +108,10 @@ def _record(job: Any, line: Line, answer: Callable[..., Any]) -> dict[str, Any]:
     if line.error:
         return {**record, "error": line.error}
     try:
-        text, report, _ = answer(job, line.images, line.prompt)
+        text, report = answer(job, line.images, line.prompt)
     except PlphpError as error:
         return {**record, "error": " ".join(str(error).split())}
-    costs = {name: report[name] for name in ("retention", "kv_bytes", "kv_bytes_full")}
+    costs = {name: getattr(report, name) for name in ("retention", "kv_bytes", "kv_bytes_full")}
     return {**record, "answer": text, **costs}
 
 

@@ -19,6 +19,7 @@ from plphp.policy import Policy
 
 if TYPE_CHECKING:
     from plphp.bench import Comparison
+    from plphp.cache import Report
     from plphp.hf import Pruning
     from plphp.inputs import Runnable
     from plphp.recall import Recall
@@ -76,8 +77,6 @@ def generate(
 ) -> None:
     """Answer a prompt about images with a pruned cache. Streams the answer as it comes."""
     policy, parked = method.chosen(), method.parked()
-    if compare and parked is not None:
-        raise InputError("--compare goes without --recall: dev/studies/recall_speed.py times it")
     generation = sampling.options()
     images, videos = image or [], video or []
     check_files(images, videos)
@@ -110,8 +109,8 @@ def answer(
     prompt: str,
     videos: Sequence[str] = (),
     streamer: Any = None,
-) -> tuple[str, dict[str, Any], str]:
-    """The text, the report as a dict, and the report as text."""
+) -> tuple[str, Report]:
+    """The text and the report."""
     import torch
 
     from plphp.inputs import make_inputs
@@ -122,7 +121,7 @@ def answer(
         tokens = job.loaded.model.generate(**inputs, **job.generation, **extra)
     assert pruning.report is not None
     text = job.loaded.decode(tokens[0, inputs["input_ids"].shape[1] :])
-    return text, pruning.report.to_dict(), str(pruning.report)
+    return text, pruning.report
 
 
 def _attached(job: Job) -> Pruning:
@@ -144,13 +143,14 @@ def _print_answer(
     streamer = None
     if not as_json:
         streamer = TextStreamer(job.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    text, numbers, table = answer(job, images, prompt, videos, streamer)
+    text, report = answer(job, images, prompt, videos, streamer)
     if as_json:
-        print(json.dumps({**_what(job, images, prompt), "answer": text, "report": numbers}))
+        said = {**_what(job, images, prompt), "answer": text, "report": report.to_dict()}
+        print(json.dumps(said))
         return
     sys.stdout.flush()
-    short = 1 + len(numbers["notes"]) + (numbers["recall"] is not None)
-    print(table if full_report else "\n".join(table.splitlines()[-short:]), file=sys.stderr)
+    short = "\n".join([report.summary, *report.remarks])
+    print(report if full_report else short, file=sys.stderr)
 
 
 def _print_comparison(
@@ -166,13 +166,17 @@ def _print_comparison(
 
     inputs = make_inputs(job.loaded, images, prompt, videos)
     with stderr().status("generating, full and pruned in turn"):
-        compared = compare(job.loaded.model, inputs, job.policy, rounds, **job.generation)
+        compared = compare(
+            job.loaded.model, inputs, job.policy, rounds, recall=job.recall, **job.generation
+        )
     numbers = _comparison(job, compared)
     if as_json:
         report = compared.report.to_dict()
         print(json.dumps({**_what(job, images, prompt), **numbers, "report": report}))
         return
-    table = Table(title=f"{compared.report.retention:.0%} of the vision K/V kept")
+    found = compared.report.recall
+    share, how = (found.share, "on the device") if found else (compared.report.retention, "kept")
+    table = Table(title=f"{share:.0%} of the vision K/V {how}")
     for name in ("", "full", "pruned"):
         table.add_column(name, overflow="fold")
     rows = {
@@ -185,8 +189,8 @@ def _print_comparison(
         full, pruned = (form.format(numbers[which][name]) for which in ("full", "pruned"))
         table.add_row(name.replace("_", " "), full, pruned)
     stdout().print(table)
-    for note in compared.report.notes:
-        print(note, file=sys.stderr)
+    for line in compared.report.remarks:
+        print(line, file=sys.stderr)
 
 
 def _comparison(job: Job, compared: Comparison) -> dict[str, dict[str, Any]]:

@@ -259,10 +259,11 @@ def _finish(pruning: Pruning) -> Hook:
         drafts = int(cache.get_seq_length()) - turn.end
         cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, turn)
         cache.shared.last_image = max(cache.shared.last_image, turn.last_image)
+        pruning.report = report = build_report(cache, turn)
+        cache.tell(report)
         cache.shared.spans = turn.spans if cache.shared.recall is not None else None
-        cache.report = pruning.report = report = build_report(cache, turn)
         cache.shared.turn = None
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s", str(report).splitlines()[-1 - len(report.notes)])
+            logger.debug("%s", report.summary)
 
     return finish

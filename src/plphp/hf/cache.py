@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from plphp.cache import Report, allocated
+from plphp.cache import EarlierImage, Report, allocated
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer, Shared, spans_until
@@ -54,6 +54,8 @@ class PrunedCache(Cache):
         self.generating = False  # inside generate(): forwards after the prompt are its steps
         self.report: Report | None = None
         self.shift: Tensor | None = None  # (B,) position minus column of what comes next
+        self.order: Tensor | None = None  # (B,) rows of the report that ours are, None as they were
+        self.found: tuple[EarlierImage, ...] = ()  # what a file said in place of a report
         super().__init__(layers=self._layers(0))
 
     def _layers(self, prompt: int) -> list[Any]:
@@ -143,7 +145,8 @@ class PrunedCache(Cache):
         """Forget the conversation. A static cache keeps its buffers for the next one."""
         super().reset()
         self.shift, self.report, self.generating = None, None, False
-        self.shared.turn, self.shared.last_image = None, 0
+        self.order, self.found = None, ()
+        self.shared.turn, self.shared.last_image, self.shared.spans = None, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put rows (B',) in a new order, positions of later turns included."""
@@ -165,6 +168,11 @@ class PrunedCache(Cache):
             self.shift = self.shift[rows.to(self.shift.device)]
         if self.shared.spans is not None:
             self.shared.spans = self.shared.spans[rows.to(self.shared.spans.device)]
+        self.order = rows if self.order is None else self.order[rows.to(self.order.device)]
+
+    def tell(self, report: Report) -> None:
+        """Take the report of a prompt that has just been read."""
+        self.report, self.order = report, None
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that the cache keeps allocated."""

@@ -192,6 +192,9 @@ class PrunedLayer(CacheLayerMixin):
                 f"cannot crop {columns} tokens: that reaches into pruned images; start a new cache"
             )
         self.store.crop(columns)
+        if self.parked is not None:
+            assert isinstance(self.store, KVStore)
+            self.parked.crop(self.store, columns)
 
     def offload(self) -> None:
         self.move(torch.device("cpu"))

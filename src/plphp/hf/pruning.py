@@ -85,7 +85,7 @@ def after_attention(
 def _plan_together(policy: Any, turn: Turn) -> None:
     """All layers are there: share the budget among them and compact every one."""
     indices = sorted(turn.waiting)
-    plans = policy.plan_all([turn.waiting[index].look for index in indices], policy.budget)
+    plans = policy.plan_all([turn.waiting[index].look for index in indices])
     for index, plan in zip(indices, plans, strict=True):
         waiting = turn.waiting.pop(index)
         turn.plans[index] = (plan, waiting.look.spans, waiting.positions)
@@ -135,4 +135,5 @@ def _view(
         asked=last.slots,
         keys=keys,
         values=values,
+        images=max(turn.images, 0),
     )

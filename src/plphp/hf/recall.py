@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from plphp.cache import KVStore, RecallReport, allocated
@@ -45,12 +44,13 @@ def park_layer(layer: PrunedLayer, view: LayerView) -> KeepPlan:
     chosen, recall = layer.shared.policy, layer.shared.recall
     assert isinstance(chosen, CachePolicy) and isinstance(layer.store, KVStore)
     assert recall is not None
-    if not bool((view.spans > 0).any()):
+    if not view.most_images():
         return chosen.plan(view)
     among = layer.shared.prunable
     place = (among.index(view.layer), len(among))
-    layer.parked = park(layer.store, chosen.look(view), recall, place)
-    plan: KeepPlan = layer.parked.plan
+    layer.parked = home = park(layer.store, chosen.look(view), recall, place)
+    plan, home.plan = home.plan, None
+    assert plan is not None
     return plan
 
 
@@ -72,35 +72,16 @@ def recall_report(cache: Any) -> RecallReport | None:
         index=allocated(every) - allocated(parked),
         token_bytes=found[0].token_bytes,
         fetched=tuple(home.fetched for home in found),
+        read=tuple(recalled(cache)),
     )
 
 
 def recalled(cache: Any) -> list[list[Tensor]]:
-    """Layer by layer and step by step since the last prompt, what every KV head read of the images.
+    """Layer by layer and token by token since the last prompt, what every KV head read of images.
 
     Each (B, Hkv, k) int64 on the CPU: row-logical positions of vision tokens, ascending, -1 pads.
-    Empty without `Recall(record=True)`, and of layers that were left alone.
+    Tokens that were taken back are left out, and rows are those that the cache has now. Empty
+    without `Recall(record=True)`, and of layers that were left alone.
     """
-    spans = cache.shared.spans
-    if spans is None:
-        return []
-    spans = spans.cpu()
-    vision = spans > 0
-    order = vision.int().argsort(dim=-1, descending=True, stable=True)
-    position = ((spans >= 0).cumsum(-1) - 1).masked_fill(~vision, -1).gather(1, order)
-    position = torch.nn.functional.pad(position, (0, 1), value=-1)
-    found = []
-    for layer in cache.layers:
-        home = getattr(layer, "parked", None)
-        found.append([_positions(position, held) for held in (home.log if home else [])])
-    return found
-
-
-def _positions(position: Tensor, held: Tensor) -> Tensor:
-    """held (B, Hkv, k): numbers of vision tokens, what is above all of them for none."""
-    most = int((position >= 0).sum(-1).max())
-    number = held.long().clamp(max=most)
-    where = position[:, None].expand(-1, held.shape[1], -1).gather(2, number)
-    where = where.masked_fill(number == most, position.shape[1])
-    where = where.sort(-1).values
-    return where.masked_fill(where == position.shape[1], -1)
+    homes = (getattr(layer, "parked", None) for layer in cache.layers)
+    return [[] if home is None else home.log for home in homes]

@@ -83,7 +83,7 @@ class Prompt:
         for index, plan in planned.items():
             plan = adopt_view(cache.layers[index], views[index], plan)
             turn.plans[index] = (plan, views[index].spans, slot_positions(turn, self.columns))
-        cache.report = replace(build_report(cache, turn), seen=self.seen)
+        cache.tell(replace(build_report(cache, turn), seen=self.seen))
         return cache
 
     def _turn(self, pruning: Pruning) -> Turn:
@@ -153,8 +153,7 @@ def plans(made: Policy, views: dict[int, LayerView]) -> dict[int, KeepPlan]:
     if made.kind == "layer":
         return {index: made.plan(view) for index, view in views.items()}
     assert isinstance(made, CachePolicy)
-    budget: float = made.budget  # type: ignore[attr-defined]
-    plans = made.plan_all([made.look(view) for view in views.values()], budget)
+    plans = made.plan_all([made.look(view) for view in views.values()])
     return dict(zip(views, plans, strict=True))
 
 

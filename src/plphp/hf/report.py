@@ -8,11 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from plphp.cache import (
+    EarlierImage,
     LayerReport,
     Report,
     Seen,
     allocated,
+    images_left,
+    images_of,
+    in_rows,
     layer_report,
+    told,
     untouched_report,
 )
 from plphp.hf import compat
@@ -25,9 +30,11 @@ from plphp.policy import SequencePolicy
 
 
 def build_report(cache: PrunedCache, turn: Turn) -> Report:
-    """The report of a finished prefill; everything in it is on the CPU."""
+    """The report of a finished prefill; what it tells is on the CPU."""
     assert turn.spans is not None
-    counts = turn.spans.cpu()
+    counts, recall = turn.spans.cpu(), cache.shared.recall
+    earlier = images_found(cache) if turn.begin else ()
+    lost = [told(earlier, None if recall is None else recall.home)] if earlier else []
     layers = tuple(_layer(cache, turn, index) for index in range(_depth(cache)))
     return Report(
         layers=layers,
@@ -35,10 +42,19 @@ def build_report(cache: PrunedCache, turn: Turn) -> Report:
         kv_bytes_full=sum(layer.kv_bytes_full for layer in layers),
         prompt=tuple((counts >= 0).sum(-1).tolist()),
         images=tuple(counts.amax(-1).clamp(min=0).tolist()),
-        notes=(*turn.notes, *_notes(cache, turn)),
+        notes=(*turn.notes, *_notes(cache, turn), *lost),
         seen=_seen(turn, counts),
         recall=recall_report(cache),
+        earlier=earlier,
     )
+
+
+def images_found(cache: PrunedCache) -> tuple[EarlierImage, ...]:
+    """The images of all turns so far, as the next prompt finds them."""
+    if cache.shared.recall is not None and cache.shared.spans is not None:
+        return images_of(cache.shared.spans.cpu())
+    found = cache.found if cache.report is None else images_left(cache.report)
+    return found if cache.order is None else in_rows(found, cache.order.tolist())
 
 
 def _layer(cache: PrunedCache, turn: Turn, index: int) -> LayerReport:
@@ -53,9 +69,9 @@ def _layer(cache: PrunedCache, turn: Turn, index: int) -> LayerReport:
 def _seen(turn: Turn, spans: Tensor) -> Seen:
     """What is drawn of a prompt later. Pixels are left out: a report may be kept for long."""
     given = processor_inputs(turn.source).items()
-    small = {name: t.cpu() for name, t in given if isinstance(t, Tensor) and t.dim() <= 2}
+    small = {name: t for name, t in given if isinstance(t, Tensor) and t.dim() <= 2}
     ids = turn.source.get("input_ids")
-    ids = None if ids is None else ids[:, -spans.shape[1] :].cpu()
+    ids = None if ids is None else ids[:, -spans.shape[1] :]
     return Seen(spans, turn.positions().cpu(), turn.config, small, ids)
 
 

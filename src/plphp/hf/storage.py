@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from plphp.cache import KVStore
+from plphp.cache import EarlierImage, KVStore
 from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf.cache import PrunedCache
 from plphp.hf.layer import PrunedLayer
+from plphp.hf.report import images_found
+from plphp.recall import Home, Recall, restored, state
 
 FORMAT = 1
+PARKED = "parked."
 
 
 def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
@@ -26,8 +30,6 @@ def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
     left to transformers.
     """
     cache.check()
-    if cache.shared.recall is not None:
-        raise UnsupportedModeError("a cache with recall cannot be saved yet: its parked tokens too")
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for index, layer in enumerate(cache.layers):
@@ -46,13 +48,19 @@ def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
         # Contiguous copies: neither slack nor what a view hides goes to disk.
         tensors |= {f"{index}.{name}": t.contiguous() for name, t in held.items()}
         numbers = {name: getattr(store, name) for name in ("end", "logical", "window")}
-        layers.append({**numbers, "raw": layer.raw})
-    if cache.shift is not None:
-        tensors["shift"] = cache.shift.contiguous()
+        layers.append({**numbers, "raw": layer.raw, "parked": None})
+        if layer.parked is not None:
+            parked, layers[-1]["parked"] = state(layer.parked)
+            tensors |= {f"{index}.{PARKED}{name}": t for name, t in parked.items()}
+    for name, tensor in (("shift", cache.shift), ("spans", cache.shared.spans)):
+        if tensor is not None:
+            tensors[name] = tensor.contiguous()
     header = {
         "format": FORMAT,
         "model_type": cache.config.model_type,
         "last_image": cache.shared.last_image,
+        "recall": _said(cache.shared.recall),
+        "images": [asdict(image) for image in images_found(cache)],
         "layers": layers,
     }
     target = Path(path)
@@ -74,12 +82,17 @@ def load_cache(model: Any, path: str | os.PathLike[str]) -> PrunedCache:
     device = next(model.parameters()).device
     for index, numbers in enumerate(header["layers"]):
         layer = cache.layers[index]
-        layer.store = _store(tensors, index, numbers, cache.config, path)
-        layer.store.to(device)
+        layer.store = store = _store(tensors, index, numbers, cache.config, path)
+        layer.parked = _parked(tensors, index, numbers, cache.shared.recall, store, path)
+        store.to(device)
+        if layer.parked is not None:
+            layer.parked.move(device)
         layer.raw, layer.is_initialized = bool(numbers["raw"]), True
-    shift = tensors.get("shift")
+    shift, spans = (tensors.get(name) for name in ("shift", "spans"))
     cache.shift = None if shift is None else shift.to(device)
+    cache.shared.spans = None if spans is None else spans.to(device)
     cache.shared.last_image = int(header["last_image"])
+    cache.found = tuple(EarlierImage(**image) for image in header.get("images", []))
     cache.check()
     return cache
 
@@ -92,12 +105,41 @@ def _check_header(cache: PrunedCache, header: dict[str, Any], path: Any) -> None
             f"{path} belongs to a {header.get('model_type')!r} model, this one is "
             f"{cache.config.model_type!r}"
         )
+    recall = header.get("recall")
+    if recall != _said(cache.shared.recall):
+        options = ", ".join(f"{name}={value!r}" for name, value in (recall or {}).items())
+        how = f"with recall=plphp.Recall({options})" if recall else "without recall"
+        raise InputError(f"{path} was saved {how}: attach the model like that to read it")
     layers = header.get("layers", [])
     if len(layers) != len(cache.layers):
         raise InputError(f"{path} has {len(layers)} layers, the model has {len(cache.layers)}")
     windows = [getattr(layer, "window", None) for layer in cache.layers]
     if [numbers.get("window") for numbers in layers] != windows:
         raise InputError(f"{path} was made with other attention windows than the model's")
+
+
+def _said(recall: Recall | None) -> dict[str, Any] | None:
+    """What recall was asked for, as a header says it."""
+    return None if recall is None else asdict(recall)
+
+
+def _parked(
+    tensors: dict[str, Tensor],
+    index: int,
+    numbers: dict[str, Any],
+    recall: Recall | None,
+    store: KVStore,
+    path: Any,
+) -> Home | None:
+    """One layer's parked tokens, None where nothing was."""
+    if numbers.get("parked") is None or recall is None:
+        return None
+    begin = f"{index}.{PARKED}"
+    own = {n.removeprefix(begin): t for n, t in tensors.items() if n.startswith(begin)}
+    try:
+        return restored(recall, own, numbers["parked"], store)
+    except ValueError as error:
+        raise InputError(f"{path}, layer {index}: {error}") from error
 
 
 def _store(

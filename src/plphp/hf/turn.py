@@ -25,6 +25,7 @@ class Turn:
 
     source: the keyword arguments that describe it: input_ids, mm_token_type_ids, grids
     spans: (B, length) once the whole prompt is there; `notes` on images that touch
+    images: how many images a row has at most
     tokens_before: (B,) tokens of earlier turns, padding not counted
     earlier: (B, begin) spans of earlier turns, with recall: then `spans` covers them too, and
         images are counted on
@@ -37,6 +38,7 @@ class Turn:
     vision_mask: Mask = None
     begin: int = 0
     spans: Tensor | None = None
+    images: int = 0
     notes: tuple[str, ...] = ()
     prunes: bool = False  # whether there is anything to drop: vision tokens or padding
     tokens_before: Tensor | None = None
@@ -82,7 +84,8 @@ class Turn:
             if mask.shape[1] >= self.end:
                 self.tokens_before = mask[:, : self.begin].sum(-1)
         self.spans = spans if self.earlier is None else self._whole(spans, mask)
-        self.prunes = self.static or bool((self.spans != 0).any())
+        least, self.images = torch.stack(self.spans.aminmax()).tolist()
+        self.prunes = self.static or least != 0 or self.images > 0
 
     def _whole(self, spans: Tensor, mask: Tensor | None) -> Tensor:
         """Spans (B, end) of the whole conversation, of which `spans` are the new ones."""

@@ -86,10 +86,10 @@ class CachePolicy(Policy):
         look = self.look(view)
         return self.choose(look, look.rate)
 
-    def plan_all(self, looks: Sequence[Look], budget: float) -> list[KeepPlan]:
+    def plan_all(self, looks: Sequence[Look]) -> list[KeepPlan]:
         """What to keep of every layer, rates scaled so that their mean is `budget` in each row."""
-        asked = torch.stack([look.rate.cpu() for look in looks])
-        rates = steps.meet_budget(asked, budget)
+        budget: float = self.budget  # type: ignore[attr-defined]  # an option of such methods
+        rates = steps.meet_budget(torch.stack([look.rate.cpu() for look in looks]), budget)
         return [
             self.choose(look, rate.to(look.scores.device))
             for look, rate in zip(looks, rates, strict=True)

@@ -41,7 +41,7 @@ class Novelty(CachePolicy):
 
     def look(self, view: LayerView) -> Look:
         assert view.values is not None
-        return flat_look(view, novelty(view.values, view.spans), self.budget)
+        return flat_look(view, novelty(view.values, view.spans, view.most_images()), self.budget)
 
     def counts(self, rate: Tensor, spans: Tensor) -> tuple[Tensor, Tensor | None]:
         """As in the base: here a part for each image (B, m), and all that is kept (B,)."""
@@ -51,16 +51,18 @@ class Novelty(CachePolicy):
         return quota, torch.maximum(whole, quota.sum(-1))
 
 
-def novelty(values: Tensor, spans: Tensor) -> Tensor:
+def novelty(values: Tensor, spans: Tensor, images: int) -> Tensor:
     """(B, Hkv, N) float32: distance of values (B, Hkv, N, Dv) from the mean of their image.
 
-    spans (B, N); text and padding are one more image each, which nothing ranks.
+    spans (B, N) of up to `images` images a row; text and padding are one more each, which nothing
+    ranks.
     """
     index = (spans + 1)[:, None, :, None].expand(values.shape)
-    images = int(spans.max()) + 2
+    groups = torch.arange(-1, images + 1, device=spans.device)
     full = values.float()
-    total = full.new_zeros(*values.shape[:2], images, values.shape[-1]).scatter_add_(2, index, full)
-    sizes = (spans[..., None] + 1 == torch.arange(images, device=spans.device)).sum(1).clamp(min=1)
+    total = full.new_zeros(*values.shape[:2], len(groups), values.shape[-1])
+    total.scatter_add_(2, index, full)
+    sizes = (spans[..., None] == groups).sum(1).clamp(min=1)
     mean = total / sizes[:, None, :, None]
     distance: Tensor = (full - mean.gather(2, index)).norm(dim=-1)
     return distance

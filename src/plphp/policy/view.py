@@ -31,6 +31,7 @@ class LayerView:
     asked: (B, W) int64, the columns of those W tokens, -1 where there is none
     keys, values: (B, Hkv, N, D) and (B, Hkv, N, Dv) that the layer holds, or None; a policy that
         keeps them keeps the memory that it was asked to free
+    images: how many images a row has at most, None where nobody has counted
     """
 
     probs: Tensor
@@ -43,6 +44,11 @@ class LayerView:
     asked: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
+    images: int | None = None
+
+    def most_images(self) -> int:
+        """How many images a row has at most; a host read where nobody has counted."""
+        return max(int(self.spans.max()), 0) if self.images is None else self.images
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from plphp.recall.budget import Place
 from plphp.recall.host import HostHome
 from plphp.recall.options import HOMES, Recall, as_recall
 from plphp.recall.quantised import QuantisedHome
+from plphp.recall.state import restored, state
 
 Home = HostHome | QuantisedHome
 
-__all__ = ["HOMES", "Home", "Recall", "as_recall", "park"]
+__all__ = ["HOMES", "Home", "Recall", "as_recall", "park", "restored", "state"]
 
 
 def park(store: KVStore, look: Look, recall: Recall, place: Place = (0, 1)) -> Home:

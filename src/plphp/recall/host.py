@@ -12,11 +12,11 @@ from torch import Tensor
 
 from plphp.attention import attend, decode_attention
 from plphp.cache import KVStore, take
-from plphp.policy import Look
+from plphp.policy import KeepPlan, Look
 from plphp.recall.budget import Place, affordable, plan_within
 from plphp.recall.index import build, index_bytes
 from plphp.recall.options import Recall
-from plphp.recall.slots import at_hand, first_slots, vision_first
+from plphp.recall.slots import at_hand, first_slots, places, positions, vision_first
 
 
 class HostHome:
@@ -26,13 +26,16 @@ class HostHome:
     index: on the device
     valid: (B, V) bool on the device, which are no fillers; None where all count
     columns: (B, V) int32 on the device, a token's column, for sliding windows only
-    plan: what the store should be compacted to: k vision tokens a KV head, then all text
+    plan: what the store should be compacted to: k vision tokens a KV head, then all text; to be
+        taken off then, because it is as long as the store
     held: (B, Hkv, k) int16 or int32, which token each of a row's first k slots holds; V in rows
         that have fewer than k
     full, resident, device: bytes of vision tokens in the full cache, in full on the device, and in
         all on the device; fillers of unequal rows and what a sliding window needs not counted
     fetched: tokens fetched at each step, all rows and KV heads together
-    log: what each head held at each step, like `held`; empty unless recorded
+    chosen: with `every` above 1, (column, `held`) of the choices that guesses may go back to
+    log: (B, Hkv, k) int64 in main memory for each token since the prompt, the row-logical positions
+        that it read, ascending, -1 pads; empty unless recorded
     """
 
     def __init__(self, store: KVStore, look: Look, recall: Recall, place: Place) -> None:
@@ -61,16 +64,23 @@ class HostHome:
         most = affordable(
             recall.budget, tokens, unit, unit + number.itemsize, fixed, least=1, place=place
         )
-        self.plan = vision_first(plan_within(look, most), look.spans)
-        self.held = at_hand(self.plan, look.spans, most).to(number)
+        plan = vision_first(plan_within(look, most), look.spans)
+        self.held = at_hand(plan, look.spans, most).to(number)
+        self.plan: KeepPlan | None = plan
         heads = keys.shape[1]
         self.resident, self.full = (int(x.sum()) * heads * unit for x in (most, tokens))
         numbers = int((fixed + most * number.itemsize).sum()) * heads
         self.device = self.resident + numbers
-        self.every, self.record = recall.every, recall.record
-        self.steps = 0
+        self.every, self.begin = recall.every, store.logical
+        self.chosen: list[tuple[int, Tensor]] = []
+        self.places = places(look.spans, order, valid).cpu() if recall.record else None
         self.fetched: list[int] = []
         self.log: list[Tensor] = []
+
+    @property
+    def tokens_a_row(self) -> int:
+        """V."""
+        return self.keys.shape[2]
 
     @property
     def token_bytes(self) -> int:
@@ -80,38 +90,40 @@ class HostHome:
     def attend(self, query: Tensor, store: KVStore, scale: float, softcap: float | None) -> Tensor:
         """Attention output (B, H, T, Dv) of the last T columns: each reads what it chooses."""
         queries, outputs = query.shape[2], []
+        del self.chosen[:-1]
         if queries == 1:
-            self._choose(query, store)
+            self._choose(query, store, store.logical - 1)
             return decode_attention(query, store, scale, softcap)
         for step in range(queries):
             asked = query[:, :, step : step + 1]
-            self._choose(asked, store)
+            self._choose(asked, store, store.logical - queries + step)
             visible = store.visible(queries)
             assert visible is not None
             one = visible[:, :, step : step + 1]
             outputs.append(attend(asked, *store.held(), one, scale, softcap))
         return torch.cat(outputs, 2)
 
-    def _choose(self, query: Tensor, store: KVStore) -> None:
-        """Bring what a query (B, H, 1, D) looks for into the store."""
-        if self.steps % self.every == 0:
+    def _choose(self, query: Tensor, store: KVStore, column: int) -> None:
+        """Bring what the query (B, H, 1, D) of a column looks for into the store."""
+        if self.every == 1 or not self.chosen or (column - self.begin) % self.every == 0:
             scores = self.index.scores(query)
             if self.valid is not None:
                 scores = scores.masked_fill(~self.valid[:, None], -torch.inf)
             if self.columns is not None and store.window is not None:
-                far = self.columns <= store.logical - 1 - store.window
+                far = self.columns <= column - store.window
                 scores = scores.masked_fill(far[:, None], -torch.inf)
             best = scores.topk(self.held.shape[-1], sorted=self.valid is not None).indices
             filler = self.keys.shape[2]
-            self._swap(best.masked_fill(self.held == filler, filler), store)
+            self.fetched.append(self._swap(best.masked_fill(self.held == filler, filler), store))
+            if self.every > 1:
+                self.chosen.append((column, self.held.clone()))
         else:
             self.fetched.append(0)
-        self.steps += 1
-        if self.record:
-            self.log.append(self.held.cpu().clone())
+        if self.places is not None:
+            self.log.append(positions(self.places, self.held.cpu()))
 
-    def _swap(self, best: Tensor, store: KVStore) -> None:
-        """Put the tokens best (B, Hkv, k) where others lie that are not among them."""
+    def _swap(self, best: Tensor, store: KVStore) -> int:
+        """Put the tokens best (B, Hkv, k) where others lie that are not among them; how many."""
         heads, tokens = self.keys.shape[1:3]
         held = self.held.long()
         none = torch.zeros(*best.shape[:2], tokens + 1, dtype=torch.bool, device=best.device)
@@ -130,7 +142,16 @@ class HostHome:
             whole_rows(buffer).index_copy_(0, place, came)
         if store.positions is not None and self.columns is not None:
             store.positions.view(-1)[place] = self.columns[row, source]
-        self.fetched.append(len(source))
+        return len(source)
+
+    def crop(self, store: KVStore, columns: int) -> None:
+        """A store has forgotten its last columns: have at hand what the one before them chose."""
+        del self.log[max(len(self.log) - columns, 0) :]
+        late = bool(self.chosen) and self.chosen[-1][0] >= store.logical
+        while self.chosen and self.chosen[-1][0] >= store.logical:
+            self.chosen.pop()
+        if late and self.chosen:
+            self.fetched[-1] += self._swap(self.chosen[-1][1].long(), store)
 
     def looked_at(self, store: KVStore, queries: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """What the last query read: keys (B, Hkv, S, D), who sees them, and which are vision's.
@@ -167,6 +188,10 @@ class HostHome:
         same = len(rows) == len(self.origin) and torch.equal(self.origin[rows], self.origin)
         self.origin = self.origin[rows]
         self.held = self.held[rows]
+        self.chosen = [(column, held[rows]) for column, held in self.chosen]
+        if self.places is not None:
+            self.places = self.places[rows.cpu()]
+            self.log[:] = [read[rows.cpu()] for read in self.log]
         if same:
             return
         self.index = self.index.through(lambda x: x[rows])
@@ -176,7 +201,10 @@ class HostHome:
 
     def move(self, device: torch.device) -> None:
         """Move what lies on the device; what is parked stays in main memory."""
+        if device.type == "cuda":
+            self.keys, self.values = self.keys.pin_memory(), self.values.pin_memory()
         self.index = self.index.through(lambda x: x.to(device))
+        self.chosen = [(column, held.to(device)) for column, held in self.chosen]
         for name in ("valid", "columns", "held", "origin"):
             found = getattr(self, name)
             setattr(self, name, None if found is None else found.to(device))

@@ -26,7 +26,7 @@ class QuantisedHome:
     keys, values: their codes, rows of fewer tokens end in fillers
     valid: (B, P) bool, which are no fillers; None where all count
     columns: (B, Hkv, P) int32, a token's column, for sliding windows only
-    plan: what the store should be compacted to: k vision tokens a KV head, then all text
+    plan: as in `HostHome`
     held: (B, Hkv, k) int64 in main memory, which token of its row each of the first k slots holds
     count: (B,) int64 in main memory, vision tokens of each row
     full, resident, device: as in `HostHome`
@@ -48,8 +48,9 @@ class QuantisedHome:
         each = unit - sum(dims) * recall.bits / 8 - RANGE_BYTES
         most = affordable(recall.budget, tokens, unit, each, small, least=0, place=place)
         plan = plan_within(look, most)
-        self.plan = vision_first(plan, look.spans)
-        self.held = at_hand(self.plan, look.spans, most).cpu()
+        ordered = vision_first(plan, look.spans)
+        self.plan: KeepPlan | None = ordered
+        self.held = at_hand(ordered, look.spans, most).cpu()
         order, valid = left_over(plan, vision)
         self.valid = None if bool(valid.all()) else valid
         self.columns = order.int() if store.window is not None else None
@@ -128,6 +129,9 @@ class QuantisedHome:
     def parked(self) -> list[Tensor]:
         """The codes, on the device."""
         return [self.keys.packed, self.values.packed]
+
+    def crop(self, store: KVStore, columns: int) -> None:
+        """A store has forgotten its last columns: nothing was chosen for them."""
 
     def reorder(self, rows: Tensor) -> None:
         """Rows (B',) of the batch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from plphp.cache import KVStore
@@ -41,3 +42,20 @@ def first_slots(held: Tensor, tokens: int, store: KVStore) -> Tensor:
     count = (held[:, :1] != tokens).sum(-1, keepdim=True)
     slots = torch.arange(store.end, device=count.device) - store.start[:, None, None]
     return ((slots >= 0) & (slots < count)).expand(-1, held.shape[1], -1)
+
+
+def places(spans: Tensor, order: Tensor, valid: Tensor) -> Tensor:
+    """(B, V + 1) int64: row-logical position of each vision token; -1 for fillers, and as the last.
+
+    spans (B, N); order, valid (B, V): the columns of a row's vision tokens, and which are no filler
+    """
+    position = ((spans >= 0).cumsum(-1) - 1).gather(1, order)
+    return F.pad(position.masked_fill(~valid, -1), (0, 1), value=-1)
+
+
+def positions(places: Tensor, held: Tensor) -> Tensor:
+    """(B, Hkv, k) int64, ascending, -1 pads, of the tokens held (B, Hkv, k) int."""
+    found = places[:, None].expand(-1, held.shape[1], -1).gather(2, held.long())
+    last = torch.iinfo(found.dtype).max
+    found = found.masked_fill(found < 0, last).sort(-1).values
+    return found.masked_fill(found == last, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -188,7 +188,9 @@ def _after(seen: Seen, runs: Sequence[Columns], row: int) -> tuple[int, ...]:
 def _seen(report: Report) -> Seen:
     if report.seen is None:
         raise InputError("this report does not say where its images stand")
-    return report.seen
+    seen = report.seen
+    ids = None if seen.ids is None else seen.ids.cpu()
+    return replace(seen, ids=ids, inputs={name: t.cpu() for name, t in seen.inputs.items()})
 
 
 def _with_answer(run: Run, text: str) -> Run:

@@ -1,0 +1,89 @@
+"""What a later turn still finds of the images of earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from plphp.cache.report import Report
+
+
+@dataclass(frozen=True)
+class EarlierImage:
+    """An image or video of an earlier turn, as a prompt found it.
+
+    row: of the batch
+    image: its number in the row's conversation, from 1
+    tokens: its vision tokens
+    kept: the share of its K/V entries that is still there, over layers and KV heads, 0 to 1
+    """
+
+    row: int
+    image: int
+    tokens: int
+    kept: float
+
+
+def images_left(report: Report) -> tuple[EarlierImage, ...]:
+    """The images of a report's prompt and of those before it, as the next prompt finds them."""
+    seen = report.seen
+    assert seen is not None
+    heads = sum(layer.kept.shape[1] for layer in report.layers)
+    found = list(report.earlier)
+    for row, (spans, positions) in enumerate(zip(seen.spans, seen.positions, strict=True)):
+        before = sum(image.row == row for image in report.earlier)
+        vision = spans > 0
+        image_at = torch.zeros(int(positions.max()) + 1, dtype=torch.int64)
+        image_at[positions[vision]] = spans[vision]
+        kept = torch.cat([layer.kept[row].flatten() for layer in report.layers])
+        counts = torch.bincount(image_at[kept[kept >= 0]], minlength=int(spans.max()) + 1)
+        for number, (image, size) in enumerate(_sizes(spans), start=before + 1):
+            share = float(counts[image]) / (size * heads) if heads else 1.0
+            found.append(EarlierImage(row, number, size, share))
+    return tuple(found)
+
+
+def images_of(spans: Tensor) -> tuple[EarlierImage, ...]:
+    """The images of a conversation of which nothing is lost. spans (B, columns), on the CPU."""
+    return tuple(
+        EarlierImage(row, number, size, 1.0)
+        for row, own in enumerate(spans)
+        for number, (_, size) in enumerate(_sizes(own), start=1)
+    )
+
+
+def _sizes(spans: Tensor) -> list[tuple[int, int]]:
+    """(image, its tokens) of a row, in their order."""
+    counts = torch.bincount(spans[spans > 0]).tolist()
+    return [(image, size) for image, size in enumerate(counts) if size]
+
+
+def in_rows(images: Sequence[EarlierImage], rows: Sequence[int]) -> tuple[EarlierImage, ...]:
+    """The images of rows of a batch that have been put in another order, or repeated."""
+    return tuple(
+        replace(image, row=new)
+        for new, old in enumerate(rows)
+        for image in images
+        if image.row == old
+    )
+
+
+def told(images: Sequence[EarlierImage], home: str | None = None) -> str:
+    """What a reader should know of earlier images, in one line. home: where they were parked."""
+    tokens = sum(image.tokens for image in images)
+    left = sum(image.tokens * image.kept for image in images)
+    numbers = sorted({image.image for image in images})
+    which = f"image {numbers[0]}" if len(numbers) == 1 else f"images 1 to {numbers[-1]}"
+    if round(left) == tokens:
+        how = "" if home in (None, "host") else f", what was parked as {home} numbers"
+        return f"{which} of earlier turns: all {tokens} vision tokens were there{how}"
+    return (
+        f"{which} of earlier turns: {1 - left / tokens:.1%} of their K/V is gone, "
+        f"{tokens - left:.0f} of {tokens} vision tokens in the mean of layers and KV heads; "
+        "with recall nothing would be"
+    )
