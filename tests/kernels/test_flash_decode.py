@@ -290,6 +290,5 @@ def test_it_compiles_for_gpus_that_are_not_here() -> None:
     found = [line.split() for line in done.stdout.splitlines()]
     shared = {name: [int(x[2]) for x in found if x[1] == name] for _, name, _ in found}
     assert len(shared["_split_kernel"]) == 14 and len(shared["_codes_kernel"]) == 6
-    assert (
-        max(sum(shared.values(), [])) < 99 * 1024
-    )  # what the smallest of these GPUs gives a program
+    least = 99 * 1024  # what the smallest of these GPUs gives a program
+    assert all(size < least for sizes in shared.values() for size in sizes)
