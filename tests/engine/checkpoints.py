@@ -278,8 +278,9 @@ CHECKPOINTS = {
             "<video>",
             frames=(4,),
             tower=SIGLIP,
-            differs="every image is tiled, in transformers only one that has its prompt to itself; "
-            "videos of different lengths in one step stop vLLM 0.32, pruned or not",
+            differs="every image is tiled; transformers leaves several of one prompt whole if they "
+            "come in a list of their own; videos of different lengths in one step stop vLLM 0.32, "
+            "pruned or not",
         ),
         Checkpoint("idefics3", processor=idefics3, **IDEFICS),
         Checkpoint(
