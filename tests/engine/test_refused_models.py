@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import serving
 import transformers
-from checkpoints import CHECKPOINTS, Checkpoint, square, wide
+from checkpoints import CHECKPOINTS, Checkpoint, wide
+from processors import square
 
 import plphp
 import tiny
