@@ -24,12 +24,9 @@ TASKS = ("describe", "grid", "long", "refer", "second")
 RESAMPLES, LEAST = 2000, 100  # a task with fewer samples is left out
 NAMES = {
     ("plphp+host", 0.4): "recall, host",
-    ("plphp+host", 0.3): "recall, host",
     ("plphp+host", 0.2): "recall, host",
-    ("novelty+host", 0.4): "the same, recommended",
-    ("novelty+host", 0.2): "the same, recommended",
-    ("random+host", 0.4): "the same, random",
-    ("random+host", 0.2): "the same, random",
+    ("random+host", 0.4): "the same, random first",
+    ("random+host", 0.2): "the same, random first",
     ("novelty+int4", 0.4): "recall, int4",
     ("novelty+int2", 0.2): "recall, int2",
     ("full+int4", None): "uniform int4",

@@ -24,7 +24,7 @@ from torch import Tensor
 from plphp.recall.codes import from_rows, row_bytes, to_rows
 from plphp.recall.options import RANGE_BYTES
 
-BITS = 4  # 8 choose no better, and halve what is left for tokens (docs/recall.md)
+BITS = 4  # 8 choose no better, and take twice the bytes from the tokens (docs/recall.md)
 
 
 @dataclass
