@@ -25,7 +25,12 @@ from plphp.hf.replan import adopt_view
 from plphp.policy import LayerView
 
 STEPS, WARM = 8, 2
-RECALLS = (plphp.Recall("host", 0.2), plphp.Recall("host", 0.4), plphp.Recall("int4", 0.4))
+RECALLS = (
+    plphp.Recall("host", 0.2),
+    plphp.Recall("host", 0.4),
+    plphp.Recall("int4", 0.4),
+    plphp.Recall("int2", 0.2),
+)
 
 
 def pair(setting: Setting, seed: int) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from plphp.recall.options import GROUP, RANGE_BYTES
+
+Count = TypeVar("Count", int, Tensor)
 
 BLOCK = 2**19  # numbers that are there again at a time: 2 MiB, what two cores' caches hold
 
@@ -142,16 +144,15 @@ def unpacked(rows: Tensor, bits: int) -> Tensor:
     return found
 
 
-def row_bytes(numbers: int, bits: int) -> int:
-    """Bytes of a row of so many numbers."""
-    return 2 * -(-numbers * bits // 16) + RANGE_BYTES
+def row_bytes(numbers: Count, bits: int) -> Count:
+    """Bytes of a row of so many numbers, or of several rows of other lengths."""
+    return 2 * ((numbers * bits + 15) // 16) + RANGE_BYTES
 
 
 def code_bytes(tokens: Tensor, dims: tuple[int, int], bits: int) -> Tensor:
     """Bytes of the keys and values of so many tokens (B,) in a KV head."""
     whole, rest = tokens // GROUP, tokens % GROUP
-    last = (2 * ((rest * bits + 15) // 16) + RANGE_BYTES) * (rest > 0)
-    channel = whole * row_bytes(GROUP, bits) + last
+    channel = whole * row_bytes(GROUP, bits) + row_bytes(rest, bits) * (rest > 0)
     return dims[0] * channel + tokens * row_bytes(dims[1], bits)
 
 

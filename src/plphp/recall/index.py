@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from plphp.recall.codes import from_rows, row_bytes, to_rows
-from plphp.recall.options import RANGE_BYTES
 
 BITS = 4  # 8 choose no better, and take twice the bytes from the tokens (docs/recall.md)
 
@@ -69,4 +68,4 @@ def build(keys: Tensor, valid: Tensor, rank: int) -> KeyIndex:
 
 def index_bytes(tokens: Tensor, dim: int, rank: int) -> Tensor:
     """Bytes of a KV head's index over so many tokens (B,)."""
-    return rank * ((tokens + 1) // 2 + RANGE_BYTES + row_bytes(dim, BITS))
+    return rank * (row_bytes(tokens, BITS) + row_bytes(dim, BITS))
