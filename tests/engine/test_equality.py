@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -81,7 +81,7 @@ def test_layers_that_share_blocks_keep_as_much(layers: int, reference: Any) -> N
     for request, output in zip(requests, outputs, strict=True):
         options = {name: getattr(request.policy, name) for name in request.policy.__dict__}
         policy = Together(**options, group=layers)
-        grouped = serving.Request(request.images, request.question, policy, request.tokens)
+        grouped = replace(request, policy=policy)
         assert serving.same(output, serving.answer(reference, grouped)) is not False
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import serving
+from soak import preempt
 
 import plphp
 
@@ -76,3 +78,21 @@ def test_nothing_is_shared_that_was_pruned_in_place() -> None:
             pruned, unpruned = serving.generate(llm, [ask("x"), ask("x", None)])
     assert pruned.num_cached_tokens == 0
     assert unpruned.num_cached_tokens > 0
+
+
+@pytest.mark.parametrize("policy", [POLICY, None])
+def test_images_that_left_the_cache_are_read_again(policy: Any, reference: Any) -> None:
+    """vLLM alone has kept their pixels from the workers by then, and its engine stops."""
+    request = ask("describe picture 1.", policy)
+    with serving.engine() as llm:
+        serving.generate(llm, [request])
+        engine = llm.llm_engine
+        engine.add_request("hit", serving.prompt(llm, request), request.sampling)
+        for _ in range(3):
+            engine.step()
+        assert preempt(llm) == [False]
+        engine.reset_prefix_cache()
+        engine.reset_encoder_cache()
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+    assert serving.same(outputs[0], serving.answer(reference, request))

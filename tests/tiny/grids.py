@@ -42,6 +42,8 @@ IDS = {
     "vision_end_token_id": VISION_END,
 }
 ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
+# transformers always interleaves; vLLM does where the config says so, as published ones do
+INTERLEAVED = {"rope_parameters": ROPE["rope_parameters"] | {"mrope_interleaved": True}}
 TOWER = {
     "depth": 2,
     "num_heads": 4,
@@ -86,14 +88,14 @@ QWEN3_TOWER = TOWER | {
 
 def qwen3_vl_config() -> PreTrainedConfig:
     return transformers.Qwen3VLConfig(
-        text_config=TEXT | ROPE | {"head_dim": 16}, vision_config=QWEN3_TOWER, **IDS
+        text_config=TEXT | INTERLEAVED | {"head_dim": 16}, vision_config=QWEN3_TOWER, **IDS
     )
 
 
 def qwen3_vl_moe_config() -> PreTrainedConfig:
     return transformers.Qwen3VLMoeConfig(
         text_config=TEXT
-        | ROPE
+        | INTERLEAVED
         | {
             "head_dim": 16,
             "moe_intermediate_size": 64,

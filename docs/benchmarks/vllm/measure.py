@@ -1,4 +1,4 @@
-"""What the vLLM plugin costs and saves: `measure.py scheduling|capacity|prefix`, JSON beside this.
+"""What the vLLM plugin costs and saves: `measure.py WHAT`, a name of MEASURES; JSON beside this.
 
 Runs in the engine's environment (`make bench-vllm`). Weights are the embedded model's or, where
 only shapes matter, random ones; the machine, versions and the date are part of every result.
@@ -7,14 +7,12 @@ only shapes matter, random ones; the machine, versions and the date are part of 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,8 @@ os.environ.update(
 
 import numpy as np
 import torch
-import vllm
 from PIL import Image
+from record import record
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -100,18 +98,42 @@ def timed(owner: Any, name: str, spent: list[float]) -> None:
     setattr(owner, name, wrapper)
 
 
-def watch_decoding(scheduler: Any) -> list[int]:
-    """Grows by one entry a step: requests that are decoded in it."""
-    decoding: list[int] = []
-    schedule = scheduler.schedule
+@dataclass
+class Steps:
+    """What the steps of an engine were: one entry a step."""
 
-    def watched(*args: Any) -> Any:
-        out = schedule(*args)
-        decoding.append(sum(r.num_output_tokens > 0 for r in scheduler.running))
-        return out
+    starts: list[float] = field(default_factory=list)
+    decoding: list[int] = field(default_factory=list)  # requests that are decoded
+    reading: list[bool] = field(default_factory=list)  # whether prompts are read beside them
 
-    scheduler.schedule = watched
-    return decoding
+    @staticmethod
+    def of(scheduler: Any) -> Steps:
+        steps, schedule = Steps(), scheduler.schedule
+
+        def watched(*args: Any) -> Any:
+            steps.starts.append(time.perf_counter())
+            out = schedule(*args)
+            steps.decoding.append(sum(r.num_output_tokens > 0 for r in scheduler.running))
+            steps.reading.append(any(count > 1 for count in out.num_scheduled_tokens.values()))
+            return out
+
+        scheduler.schedule = watched
+        return steps
+
+    def summary(self) -> dict[str, float]:
+        """Of a run that has ended now."""
+        ends = [*self.starts[1:], time.perf_counter()]
+        took = [end - start for start, end in zip(self.starts, ends, strict=True)]
+        reading = sum(t for t, reads in zip(took, self.reading, strict=True) if reads)
+        decoded = sum(n for n, reads in zip(self.decoding, self.reading, strict=True) if not reads)
+        return {
+            "most_at_once": max(self.decoding),
+            "median_at_once": statistics.median(self.decoding),
+            "steps": len(took),
+            "seconds": round(sum(took), 2),
+            "share_of_time_in_steps_that_read_prompts": round(reading / sum(took), 3),
+            "decoded_a_second_in_other_steps": round(decoded / (sum(took) - reading), 1),
+        }
 
 
 def scheduling() -> dict[str, Any]:
@@ -160,34 +182,37 @@ def ways() -> dict[str, dict[str, Any] | None]:
 
 
 def capacity() -> dict[str, Any]:
-    """Requests that are decoded at once, and tokens a second, in equal KV memory."""
+    """Requests that are decoded at once, and tokens a second, in equal KV memory: one round."""
     found: dict[str, Any] = {}
-    for name, pruned in ways().items():
-        with engine(pruned, kv_cache_memory_bytes=96 << 20, max_num_seqs=64) as llm:
-            scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-            decoding = watch_decoding(scheduler)
-            sampling = SamplingParams(temperature=0, max_tokens=192, ignore_eos=True)
-            chats = [chat(i) for i in range(48)]
-            start = time.perf_counter()
-            outputs = llm.chat(chats, sampling, use_tqdm=False)
-            seconds = time.perf_counter() - start
-            found[name] = {
-                "most_at_once": max(decoding),
-                "median_at_once": statistics.median(decoding),
-                "steps": len(decoding),
-                "seconds": round(seconds, 2),
-                "tokens_a_second": round(
-                    sum(len(o.outputs[0].token_ids) for o in outputs) / seconds, 1
-                ),
-                "prompt_tokens": len(outputs[0].prompt_token_ids),
-                "blocks_of_the_pool": scheduler.kv_cache_manager.block_pool.num_gpu_blocks,
-            }
-            told = outputs[0].kv_transfer_params
-            if told:
-                found[name]["retention"] = round(told["plphp"]["retention"], 3)
-                found[name]["layer_classes"] = told["plphp"]["layer_classes"]
-            print(name, found[name], flush=True)
+    for megabytes, requests in ((96, 48), (24, 16)):
+        for name, pruned in ways().items():
+            with engine(pruned, kv_cache_memory_bytes=megabytes << 20, max_num_seqs=64) as llm:
+                result = serve(llm, requests, tokens=192)
+            found[f"{megabytes} MB, {name}"] = result
+            print(megabytes, "MB", name, result, flush=True)
     return found
+
+
+def serve(llm: LLM, requests: int, tokens: int) -> dict[str, Any]:
+    """Requests that all arrive at once, each with images of its own."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    manager = scheduler.kv_cache_manager
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    chats = [chat(i) for i in range(requests)]
+    llm.chat(chat(requests), SamplingParams(max_tokens=2), use_tqdm=False)  # warm
+    steps = Steps.of(scheduler)
+    outputs = llm.chat(chats, sampling, use_tqdm=False)
+    result: dict[str, Any] = steps.summary()
+    result["tokens_a_second"] = round(requests * tokens / result["seconds"], 1)
+    length = len(outputs[0].prompt_token_ids)
+    held = len(manager.coordinator.single_type_managers) * -(-(length + tokens - 1) // BLOCK)
+    told = outputs[0].kv_transfer_params
+    if told:
+        held -= told["plphp"]["freed_blocks"]
+        result["retention"] = round(told["plphp"]["retention"], 3)
+    result["blocks_of_the_pool"] = manager.block_pool.num_gpu_blocks
+    result["would_fit_if_none_was_reading"] = (manager.block_pool.num_gpu_blocks - 1) // held
+    return result
 
 
 def prefix() -> dict[str, Any]:
@@ -220,6 +245,17 @@ def prefix() -> dict[str, Any]:
     return found
 
 
+def soak() -> dict[str, Any]:
+    """10,000 short requests each way, aborted and preempted at random: what is left of them."""
+    sys.path.append(str(Path(__file__).parents[3] / "tests" / "engine"))
+    from soak import soak
+
+    return {
+        name: soak(10_000, share)
+        for name, share in {"shared prefix": True, "in place": False}.items()
+    }
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Median and the middle half."""
     low, middle, high = statistics.quantiles(values, n=4)
@@ -230,25 +266,10 @@ MEASURES: dict[str, Callable[[], dict[str, Any]]] = {
     "scheduling": scheduling,
     "capacity": capacity,
     "prefix": prefix,
+    "soak": soak,
 }
 
 
-def main(what: str) -> None:
-    result = {
-        "what": (MEASURES[what].__doc__ or "").strip(),
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {
-            "vllm": vllm.__version__,
-            "torch": torch.__version__,
-            "plphp": plphp.__version__,
-        },
-        "results": MEASURES[what](),
-    }
-    path = Path(__file__).parent / f"{date.today().isoformat()}-{what}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for name in sys.argv[1:]:
+        record(name, MEASURES[name].__doc__, MEASURES[name](), rounds=name == "capacity")

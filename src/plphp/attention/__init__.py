@@ -1,10 +1,11 @@
 """HOW tokens are scored and attended. The choice between implementations is made in `choose`."""
 
-from plphp.attention.choose import attend, decode_attention, side_by_side
+from plphp.attention.choose import attend, coded_attention, decode_attention, side_by_side
 from plphp.attention.scoring import last_token_probabilities, window_probabilities
 
 __all__ = [
     "attend",
+    "coded_attention",
     "decode_attention",
     "last_token_probabilities",
     "side_by_side",

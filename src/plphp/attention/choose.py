@@ -7,12 +7,12 @@ on CUDA the Triton kernel where the table below says so; the formula itself wher
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from plphp.attention import reference, sdpa
+from plphp.attention import coded, reference, sdpa
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -41,6 +41,20 @@ class Held(Protocol):
     def logical(self) -> int | Tensor: ...
     def held(self) -> tuple[Tensor, Tensor]: ...
     def visible(self, queries: int) -> Tensor | None: ...
+
+
+class Parked(Protocol):
+    """What lies in codes beside it: `plphp.recall.QuantisedHome` says what it means."""
+
+    @property
+    def keys(self) -> coded.Keys: ...
+    @property
+    def values(self) -> coded.Values: ...
+
+    valid: Tensor | None
+    columns: Tensor | None
+
+    def visible(self, store: Any, queries: int) -> Tensor | None: ...
 
 
 def decode_attention(
@@ -72,6 +86,30 @@ def decode_attention(
     if among is not None and visible is not None:
         visible = side_by_side(visible[..., : -among.shape[-1]], among)
     return attend(q, *held.held(), visible, scale, softcap)
+
+
+def coded_attention(
+    q: Tensor, held: Held, parked: Parked, scale: float, softcap: float | None = None
+) -> Tensor:
+    """As `decode_attention`, over what a layer holds and what is parked beside it in codes."""
+    if (
+        has_kernel(q.device)
+        and kernel_takes(q, held.keys, held.values)
+        and q.shape[2] <= MOST_QUERIES
+    ):
+        from plphp.attention import flash_codes  # needs Triton
+
+        assert isinstance(held.end, int) and isinstance(held.logical, int)  # nothing static parks
+        window, columns = _window(held), None
+        if window is not None and held.positions is not None and parked.columns is not None:
+            columns = (held.positions, parked.columns)
+        return flash_codes.attend(
+            q, held.keys, held.values, held.start, held.end,
+            (parked.keys.packed, parked.values.packed), parked.keys.tokens, parked.keys.bits,
+            parked.keys.group, scale, softcap, parked.valid, columns, held.logical, window or 0,
+        )  # fmt: skip
+    visible = parked.visible(held, q.shape[2])
+    return coded.attend(q, *held.held(), (parked.keys, parked.values), visible, scale, softcap)
 
 
 def side_by_side(left: Tensor, right: Tensor) -> Tensor:

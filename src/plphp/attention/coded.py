@@ -7,7 +7,7 @@ of a few rows is faster so on a CPU than in bfloat16.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +18,18 @@ BLOCK = 2**19  # numbers of the part in full that are converted at a time
 class Keys(Protocol):
     """P keys in codes: `plphp.recall.codes.KeyCodes`."""
 
+    packed: Tensor
+    bits: int
+    tokens: int
+    group: ClassVar[int]
+
     def products(self, query: Tensor) -> Iterator[Tensor]: ...
 
 
 class Values(Protocol):
     """P values in codes: `plphp.recall.codes.ValueCodes`."""
+
+    packed: Tensor
 
     def read(self, weights: Tensor) -> Tensor: ...
 
@@ -60,4 +67,4 @@ def attend(
 def _blocks(x: Tensor) -> Iterator[Tensor]:
     """x (B, Hkv, S, D) in float32, so many tokens at a time."""
     length = max(1, BLOCK // (x.shape[0] * x.shape[1] * x.shape[3]))
-    return (part.float() for part in x.split(length, 2))
+    return (part.float() for part in torch.split(x, length, 2))

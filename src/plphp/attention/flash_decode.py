@@ -36,10 +36,12 @@ MOST_ROWS, MOST_SPLITS = 32, 64
 
 
 # A length that grows by one a step would be compiled anew for its being 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["end_or_ptr", "logical_or_ptr", "window", "heads", "splits"])
+@triton.jit(
+    do_not_specialize=["end_or_ptr", "logical_or_ptr", "window", "heads", "splits", "all_splits"]
+)
 def _split_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, end_or_ptr, positions_ptr, logical_or_ptr,
-    among_ptr, scale, softcap, window, heads, splits,
+    among_ptr, scale, softcap, window, heads, splits, all_splits,
     q_b, q_h, q_t, k_b, k_h, v_b, v_h, o_b, o_h, o_t, o_s, p_b, p_h, a_b, a_t,
     K_S: tl.constexpr, K_D: tl.constexpr, V_S: tl.constexpr, V_D: tl.constexpr, Q_D: tl.constexpr,
     P_S: tl.constexpr, A_S: tl.constexpr,
@@ -51,7 +53,8 @@ def _split_kernel(
     """One split of one KV head of one row: its softmax-weighted values and their log-sum-exp.
 
     Rows of the tile are (query head of the group, new token) pairs. With SPLIT the output is
-    float32 (B, H, T, splits, Dv) and lse (B, H, T, splits) in base 2, else it is final.
+    float32 (B, H, T, splits, Dv) and lse (B, H, T, splits) in base 2, both of them among
+    `all_splits`, else it is final.
     """
     pair, split = tl.program_id(0), tl.program_id(1)
     row, kv_head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -88,9 +91,9 @@ def _split_kernel(
         n = begin + tl.arange(0, BLOCK_N)
         inside = n < high
         k = tl.load(k_at + n[:, None] * K_S, mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
-        logits = _dot(q, tl.trans(k), FLOAT32_DOT) * scale
+        logits = dot(q, tl.trans(k), FLOAT32_DOT) * scale
         if SOFTCAP:
-            logits = softcap * _tanh(logits / softcap)
+            logits = softcap * tanh(logits / softcap)
         seen = inside[None, :]
         if AMONG:  # what this turn's columns see of each other is said by a mask of theirs
             place = n - (end - QUERIES)
@@ -106,24 +109,36 @@ def _split_kernel(
             if AMONG:
                 near = near | new[None, :]
             seen = seen & near
-        logits = tl.where(seen, logits * LOG2E, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        p = tl.exp2(logits - higher[:, None])
-        fade = tl.exp2(top - higher)
         v = tl.load(
             v_at + n[:, None] * V_S, mask=inside[:, None] & (dv < VALUE_DIM)[None, :], other=0.0
         )
-        mass = mass * fade + tl.sum(p, 1)
-        total = total * fade[:, None] + _dot(p.to(v.dtype), v, FLOAT32_DOT)
-        top = higher
+        top, mass, total = add(top, mass, total, logits, seen, v, FLOAT32_DOT)
 
-    out = total / tl.where(mass > 0, mass, 1.0)[:, None]  # zeros for a query that sees nothing
     o_at = out_ptr + row * o_b + (head * o_h + token * o_t)[:, None] + split * o_s + dv[None, :]
-    tl.store(o_at, out.to(out_ptr.dtype.element_ty), mask=real[:, None] & (dv < VALUE_DIM)[None, :])
+    at = lse_ptr + ((row * heads * GROUPS + head) * QUERIES + token) * all_splits + split
+    store(o_at, at, top, mass, total, real, (dv < VALUE_DIM)[None, :], SPLIT)
+
+
+@triton.jit
+def add(top, mass, total, logits, seen, v, FLOAT32_DOT: tl.constexpr):
+    """Online softmax: one block of logits (M, N) and values (N, Dv) more."""
+    logits = tl.where(seen, logits * LOG2E, float("-inf"))
+    higher = tl.maximum(top, tl.max(logits, 1))
+    p = tl.exp2(logits - higher[:, None])
+    fade = tl.exp2(top - higher)
+    mass = mass * fade + tl.sum(p, 1)
+    total = total * fade[:, None] + dot(p.to(v.dtype), v, FLOAT32_DOT)
+    return higher, mass, total
+
+
+@triton.jit
+def store(out_ptr, lse_ptr, top, mass, total, rows, columns, SPLIT: tl.constexpr):
+    """Write the softmax-weighted values of a tile and, with SPLIT, their log-sum-exp."""
+    out = total / tl.where(mass > 0, mass, 1.0)[:, None]  # zeros for a query that sees nothing
+    tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=rows[:, None] & columns)
     if SPLIT:
         lse = tl.where(mass > 0, top + tl.log2(tl.where(mass > 0, mass, 1.0)), float("-inf"))
-        at = ((row * heads * GROUPS + head) * QUERIES + token) * splits + split
-        tl.store(lse_ptr + at, lse, mask=real)
+        tl.store(lse_ptr, lse, mask=rows)
 
 
 @triton.jit
@@ -151,14 +166,14 @@ def _reduce_kernel(
 
 
 @triton.jit
-def _dot(a, b, FLOAT32_DOT: tl.constexpr):
+def dot(a, b, FLOAT32_DOT: tl.constexpr):
     if FLOAT32_DOT:  # Triton's interpreter multiplies bfloat16 as if it were integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     fade = tl.exp2(tl.abs(x) * (-2 * LOG2E))
     return tl.where(x < 0, -1.0, 1.0) * (1 - fade) / (1 + fade)
 
@@ -211,47 +226,76 @@ def _launch(
     among: Tensor | None,
     splits: int | None,
 ) -> Tensor:
-    (batch, heads, queries, dim), (kv_heads, capacity, value_dim) = q.shape, v.shape[1:]
-    groups = heads // kv_heads
-    block = tile(groups * queries, dim, value_dim, q.element_size())
-    row_blocks = triton.cdiv(groups * queries, block.rows)
     if splits is None:
-        programs, keys = batch * kv_heads * row_blocks, triton.cdiv(capacity, block.keys)
-        splits = split_count(programs, keys, _multiprocessors(q.device))
-    out = _empty_output(q, value_dim)
-    part, lse = out, out
-    strides = (*out.stride()[:3], 0)
-    if splits > 1:
-        rows = (batch, heads, queries, splits)
-        part = torch.empty(*rows, value_dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(rows, dtype=torch.float32, device=q.device)
-        strides = part.stride()[:4]
+        block = tile_of(q, k.shape[1], v.shape[3])
+        splits = splits_of(q, k.shape[1], block, triton.cdiv(k.shape[2], block.keys))
+    out = empty_output(q, v.shape[3])
+    options = (scale, softcap, positions, logical, window, among)
+    if splits == 1:
+        launch_splits(q, k, v, start, end, *options, out[..., None, :], None)
+        return out
+    part, lse = new_parts(q, splits, v.shape[3])
+    launch_splits(q, k, v, start, end, *options, part, lse)
+    return reduce(part, lse, out)
+
+
+def launch_splits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    end: int | Tensor,
+    scale: float,
+    softcap: float | None,
+    positions: Tensor | None,
+    logical: int | Tensor,
+    window: int,
+    among: Tensor | None,
+    part: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Write part (B, H, T, splits, Dv) and lse (B, H, T, splits); without lse what is final."""
+    (batch, heads, queries, dim), (kv_heads, value_dim) = q.shape, v.shape[1::2]
+    groups = heads // kv_heads
+    block = tile_of(q, kv_heads, value_dim)
     # Without a window or a mask, pointers to something else stand for what is not read.
     columns = k if positions is None else positions
     mask = k if among is None else among
-    _split_kernel[batch * kv_heads, splits, row_blocks](
-        q, k, v, part, lse, start, end, columns, logical, mask,
-        scale, softcap or 0.0, window, kv_heads, splits,
-        *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *strides, *columns.stride()[:2],
-        mask.stride(0) if len(mask) > 1 else 0, mask.stride(-2),
+    row_blocks = triton.cdiv(groups * queries, block.rows)
+    _split_kernel[batch * kv_heads, part.shape[3], row_blocks](
+        q, k, v, part, part if lse is None else lse, start, end, columns, logical, mask,
+        scale, softcap or 0.0, window, kv_heads, part.shape[3], 1 if lse is None else lse.stride(2),
+        *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *part.stride()[:4],
+        *columns.stride()[:2], mask.stride(0) if len(mask) > 1 else 0, mask.stride(-2),
         K_S=k.stride(2), K_D=k.stride(3), V_S=v.stride(2), V_D=v.stride(3), Q_D=q.stride(3),
         P_S=columns.stride(2), A_S=mask.stride(-1),
         GROUPS=groups, QUERIES=queries, DIM=dim, VALUE_DIM=value_dim,
         BLOCK_M=block.rows, BLOCK_N=block.keys, BLOCK_D=block.dim, BLOCK_V=block.value_dim,
         ON_DEVICE=isinstance(end, Tensor), SOFTCAP=softcap is not None, AMONG=among is not None,
-        WINDOW=positions is not None, SPLIT=splits > 1, FLOAT32_DOT=INTERPRETED,
+        WINDOW=positions is not None, SPLIT=lse is not None, FLOAT32_DOT=INTERPRETED,
         num_warps=warps(q.dtype), num_stages=STAGES,
     )  # fmt: skip
-    if splits > 1:
-        slice_dim = min(block.value_dim, 64)
-        _reduce_kernel[batch * heads * queries, triton.cdiv(value_dim, slice_dim)](
-            part, lse, out, splits, heads, *out.stride()[:3], QUERIES=queries, VALUE_DIM=value_dim,
-            BLOCK_S=triton.next_power_of_2(splits), BLOCK_V=slice_dim,
-        )  # fmt: skip
+
+
+def new_parts(q: Tensor, splits: int, value_dim: int) -> tuple[Tensor, Tensor]:
+    """Room for the results of splits: (B, H, T, splits, Dv) and (B, H, T, splits), float32."""
+    rows = (*q.shape[:3], splits)
+    part = torch.empty(*rows, value_dim, dtype=torch.float32, device=q.device)
+    return part, torch.empty(rows, dtype=torch.float32, device=q.device)
+
+
+def reduce(part: Tensor, lse: Tensor, out: Tensor) -> Tensor:
+    """Add up the splits of every query into out (B, H, T, Dv)."""
+    batch, heads, queries, splits, value_dim = part.shape
+    slice_dim = min(max(16, triton.next_power_of_2(value_dim)), 64)
+    _reduce_kernel[batch * heads * queries, triton.cdiv(value_dim, slice_dim)](
+        part, lse, out, splits, heads, *out.stride()[:3], QUERIES=queries, VALUE_DIM=value_dim,
+        BLOCK_S=triton.next_power_of_2(splits), BLOCK_V=slice_dim,
+    )  # fmt: skip
     return out
 
 
-def _empty_output(q: Tensor, value_dim: int) -> Tensor:
+def empty_output(q: Tensor, value_dim: int) -> Tensor:
     """(B, H, T, Dv) laid out as (B, T, H, Dv), which is what the model goes on with."""
     batch, heads, queries, _ = q.shape
     return q.new_empty(batch, queries, heads, value_dim).transpose(1, 2)
@@ -287,7 +331,7 @@ def _op(
 
 @_op.register_fake
 def _op_shape(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
-    return _empty_output(q, v.shape[-1])
+    return empty_output(q, v.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -306,6 +350,19 @@ def tile(rows: int, dim: int, value_dim: int, itemsize: int) -> Tile:
     keys = STAGE_BYTES // (2 * max(padded, value_padded) * itemsize)
     rows = min(max(16, triton.next_power_of_2(rows)), MOST_ROWS)
     return Tile(rows, min(max(keys, 16), 128), padded, value_padded)
+
+
+def tile_of(q: Tensor, kv_heads: int, value_dim: int) -> Tile:
+    """The blocks that queries (B, H, T, D) take."""
+    _, heads, queries, dim = q.shape
+    return tile(heads // kv_heads * queries, dim, value_dim, q.element_size())
+
+
+def splits_of(q: Tensor, kv_heads: int, block: Tile, blocks: int) -> int:
+    """Into how many splits so many blocks of keys are cut for queries (B, H, T, D)."""
+    rows = q.shape[1] // kv_heads * q.shape[2]
+    programs = q.shape[0] * kv_heads * triton.cdiv(rows, block.rows)
+    return split_count(programs, blocks, _multiprocessors(q.device))
 
 
 def warps(dtype: torch.dtype) -> int:

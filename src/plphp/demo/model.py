@@ -37,10 +37,14 @@ class Embedded:
 
     def inputs(self, images: Sequence[Image.Image], question: str) -> dict[str, Tensor]:
         """What ``model.generate(**inputs)`` needs for one prompt, which may be without images."""
+        return self.inputs_of(images, self._chat(len(images), question))
+
+    def inputs_of(self, images: Sequence[Image.Image], text: str) -> dict[str, Tensor]:
+        """The same for a text in the chat's form, with a placeholder for each image."""
         pixels = self._pixels(images)
         merged = self.image_processor.merge_size**2
         sizes = [int(grid.prod()) // merged for grid in pixels.get("image_grid_thw", ())]
-        text = _expand_placeholders(self._chat(len(images), question), sizes)
+        text = _expand_placeholders(text, sizes)
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
         tokens = {
             "input_ids": ids,

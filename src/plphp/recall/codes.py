@@ -3,9 +3,9 @@
     step = (max - low) / (2^bits - 1)   over a row. Keys: 32 tokens of one channel, because keys
     code = round((x - low) / step)      have channels that stand out. Values: one token
 
-A row is its codes, the first number in the lowest bits of a byte, and then `step` and `low` in
-float16. PyTorch's quantized embeddings have the same format, and on the CPU their operator makes
-numbers of codes in one pass over memory; elsewhere tensor operations do.
+A row is its codes, the first number in the lowest bits, filled up to 16 bits, and then `step` and
+`low` in float16. PyTorch's quantized embeddings have the same format, and on the CPU their operator
+makes numbers of codes in one pass over memory; elsewhere tensor operations do.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ class KeyCodes:
     bits: int
     tokens: int
     dim: int
+    group: ClassVar[int] = GROUP
 
     def products(self, query: Tensor) -> Iterator[Tensor]:
         """query (B, Hkv, T, D) float32 times every key: (B, Hkv, T, P) float32 in blocks of P."""
@@ -46,16 +48,17 @@ class KeyCodes:
 
     def _blocks(self) -> Iterator[Tensor]:
         """(B, Hkv, D, tokens) float32, in order."""
-        whole, rest = divmod(self.tokens, GROUP)
+        lead, (whole, rest) = self.packed.shape[:2], divmod(self.tokens, GROUP)
         row = row_bytes(GROUP, self.bits)
         end = self.dim * whole * row
         groups, last = self.packed[..., :end], self.packed[..., end:]
         if whole:
-            rows = groups.unflatten(2, (self.dim, whole, row))
-            for part in rows.split(_share(rows[:, :, :, 0, 0].numel() * GROUP), 3):
+            rows = groups.view(*lead, self.dim, whole, row)
+            length = _share(lead.numel() * self.dim * GROUP)
+            for part in torch.split(rows, length, 3):
                 yield from_rows(part, self.bits).flatten(3)
         if rest:
-            yield from_rows(last.unflatten(2, (self.dim, -1)), self.bits)[..., :rest]
+            yield from_rows(last.view(*lead, self.dim, -1), self.bits)[..., :rest]
 
     def through(self, change: Callable[[Tensor], Tensor]) -> KeyCodes:
         """The same with its tensor changed: other rows, another device."""
@@ -72,20 +75,20 @@ class ValueCodes:
 
     def read(self, weights: Tensor) -> Tensor:
         """weights (B, Hkv, T, P) float32 of the tokens: their sum (B, Hkv, T, Dv) float32."""
-        blocks = self._blocks()
-        parts = weights.split(self._length(), -1)
-        return reduce(torch.add, (w @ block for w, block in zip(parts, blocks, strict=True)))
+        parts = torch.split(weights, self._length(), -1)
+        sums = (part @ block for part, block in zip(parts, self._blocks(), strict=True))
+        return reduce(torch.add, sums)
 
     def dense(self) -> Tensor:
         """(B, Hkv, P, Dv) float32."""
         return torch.cat(list(self._blocks()), 2)
 
     def _blocks(self) -> Iterator[Tensor]:
-        for part in self.packed.split(self._length(), 2):
+        for part in torch.split(self.packed, self._length(), 2):
             yield from_rows(part, self.bits)[..., : self.dim]
 
     def _length(self) -> int:
-        return _share(self.packed[:, :, :1, 0].numel() * self.dim)
+        return _share(self.packed.shape[:2].numel() * self.dim)
 
     def through(self, change: Callable[[Tensor], Tensor]) -> ValueCodes:
         """The same with its tensor changed: other rows, another device."""
@@ -95,10 +98,13 @@ class ValueCodes:
 def keys_to_codes(keys: Tensor, bits: int) -> KeyCodes:
     """(B, Hkv, P, D) per channel in groups of tokens; the last group may be short."""
     channels, whole = keys.mT, keys.shape[2] // GROUP * GROUP
-    groups = to_rows(channels[..., :whole].unflatten(-1, (-1, GROUP)), bits).flatten(2)
-    rest = to_rows(channels[..., whole:], bits).flatten(2) if keys.shape[2] > whole else None
-    packed = groups if rest is None else torch.cat([groups, rest], -1)
-    return KeyCodes(packed, bits, keys.shape[2], keys.shape[3])
+    packed = []
+    if whole:
+        groups = channels[..., :whole].reshape(*channels.shape[:3], -1, GROUP)
+        packed.append(to_rows(groups, bits).flatten(2))
+    if keys.shape[2] > whole:
+        packed.append(to_rows(channels[..., whole:], bits).flatten(2))
+    return KeyCodes(torch.cat(packed, -1), bits, keys.shape[2], keys.shape[3])
 
 
 def values_to_codes(values: Tensor, bits: int) -> ValueCodes:
@@ -112,13 +118,14 @@ def to_rows(x: Tensor, bits: int) -> Tensor:
     low = wide.amin(-1, keepdim=True).half()
     step = ((wide.amax(-1, keepdim=True) - low) / most).clamp(min=1e-6).half()
     codes = ((wide - low) / step).round().clamp(0, most).to(torch.uint8)
-    codes = F.pad(codes, (0, -x.shape[-1] % (8 // bits))).unflatten(-1, (-1, 8 // bits))
+    codes = F.pad(codes, (0, -x.shape[-1] % (16 // bits)))
+    codes = codes.view(*x.shape[:-1], -1, 8 // bits)
     packed = reduce(torch.bitwise_or, (codes[..., i] << bits * i for i in range(8 // bits)))
     return torch.cat([packed, torch.cat([step, low], -1).view(torch.uint8)], -1)
 
 
 def from_rows(rows: Tensor, bits: int) -> Tensor:
-    """(..., bytes) uint8 -> (..., n) float32, n rounded up to whole bytes."""
+    """(..., bytes) uint8 -> (..., n) float32, n as it was filled up."""
     unpack = getattr(torch.ops.quantized, f"embedding_bag_{bits}bit_unpack", None)
     if rows.device.type == "cpu" and unpack is not None:
         found: Tensor = unpack(rows.reshape(-1, rows.shape[-1]).contiguous())
@@ -129,20 +136,21 @@ def from_rows(rows: Tensor, bits: int) -> Tensor:
 def unpacked(rows: Tensor, bits: int) -> Tensor:
     """`from_rows` in tensor operations."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=rows.device)
-    codes = (rows[..., :-RANGE_BYTES, None] >> shifts) & (2**bits - 1)
-    step, low = rows[..., -RANGE_BYTES:].contiguous().view(torch.float16).float().split(1, -1)
-    return codes.flatten(-2) * step + low
+    codes: Tensor = (rows[..., :-RANGE_BYTES, None] >> shifts) & (2**bits - 1)
+    ranges: Tensor = rows[..., -RANGE_BYTES:].contiguous().view(torch.float16).float()
+    found: Tensor = codes.flatten(-2) * ranges[..., :1] + ranges[..., 1:]
+    return found
 
 
 def row_bytes(numbers: int, bits: int) -> int:
     """Bytes of a row of so many numbers."""
-    return -(-numbers * bits // 8) + RANGE_BYTES
+    return 2 * -(-numbers * bits // 16) + RANGE_BYTES
 
 
 def code_bytes(tokens: Tensor, dims: tuple[int, int], bits: int) -> Tensor:
     """Bytes of the keys and values of so many tokens (B,) in a KV head."""
     whole, rest = tokens // GROUP, tokens % GROUP
-    last = ((rest * bits + 7) // 8 + RANGE_BYTES) * (rest > 0)
+    last = (2 * ((rest * bits + 15) // 16) + RANGE_BYTES) * (rest > 0)
     channel = whole * row_bytes(GROUP, bits) + last
     return dims[0] * channel + tokens * row_bytes(dims[1], bits)
 

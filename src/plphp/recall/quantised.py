@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from plphp.attention import coded, side_by_side
+from plphp.attention import coded_attention, side_by_side
 from plphp.cache import KVStore, take
 from plphp.policy import KeepPlan, Look
 from plphp.recall.budget import Place, affordable, plan_within
@@ -43,7 +43,8 @@ class QuantisedHome:
         tokens = vision.sum(-1)
         unit = sum(x.shape[-1] * x.element_size() for x in (keys, values))
         dims = (keys.shape[-1], values.shape[-1])
-        small = code_bytes(tokens, dims, recall.bits) + dims[0]  # a channel's rest is whole bytes
+        filled = 2 * dims[0]  # bytes that the last tokens' rows may be filled up with
+        small = code_bytes(tokens, dims, recall.bits) + filled
         each = unit - sum(dims) * recall.bits / 8 - RANGE_BYTES
         most = affordable(recall.budget, tokens, unit, each, small, least=0, place=place)
         plan = plan_within(look, most)
@@ -66,10 +67,9 @@ class QuantisedHome:
 
     def attend(self, query: Tensor, store: KVStore, scale: float, softcap: float | None) -> Tensor:
         """Attention output (B, H, T, Dv) of the last T columns over what is held and parked."""
-        visible = self._visible(store, query.shape[2])
-        return coded.attend(query, *store.held(), (self.keys, self.values), visible, scale, softcap)
+        return coded_attention(query, store, self, scale, softcap)
 
-    def _visible(self, store: KVStore, queries: int) -> Tensor | None:
+    def visible(self, store: KVStore, queries: int) -> Tensor | None:
         """(B or 1, Hkv or 1, T, end + P) bool, None where every query sees everything."""
         own = store.visible(queries)
         if own is None and self.valid is None and self.columns is None:
@@ -93,7 +93,7 @@ class QuantisedHome:
         if self.valid is not None:
             real = real & self.valid[:, None]
         vision = torch.cat([self.vision_slots(store), real], 2)
-        return torch.cat([keys, parked], 2), self._visible(store, queries), vision
+        return torch.cat([keys, parked], 2), self.visible(store, queries), vision
 
     def vision_slots(self, store: KVStore) -> Tensor:
         """(B, Hkv, end) bool: which of a store's slots hold vision tokens."""
@@ -114,10 +114,11 @@ class QuantisedHome:
         coded_ones = self.values.packed[..., 0] >= 0
         if self.valid is not None:
             coded_ones = coded_ones & self.valid[:, None]
-        for held, codes in zip(store.held(), (self.keys, self.values), strict=True):
+        numbers = self.keys.dense(), self.values.dense()
+        for held, coded in zip(store.held(), numbers, strict=True):
             full = held.new_zeros(*parked.shape, held.shape[-1])
             full[resident] = held[here]
-            full[parked] = codes.dense()[coded_ones].to(full.dtype)
+            full[parked] = coded[coded_ones].to(full.dtype)
             whole.append(full[real[:, None].expand(-1, heads, -1).to(parked.device)])
         return whole[0], whole[1]
 

@@ -5,7 +5,8 @@
 
     llm = vllm.LLM(MODEL, **plphp.vllm.engine_args(plphp.PLPHP(r=0.4)))
 
-How it works: docs/vllm.md. What touches vLLM's internals is in `plugin`, `attach` and `blocks`.
+How it works: docs/vllm.md. `plugin`, `attach` and `blocks` change vLLM; `scheduler`, `worker` and
+`layout` read what is not public of it. Each says what it touches, and why.
 """
 
 from __future__ import annotations

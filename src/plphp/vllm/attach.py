@@ -15,7 +15,6 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from plphp.errors import UnsupportedModelError
 from plphp.vllm import blocks
 from plphp.vllm.checks import check_modes
 from plphp.vllm.layout import READERS
@@ -48,19 +47,14 @@ def _check(layer: Any, spec: Any) -> None:
         f"its attention backend is {backend}; plphp knows {', '.join(READERS)} so far": (
             backend not in READERS
         ),
-        f"it has a cache of kind {type(spec).__name__}, and only full attention can be pruned": (
-            type(spec) is not FullAttentionSpec
-        ),
+        blocks.other_cache(spec): type(spec) is not FullAttentionSpec,
         "another layer reads its cache": layer.kv_sharing_target_layer_name is not None,
         "it has attention sinks": getattr(layer.impl, "sinks", None) is not None,
         "it has position biases (ALiBi)": getattr(layer.impl, "alibi_slopes", None) is not None,
     }
     for reason, holds in reasons.items():
         if holds:
-            raise UnsupportedModelError(
-                f"{layer.layer_name} cannot be pruned in vLLM: {reason}; "
-                "start vLLM without PLPHPConnector"
-            )
+            raise blocks.refusal(layer.layer_name, reason)
 
 
 class Shifted:

@@ -16,6 +16,9 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from plphp.errors import UnsupportedModelError
+from plphp.vllm.messages import in_use
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec(FullAttentionSpec):
@@ -32,6 +35,28 @@ class LayerSpec(FullAttentionSpec):
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return len({getattr(spec, "group", None) for spec in kv_cache_specs.values()}) == 1
+
+
+def refusal(layer: str, reason: str) -> UnsupportedModelError:
+    """What to raise for a layer that cannot be pruned."""
+    return UnsupportedModelError(
+        f"{layer} cannot be pruned in vLLM: {reason}; start vLLM without PLPHPConnector"
+    )
+
+
+def other_cache(spec: KVCacheSpec) -> str:
+    """The reason for layers whose cache is not that of full attention."""
+    return f"it has a cache of kind {type(spec).__name__}, and only full attention can be pruned"
+
+
+def check_groups(groups: Sequence[Any]) -> None:
+    """Raise UnsupportedModelError where a cache group is not of `LayerSpec`.
+
+    Layers of other classes than Attention (chunked, linear, latent) make their specs themselves.
+    """
+    for group in groups:
+        if not isinstance(group.kv_cache_spec, LayerSpec):
+            raise refusal(group.layer_names[0], other_cache(group.kv_cache_spec))
 
 
 @dataclass(frozen=True)
@@ -99,7 +124,7 @@ class LayerBlocks(FullAttentionManager):
         held = self.req_to_blocks[request_id]
         fresh = self.reserved.pop(request_id, [])
         full = self.prompts[request_id].length // self.block_size
-        used = fresh[len(fresh) - (full - dead) :] if fresh and 0 < dead < full else []
+        used = list(in_use(fresh, full, dead))
         free = held[: dead + len(used)]
         held[: dead + len(used)] = [self._null_block] * dead + used
         self.block_pool.free_blocks(fresh[: len(fresh) - len(used)])

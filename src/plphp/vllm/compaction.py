@@ -62,17 +62,15 @@ class Layer:
         index = columns[..., None].expand(-1, -1, keys.shape[-1])
         return keys.gather(1, index), values.gather(1, index)
 
-    def move(self, columns: Tensor, source: Tensor, target: Tensor, first: int) -> None:
+    def move(self, columns: Tensor, source: Tensor, target: Tensor, first: int, block: int) -> None:
         """Write the kept tokens into slots [first, first + K) of a table.
 
-        columns (Hkv, K) ascending; source, target (n,) blocks
+        columns (Hkv, K) ascending; source, target (n,) blocks, each of `block` tokens
         """
-        cache = self.module.kv_cache
-        block = cache.shape[2]
         kept = [part.transpose(0, 1).contiguous() for part in self.gather(source, columns)]
         place = torch.arange(first, first + columns.shape[1], device=columns.device)
         slots = target[place // block].long() * block + place % block
-        self.module.impl.do_kv_cache_update(self.module, *kept, cache, slots)
+        self.module.impl.do_kv_cache_update(self.module, *kept, self.module.kv_cache, slots)
 
 
 def choose(

@@ -29,7 +29,7 @@ from plphp.vllm.scheduler import SchedulerSide
 from plphp.vllm.worker import WorkerSide
 
 checks.check_version(vllm.__version__)
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers under its own name
 
 
 class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
@@ -43,6 +43,7 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         checks.check_modes(vllm_config, options)
         blocks.register()
         self.groups = kv_cache_config.kv_cache_groups
+        blocks.check_groups(self.groups)
         self.block_size: int = self.groups[0].kv_cache_spec.block_size
         self.worker: WorkerSide | None = None
         self.scheduler: SchedulerSide | None = None

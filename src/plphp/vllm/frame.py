@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plphp.vllm.messages import PromptEnd
+from plphp.vllm.messages import PromptEnd, in_use
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +24,9 @@ class Live:
     @staticmethod
     def of(dead: tuple[int, ...], end: PromptEnd, block_size: int) -> Live:
         """After a prompt was pruned."""
-        if end.fresh is None:
-            return Live(dead, ((),) * len(dead))
-        full = end.length // block_size
-        used = (
-            blocks[len(blocks) - (full - gone) :] if 0 < gone < full else ()
-            for gone, blocks in zip(dead, end.fresh, strict=True)
-        )
-        return Live(dead, tuple(used))
+        full, fresh = end.length // block_size, end.fresh or ((),) * len(dead)
+        used = (in_use(blocks, full, gone) for blocks, gone in zip(fresh, dead, strict=True))
+        return Live(dead, tuple(tuple(blocks) for blocks in used))
 
 
 class Frame:

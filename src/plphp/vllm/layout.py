@@ -2,6 +2,8 @@
 
 A backend is an entry of `READERS`: a function from a layer to a `Reader`. Writing needs none, every
 backend of vLLM has `do_kv_cache_update`.
+
+Touches: the memory of a layer's cache, because no backend of vLLM's can read it back.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from plphp.policy import PLPHP
 
+T = TypeVar("T")
 VISION = ("image", "video")  # modalities whose tokens are pruned
 
 
@@ -51,6 +52,15 @@ class PromptEnd:
     policy: PLPHP
     fresh: tuple[tuple[int, ...], ...] | None
     choice: Choice | None
+
+
+def in_use(fresh: Sequence[T], full: int, dead: int) -> Sequence[T]:
+    """Of the blocks that one group reserved for a prompt of `full` full blocks, those it is in now.
+
+    dead: full blocks that the pruned prompt does not need. Both sides ask: the scheduler for its
+    own blocks, the workers for their numbers.
+    """
+    return fresh[len(fresh) - (full - dead) :] if 0 < dead < full else fresh[:0]
 
 
 @dataclass

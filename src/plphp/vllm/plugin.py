@@ -4,7 +4,8 @@ Two functions of vLLM's are wrapped. Both ask at call time whether the config th
 PLPHPConnector, and do what they did if it does not:
 - `Attention.get_kv_cache_spec`, since no extension point is told which layer asks for a spec;
 - `KVConnectorFactory.get_connector_class`, the first call that sees the connector's options: bad
-  ones are refused in the process that was started, before a model is loaded.
+  ones, GPUs and other connectors beside it are refused in the process that was started, before a
+  model is loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from plphp.vllm.checks import check_version
+from plphp.vllm.checks import check_alone, check_platform, check_version
 from plphp.vllm.options import CONNECTOR, read_options
 
 
@@ -59,8 +60,12 @@ def _wrap_class(factory: Any) -> None:
 
     @functools.wraps(original)
     def get_connector_class(transfer: Any) -> Any:
+        check_alone(transfer)
         if _asked(transfer):
+            from vllm.platforms import current_platform  # not to be asked for any earlier
+
             read_options(transfer.kv_connector_extra_config)
+            check_platform(current_platform.device_type)
         return original(transfer)
 
     factory.get_connector_class = staticmethod(get_connector_class)

@@ -1,4 +1,8 @@
-"""The scheduler's side: which prompts are pruned, what workers are told, which blocks come back."""
+"""The scheduler's side: which prompts are pruned, what workers are told, which blocks come back.
+
+Touches: what vLLM is about to send of a new request, a request's own rule about the prefix cache
+(the reason at each), and reads the managers' block tables, because workers know requests by blocks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from plphp.vllm.messages import Choice, PromptEnd, Pruned, Step, spans_of, visio
 from plphp.vllm.metrics import Counts
 from plphp.vllm.options import Options, request_policy
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers under its own name
 
 
 @dataclass
@@ -48,6 +52,7 @@ class SchedulerSide:
         self.prompts: dict[str, Prompt] = {}
         self.blocks: dict[str, PromptBlocks] = {}
         self.refused: dict[str, str] = {}
+        self.features: dict[str, Any] = {}  # of requests that no worker knows yet
         self.managers: Sequence[LayerBlocks] = ()
         self.counts = Counts()
 
@@ -59,6 +64,8 @@ class SchedulerSide:
 
     def add(self, request: Any) -> None:
         """Decide about a request when it arrives."""
+        if request.mm_features:
+            self.features[request.request_id] = request.mm_features
         params = request.sampling_params
         images = vision_runs(request.mm_features)
         try:
@@ -85,10 +92,9 @@ class SchedulerSide:
         """What to tell the workers about a step that was just scheduled."""
         gone = frozenset(output.finished_req_ids) | frozenset(output.preempted_req_ids or ())
         for new in output.scheduled_new_reqs:
-            if new.req_id in self.prompts:
-                # vLLM keeps pixels from the workers where the prefix cache has the image, and then
-                # stops with an error if the request is preempted and the image evicted.
-                new.mm_features = self.prompts[new.req_id].request.mm_features
+            # vLLM keeps pixels from the workers where the prefix cache has the image, and then
+            # stops with an error if the request is preempted and the image evicted.
+            new.mm_features = self.features.pop(new.req_id, new.mm_features)
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -120,6 +126,7 @@ class SchedulerSide:
 
     def finish(self, request_id: str) -> dict[str, Any] | None:
         """Forget a request that finished or was aborted; what its response says of the pruning."""
+        self.features.pop(request_id, None)
         if request_id in self.refused:
             return {"plphp": {"refused": self.refused.pop(request_id)}}
         self.blocks.pop(request_id, None)

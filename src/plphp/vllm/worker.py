@@ -1,6 +1,9 @@
 """The worker's side: shifted metadata for pruned requests, and one compaction at a step's end.
 
 The order of a step: `begin`, `shift` once a cache group, `watch` once a layer, `finish`, `report`.
+
+Touches: the CommonAttentionMetadata that vLLM gives every backend, because nothing later knows a
+sequence's length and blocks; it is copied, never changed.
 """
 
 from __future__ import annotations
@@ -67,6 +70,8 @@ class WorkerSide:
         self.choices: dict[str, Choice] = {}
         for request_id in step.gone if step else ():
             self.live.pop(request_id, None)
+        if not self.live:
+            self.frame = Frame((), self.groups)
 
     def shift(self, group: int, common: Any) -> Any:
         """vLLM's CommonAttentionMetadata of a group, without the blocks that hold nothing.
@@ -182,7 +187,8 @@ class WorkerSide:
             fresh = torch.tensor(end.fresh[layer.group], device=blocks.device)
             target = blocks.clone()
             target[full - len(fresh) : full] = fresh
-        layer.move(columns[layer.name], blocks, target, dead * self.block_size)
+        first = dead * self.block_size
+        layer.move(columns[layer.name], blocks, target, first, self.block_size)
 
     def _redo_tail(self, layer: Layer, ending: Ending, query: Tensor, output: Tensor) -> None:
         """A request that was preempted reads its answer again, in one chunk with the prompt's end.

@@ -1,0 +1,189 @@
+"""Attention of a few new tokens over a layer of which a part lies in codes: a fused Triton kernel.
+
+What is there in full is attended by the kernel of `flash_decode`, in splits; what lies in codes by
+the one below, which makes numbers of codes in registers, in more splits of the same kind. Their
+log-sum-exps say what each counts when all are added up.
+
+A row of codes has their bits, the first number in the lowest, and then step and lowest number in
+float16. Of keys a row is 32 tokens of one channel; their last tokens, where they are no whole
+group, have shorter rows. Of values a row is a token (`plphp.recall.codes`).
+
+NOT RUN ON A GPU YET: tested in Triton's interpreter, and compiled for compute capability 8.0, 9.0.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from plphp.attention import flash_decode
+from plphp.attention.flash_decode import INTERPRETED, NOWHERE, add, dot, store, tanh
+
+STAGES = 3  # as many rows of codes take a quarter of what keys in full take
+RANGE = tl.constexpr(4)  # bytes at a row's end
+
+
+@triton.jit(do_not_specialize=["logical", "window", "heads", "splits", "all_splits", "tokens"])
+def _codes_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, valid_ptr, columns_ptr,
+    scale, softcap, logical, window, heads, splits, all_splits, tokens,
+    q_b, q_h, q_t, k_b, k_h, v_b, v_h, o_b, o_h, o_t, o_s, n_b, c_b, c_h,
+    Q_D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, VALUE_ROW: tl.constexpr,
+    GROUPS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, VALID: tl.constexpr, FLOAT32_DOT: tl.constexpr,
+):  # fmt: skip
+    """One split of one KV head of one row, a group of tokens at a time; out and lse as there."""
+    pair, split = tl.program_id(0), tl.program_id(1)
+    row, kv_head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    share = tl.cdiv(tl.cdiv(tokens, GROUP), splits)
+    low = split * share
+    high = tl.minimum(low + share, tl.cdiv(tokens, GROUP))
+
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = m < GROUPS * QUERIES
+    head, token = kv_head * GROUPS + m // QUERIES, m % QUERIES
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    q = tl.load(
+        q_ptr + row * q_b + (head * q_h + token * q_t)[:, None] + d[None, :] * Q_D,
+        mask=real[:, None] & (d < DIM)[None, :],
+        other=0.0,
+    )
+    k_at, v_at = k_ptr + row * k_b + kv_head * k_h, v_ptr + row * v_b + kv_head * v_h
+    PER: tl.constexpr = 8 // BITS
+    KEY_ROW: tl.constexpr = GROUP // PER + RANGE
+    key_byte, value_byte = tl.arange(0, GROUP // PER), tl.arange(0, BLOCK_V // PER)
+    whole = tokens // GROUP
+    last_row = tl.cdiv(tokens % GROUP, 2 * PER) * 2 + RANGE
+
+    top = tl.full([BLOCK_M], NOWHERE, tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for group in range(low, high):
+        short = group == whole
+        length = tl.where(short, last_row, KEY_ROW)
+        begin = tl.where(short, DIM * whole * KEY_ROW + d * last_row, (d * whole + group) * KEY_ROW)
+        packed = tl.load(
+            k_at + begin[:, None] + key_byte[None, :],
+            mask=(d < DIM)[:, None] & (key_byte < length - RANGE)[None, :],
+            other=0,
+        )
+        k = _numbers(packed, k_at + begin + length - RANGE, d < DIM, BITS).to(q.dtype)
+        logits = dot(q, k, FLOAT32_DOT) * scale
+        if SOFTCAP:
+            logits = softcap * tanh(logits / softcap)
+        n = group * GROUP + tl.arange(0, GROUP)
+        inside = n < tokens
+        if VALID:
+            inside = inside & (tl.load(valid_ptr + row * n_b + n, mask=inside, other=0) != 0)
+        seen = inside[None, :]
+        if WINDOW:
+            column = tl.load(columns_ptr + row * c_b + kv_head * c_h + n, mask=inside, other=0)
+            seen = seen & (column[None, :] > (logical - QUERIES + token - window)[:, None])
+        at = v_at + n * VALUE_ROW
+        packed = tl.load(
+            at[:, None] + value_byte[None, :],
+            mask=inside[:, None] & (value_byte < VALUE_ROW - RANGE)[None, :],
+            other=0,
+        )
+        v = _numbers(packed, at + VALUE_ROW - RANGE, inside, BITS).to(q.dtype)
+        top, mass, total = add(top, mass, total, logits, seen, v, FLOAT32_DOT)
+
+    o_at = out_ptr + row * o_b + (head * o_h + token * o_t)[:, None] + split * o_s + dv[None, :]
+    at = lse_ptr + ((row * heads * GROUPS + head) * QUERIES + token) * all_splits + split
+    store(o_at, at, top, mass, total, real, (dv < VALUE_DIM)[None, :], True)
+
+
+@triton.jit
+def _numbers(packed, range_ptr, mask, BITS: tl.constexpr):
+    """Codes (N, M) uint8 and where the range of each of N rows is -> (N, M * 8 / BITS) float32."""
+    if BITS == 4:
+        codes = tl.interleave(packed & 15, packed >> 4)
+    else:
+        even = tl.interleave(packed & 3, (packed >> 4) & 3)
+        codes = tl.interleave(even, tl.interleave((packed >> 2) & 3, packed >> 6))
+    at = range_ptr.to(tl.pointer_type(tl.float16))
+    step = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    lowest = tl.load(at + 1, mask=mask, other=0.0).to(tl.float32)
+    return codes.to(tl.float32) * step[:, None] + lowest[:, None]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    end: int,
+    codes: tuple[Tensor, Tensor],
+    tokens: int,
+    bits: int,
+    group: int,
+    scale: float,
+    softcap: float | None = None,
+    valid: Tensor | None = None,
+    columns: tuple[Tensor, Tensor] | None = None,
+    logical: int = 0,
+    window: int = 0,
+) -> Tensor:
+    """Attention output (B, H, T, Dv) in q's dtype of the last T columns of k and v.
+
+    q, k, v, start, end, softcap: as in `flash_decode.attend`
+    codes: of P `tokens`' keys (B, Hkv, bytes) and values (B, Hkv, P, bytes), uint8, contiguous but
+        for B and Hkv, in 4 or 2 `bits`; `group` tokens of a channel share a range
+    valid: (B, P) bool, which of the P count, by default all
+    columns, logical, window: (B, Hkv, C) and (B, Hkv, P) int32 columns of what is there in full and
+        in codes, columns seen so far, and a sliding window over columns; none without columns
+    """
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        return _launch(
+            q, k, v, start, end, codes, tokens, bits, group, scale, softcap, valid, columns,
+            logical, window,
+        )  # fmt: skip
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    end: int,
+    codes: tuple[Tensor, Tensor],
+    tokens: int,
+    bits: int,
+    group: int,
+    scale: float,
+    softcap: float | None,
+    valid: Tensor | None,
+    columns: tuple[Tensor, Tensor] | None,
+    logical: int,
+    window: int,
+) -> Tensor:
+    (batch, heads, queries, dim), (kv_heads, value_dim) = q.shape, v.shape[1::2]
+    block = flash_decode.tile_of(q, kv_heads, value_dim)
+    own = flash_decode.splits_of(q, kv_heads, block, triton.cdiv(k.shape[2], block.keys))
+    coded = flash_decode.splits_of(q, kv_heads, block, triton.cdiv(tokens, group))
+    part, lse = flash_decode.new_parts(q, own + coded, value_dim)
+    flash_decode.launch_splits(
+        q, k, v, start, end, scale, softcap, None if columns is None else columns[0], logical,
+        window, None, part[..., :own, :], lse[..., :own],
+    )  # fmt: skip
+    keys, values = codes
+    # Without a window or fillers, pointers to something else stand for what is not read.
+    count, place = keys if valid is None else valid, keys if columns is None else columns[1]
+    groups, rest = heads // kv_heads, part[..., own:, :]
+    _codes_kernel[batch * kv_heads, coded, triton.cdiv(groups * queries, block.rows)](
+        q, keys, values, rest, lse[..., own:], count, place,
+        scale, softcap or 0.0, logical, window, kv_heads, coded, own + coded, tokens,
+        *q.stride()[:3], *keys.stride()[:2], *values.stride()[:2], *rest.stride()[:4],
+        count.stride(0), *place.stride()[:2],
+        Q_D=q.stride(3), BITS=bits, GROUP=group, VALUE_ROW=values.shape[3],
+        GROUPS=groups, QUERIES=queries, DIM=dim, VALUE_DIM=value_dim,
+        BLOCK_M=block.rows, BLOCK_D=block.dim, BLOCK_V=block.value_dim,
+        SOFTCAP=softcap is not None, WINDOW=columns is not None, VALID=valid is not None,
+        FLOAT32_DOT=INTERPRETED, num_warps=flash_decode.warps(q.dtype), num_stages=STAGES,
+    )  # fmt: skip
+    return flash_decode.reduce(part, lse, flash_decode.empty_output(q, value_dim))

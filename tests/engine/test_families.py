@@ -1,0 +1,154 @@
+"""Families in vLLM: tokens equal those of plphp on transformers, for images and videos.
+
+The table of docs/vllm.md is made from these requests: PLPHP_WRITE_DOCS=1 rewrites it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import serving
+import torch
+import transformers
+from checkpoints import CHECKPOINTS
+
+import plphp
+import tiny
+from tiny import IMAGE, VIDEO
+
+PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint in transformers."""
+
+    model: Any
+    processor: Any
+
+    @staticmethod
+    def load(folder: Path) -> Reference:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
+        return Reference(model.eval(), transformers.AutoProcessor.from_pretrained(folder))
+
+    def inputs(self, request: serving.Request) -> Any:
+        told = [
+            transformers.video_utils.VideoMetadata(**serving.about(video))
+            for video in request.videos
+        ]
+        return self.processor(
+            text=request.text(self.processor.tokenizer),
+            images=list(request.images) or None,
+            videos=list(request.videos) or None,
+            return_tensors="pt",
+            **({"video_metadata": told} if told else {}),
+        )
+
+    def spans(self, inputs: Any, request: serving.Request) -> torch.Tensor:
+        """(1, N) as vLLM counts: a video is one, also where its frames are written as images."""
+        spans = plphp.vision_spans(self.model.config, **inputs)
+        images, frames = len(request.images), sum(len(video) for video in request.videos)
+        if spans.max() == images + frames > images:
+            video = [i for i, video in enumerate(request.videos, images + 1) for _ in video]
+            spans = torch.tensor([*range(images + 1), *video])[spans]
+        return spans
+
+
+def film(rng: random.Random, frames: int) -> np.ndarray:
+    """Frames of 56 x 84 pixels."""
+    pictures = [serving.picture(rng.randrange(10**6), most=4) for _ in range(frames)]
+    return np.stack([np.asarray(picture.resize((84, 56))) for picture in pictures])
+
+
+def requests_of(name: str) -> list[serving.Request]:
+    """Images in the first half, videos beside images in the second, if the family has them."""
+    rng = random.Random(name)
+    requests = serving.random_requests(24, seed=100 + list(CHECKPOINTS).index(name))
+    thresholds = [rng.uniform(0.4, 0.9) for _ in requests]
+    for place, (request, beta) in enumerate(zip(requests, thresholds, strict=True)):
+        if request.policy:
+            policy = replace(request.policy, beta=beta, alpha=beta + rng.uniform(0, 0.2))
+            requests[place] = replace(request, policy=policy)
+    frames = CHECKPOINTS[name].frames
+    for place in range(len(requests) // 2, len(requests) if frames else 0):
+        length, request = rng.choice(frames), requests[place]
+        videos = tuple(film(rng, length) for _ in range(rng.choice((0, 1, 1, 2))))
+        first = {"images": request.images[:2], "words": request.words[:2]}
+        requests[place] = replace(request, **first, videos=videos)
+    return requests
+
+
+def alike(ids: Sequence[int]) -> list[int]:
+    """Without the difference between image and video placeholders, which no model sees."""
+    return [IMAGE if token == VIDEO else token for token in ids]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if made.slow else [])
+        for name, made in CHECKPOINTS.items()
+    ],
+)
+def test_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
+    CHECKPOINTS[name].save(tmp_path)
+    requests = requests_of(name)
+    limits = {"image": 6, "video": 2 if CHECKPOINTS[name].frames else 0}
+    with serving.engine(
+        model=str(tmp_path), limit_mm_per_prompt=limits, max_num_batched_tokens=96
+    ) as llm:
+        before = serving.free_blocks(llm)
+        prompts = [serving.prompt(llm, request) for request in requests]
+        outputs = llm.generate(prompts, [r.sampling for r in requests], use_tqdm=False)
+        assert serving.free_blocks(llm) == before
+    reference, close, classes = Reference.load(tmp_path), 0, set()
+    for request, output in zip(requests, outputs, strict=True):
+        inputs = reference.inputs(request)
+        assert alike(inputs["input_ids"][0].tolist()) == alike(output.prompt_token_ids)
+        spans = reference.spans(inputs, request)
+        expected = serving.read(reference.model, inputs, request, mask=spans)
+        found = serving.same(output, expected)
+        assert found is not False, (request, output.outputs[0].token_ids, expected.tokens)
+        close += found is None
+        if request.policy and (request.images or request.videos):
+            told = output.kv_transfer_params["plphp"]
+            assert told["vision_tokens"] == int((spans > 0).sum())
+            assert told["layer_classes"] == [x.layer_class[0] for x in expected.report.layers]
+            assert told["retention"] == pytest.approx(expected.report.retention)
+            classes |= set(told["layer_classes"])
+    assert close <= 1
+    assert len(classes) == 3
+
+
+def test_the_page_has_the_table() -> None:
+    table = [
+        "| family | class in vLLM | images | videos | tokens | what differs from transformers |",
+        "|---|---|--:|--:|--:|---|",
+    ]
+    for name, checkpoint in CHECKPOINTS.items():
+        requests = requests_of(name)
+        counts = [
+            sum(len(request.images) for request in requests),
+            sum(len(request.videos) for request in requests),
+            sum(request.tokens for request in requests),
+        ]
+        cells = [
+            name,
+            f"`{tiny.FAMILIES[name].model_class}`",
+            *map(str, counts),
+            checkpoint.differs,
+        ]
+        table.append(f"| {' | '.join(cells)} |")
+    found = re.compile(r"\| family .*?\n\n", re.S)
+    text, made = PAGE.read_text(), "\n".join(table) + "\n\n"
+    if os.environ.get("PLPHP_WRITE_DOCS"):
+        PAGE.write_text(found.sub(lambda _: made, text))
+    assert found.findall(PAGE.read_text()) == [made]

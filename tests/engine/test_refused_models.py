@@ -1,0 +1,60 @@
+"""Models whose layers cannot have a cache group each are refused, with the layer and the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import serving
+import transformers
+from checkpoints import CHECKPOINTS, Checkpoint, square, wide
+
+import plphp
+import tiny
+from tiny.base import BREAK, GRID, IMAGE, NEWLINE, VISION_END, VISION_START
+
+
+def gemma3(tokenizer: Any) -> Any:
+    return transformers.Gemma3Processor(
+        transformers.Gemma3ImageProcessor(**square(24)), tokenizer, image_seq_length=9
+    )
+
+
+GEMMA3 = Checkpoint(
+    "gemma3",
+    {
+        IMAGE: "<image>",
+        VISION_START: "<soi>",
+        VISION_END: "<eoi>",
+        **{token: "\n" * count for count, token in enumerate((NEWLINE, BREAK, GRID), 2)},
+    },
+    gemma3,
+    "<soi>",
+    roles={"boi_token": "<soi>", "eoi_token": "<eoi>", "image_token": "<image>"},
+)
+LLAVA, QWEN = CHECKPOINTS["llava"], CHECKPOINTS["qwen2_vl"]
+KINDS = {**tiny.FAMILIES, **tiny.DECODERS, **tiny.REFUSED}
+
+
+@pytest.mark.parametrize(
+    ("name", "processor", "reason"),
+    [
+        ("llava + gemma2", LLAVA, "a cache of kind SlidingWindowSpec"),
+        ("llava + llama4", LLAVA, "a cache of kind ChunkedLocalAttentionSpec"),
+        ("llava + deepseek_v3", LLAVA, "a cache of kind MLAAttentionSpec"),
+        ("qwen3_5", QWEN, "a cache of kind MambaSpec"),
+        ("gemma3", GEMMA3, "bidirectional attention among image tokens"),
+    ],
+)
+def test_models_that_cannot_be_pruned_are_refused(
+    name: str, processor: Checkpoint, reason: str, tmp_path: Path
+) -> None:
+    config = wide(KINDS[name].config())
+    config.architectures = [KINDS[name].model_class]
+    config.save_pretrained(tmp_path)
+    processor.save_processor(tmp_path)
+    refused = (plphp.UnsupportedModelError, plphp.UnsupportedModeError)
+    with pytest.raises(refused, match=reason):  # noqa: SIM117
+        with serving.engine(model=str(tmp_path), load_format="dummy"):
+            pass
