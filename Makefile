@@ -16,8 +16,8 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-oldest test-lmms test-peers test-inspector test-vllm test-vllm-all test-gpu soak-vllm lint support docs \
-	figures screenshot accuracy accuracy-page bench bench-gpu bench-page bench-vllm wheel retrain clean
+.PHONY: demo test test-all test-oldest test-lmms test-peers test-inspector test-vllm test-vllm-all test-gpu soak-vllm lint support \
+	support-recall docs figures screenshot accuracy accuracy-page bench bench-gpu bench-page bench-vllm wheel retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -65,6 +65,11 @@ bench-page: $(VENV)/.installed-dev
 # Runs every cell of the matrix (about 17 minutes on 2 cores) and writes docs/support.md.
 support: $(VENV)/.installed-dev
 	cd $(ROOT) && PLPHP_WRITE_DOCS=1 $(BIN)/python -m pytest tests/conformance/test_matrix.py
+
+# Only the half of it with recall.
+support-recall: $(VENV)/.installed-dev
+	cd $(ROOT) && PLPHP_WRITE_DOCS=1 $(BIN)/python -m pytest tests/conformance/test_matrix.py \
+		-k "+host or +int4 or page_says"
 
 # Everything but what needs a GPU: the full matrix, long random runs, compiled modes.
 test-all: $(VENV)/.installed-dev lint

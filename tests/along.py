@@ -58,17 +58,19 @@ def check_greedy(tokens: Tensor, expected: Tensor, report: Any) -> None:
     assert worse.max() <= (20 * ROUGH if in_codes(report) else 0)
 
 
-def crowded(report: Any, row: int, probabilities: Sequence[Tensor]) -> bool:
-    """Whether a row's KV heads fetch fewer tokens than query heads share them: each has a favourite
-    of equal worth, and it is left open which of them find room.
+def alike(report: Any, row: int, alone: Any, steps: int) -> int:
+    """How many of the first steps of a row and of the row alone follow from the same reads.
 
-    probabilities: [B, H, N] a layer, of the prompt's last token
+    Tokens of equal worth, of the same codes in the index, are fetched in whichever order.
     """
-    if report.recall is None or in_codes(report) or not report.images[row]:
-        return False
-    attending = [
-        (kept, p.shape[1])
-        for kept, p in zip(kept_of(report), probabilities, strict=True)
-        if p.numel() and kept.numel()
-    ]
-    return any((kept[row] >= 0).sum(-1).min() * kept.shape[1] < heads for kept, heads in attending)
+    if report.recall is None or not report.recall.read:
+        return steps
+
+    def read(report: Any, row: int, step: int) -> list[set[int]]:
+        layers = [layer[step][row] for layer in report.recall.read if layer]
+        return [set(head.tolist()) - {-1} for layer in layers for head in layer]
+
+    if alone.recall is None:  # a row without images
+        return steps
+    same = (read(report, row, step) == read(alone, 0, step) for step in range(steps - 1))
+    return 1 + next((step for step, equal in enumerate(same) if not equal), steps - 1)

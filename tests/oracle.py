@@ -241,7 +241,8 @@ def rounding(hidden: Tensor, bits: int) -> Callable[[Tensor, Tensor], tuple[Tens
 
     def rough(x: Tensor, dim: int) -> Tensor:
         low = x.amin(dim, keepdim=True).half().float()
-        step = ((x.amax(dim, keepdim=True) - low) / (2**bits - 1)).half().float()
+        step = ((x.amax(dim, keepdim=True) - low) / (2**bits - 1)).clamp(min=1e-6)
+        step = step.half().float()
         return (((x - low) / step).round().clamp(min=0) * step + low).to(x.dtype)
 
     def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

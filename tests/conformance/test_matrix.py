@@ -180,9 +180,12 @@ def test_the_page_says_what_works(results: Results) -> None:
     if f"transformers {transformers.__version__}," not in PAGE.read_text():
         pytest.skip("the page speaks of another transformers")
     cells = shown()
-    assert set(cells) == every_key()
+    halves = {bool(home) for _, _, home in cells}
+    assert set(cells) == {key for key in every_key() if bool(key[2]) in halves}
     assert all(cells.values()), "no empty cell"
-    for family, mode, home in results.said:
+    for family, mode, home in [key for key in results.said if bool(key[2]) in halves]:
         for column in [mode] if mode else MODES:
             now = {*results.cell(family, column, home)} - {NOT_APPLICABLE}
             assert now <= {*cells[family, column, home]}, f"{family}, {column}, {home}"
+    if len(halves) < 2:
+        pytest.skip("the page has no half with recall yet: make support-recall")
