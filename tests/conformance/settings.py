@@ -20,7 +20,7 @@ from transformers import modeling_flash_attention_utils
 
 import oracle
 import plphp
-from along import kept_of, led
+from along import in_codes, kept_of, led
 from invariants import (
     EVERY,
     LOGITS,
@@ -75,6 +75,7 @@ def check_weights(setting: Setting, mode: Mode, family: str, method: Method) -> 
 # --- numbers --------------------------------------------------------------------------------------
 
 # About twice the worst of all families: logits, gammas, share of the choices that differ
+CODES = 0.2  # a key's last bit decides between two codes
 ROUNDING = {torch.bfloat16: (0.5, 0.005, 0.02), torch.float16: (0.05, 0.001, 0.01)}
 
 
@@ -95,15 +96,17 @@ def check_half(dtype: torch.dtype, mode: Mode, family: str, method: Method) -> N
     if method.options is not None:
         check_near(expected.select(**method.options), cache.report, ROUNDING[dtype])
     wanted = led(model, inputs, spans, cache.report, tokens)
-    check_sure(tokens, logits, wanted, model)
+    check_sure(tokens, logits, wanted, model, CODES if in_codes(cache.report) else 0)
 
 
-def check_sure(tokens: Tensor, logits: Tensor, wanted: Tensor, model: Any) -> None:
+def check_sure(
+    tokens: Tensor, logits: Tensor, wanted: Tensor, model: Any, least: float = 0
+) -> None:
     """Logits are near, row by row up to a token that rounding decided: then answers part.
 
     Rounding also decides which expert a token goes to: of such models most steps are near.
     """
-    off = ROUNDING[model.dtype][0]
+    off = max(ROUNDING[model.dtype][0], least)
     routed = any("experts" in name for name, _ in model.named_parameters())
     distance = (logits - wanted).abs().amax(-1)
     margin = wanted.topk(2).values.diff().abs()[..., 0]
@@ -140,6 +143,7 @@ def attention(name: str, model: Any) -> Iterator[Any]:
         model.set_attn_implementation(name)
     except ValueError as error:
         raise NotApplicable(f"transformers itself has no {name} for it") from error
+    torch._dynamo.reset()  # torch 2.13's C++ of a kernel for changing shapes does not compile
     assert model.get_decoder().config._attn_implementation == name
     yield model
 
