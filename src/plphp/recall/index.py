@@ -23,6 +23,7 @@ from torch import Tensor
 
 from plphp.recall.codes import from_rows, row_bytes, to_rows
 
+EARLIER = 2.0**-20  # what a token loses to the one before it: equals go alike in every batch
 BITS = 4  # 8 choose no better, and take twice the bytes from the tokens (docs/recall.md)
 
 
@@ -43,7 +44,8 @@ class KeyIndex:
         asked = query.reshape(*self.codes.shape[:2], -1, dim).float()
         logits = asked @ from_rows(self.basis, BITS)[..., :dim].mT @ from_rows(self.codes, BITS)
         logits = logits[..., : self.tokens]
-        return (logits - logits.amax(-1, keepdim=True)).amax(2)
+        scores = (logits - logits.amax(-1, keepdim=True)).amax(2)
+        return torch.sub(scores, torch.arange(self.tokens, device=scores.device), alpha=EARLIER)
 
     def tensors(self) -> list[Tensor]:
         return [self.codes, self.basis]
