@@ -24,6 +24,12 @@ EVERY_MODE = (*MODES, *CIRCUMSTANCES)
 Key = tuple[str, str, str]  # family, mode, home of recall
 
 
+def _of_results(key: Sequence[str]) -> Key:
+    """What a refused family says, it says once for all modes."""
+    family, mode, home = key
+    return family, "" if family in tiny.REFUSED and not home else mode, home
+
+
 @dataclass
 class Results:
     """What each key said, one entry a policy.
@@ -43,9 +49,8 @@ class Results:
             self.cells[bool(home)] += 1
             self.seconds[bool(home)] += seconds
 
-    def cell(self, family: str, mode: str, home: str = "") -> list[str]:
-        everything = "" if family in tiny.REFUSED and not home else mode
-        return sorted(self.said.get((family, everything, home), {NOT_APPLICABLE}))
+    def cell(self, *key: str) -> list[str]:
+        return sorted(self.said.get(_of_results(key), {NOT_APPLICABLE}))
 
 
 @dataclass
@@ -143,10 +148,12 @@ def page(results: Results, whole: set[bool]) -> str:
     made = [written(recall, results) if recall in whole else before(recall) for recall in (0, 1)]
     said = results.said
     if len(whole) < 2:
-        said = {key: set(cell) for key, cell in shown().items() if bool(key[2]) not in whole} | said
+        kept = (item for item in shown().items() if bool(item[0][2]) not in whole)
+        said = {_of_results(key): set(cell) for key, cell in kept} | said
     every, notes = replace(results, said=said), Notes()
+    tables = [table.text(every, notes) for table in TABLES]  # which write the notes
     return TEXT.format(
-        *(table.text(every, notes) for table in TABLES),
+        *tables,
         notes="\n".join(notes.numbered()),
         made="\n".join(made),
         policies=", ".join(OPTIONS),
