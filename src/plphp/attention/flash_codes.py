@@ -15,7 +15,6 @@ NOT RUN ON A GPU YET: tested in Triton's interpreter, and compiled for compute c
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -112,6 +111,7 @@ def _numbers(packed, range_ptr, mask, BITS: tl.constexpr):
     return codes.to(tl.float32) * step[:, None] + lowest[:, None]
 
 
+@flash_decode.on_the_queries_device
 def attend(
     q: Tensor,
     k: Tensor,
@@ -138,30 +138,6 @@ def attend(
     columns, logical, window: (B, Hkv, C) and (B, Hkv, P) int32 columns of what is there in full and
         in codes, columns seen so far, and a sliding window over columns; none without columns
     """
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        return _launch(
-            q, k, v, start, end, codes, tokens, bits, group, scale, softcap, valid, columns,
-            logical, window,
-        )  # fmt: skip
-
-
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    end: int,
-    codes: tuple[Tensor, Tensor],
-    tokens: int,
-    bits: int,
-    group: int,
-    scale: float,
-    softcap: float | None,
-    valid: Tensor | None,
-    columns: tuple[Tensor, Tensor] | None,
-    logical: int,
-    window: int,
-) -> Tensor:
     (batch, heads, queries, dim), (kv_heads, value_dim) = q.shape, v.shape[1::2]
     block = flash_decode.tile_of(q, kv_heads, value_dim)
     own = flash_decode.splits_of(q, kv_heads, block, triton.cdiv(k.shape[2], block.keys))

@@ -17,13 +17,17 @@ Importing this module needs Triton; `plphp.attention.choose` imports it where it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+Launch = TypeVar("Launch", bound=Callable[..., Tensor])
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NOWHERE = tl.constexpr(-1e30)  # finite, so that a block without visible keys yields no NaN
@@ -208,10 +212,21 @@ def attend(
     options = (softcap, positions, end if logical is None else logical, window, among)
     if isinstance(end, Tensor) and torch.compiler.is_compiling():
         return _op(q, k, v, start, end, scale, *options, splits)  # type: ignore[no-any-return]
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton's is the current one
-        return _launch(q, k, v, start, end, scale, *options, splits)
+    return _launch(q, k, v, start, end, scale, *options, splits)
 
 
+def on_the_queries_device(launch: Launch) -> Launch:
+    """Launch where the first argument lies: Triton's device is PyTorch's current one."""
+
+    @wraps(launch)
+    def launched(q: Tensor, *args: Any, **options: Any) -> Tensor:
+        with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+            return launch(q, *args, **options)
+
+    return launched  # type: ignore[return-value]
+
+
+@on_the_queries_device
 def _launch(
     q: Tensor,
     k: Tensor,
@@ -323,10 +338,7 @@ def _op(
     splits: int | None,
 ) -> Tensor:
     """`attend` as one node of a compiled graph: capacities stay dynamic, nothing breaks it."""
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        return _launch(
-            q, k, v, start, end, scale, softcap, positions, logical, window, among, splits
-        )
+    return _launch(q, k, v, start, end, scale, softcap, positions, logical, window, among, splits)
 
 
 @_op.register_fake
