@@ -28,6 +28,7 @@ from oracle_choice import (
     padding,
     select,
 )
+from versions import CACHE
 
 __all__ = [
     "Numbers",
@@ -163,7 +164,7 @@ def generate(
         **inputs,
         max_new_tokens=steps,
         do_sample=False,
-        past_key_values=whole_cache(model),
+        **{CACHE: whole_cache(model)},
         logits_processor=[] if tokens is None else [Forced(tokens)],
         output_logits=True,
         return_dict_in_generate=True,

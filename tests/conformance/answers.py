@@ -204,7 +204,7 @@ def check_guessing(options: dict[str, Any], expected: Truth, method: Method) -> 
 def static(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
     """On an attached model; the untouched one has nothing to do with it."""
     if "generate" in vars(model):
-        options["past_key_values"] = plphp.PrunedCache(model, static=True, max_len=MAX_LEN)
+        options["cache"] = plphp.PrunedCache(model, static=True, max_len=MAX_LEN)
     return new_tokens(model, inputs, **options)
 
 

@@ -22,7 +22,7 @@ LENGTHS = (7, 4, 5)  # of the rows' second turns
 def ask(model: Any, inputs: dict[str, Tensor], cache: Any) -> tuple[Tensor, Tensor]:
     """(all that was said, logits (rows, steps, V) of the answer)."""
     out = model.generate(
-        **inputs, max_new_tokens=STEPS, do_sample=False, past_key_values=cache,
+        **inputs, max_new_tokens=STEPS, do_sample=False, cache=cache,
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     return out.sequences, torch.stack(out.logits, 1)

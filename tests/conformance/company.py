@@ -67,7 +67,7 @@ def check_threads(mode: Mode, family: str, method: Method) -> None:
         if which == 2:
             return new_tokens(other, prompts[1].inputs), None
         cache = plphp.PrunedCache(model)
-        return new_tokens(model, prompts[which].inputs, past_key_values=cache), cache.report
+        return new_tokens(model, prompts[which].inputs, cache=cache), cache.report
 
     with method.attach(model, prompts[1].numbers):
         wanted = [turn(which) for which in got]

@@ -85,7 +85,7 @@ class Talk:
         self.said = add(self.said, new)
         self.prompts.append(self.said)
         inputs = inputs_of(self.family, replace(self.said, media=new.media))
-        answer, logits = answer_to(self.model, inputs, past_key_values=cache)
+        answer, logits = answer_to(self.model, inputs, cache=cache)
         self.answers.append(answer)
         self.logits.append(logits)
         self.reports.append(getattr(cache, "report", None))
@@ -247,7 +247,7 @@ def cropped(talk: Talk, cache: Any) -> Any:
     """More is said, and taken back; what it put in codes stays so."""
     length = int(cache.get_seq_length())
     row = add(talk.said, spoken([tiny.SPECIAL + i for i in range(5)]))
-    answer_to(talk.model, inputs_of(talk.family, replace(row, media=[])), past_key_values=cache)
+    answer_to(talk.model, inputs_of(talk.family, replace(row, media=[])), cache=cache)
     if in_codes(cache.report):
         spans = torch.tensor([row.spans[:length]])
         talk.taken_back.append(replace(dropped(cache.report, spans), begin=length))

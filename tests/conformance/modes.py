@@ -31,6 +31,7 @@ from invariants import (
     truth,
 )
 from oracle import Numbers
+from versions import cache_of
 
 
 class NotApplicable(Exception):
@@ -162,7 +163,7 @@ def last_reads(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
     reads: list[list[Tensor]] = []
 
     def note(module: Any, args: Any, output: Any) -> None:
-        reads[:] = [list(layer) for layer in output.past_key_values.recalled()]
+        reads[:] = [list(layer) for layer in cache_of(output).recalled()]
 
     with model.register_forward_hook(note):
         yield reads

@@ -90,7 +90,7 @@ def check_half(dtype: torch.dtype, mode: Mode, family: str, method: Method) -> N
     check_sure(tokens, logits, expected.logits, model)
     with method.attach(model, expected.numbers):
         cache = plphp.PrunedCache(model)
-        tokens, logits = generate(model, inputs, past_key_values=cache)
+        tokens, logits = generate(model, inputs, cache=cache)
     assert all(layer.store.keys.dtype == dtype for _, layer in cache.pruned_layers())
     assert cache.report.retention < 1 or method.name == "full"
     if method.options is not None:

@@ -60,7 +60,7 @@ def test_reported_bytes_are_allocated_bytes(name: str, rows: str) -> None:
     model = EVERY[name].build(0)
     with attach(model, expected.numbers):
         kv = cache_for(model)
-        generate(model, expected.inputs, steps=1, past_key_values=kv)
+        generate(model, expected.inputs, steps=1, cache=kv)
         tensors = reachable_tensors(kv, kv.report)
         assert kv.report.kv_bytes == sum(bytes_of_storages(tensors).values())
         assert kv.report.kv_bytes < kv.report.kv_bytes_full
@@ -79,7 +79,7 @@ def test_what_is_dropped_is_freed(name: str) -> None:
         generate(model, expected.inputs)
         older = live_tensors()  # held, so that no address is used again
         kv = cache_for(model)
-        generate(model, expected.inputs, steps=1, past_key_values=kv)
+        generate(model, expected.inputs, steps=1, cache=kv)
         own = bytes_of_storages([*older, *reachable_tensors(kv, kv.report)])
         new = bytes_of_storages(live_tensors())
     layer_keys = kv.report.kv_bytes_full / tiny.TEXT["num_hidden_layers"] / 2
@@ -101,7 +101,7 @@ def test_a_report_keeps_no_cache_tensor_alive(name: str) -> None:
     model = EVERY[name].build(0)
     with attach(model, expected.numbers):
         kv = cache_for(model)
-        generate(model, expected.inputs, past_key_values=kv)
+        generate(model, expected.inputs, cache=kv)
     report = kv.report
     tensors = [weakref.ref(t) for t in reachable_tensors(kv, report) if t.is_floating_point()]
     assert tensors

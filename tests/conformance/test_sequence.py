@@ -137,7 +137,7 @@ def test_prompts_that_come_in_pieces_are_refused() -> None:
             generate(model, expected.inputs, prompt_lookup_num_tokens=3)
         cache = plphp.PrunedCache(model, max_len=256, static=True)
         with pytest.raises(plphp.UnsupportedModeError, match="static"):
-            generate(model, expected.inputs, past_key_values=cache)
+            generate(model, expected.inputs, cache=cache)
 
 
 def test_a_budget_out_of_reach_is_said_when_attaching() -> None:
@@ -157,11 +157,9 @@ def test_a_text_only_prompt_and_a_second_turn_pass_through() -> None:
         assert torch.equal(generate(model, inputs)[0], untouched)
         assert pruning.report.retention == 1
         cache = plphp.PrunedCache(model)
-        first = model.generate(
-            **expected.inputs, past_key_values=cache, max_new_tokens=4, do_sample=False
-        )
+        first = model.generate(**expected.inputs, cache=cache, max_new_tokens=4, do_sample=False)
         held = cache.kv_bytes()
         second = torch.cat([first, inputs["input_ids"][:, :5]], -1)
-        out = model.generate(second, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        out = model.generate(second, cache=cache, max_new_tokens=4, do_sample=False)
     assert out.shape[1] == second.shape[1] + 4
     assert cache.kv_bytes() >= held

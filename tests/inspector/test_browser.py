@@ -151,7 +151,7 @@ def test_with_recall_the_overlay_shows_what_a_token_read(
     recall = plphp.Recall("host", record=True)
     with torch.inference_mode(), plphp.prune(embedded.model, recall=recall):
         cache = plphp.PrunedCache(embedded.model)
-        embedded.model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=6)
+        embedded.model.generate(**inputs, cache=cache, do_sample=False, max_new_tokens=6)
     options = {"rounds": 1, "max_new_tokens": 6, "recall": recall}
     page = examine(embedded, inputs, {"plphp": plphp.PLPHP()}, pictures, EVIL, **options)
     write_html(page, tmp_path / "report.html")

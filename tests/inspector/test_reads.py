@@ -31,7 +31,7 @@ def test_with_recall_steps_say_what_was_read_and_fetched(embedded: Embedded) -> 
     steps = run["steps"]
     with torch.inference_mode(), plphp.prune(model, recall=replace(recall, record=True)) as pruning:
         cache = plphp.PrunedCache(model)
-        out = model.generate(**inputs, past_key_values=cache, do_sample=False)
+        out = model.generate(**inputs, cache=cache, do_sample=False)
     answer = out[0, inputs["input_ids"].shape[1] :]
     assert embedded.decode(answer) == run["answer"]["text"]
     vision = (plphp.vision_spans(model.config, **inputs)[0] > 0).nonzero()[:, 0]

@@ -17,6 +17,7 @@ from torch import Tensor
 import plphp
 import tiny
 from plphp.cache import allocated
+from versions import CACHE, cache_of
 
 KEEP_ALL = plphp.PLPHP(r=1, delta_r=0)
 FAMILIES = ("qwen2_vl", "llava", "idefics2")
@@ -55,7 +56,7 @@ class Talk:
             new = turn["input_ids"]
             said = torch.cat([said, new], 1)
             kinds = torch.cat([kinds, (new == tiny.IMAGE).int()], 1)
-            answer = self.ask({**turn, "input_ids": said}, kinds, past_key_values=cache)
+            answer = self.ask({**turn, "input_ids": said}, kinds, cache=cache)
             answers.append(answer)
             said = torch.cat([said, answer], 1)
             kinds = torch.cat([kinds, torch.zeros_like(answer, dtype=torch.int)], 1)
@@ -118,7 +119,7 @@ def test_conversations_on_one_model_do_not_mix(name: str) -> None:
                 new = next(halves[i])
                 said[i] = torch.cat([said[i], new["input_ids"]], 1)
                 kinds = (said[i] == tiny.IMAGE).int()
-                answer = talk.ask({**new, "input_ids": said[i]}, kinds, past_key_values=caches[i])
+                answer = talk.ask({**new, "input_ids": said[i]}, kinds, cache=caches[i])
                 assert torch.equal(answer, alone[i][turn])
                 said[i] = torch.cat([said[i], answer], 1)
 
@@ -171,14 +172,14 @@ def test_the_cache_crops_text_and_refuses_to_crop_images() -> None:
     options = {"max_new_tokens": 8, "do_sample": False}
     with plphp.prune(model, SOME):
         cache = plphp.PrunedCache(model)
-        first = model.generate(**inputs, **options, past_key_values=cache)
+        first = model.generate(**inputs, **options, cache=cache)
         length = inputs["input_ids"].shape[1]
         cache.crop(-(cache.get_seq_length() - length + 1))
         again = {
             **{k: v for k, v in inputs.items() if "pixel" not in k and "grid" not in k},
             "attention_mask": torch.ones_like(inputs["input_ids"]),
         }
-        assert torch.equal(model.generate(**again, **options, past_key_values=cache), first)
+        assert torch.equal(model.generate(**again, **options, cache=cache), first)
         with pytest.raises(plphp.UnsupportedModeError, match="crop"):
             cache.crop(-(cache.get_seq_length() - 4))
 
@@ -189,7 +190,7 @@ def test_rows_can_be_repeated_reordered_and_selected() -> None:
     inputs = family.make_inputs(model, tiny.ROWS["batch"], 0)[0]
     with plphp.prune(model, SOME), torch.no_grad():
         out = model(**inputs)
-        cache = out.past_key_values
+        cache = cache_of(out)
         token = out.logits[:, -1:].argmax(-1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
         positions = mask.sum(-1, keepdim=True) - 1
@@ -200,12 +201,12 @@ def test_rows_can_be_repeated_reordered_and_selected() -> None:
         rows = order.flip(0) // 2
         got = model(
             token[rows], attention_mask=mask[rows], position_ids=positions[rows],
-            past_key_values=cache,
+            cache=cache,
         ).logits  # fmt: skip
-        fresh = model(**inputs).past_key_values
-        wanted = model(
-            token, attention_mask=mask, position_ids=positions, past_key_values=fresh
-        ).logits[rows]
+        fresh = cache_of(model(**inputs))
+        wanted = model(token, attention_mask=mask, position_ids=positions, **{CACHE: fresh}).logits[
+            rows
+        ]
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -231,7 +232,7 @@ def test_a_saved_conversation_goes_on_as_if_it_had_stayed(
         ask = talk.ask
 
         def asked(*args: Any, **options: Any) -> Tensor:
-            out = ask(*args, **{**options, "past_key_values": Stored.cache})
+            out = ask(*args, **{**options, "cache": Stored.cache})
             Stored.cache.save(file)
             Stored.cache = plphp.PrunedCache.load(talk.model, file)
             return out
@@ -257,7 +258,7 @@ def test_damaged_and_foreign_parked_tokens_are_refused(
     file = tmp_path / "talk.safetensors"
     with plphp.prune(model, SOME, recall=recall):
         cache = plphp.PrunedCache(model)
-        model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
+        model.generate(**inputs, max_new_tokens=2, cache=cache)
         cache.save(file)
         with safe_open(file, framework="pt") as saved:
             metadata = saved.metadata()
@@ -290,7 +291,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
         cache = plphp.PrunedCache(model)
         with pytest.raises(plphp.UnsupportedModeError, match="empty"):
             cache.save(file)
-        model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
+        model.generate(**inputs, max_new_tokens=2, cache=cache)
         cache.save(file)
         good = file.read_bytes()
         with safe_open(file, framework="pt") as saved:

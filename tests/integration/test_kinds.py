@@ -50,7 +50,7 @@ def test_a_static_cache_holds_the_same(expected: Any, name: str) -> None:
         tokens, _ = generate(model, expected.inputs)
         dynamic = selection(pruning.report)
         cache = plphp.PrunedCache(model, max_len=320, static=True)
-        static, _ = generate(model, expected.inputs, past_key_values=cache, disable_compile=True)
+        static, _ = generate(model, expected.inputs, cache=cache, disable_compile=True)
         assert selection(cache.report) == dynamic
     assert torch.equal(tokens, static)
 
@@ -83,10 +83,10 @@ def test_an_exception_between_layers_leaves_a_cache_that_says_so(expected: Any) 
         cache = plphp.PrunedCache(model)
         handle = last.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="on purpose"):
-            generate(model, expected.inputs, past_key_values=cache)
+            generate(model, expected.inputs, cache=cache)
         handle.remove()
         with pytest.raises(plphp.UnsupportedModeError, match="interrupted"):
-            generate(model, expected.inputs, past_key_values=cache)
+            generate(model, expected.inputs, cache=cache)
 
 
 @pytest.mark.parametrize("name", ["plphp", "vl-cache", "fastv"])
@@ -98,7 +98,7 @@ def test_a_cache_is_freed_with_its_last_reference(expected: Any, name: str) -> N
     try:
         with plphp.prune(model, plphp.policy(name)):
             cache = plphp.PrunedCache(model)
-            generate(model, expected.inputs, steps=3, past_key_values=cache)
+            generate(model, expected.inputs, steps=3, cache=cache)
             held = weakref.ref(next(iter(cache.pruned_layers()))[1].store.keys)
             del cache
             assert held() is None

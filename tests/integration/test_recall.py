@@ -68,7 +68,7 @@ def turns(model: Any, family: str, cache: Any) -> list[tuple[dict[str, Tensor], 
     """Prompt, tokens and logits of a question about two images and of one that follows."""
     spec = tiny.RowSpec(images=2, text=30)
     inputs, _ = EVERY[family].make_inputs(model, [spec], 0)
-    first, logits = generate(model, inputs, 6, past_key_values=cache)
+    first, logits = generate(model, inputs, 6, cache=cache)
     more = torch.arange(9)[None] + tiny.SPECIAL
     ids = torch.cat([inputs["input_ids"], first, more], 1)
     later = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -77,7 +77,7 @@ def turns(model: Any, family: str, cache: Any) -> list[tuple[dict[str, Tensor], 
         later["mm_token_type_ids"] = torch.nn.functional.pad(
             kinds, (0, ids.shape[1] - kinds.shape[1])
         )
-    second, after = generate(model, later, 6, past_key_values=cache)
+    second, after = generate(model, later, 6, cache=cache)
     return [(inputs, first, logits), (later, second, after)]
 
 
@@ -102,7 +102,7 @@ def test_reported_bytes_are_allocated_ones_at_every_step(recall: plphp.Recall) -
     inputs, spans = EVERY["qwen2_vl"].make_inputs(model, ROWS["three"], 0)
     with plphp.prune(model, SOME, recall=recall):
         cache = plphp.PrunedCache(model, max_len=400)
-        generate(model, inputs, 1, past_key_values=cache)
+        generate(model, inputs, 1, cache=cache)
         report = cache.report
         assert report.kv_bytes == cache.kv_bytes()
         found = report.recall
@@ -118,7 +118,7 @@ def test_reported_bytes_are_allocated_ones_at_every_step(recall: plphp.Recall) -
         before = cache.kv_bytes()
         token = torch.full((1, 1), tiny.SPECIAL)
         for _ in range(4):
-            model(input_ids=token, past_key_values=cache)
+            model(input_ids=token, cache=cache)
             assert cache.kv_bytes() == before
     vision = int((spans > 0).sum())
     keys = next(cache.pruned_layers())[1].store.keys

@@ -46,7 +46,7 @@ def follow(model: Any, inputs: dict[str, Any], prompt: Any, cache: Any) -> Any:
         more["attention_mask"] = torch.cat(
             [inputs["attention_mask"], torch.ones_like(prompt.first)], 1
         )
-    return generate(model, {"input_ids": ids, **more}, 15, past_key_values=cache)
+    return generate(model, {"input_ids": ids, **more}, 15, cache=cache)
 
 
 def test_one_prompt_serves_many_policies_and_stays_whole() -> None:

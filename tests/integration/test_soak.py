@@ -105,9 +105,9 @@ class Soak:
         torch.manual_seed(0)
         with plphp.prune(model, POLICIES[policy]):
             if mode == "static":
-                options["past_key_values"] = plphp.PrunedCache(model, static=True, max_len=256)
+                options["cache"] = plphp.PrunedCache(model, static=True, max_len=256)
             elif mode == "kept":
-                options["past_key_values"] = plphp.PrunedCache(model)
+                options["cache"] = plphp.PrunedCache(model)
             out: Tensor = model.generate(**self.inputs(name, prompt), **options)
             return out
 

@@ -126,7 +126,8 @@ def _pair(
 def _timed(model: Any, inputs: Mapping[str, Any], cache: Any, options: Mapping[str, Any]) -> Timing:
     clock = Clock(cache)
     start = time.perf_counter()
-    out: Tensor = model.generate(**inputs, **options, past_key_values=cache, streamer=clock)
+    options = {**options, compat.CACHE: cache, "streamer": clock}
+    out: Tensor = model.generate(**inputs, **options)
     return out[:, inputs["input_ids"].shape[1] :], clock, start
 
 

@@ -14,6 +14,7 @@ from plphp.bench.caches import Setting
 from plphp.bench.compare import cache_bytes
 from plphp.bench.machine import energy_meter, resident_bytes, synchronize
 from plphp.bench.ways import Way, stepper
+from plphp.hf import compat
 
 WARM = 2  # steps of every round that are not counted
 
@@ -92,7 +93,7 @@ def _turn(
         places = torch.full_like(token, position + step)
         synchronize(setting.device)
         start = time.perf_counter()
-        forward(input_ids=token, position_ids=places, past_key_values=cache, use_cache=True)
+        forward(input_ids=token, position_ids=places, use_cache=True, **{compat.CACHE: cache})
         synchronize(setting.device)
         steps.append(time.perf_counter() - start)
     if meter is not None:

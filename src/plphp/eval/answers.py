@@ -118,7 +118,7 @@ def _generate(
     """New tokens (B, T) and the logits (B, vocabulary) that each was chosen from."""
     out = model.generate(
         **inputs,
-        past_key_values=cache,
+        **{compat.CACHE: cache},
         max_new_tokens=limit,
         output_logits=True,
         return_dict_in_generate=True,
@@ -152,7 +152,7 @@ def walk(model: Any, cache: PrunedCache, batch: Batch, prompt: Prompt) -> Tensor
     over = torch.isin(prompt.first, ends)
     while len(tokens) < batch.limit and not bool(over.all()):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        out = model(input_ids=tokens[-1], attention_mask=mask, past_key_values=cache)
+        out = model(input_ids=tokens[-1], attention_mask=mask, cache=cache)
         new = out.logits[:, -1:].argmax(-1)
         tokens.append(torch.where(over, tokens[-1], new))
         over = over | torch.isin(new, ends)
@@ -167,7 +167,7 @@ def _read(model: Any, cache: PrunedCache, batch: Batch, tokens: Tensor, at_once:
     mask, logits = batch.inputs["attention_mask"], []
     for part in torch.split(tokens, at_once, 1):
         mask = torch.cat([mask, mask.new_ones(part.shape)], 1)
-        out = model(input_ids=part, attention_mask=mask, past_key_values=cache)
+        out = model(input_ids=part, attention_mask=mask, cache=cache)
         logits.append(out.logits.float())
     return torch.cat(logits, 1)
 

@@ -175,6 +175,7 @@ def _prunable(model: Any, vision_mask: Mask) -> list[Any]:
     ordinary = {i for i, window in enumerate(windows) if not isinstance(window, str)}
     chosen = [module for i, module in sorted(modules.items()) if i in ordinary]
     if not chosen:
+        compat.check_seam()
         raise UnsupportedModelError(
             f"{kind} has no decoder layer that can be pruned: none with ordinary self-attention "
             "calls transformers' attention interface"
@@ -195,12 +196,13 @@ Hook = Callable[..., Any]
 
 def _begin(pruning: Pruning) -> Hook:
     """Model pre-hook: every forward gets a pruned cache, and a prompt's last one its spans."""
+    keyword = compat.cache_keyword(type(pruning.model).forward) or compat.CACHE
 
     def begin(
         model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         cache = _cache_of(model, kwargs)
-        kwargs = {**kwargs, "past_key_values": cache}
+        kwargs = compat.with_cache(kwargs, keyword, cache)
         source = {**({"input_ids": args[0]} if args else {}), **kwargs}
         given = source.get("input_ids")
         given = source.get("inputs_embeds") if given is None else given
@@ -231,7 +233,7 @@ def _cache_of(model: nn.Module, kwargs: dict[str, Any]) -> PrunedCache:
         raise UnsupportedModeError(
             "output_attentions=True is not available: dropped tokens have no attention to return"
         )
-    cache = kwargs.get("past_key_values")
+    cache = compat.given_cache(kwargs)
     wanted = kwargs.get("use_cache")
     if wanted is None and cache is None:
         wanted = getattr(compat.text_config(model), "use_cache", True)
@@ -252,7 +254,7 @@ def _finish(pruning: Pruning) -> Hook:
     def finish(
         model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        cache = kwargs["past_key_values"]
+        cache = compat.given_cache(kwargs)
         turn = cache.shared.turn
         if turn is None or turn.spans is None:
             return

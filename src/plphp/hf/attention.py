@@ -62,12 +62,12 @@ def pass_layer(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of an attached module: hand its cache layer on to `pruned_attention`."""
-    if "past_key_values" not in kwargs:
+    cache = compat.given_cache(kwargs)
+    if cache is None and not any(name in kwargs for name in compat.CACHE_NAMES):
         raise UnsupportedTransformersError(
             f"{type(module).__name__} is no longer given its cache by keyword; "
             "this transformers version is not supported yet"
         )
-    cache = kwargs["past_key_values"]
     if not isinstance(cache, PrunedCache):
         raise UnsupportedModeError(
             f"an attached model needs a plphp.PrunedCache, got {type(cache).__name__}: call the "

@@ -21,7 +21,8 @@ from plphp.policy import Policy
 class PrunedCache(Cache):
     """Keys and values of one conversation, pruned turn by turn.
 
-    `generate(..., past_key_values=cache)` on an attached model keeps it for later turns.
+    `generate(..., cache=cache)` on an attached model keeps it for later turns. The name that the
+    keyword had before transformers 5.24, `past_key_values`, is accepted too, by every version.
     max_len: columns (prompt and answer) to make room for at once; grows as needed without it.
     static: keep lengths on the device and buffers in place, for compiled decoding; needs max_len.
     Holds no gradients: a prompt's own forward can be differentiated, later tokens see constants.
@@ -230,7 +231,7 @@ def own_cache(cache: Any, model: Any) -> PrunedCache:
     if not isinstance(cache, PrunedCache):
         raise UnsupportedModeError(
             f"an attached model cannot use a {type(cache).__name__}: pass "
-            "past_key_values=plphp.PrunedCache(model), or none"
+            "cache=plphp.PrunedCache(model), or none"
         )
     if cache.config is not compat.text_config(model):
         raise UnsupportedModeError("this cache belongs to another model; make one for this model")

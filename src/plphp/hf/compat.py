@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -12,13 +12,16 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import cache_utils
+from transformers import GenerationMixin, cache_utils
 from transformers.modeling_utils import AttentionInterface
 
 from plphp.errors import UnsupportedModelError, UnsupportedTransformersError
 
 OLDEST = Version("5.16")
+TESTED = Version("5.24")  # the newest release line that the tests have seen
 ATTENTION = "plphp"  # our name in transformers' public registry of attention functions
+# The keyword that carries the cache was renamed in 5.24. An attached model accepts both names.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 def check_version() -> None:
@@ -43,6 +46,48 @@ def check_version() -> None:
             )
 
 
+def cache_keyword(function: Callable[..., Any]) -> str | None:
+    """The name of the parameter of `function` that takes the cache, None if it takes none."""
+    parameters = inspect.signature(function).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+# The name that generate() and the outputs of models use in the installed version.
+CACHE = cache_keyword(GenerationMixin.prepare_inputs_for_generation) or CACHE_NAMES[0]
+
+
+def given_cache(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among keyword arguments, or in the output of a model, under either name."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def with_cache(kwargs: Mapping[str, Any], name: str, cache: Any) -> dict[str, Any]:
+    """The same keyword arguments with `cache` under the one name that the callee knows."""
+    return {key: kwargs[key] for key in kwargs if key not in CACHE_NAMES} | {name: cache}
+
+
+def check_seam() -> None:
+    """Raise UnsupportedTransformersError if transformers' own Llama has no seam to attach to.
+
+    Called where a model turned out to have none, to tell a new version from an unusual model.
+    """
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    if not _has_seam(LlamaAttention):
+        raise UnsupportedTransformersError(
+            f"plphp knows transformers {OLDEST} to {TESTED}, and found no way to attach to "
+            f"attention in {transformers.__version__}: pip install 'transformers<={TESTED}'"
+        )
+
+
+def _has_seam(module: type[nn.Module]) -> bool:
+    """Whether a module is given its cache by keyword and hands free keywords on."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return cache_keyword(module.forward) is not None and any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters
+    )
+
+
 def attention_modules(model: nn.Module, config: Any) -> dict[int, nn.Module]:
     """Layer index -> self-attention module of the text decoder.
 
@@ -56,9 +101,7 @@ def attention_modules(model: nn.Module, config: Any) -> dict[int, nn.Module]:
             continue
         if getattr(getattr(module, "config", None), "model_type", None) != config.model_type:
             continue
-        parameters = inspect.signature(type(module).forward).parameters
-        free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if "past_key_values" in parameters and free:
+        if _has_seam(type(module)):
             found[index] = module
     return found
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plphp.errors import UnsupportedModeError
+from plphp.hf import compat
 from plphp.hf.cache import PrunedCache, own_cache
 from plphp.hf.positions import later_positions
 from plphp.hf.turn import Turn
@@ -34,8 +35,9 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(generation_config, "cache_implementation", None) is not None:
             generation_config = copy.copy(generation_config)
             generation_config.cache_implementation = None
-        cache = own_cache(kwargs.pop("past_key_values", None), model)
+        cache = own_cache(compat.given_cache(kwargs), model)
         cache.check()
+        kwargs = compat.with_cache(kwargs, compat.CACHE, cache)
         source = dict(kwargs)
         if inputs is not None:
             source["input_ids" if inputs.dim() == 2 else "inputs_embeds"] = inputs
@@ -53,7 +55,7 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         cache.open(Turn(length, source, model.config, pruning.vision_mask), pruning.policy)
         cache.generating = True
         try:
-            return original(inputs, generation_config, *args, past_key_values=cache, **kwargs)
+            return original(inputs, generation_config, *args, **kwargs)
         finally:
             cache.settle()
 

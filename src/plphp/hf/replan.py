@@ -121,7 +121,7 @@ def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> P
     """Read a batch of prompts with whatever is attached; nothing can be planned of it again."""
     out = model.generate(
         **inputs,
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=1,
         do_sample=False,
         num_beams=1,

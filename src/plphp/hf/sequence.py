@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from plphp.errors import UnsupportedModeError, UnsupportedModelError
+from plphp.hf import compat
 from plphp.hf.cache import PrunedCache
 from plphp.hf.leaving import Leaving, take
 from plphp.hf.turn import Turn
@@ -64,7 +65,7 @@ def refuse_turn(cache: PrunedCache, turn: Turn, columns: int) -> None:
 
 def _leaving(kwargs: dict[str, Any]) -> Leaving | None:
     """What stays of the prompt that is being read, once it is known."""
-    cache = kwargs.get("past_key_values")
+    cache = compat.given_cache(kwargs)
     turn = cache.shared.turn if isinstance(cache, PrunedCache) else None
     return None if turn is None else turn.leaving
 

@@ -101,7 +101,7 @@ def _read(
     cache.shared.watch = watch
     try:
         for part, watch.groups in zip(ids.tensor_split(parts, 1), groups, strict=True):
-            logits.append(model(input_ids=part, past_key_values=cache).logits[0])
+            logits.append(model(input_ids=part, cache=cache).logits[0])
     finally:
         cache.shared.watch = None
     return torch.cat(logits), watch.seen

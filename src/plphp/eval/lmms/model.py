@@ -18,7 +18,7 @@ from tqdm import tqdm
 from plphp.errors import InputError, UnsupportedModeError
 from plphp.eval.lmms import chats, kept
 from plphp.eval.shrink import shrinker
-from plphp.hf import prune
+from plphp.hf import compat, prune
 from plphp.inputs import load
 from plphp.policy import policy
 
@@ -215,7 +215,7 @@ class Simple(Pruned):
         rest = model(
             input_ids=target[:, :-1],
             attention_mask=whole["attention_mask"],
-            past_key_values=read.past_key_values,
+            cache=compat.given_cache(read),
         )
         return torch.cat([logits, rest.logits], 1)
 
