@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from plphp.cache import Report
 from plphp.errors import UnsupportedModeError, UnsupportedModelError
 from plphp.hf import compat
 from plphp.hf.attention import ConfigView, pass_layer, pruned_attention
@@ -23,6 +22,7 @@ from plphp.hf.turn import Mask, Turn
 from plphp.models import describes_vision, refusal, sequence_refusal
 from plphp.policy import PLPHP, Policy, SequencePolicy
 from plphp.recall import Recall
+from plphp.report import Report
 
 logger = logging.getLogger("plphp")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.cache import KVStore, Seen
+from plphp.cache import KVStore
 from plphp.errors import UnsupportedModeError
 from plphp.hf.attach import Pruning, prune
 from plphp.hf.cache import PrunedCache
@@ -24,6 +24,7 @@ from plphp.hf.recall import park_layer
 from plphp.hf.report import build_report
 from plphp.hf.turn import Turn, slot_positions
 from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, policy
+from plphp.report import Seen
 
 
 @dataclass
