@@ -11,7 +11,7 @@ from invariants import generate, truth
 from plphp.hf.replan import read
 from plphp.policy import POLICIES
 
-METHODS = [name for name in POLICIES if POLICIES[name]().kind in ("layer", "layers")]
+METHODS = [name for name in POLICIES if POLICIES[name]().prunes_cache]
 
 
 @pytest.mark.parametrize("family", tiny.CORE)

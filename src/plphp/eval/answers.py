@@ -84,7 +84,7 @@ def answer(
     One prefill serves both: the cache is cropped back to it. Raises what `plphp.prune` raises.
     """
     with prune(model, policy, recall=recall) as pruning:
-        if policy.kind in ("layer", "layers"):
+        if policy.prunes_cache:
             cache = prompt.pruned(pruning)
         else:
             cache = PrunedCache(model)

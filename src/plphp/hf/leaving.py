@@ -51,7 +51,7 @@ class Leaving:
     def _made(self, mask: Any, columns: Tensor) -> Tensor:
         last = columns.shape[1]
         slots = torch.arange(last, device=columns.device)
-        valid = slots >= last - self.plan.lengths.to(columns.device)[:, None]
+        valid = self.plan.valid.to(columns.device)
         if mask is None and self.flash:
             return valid
         if mask is None:

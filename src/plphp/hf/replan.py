@@ -23,7 +23,7 @@ from plphp.hf.layer import PrunedLayer
 from plphp.hf.recall import park_layer
 from plphp.hf.report import build_report
 from plphp.hf.turn import Turn, slot_positions
-from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, policy
+from plphp.policy import KeepPlan, LayerView, Policy, plan_views, policy
 from plphp.report import Seen
 
 
@@ -67,7 +67,7 @@ class Prompt:
         Raises UnsupportedModeError for other policies.
         """
         made = pruning.policy
-        if made.kind not in ("layer", "layers") or made.window > self.window:
+        if not made.prunes_cache or made.window > self.window:
             raise UnsupportedModeError(
                 f"{type(made).__name__} cannot be planned afterwards: it changes the prompt's "
                 "forward, or looks at more tokens than were remembered"
@@ -80,7 +80,7 @@ class Prompt:
         views = {index: _narrow(view, made.window) for index, view in self.views.items()}
         parks = cache.shared.recall is not None
         cache.shared.spans = turn.spans if parks else None
-        planned = dict.fromkeys(views) if parks else plans(made, views)
+        planned = dict.fromkeys(views) if parks else plan_views(made, views)
         for index, plan in planned.items():
             plan = adopt_view(cache.layers[index], views[index], plan)
             turn.plans[index] = (plan, views[index].spans, slot_positions(turn, self.columns))
@@ -147,15 +147,6 @@ def adopt_view(layer: PrunedLayer, view: LayerView, plan: KeepPlan | None) -> Ke
         plan = park_layer(layer, view)
     adopt(layer, view.keys, view.values, plan)
     return plan
-
-
-def plans(made: Policy, views: dict[int, LayerView]) -> dict[int, KeepPlan]:
-    """What a policy keeps of every layer. views: by the index of the layer."""
-    if made.kind == "layer":
-        return {index: made.plan(view) for index, view in views.items()}
-    assert isinstance(made, CachePolicy)
-    plans = made.plan_all([made.look(view) for view in views.values()])
-    return dict(zip(views, plans, strict=True))
 
 
 def _narrow(view: LayerView, window: int) -> LayerView:

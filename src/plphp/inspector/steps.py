@@ -81,7 +81,7 @@ def _begun(
     pruning: Pruning, inputs: Mapping[str, Tensor], prompt: Prompt
 ) -> tuple[PrunedCache, Tensor]:
     """The pruned prompt, planned of what was read of it where that will do, and its logits."""
-    if pruning.policy.kind in ("layer", "layers"):
+    if pruning.policy.prunes_cache:
         return prompt.pruned(pruning), prompt.logits
     cache = PrunedCache(pruning.model)
     return cache, read_into(cache, pruning.model, inputs).logits
