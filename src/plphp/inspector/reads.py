@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from plphp.hf.watch import kept_and_dropped
+from plphp.hf.attention_probe import kept_and_dropped
 from plphp.inspector.gather import mask_bits
 from plphp.report import Report, Seen
 

@@ -46,6 +46,10 @@ class Policy:
         """Whether the method leaves the prompt's own forward pass as it is."""
         return self.kind in ("layer", "layers")
 
+    def scores_layer(self, layer: int, layers: int) -> bool:
+        """Whether the method looks at the layer with this index, of `layers`."""
+        return True
+
     def check(self, layers: int) -> None:
         """Raise ValueError for options that a decoder of so many layers cannot serve."""
 
@@ -145,6 +149,10 @@ class SequencePolicy(Policy):
     def leave_at(self, layers: int) -> int:
         """Index of the first layer that does without them, 1 to `layers`. Raises ValueError."""
         raise NotImplementedError
+
+    def scores_layer(self, layer: int, layers: int) -> bool:
+        """The last layer that sees all tokens."""
+        return layer == self.leave_at(layers) - 1
 
     def check(self, layers: int) -> None:
         """Raise ValueError where `leave_at` does."""
