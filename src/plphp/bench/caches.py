@@ -17,7 +17,7 @@ from plphp.bench.shapes import Shape
 from plphp.cache import bucketed
 from plphp.errors import InputError
 from plphp.hf import PrunedCache, compat
-from plphp.hf.replan import adopt
+from plphp.hf.shared_prefill import adopt
 from plphp.policy import CachePolicy, LayerView, Look, plan_views
 from plphp.policy.base import flat_look
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from plphp.cache import Report
 from plphp.eval.batches import TEXT, Batch
 from plphp.hf import PrunedCache, compat, prune
-from plphp.hf.replan import Prompt, read_into
+from plphp.hf.shared_prefill import SharedPrefill, read_into
 from plphp.policy import Policy
 from plphp.recall import Recall
+from plphp.report import Report
 
 GREEDY = {"do_sample": False, "num_beams": 1}
 
@@ -74,7 +74,7 @@ def answer(
     policy: Policy,
     batch: Batch,
     reference: Reference,
-    prompt: Prompt,
+    prompt: SharedPrefill,
     recall: Recall | None = None,
 ) -> Answers:
     """Generate with the pruned model, and compute its logits at the tokens of the reference answer.
@@ -131,7 +131,7 @@ def _generate(
     return out.sequences[:, inputs["input_ids"].shape[1] :], out.logits
 
 
-def _continue_answer(model: Any, cache: PrunedCache, batch: Batch, prompt: Prompt) -> Tensor:
+def _continue_answer(model: Any, cache: PrunedCache, batch: Batch, prompt: SharedPrefill) -> Tensor:
     """The answer (B, T) int64. The prompt's forward has determined its first token."""
     if batch.limit == 1:
         return prompt.first
@@ -147,7 +147,7 @@ def _continue_answer(model: Any, cache: PrunedCache, batch: Batch, prompt: Promp
     return torch.cat([prompt.first, torch.where(ended, prompt.first, rest)], 1)
 
 
-def _decode_by_token(model: Any, cache: PrunedCache, batch: Batch, prompt: Prompt) -> Tensor:
+def _decode_by_token(model: Any, cache: PrunedCache, batch: Batch, prompt: SharedPrefill) -> Tensor:
     """The answer (B, T) int64 as in `_continue_answer`, with one forward per token, for recall.
 
     generate() would treat the first token as a new turn. The tokens of a new turn attend to the

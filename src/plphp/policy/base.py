@@ -48,6 +48,10 @@ class Policy:
         """Whether the policy prunes only the cache, so that the prompt's forward is unchanged."""
         return self.kind in ("layer", "layers")
 
+    def scores_layer(self, layer: int, layers: int) -> bool:
+        """Whether the method looks at the layer with this index, of `layers`."""
+        return True
+
     def check(self, layers: int) -> None:
         """Raise ValueError for options that do not fit a decoder with this number of layers."""
 
@@ -163,6 +167,10 @@ class SequencePolicy(Policy):
         Raises ValueError for options that do not fit a decoder with this number of layers.
         """
         raise NotImplementedError
+
+    def scores_layer(self, layer: int, layers: int) -> bool:
+        """The last layer that sees all tokens."""
+        return layer == self.leave_at(layers) - 1
 
     def check(self, layers: int) -> None:
         """Raise the ValueError of `leave_at`."""
