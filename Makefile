@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-oldest test-lmms test-peers test-inspector test-vllm test-vllm-all test-gpu soak-vllm lint support \
+.PHONY: demo quick test test-all test-oldest test-lmms test-peers test-inspector test-vllm test-vllm-all test-gpu soak-vllm lint support \
 	support-recall docs figures screenshot accuracy accuracy-page bench bench-gpu bench-page bench-vllm wheel retrain clean
 
 demo: $(VENV)/.installed
@@ -27,6 +27,12 @@ JOBS ?= 2
 test: $(VENV)/.installed-dev lint
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" \
 		-n $(JOBS) --dist worksteal
+
+# After every edit, under a minute: unit tests and one cell of the matrix for every family.
+QUICK := -m "quick or not (slow or gpu or cell)" -n $(JOBS) --dist worksteal \
+	tests/unit tests/integration/test_versions.py tests/conformance/test_matrix.py
+quick: $(VENV)/.installed-dev
+	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK)
 
 lint: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -75,11 +81,11 @@ support-recall: $(VENV)/.installed-dev
 test-all: $(VENV)/.installed-dev lint
 	cd $(ROOT) && $(BIN)/python -m pytest -m "not gpu"
 
-# Two minutes on the oldest transformers that is supported; OLDEST=5.19.0 for another.
+# The quick tests and a few more on the oldest transformers that is supported; OLDEST=5.19.0 for another.
+SAMPLE := $(QUICK) tests/integration/test_attach.py tests/integration/test_conversation.py \
+	tests/conformance/test_layouts.py
 test-oldest: $(VENV)-$(OLDEST)/.installed
-	cd $(ROOT) && $(VENV)-$(OLDEST)/bin/python -m pytest -m "not slow and not gpu" \
-		tests/integration/test_attach.py tests/integration/test_conversation.py tests/unit \
-		tests/conformance/test_layouts.py
+	cd $(ROOT) && OMP_NUM_THREADS=1 $(VENV)-$(OLDEST)/bin/python -m pytest $(SAMPLE)
 
 # Real lmms-eval runs on local tasks, in an environment of its own (2.5 GB).
 test-lmms: $(VENV)-lmms/.installed
