@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from plphp.cache import Report
-from plphp.errors import InputError
+from plphp.errors import InputError, how_to_install
 from plphp.report.data import Page
 from plphp.report.gather import page_of_report
 
@@ -26,7 +26,7 @@ def render(page: Page) -> str:
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError:
-        raise InputError("the page needs jinja2: pip install 'plphp[report]'") from None
+        raise InputError(f"the page needs jinja2: {how_to_install('report')}") from None
     assets = files("plphp.report") / "assets"
     parts = {
         name: (assets / file).read_text(encoding="utf-8")
