@@ -90,3 +90,20 @@ def test_nobody_is_told_to_install_by_a_name_that_is_on_no_index() -> None:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     for path in [*pages, *(ROOT / "src").rglob("*.py")]:
         assert not re.search(r"pip install [^\n`]*\bplphp\b(?!/)", path.read_text()), path
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_the_index_of_the_log_leads_to_its_headings() -> None:
+    log = (ROOT / "dev" / "LOG.md").read_text()
+    index = log.partition("## By topic\n")[2].partition("\n## ")[0]
+    links = re.findall(r"\]\(#([^)]+)\)", index)
+    assert links and set(links) <= {slug(h) for h in re.findall(r"^#+ (.+)$", log, re.MULTILINE)}
+
+
+def test_the_glossary_is_where_people_look() -> None:
+    for page in ("README.md", "CONTRIBUTING.md", "mkdocs.yml"):
+        assert "glossary.md" in (ROOT / page).read_text(), page
