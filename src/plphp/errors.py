@@ -23,3 +23,7 @@ class UnsupportedVllmError(PlphpError):
 
 class InputError(PlphpError, ValueError):
     """What was given cannot be used: a file, a prompt, an option."""
+
+
+class InputTypeError(InputError, TypeError):
+    """What was given is of a type that cannot be used."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -10,18 +11,19 @@ from typing import Any
 from torch import nn
 
 from plphp.cache import Report
-from plphp.errors import UnsupportedModeError, UnsupportedModelError
+from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
-from plphp.hf.attention import ConfigView, pass_layer, pruned_attention
-from plphp.hf.cache import PrunedCache, own_cache
-from plphp.hf.generate import UNSUPPORTED_METHODS, refuse_method, wrap
+from plphp.hf.attention import COPIED, SAVED, ConfigView, pass_layer, pruned_attention
+from plphp.hf.cache import PrunedCache
+from plphp.hf.generate import REFUSED_METHODS, merged_options, own_cache, refuse_method, wrap
 from plphp.hf.positions import later_positions, position_shift
 from plphp.hf.recall import checked
 from plphp.hf.report import build_report
-from plphp.hf.sequence import attach_sequence, decoder_layers, refuse_turn
-from plphp.hf.turn import Mask, Turn
-from plphp.models import describes_vision, refusal, sequence_refusal
-from plphp.policy import PLPHP, Policy, SequencePolicy
+from plphp.hf.sequence import decoder_layers, refuse_turn
+from plphp.hf.targets import attach_kind, base_model, chosen_policy, prunable
+from plphp.hf.turn import Turn
+from plphp.hf.vision_mask import Mask, checked_mask
+from plphp.policy import Policy
 from plphp.recall import Recall
 
 logger = logging.getLogger("plphp")
@@ -32,12 +34,14 @@ MARK = "_plphp"  # attribute of an attached model that holds its Pruning
 class Pruning:
     """Pruning attached to one model object; `remove()` or leaving the `with` takes it off.
 
+    Entering a `with` again, after `remove()`, attaches it again.
+
     report: of the last finished prefill; `cache.report` of a `PrunedCache` is exact where several
         threads generate on one model
     """
 
     def __init__(
-        self, model: Any, policy: Policy, vision_mask: Mask, recall: Recall | None = None
+        self, model: Any, policy: Policy, vision_mask: Mask = None, recall: Recall | None = None
     ) -> None:
         self.model = model
         self.policy = policy
@@ -46,9 +50,44 @@ class Pruning:
         self.report: Report | None = None
         self.layers: tuple[int, ...] = ()  # decoder layers that are attached
         self.over_ranks = compat.over_ranks(model)
+        self.decoder: list[nn.Module] = []  # the modules of those layers
+        self.calls = (
+            threading.local()
+        )  # what a generate() that is running in this thread leaves out
+        self._entered = False
         self._undo: list[Callable[[], None]] = []
+        self._attach()
+
+    def _attach(self) -> None:
+        """Hook everything. Raises what `prune` raises, before anything is changed."""
+        model = self.model
+        modules = prunable(model, self.vision_mask)
+        self._undo += attach_kind(model, self.policy, modules)
+        compat.register_attention(pruned_attention)
+        self.layers = tuple(module.layer_idx for module in modules)
+        self.decoder = decoder_layers(model, modules)
+        for module in modules:
+            self._set(module, "config", ConfigView(module))
+            handle = module.register_forward_pre_hook(pass_layer, with_kwargs=True)
+            self._undo.append(handle.remove)
+        before = model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        after = model.register_forward_hook(self._finish, with_kwargs=True, always_call=True)
+        self._undo += [before.remove, after.remove]
+        if hasattr(model, "generate"):
+            self._set(model, "generate", wrap(self, model.generate))
+            prepare = model._prepare_generation_config
+            self._set(model, "_prepare_generation_config", merged_options(self, prepare))
+        for name, why in REFUSED_METHODS.items():
+            if hasattr(model, name):
+                self._set(model, name, refuse_method(name, why))
+        self._set(model, MARK, self)
 
     def __enter__(self) -> Pruning:
+        if self._entered:
+            raise UnsupportedModeError("this pruning is in use by an outer `with` already")
+        if not self._undo:
+            self._attach()
+        self._entered = True
         return self
 
     def __exit__(
@@ -57,6 +96,7 @@ class Pruning:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._entered = False
         self.remove()
 
     def remove(self) -> None:
@@ -65,10 +105,10 @@ class Pruning:
             self._undo.pop()()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise UnsupportedModeError("an attached model cannot be copied: remove() the pruning first")
+        raise UnsupportedModeError(COPIED)
 
     def __reduce__(self) -> Any:
-        raise UnsupportedModeError("an attached model cannot be saved: remove() the pruning first")
+        raise UnsupportedModeError(SAVED)
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         """Set an instance attribute; undone by restoring what the instance itself held."""
@@ -78,130 +118,12 @@ class Pruning:
         undo = (lambda: setattr(owner, name, before)) if had else (lambda: delattr(owner, name))
         self._undo.append(undo)
 
-
-def prune(
-    model: Any,
-    policy: Policy | None = None,
-    *,
-    vision_mask: Mask = None,
-    recall: Recall | str | None = None,
-) -> Pruning:
-    """Prune the vision tokens of everything that `model` generates until `remove()`.
-
-    model: a transformers vision-language model, or a PEFT wrapper around one
-    policy: by default PLPHP(), the paper's
-    vision_mask: (B, N) int64 coded as `vision_spans` returns it, or a function from input_ids to
-        it, for models whose vision tokens cannot be found
-    recall: park what the policy drops and read it again when a later token looks for it, a
-        `plphp.Recall` or the name of its home; by default dropped tokens are gone
-
-    Raises UnsupportedModelError, UnsupportedModeError (the model is attached already) or
-    UnsupportedTransformersError, with what to do, before anything is changed.
-    """
-    compat.check_version()
-    model = _base(model)
-    modules = _prunable(model, vision_mask)
-    recall, policy = checked(recall, PLPHP() if policy is None else policy, model)
-    undo = _attach_kind(model, policy, modules)
-    pruning = Pruning(model, policy, vision_mask, recall)
-    compat.register_attention(pruned_attention)
-    pruning._undo += undo
-    pruning.layers = tuple(module.layer_idx for module in modules)
-    for module in modules:
-        pruning._set(module, "config", ConfigView(module))
-        handle = module.register_forward_pre_hook(pass_layer, with_kwargs=True)
-        pruning._undo.append(handle.remove)
-    before = model.register_forward_pre_hook(_begin(pruning), with_kwargs=True)
-    after = model.register_forward_hook(_finish(pruning), with_kwargs=True)
-    pruning._undo += [before.remove, after.remove]
-    if hasattr(model, "generate"):
-        pruning._set(model, "generate", wrap(pruning, model.generate))
-    for name in UNSUPPORTED_METHODS:
-        if hasattr(model, name):
-            pruning._set(model, name, refuse_method(name))
-    pruning._set(model, MARK, pruning)
-    return pruning
-
-
-def _attach_kind(model: Any, policy: Policy, modules: list[Any]) -> list[Callable[[], None]]:
-    """Hooks of a method that works on hidden states, none for others. Raises what `prune` does."""
-    if policy.kind == "images":
-        raise UnsupportedModeError(
-            f"{type(policy).__name__} makes pictures smaller, before the model: resize them to "
-            "policy.size(width, height, multiple) and leave the model as it is"
-        )
-    policy.check(len(modules))
-    if not isinstance(policy, SequencePolicy):
-        return []
-    if reason := sequence_refusal(model.config):
-        raise UnsupportedModelError(f"{model.config.model_type}: {reason}")
-    layers = decoder_layers(model, modules)
-    if len(layers) < len(compat.layer_windows(compat.text_config(model))):
-        raise UnsupportedModelError(
-            f"{type(policy).__name__} drops hidden states, and some layers of this decoder have no "
-            "ordinary attention: what they need would be missing"
-        )
-    return attach_sequence(policy, layers)
-
-
-def attached(model: Any) -> Pruning | None:
-    """The pruning attached to a model, if any."""
-    found: Pruning | None = vars(_base(model)).get(MARK)
-    return found
-
-
-def _base(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _prunable(model: Any, vision_mask: Mask) -> list[Any]:
-    """The attention modules to attach to, or the reason why there are none."""
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise UnsupportedModelError(
-            f"plphp.prune needs a transformers model, got {type(model).__name__}"
-        )
-    kind = getattr(model.config, "model_type", "unknown")
-    if reason := refusal(model.config):
-        raise UnsupportedModelError(f"{kind}: {reason}")
-    if vision_mask is None and not describes_vision(model.config):
-        raise UnsupportedModelError(
-            f"{kind} names no image or video tokens in its config: either it is not a "
-            "vision-language model, or pass vision_mask=..., coded as plphp.vision_spans returns it"
-        )
-    config = compat.text_config(model)
-    windows = compat.layer_windows(config)
-    modules = compat.attention_modules(model, config)
-    ordinary = {i for i, window in enumerate(windows) if not isinstance(window, str)}
-    chosen = [module for i, module in sorted(modules.items()) if i in ordinary]
-    if not chosen:
-        compat.check_seam()
-        raise UnsupportedModelError(
-            f"{kind} has no decoder layer that can be pruned: none with ordinary self-attention "
-            "calls transformers' attention interface"
-        )
-    for module in chosen:
-        if isinstance(module.config, ConfigView):
-            raise UnsupportedModeError(
-                "this model is attached already: remove() that pruning first"
-            )
-        if hasattr(module, "sinks"):
-            raise UnsupportedModelError(f"{kind} uses attention sinks; it cannot be scored")
-        compat.original_attention(module, module.config)
-    return chosen
-
-
-Hook = Callable[..., Any]
-
-
-def _begin(pruning: Pruning) -> Hook:
-    """Model pre-hook: every forward gets a pruned cache, and a prompt's last one its spans."""
-    keyword = compat.cache_keyword(type(pruning.model).forward) or compat.CACHE
-
-    def begin(
-        model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _begin(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache = _cache_of(model, kwargs)
+        """Model pre-hook: every forward gets a pruned cache, and a prompt's last one its spans."""
+        cache = self._cache_of(kwargs)
+        keyword = compat.cache_keyword(type(model).forward) or compat.CACHE
         kwargs = compat.with_cache(kwargs, keyword, cache)
         source = {**({"input_ids": args[0]} if args else {}), **kwargs}
         given = source.get("input_ids")
@@ -209,12 +131,13 @@ def _begin(pruning: Pruning) -> Hook:
         if given is None:
             raise ValueError("a forward of an attached model needs input_ids or inputs_embeds")
         batch, columns = given.shape[:2]
-        if not cache.generating:
+        if not cache._generating:
             cache.check()
             past = int(cache.get_seq_length())
             if columns > 1 or past == 0:  # a bare forward: what it brings is the prompt
-                prompt = Turn(columns, source, pruning.model.config, pruning.vision_mask)
-                cache.open(prompt, pruning.policy)
+                self.refuse_checkpointing()
+                prompt = Turn(columns, source, self.model.config, self.vision_mask)
+                cache._open(prompt, self.policy)
             positions = later_positions(model, cache.shift, past, columns, source)
             if positions is not None:
                 kwargs["position_ids"] = positions
@@ -222,50 +145,93 @@ def _begin(pruning: Pruning) -> Hook:
         if turn is not None and int(cache.get_seq_length()) + columns >= turn.end:
             turn.locate(batch, kwargs.get("attention_mask"))
             refuse_turn(cache, turn, columns)
+        cache._in_forward = True
         return args, kwargs
 
-    return begin
-
-
-def _cache_of(model: nn.Module, kwargs: dict[str, Any]) -> PrunedCache:
-    """The cache of a forward, made if there is none. Raises for what pruning cannot serve."""
-    if kwargs.get("output_attentions"):
-        raise UnsupportedModeError(
-            "output_attentions=True is not available: dropped tokens have no attention to return"
-        )
-    cache = compat.given_cache(kwargs)
-    wanted = kwargs.get("use_cache")
-    if wanted is None and cache is None:
-        wanted = getattr(compat.text_config(model), "use_cache", True)
-    if wanted is False:
-        raise UnsupportedModeError(
-            "a forward without a cache cannot be pruned: use_cache=True, or remove()"
-        )
-    if cache is None:
-        kwargs["use_cache"] = True
-    if isinstance(cache, PrunedCache) and cache.generating:
-        return cache  # generate() has looked at it, and a compiled step should not again
-    return own_cache(cache, model)
-
-
-def _finish(pruning: Pruning) -> Hook:
-    """Model hook: a prompt that has been read becomes a report."""
-
-    def finish(
-        model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def _cache_of(self, kwargs: dict[str, Any]) -> PrunedCache:
+        """The cache of a forward, made if there is none. Raises for what pruning cannot serve."""
         cache = compat.given_cache(kwargs)
+        if kwargs.get("output_attentions"):
+            raise UnsupportedModeError(
+                "output_attentions=True is not available: dropped tokens have no attention to "
+                "return"
+            )
+        if kwargs.get("use_cache") is False:
+            raise UnsupportedModeError(
+                "a forward without a cache cannot be pruned: use_cache=True, or remove()"
+            )
+        if isinstance(cache, PrunedCache) and cache._generating:
+            return cache  # generate() has looked at it, and a compiled step should not again
+        if getattr(self.model.config, "output_attentions", False):
+            raise UnsupportedModeError(
+                "model.config.output_attentions is set, and dropped tokens have no attention to "
+                "return: set it to False"
+            )
+        kwargs["use_cache"] = True  # also where the checkpoint's config says otherwise
+        return own_cache(cache, self.model, self.recall)
+
+    def _finish(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Model hook: a prompt that has been read becomes a report. No output: it failed."""
+        cache = compat.given_cache(kwargs)
+        if not isinstance(cache, PrunedCache):
+            return  # refused
+        cache._in_forward = False
         turn = cache.shared.turn
-        if turn is None or turn.spans is None:
+        if output is None or turn is None or turn.spans is None:
             return
         drafts = int(cache.get_seq_length()) - turn.end
         cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, turn)
         cache.shared.last_image = max(cache.shared.last_image, turn.last_image)
-        pruning.report = report = build_report(cache, turn)
-        cache.tell(report)
+        report = build_report(cache, turn)
+        cache._tell(report)
+        if cache._generating or not hasattr(self.calls, "left_out"):
+            self.report = report  # else a forward beside a generate(), of its negative prompt
         cache.shared.spans = turn.spans if cache.shared.recall is not None else None
         cache.shared.turn = None
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s", report.summary)
 
-    return finish
+    def refuse_checkpointing(self) -> None:
+        """Raise UnsupportedModeError where decoder layers would throw their cache away."""
+        if any(m.training and getattr(m, "gradient_checkpointing", False) for m in self.decoder):
+            raise UnsupportedModeError(
+                "gradient checkpointing in training mode runs the decoder without a cache, so "
+                "nothing could be pruned: call model.eval() or "
+                "model.gradient_checkpointing_disable() first"
+            )
+
+
+def prune(
+    model: Any,
+    policy: Policy | type[Policy] | str | None = None,
+    *,
+    vision_mask: Any = None,
+    recall: Recall | str | None = None,
+) -> Pruning:
+    """Prune the vision tokens of everything that `model` generates until `remove()`.
+
+    model: a transformers vision-language model, or a PEFT or torch.compile wrapper around one
+    policy: by default PLPHP(), the paper's; also the name of one, for its defaults
+    vision_mask: (B, N) integers coded as `vision_spans` returns them (a tensor, an array or nested
+        lists), or a function from input_ids to them, for models whose vision tokens cannot be found
+    recall: park what the policy drops and read it again when a later token looks for it, a
+        `plphp.Recall` or the name of its home; by default dropped tokens are gone
+
+    Raises UnsupportedModelError, UnsupportedModeError (the model is attached already),
+    UnsupportedTransformersError or InputError (a ValueError, and a TypeError for wrong types), with
+    what to do, before anything is changed.
+    """
+    compat.check_version()
+    model = base_model(model)
+    mask = checked_mask(vision_mask)
+    prunable(model, mask)
+    recall, chosen = checked(recall, chosen_policy(policy), model)
+    return Pruning(model, chosen, mask, recall)
+
+
+def attached(model: Any) -> Pruning | None:
+    """The pruning attached to a model, if any."""
+    found: Pruning | None = getattr(base_model(model), "__dict__", {}).get(MARK)
+    return found

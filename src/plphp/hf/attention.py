@@ -25,6 +25,9 @@ from plphp.hf.pruning import after_attention
 
 LAYER = "plphp_layer"  # keyword that carries the cache layer from the hook to the function
 
+COPIED = "an attached model cannot be copied: remove() the pruning first"
+SAVED = "an attached model cannot be saved: remove() the pruning first"
+
 
 class ConfigView:
     """A module's config, except that it names our attention function.
@@ -40,9 +43,13 @@ class ConfigView:
         self.module_view = ModuleView(module, module.config)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("original", "module_view"):  # not set yet: a copy or an unpickling
-            raise AttributeError(name)
         return getattr(self.original, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise UnsupportedModeError(COPIED)
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedModeError(SAVED)
 
 
 class ModuleView:
@@ -53,8 +60,6 @@ class ModuleView:
         self.config = config
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("module", "config"):
-            raise AttributeError(name)
         return getattr(self.module, name)
 
 

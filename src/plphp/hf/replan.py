@@ -83,7 +83,7 @@ class Prompt:
         for index, plan in planned.items():
             plan = adopt_view(cache.layers[index], views[index], plan)
             turn.plans[index] = (plan, views[index].spans, slot_positions(turn, self.columns))
-        cache.tell(replace(build_report(cache, turn), seen=self.seen))
+        cache._tell(replace(build_report(cache, turn), seen=self.seen))
         return cache
 
     def _turn(self, pruning: Pruning) -> Turn:

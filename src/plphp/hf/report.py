@@ -53,8 +53,8 @@ def images_found(cache: PrunedCache) -> tuple[EarlierImage, ...]:
     """The images of all turns so far, as the next prompt finds them."""
     if cache.shared.recall is not None and cache.shared.spans is not None:
         return images_of(cache.shared.spans.cpu())
-    found = cache.found if cache.report is None else images_left(cache.report)
-    return found if cache.order is None else in_rows(found, cache.order.tolist())
+    found = cache._found if cache.report is None else images_left(cache.report)
+    return found if cache._order is None else in_rows(found, cache._order.tolist())
 
 
 def _layer(cache: PrunedCache, turn: Turn, index: int) -> LayerReport:

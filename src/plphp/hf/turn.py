@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from plphp.cache import KVStore
-from plphp.errors import UnsupportedModeError
+from plphp.errors import InputError
 from plphp.hf.leaving import Leaving
+from plphp.hf.vision_mask import Mask, mask_columns
 from plphp.models import find_spans, processor_inputs
 from plphp.policy import KeepPlan
 
-Mask = Tensor | Callable[..., Tensor] | None
 Made = TypeVar("Made")
 
 
@@ -70,9 +70,8 @@ class Turn:
         self._made.clear()
         spans = self._given() if self.vision_mask is not None else self._found()
         if batch % len(spans):
-            raise UnsupportedModeError(
-                f"the prompt has {len(spans)} rows and the model sees {batch}"
-            )
+            what = "the prompt has" if self.vision_mask is None else "vision_mask has"
+            raise InputError(f"{what} {len(spans)} rows and the model sees {batch}")
         spans = spans.repeat_interleave(batch // len(spans), dim=0)
         self.tokens_before = torch.full((batch,), self.begin, device=spans.device)
         mask = attention_mask if attention_mask is not None else self.source.get("attention_mask")
@@ -122,19 +121,7 @@ class Turn:
         return spans
 
     def _given(self) -> Tensor:
-        given = self.vision_mask
-        if callable(given) and not isinstance(given, Tensor):
-            given = given(self.source.get("input_ids"))
-        assert isinstance(given, Tensor)
-        if given.dim() != 2 or given.shape[1] < self.length:
-            raise ValueError(
-                f"vision_mask must be (B, N) with N at least {self.length} columns, "
-                f"got {tuple(given.shape)}"
-            )
-        own = given[:, -self.length :].long()
-        if (most := int(own.max())) > self.length:
-            raise ValueError(f"vision_mask numbers an image {most}: number them 1, 2, ... a row")
-        return own
+        return mask_columns(self.vision_mask, self.source.get("input_ids"), self.begin, self.length)
 
     def _columns(self, tensor: Tensor | None) -> Tensor | None:
         """This prompt's columns of a (B, N) tensor that may also hold earlier turns."""

@@ -71,7 +71,10 @@ class Look:
 
 
 class CachePolicy(Policy):
-    """A method that scores vision tokens: it gives `look`, the rest is the same for all of them."""
+    """A method that scores vision tokens: it gives `look`, the rest is the same for all of them.
+
+    min_tokens, round_to: options of the methods that declare them as fields, as `PLPHP` does
+    """
 
     scope: Scope = "image"  # a share of every image, or one ranking over all images of a row
     min_tokens: int = 0

@@ -22,20 +22,22 @@ class FastV(SequencePolicy):
     """Image tokens leave the hidden states before one layer.
 
     layer: K, the first layer that does without them, at least 1
-    keep: the share of vision tokens that stays
+    keep: the share of vision tokens that stays, by default .5
     budget: the share of vision K/V kept over all layers, instead of `keep`; at least K / layers
     Raises ValueError, for a budget out of reach when the model is attached.
     """
 
     layer: int = 2
-    keep: float = 0.5
+    keep: float | None = None
     budget: float | None = None
 
     def __post_init__(self) -> None:
         check_count("layer", self.layer, 1)
-        check_share("keep", self.keep)
-        if self.budget is not None:
-            check_share("budget", self.budget)
+        for name in ("keep", "budget"):
+            if getattr(self, name) is not None:
+                check_share(name, getattr(self, name))
+        if self.keep is not None and self.budget is not None:
+            raise ValueError("budget and keep say the same thing: give one of them")
 
     def leave_at(self, layers: int) -> int:
         if self.layer >= layers:
@@ -50,7 +52,7 @@ class FastV(SequencePolicy):
 
     def look(self, view: LayerView) -> Look:
         layers = view.layers
-        keep = self.keep
+        keep = 0.5 if self.keep is None else self.keep
         if self.budget is not None:
             keep = max(self.budget * layers - self.layer, 0.0) / (layers - self.layer)
         return flat_look(view, steps.shared_scores(view), keep)

@@ -45,8 +45,8 @@ class PLPHP(CachePolicy):
         known after the last layer: the whole prompt's cache is alive until then
     gqa: how the query heads of a KV head vote, "mean" (the paper) or "max"
     min_tokens: a floor on the kept tokens of each image
-    round_to: more is kept until the number of dropped tokens is a multiple: whole blocks of a
-        paged cache
+    round_to: more is kept until the number of dropped (not of kept) vision tokens of a layer is a
+        multiple of it, so that whole blocks of a paged cache become free
 
     Raises ValueError, naming the field, for anything else.
     """

@@ -16,7 +16,19 @@ from plphp.policy.plphp import PLPHP
 
 @dataclass(frozen=True)
 class PLPHPGlobal(PLPHP):
-    """PLPHP that ranks all images together. Options and errors as PLPHP's."""
+    """PLPHP that ranks all images together. Options and errors as PLPHP's.
+
+    budget: "global", or a number as PLPHP's; "image" is refused
+    """
+
+    budget: Scope | float = "global"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget == "image":
+            raise ValueError(
+                "budget='image' ranks every image by itself: take policy 'plphp' for that"
+            )
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
