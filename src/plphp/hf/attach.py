@@ -3,204 +3,34 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable
-from types import TracebackType
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from plphp.cache import Report
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
-from plphp.hf.attention import COPIED, SAVED, ConfigView, pass_layer, pruned_attention
+from plphp.hf.attached import MARK, Pruning, base_model
+from plphp.hf.attention import ConfigView, pass_layer, pruned_attention
 from plphp.hf.cache import PrunedCache
-from plphp.hf.generate import REFUSED_METHODS, merged_options, own_cache, refuse_method, wrap
+from plphp.hf.generate import (
+    REFUSED_METHODS,
+    merged_options,
+    own_cache,
+    refuse_checkpointing,
+    refuse_method,
+    wrap,
+)
 from plphp.hf.positions import later_positions, position_shift
 from plphp.hf.recall import checked
 from plphp.hf.report import build_report
-from plphp.hf.sequence import decoder_layers, refuse_turn
-from plphp.hf.targets import attach_kind, base_model, chosen_policy, prunable
-from plphp.hf.turn import Turn
-from plphp.hf.vision_mask import Mask, checked_mask
+from plphp.hf.sequence import decoder_layers, refuse_prompt
+from plphp.hf.targets import attach_kind, chosen_policy, prunable
+from plphp.hf.vision_mask import checked_mask
 from plphp.policy import Policy
 from plphp.recall import Recall
 
 logger = logging.getLogger("plphp")
-
-MARK = "_plphp"  # attribute of an attached model that holds its Pruning
-
-
-class Pruning:
-    """Pruning attached to one model object; `remove()` or leaving the `with` takes it off.
-
-    Entering a `with` again, after `remove()`, attaches it again.
-
-    report: of the last finished prefill; `cache.report` of a `PrunedCache` is exact where several
-        threads generate on one model
-    """
-
-    def __init__(
-        self, model: Any, policy: Policy, vision_mask: Mask = None, recall: Recall | None = None
-    ) -> None:
-        self.model = model
-        self.policy = policy
-        self.recall = recall
-        self.vision_mask = vision_mask
-        self.report: Report | None = None
-        self.layers: tuple[int, ...] = ()  # decoder layers that are attached
-        self.over_ranks = compat.over_ranks(model)
-        self.decoder: list[nn.Module] = []  # the modules of those layers
-        self.calls = (
-            threading.local()
-        )  # what a generate() that is running in this thread leaves out
-        self._entered = False
-        self._undo: list[Callable[[], None]] = []
-        self._attach()
-
-    def _attach(self) -> None:
-        """Hook everything. Raises what `prune` raises, before anything is changed."""
-        model = self.model
-        modules = prunable(model, self.vision_mask)
-        self._undo += attach_kind(model, self.policy, modules)
-        compat.register_attention(pruned_attention)
-        self.layers = tuple(module.layer_idx for module in modules)
-        self.decoder = decoder_layers(model, modules)
-        for module in modules:
-            self._set(module, "config", ConfigView(module))
-            handle = module.register_forward_pre_hook(pass_layer, with_kwargs=True)
-            self._undo.append(handle.remove)
-        before = model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        after = model.register_forward_hook(self._finish, with_kwargs=True, always_call=True)
-        self._undo += [before.remove, after.remove]
-        if hasattr(model, "generate"):
-            self._set(model, "generate", wrap(self, model.generate))
-            prepare = model._prepare_generation_config
-            self._set(model, "_prepare_generation_config", merged_options(self, prepare))
-        for name, why in REFUSED_METHODS.items():
-            if hasattr(model, name):
-                self._set(model, name, refuse_method(name, why))
-        self._set(model, MARK, self)
-
-    def __enter__(self) -> Pruning:
-        if self._entered:
-            raise UnsupportedModeError("this pruning is in use by an outer `with` already")
-        if not self._undo:
-            self._attach()
-        self._entered = True
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._entered = False
-        self.remove()
-
-    def remove(self) -> None:
-        """Leave the model as it was. Safe to call twice."""
-        while self._undo:
-            self._undo.pop()()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise UnsupportedModeError(COPIED)
-
-    def __reduce__(self) -> Any:
-        raise UnsupportedModeError(SAVED)
-
-    def _set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an instance attribute; undone by restoring what the instance itself held."""
-        before = vars(owner).get(name)
-        had = name in vars(owner)
-        setattr(owner, name, value)
-        undo = (lambda: setattr(owner, name, before)) if had else (lambda: delattr(owner, name))
-        self._undo.append(undo)
-
-    def _begin(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Model pre-hook: every forward gets a pruned cache, and a prompt's last one its spans."""
-        cache = self._cache_of(kwargs)
-        keyword = compat.cache_keyword(type(model).forward) or compat.CACHE
-        kwargs = compat.with_cache(kwargs, keyword, cache)
-        source = {**({"input_ids": args[0]} if args else {}), **kwargs}
-        given = source.get("input_ids")
-        given = source.get("inputs_embeds") if given is None else given
-        if given is None:
-            raise ValueError("a forward of an attached model needs input_ids or inputs_embeds")
-        batch, columns = given.shape[:2]
-        if not cache._generating:
-            cache.check()
-            past = int(cache.get_seq_length())
-            if columns > 1 or past == 0:  # a bare forward: what it brings is the prompt
-                self.refuse_checkpointing()
-                prompt = Turn(columns, source, self.model.config, self.vision_mask)
-                cache._open(prompt, self.policy)
-            positions = later_positions(model, cache.shift, past, columns, source)
-            if positions is not None:
-                kwargs["position_ids"] = positions
-        turn = cache.shared.turn
-        if turn is not None and int(cache.get_seq_length()) + columns >= turn.end:
-            turn.locate(batch, kwargs.get("attention_mask"))
-            refuse_turn(cache, turn, columns)
-        cache._in_forward = True
-        return args, kwargs
-
-    def _cache_of(self, kwargs: dict[str, Any]) -> PrunedCache:
-        """The cache of a forward, made if there is none. Raises for what pruning cannot serve."""
-        cache = compat.given_cache(kwargs)
-        if kwargs.get("output_attentions"):
-            raise UnsupportedModeError(
-                "output_attentions=True is not available: dropped tokens have no attention to "
-                "return"
-            )
-        if kwargs.get("use_cache") is False:
-            raise UnsupportedModeError(
-                "a forward without a cache cannot be pruned: use_cache=True, or remove()"
-            )
-        if isinstance(cache, PrunedCache) and cache._generating:
-            return cache  # generate() has looked at it, and a compiled step should not again
-        if getattr(self.model.config, "output_attentions", False):
-            raise UnsupportedModeError(
-                "model.config.output_attentions is set, and dropped tokens have no attention to "
-                "return: set it to False"
-            )
-        kwargs["use_cache"] = True  # also where the checkpoint's config says otherwise
-        return own_cache(cache, self.model, self.recall)
-
-    def _finish(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        """Model hook: a prompt that has been read becomes a report. No output: it failed."""
-        cache = compat.given_cache(kwargs)
-        if not isinstance(cache, PrunedCache):
-            return  # refused
-        cache._in_forward = False
-        turn = cache.shared.turn
-        if output is None or turn is None or turn.spans is None:
-            return
-        drafts = int(cache.get_seq_length()) - turn.end
-        cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, turn)
-        cache.shared.last_image = max(cache.shared.last_image, turn.last_image)
-        report = build_report(cache, turn)
-        cache._tell(report)
-        if cache._generating or not hasattr(self.calls, "left_out"):
-            self.report = report  # else a forward beside a generate(), of its negative prompt
-        cache.shared.spans = turn.spans if cache.shared.recall is not None else None
-        cache.shared.turn = None
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s", report.summary)
-
-    def refuse_checkpointing(self) -> None:
-        """Raise UnsupportedModeError where decoder layers would throw their cache away."""
-        if any(m.training and getattr(m, "gradient_checkpointing", False) for m in self.decoder):
-            raise UnsupportedModeError(
-                "gradient checkpointing in training mode runs the decoder without a cache, so "
-                "nothing could be pruned: call model.eval() or "
-                "model.gradient_checkpointing_disable() first"
-            )
 
 
 def prune(
@@ -228,10 +58,104 @@ def prune(
     mask = checked_mask(vision_mask)
     prunable(model, mask)
     recall, chosen = checked(recall, chosen_policy(policy), model)
-    return Pruning(model, chosen, mask, recall)
+    return Pruning(model, chosen, mask, recall, _attach)
 
 
-def attached(model: Any) -> Pruning | None:
-    """The pruning attached to a model, if any."""
-    found: Pruning | None = getattr(base_model(model), "__dict__", {}).get(MARK)
-    return found
+def _attach(pruning: Pruning) -> None:
+    """Hook everything. Raises what `prune` raises, before anything is changed."""
+    model = pruning.model
+    modules = prunable(model, pruning.vision_mask)
+    pruning._undo += attach_kind(model, pruning.policy, modules)
+    compat.register_attention(pruned_attention)
+    pruning.layers = tuple(module.layer_idx for module in modules)
+    pruning.decoder = decoder_layers(model, modules)
+    for module in modules:
+        pruning._set(module, "config", ConfigView(module))
+        handle = module.register_forward_pre_hook(pass_layer, with_kwargs=True)
+        pruning._undo.append(handle.remove)
+    # Not closures: whoever pickles or copies the model meets `pruning`, which says what to do.
+    begin, finish = partial(_begin, pruning), partial(_finish, pruning)
+    before = model.register_forward_pre_hook(begin, with_kwargs=True)
+    after = model.register_forward_hook(finish, with_kwargs=True, always_call=True)
+    pruning._undo += [before.remove, after.remove]
+    if hasattr(model, "generate"):
+        pruning._set(model, "generate", wrap(pruning, model.generate))
+        prepare = model._prepare_generation_config
+        pruning._set(model, "_prepare_generation_config", merged_options(pruning, prepare))
+    for name, why in REFUSED_METHODS.items():
+        if hasattr(model, name):
+            pruning._set(model, name, refuse_method(name, why))
+    pruning._set(model, MARK, pruning)
+
+
+def _begin(
+    pruning: Pruning, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Model pre-hook: every forward gets a pruned cache, and a prompt's last one its spans."""
+    cache = _cache_of(pruning, kwargs)
+    keyword = compat.cache_keyword(type(model).forward) or compat.CACHE
+    kwargs = compat.with_cache(kwargs, keyword, cache)
+    source = {**({"input_ids": args[0]} if args else {}), **kwargs}
+    given = source.get("input_ids")
+    given = source.get("inputs_embeds") if given is None else given
+    if given is None:
+        raise ValueError("a forward of an attached model needs input_ids or inputs_embeds")
+    batch, columns = given.shape[:2]
+    if not cache._generating:
+        cache.check()
+        past = int(cache.get_seq_length())
+        if columns > 1 or past == 0:  # a bare forward: what it brings is the prompt
+            refuse_checkpointing(pruning)
+            cache._begin(columns, source, pruning)
+        positions = later_positions(model, cache.shift, past, columns, source)
+        if positions is not None:
+            kwargs["position_ids"] = positions
+    prefill = cache.shared.prefill
+    if prefill is not None and int(cache.get_seq_length()) + columns >= prefill.prompt.end:
+        prefill.locate(batch, kwargs.get("attention_mask"))
+        refuse_prompt(cache, prefill, columns)
+    cache._in_forward = True
+    return args, kwargs
+
+
+def _cache_of(pruning: Pruning, kwargs: dict[str, Any]) -> PrunedCache:
+    """The cache of a forward, made if there is none. Raises for what pruning cannot serve."""
+    cache = compat.given_cache(kwargs)
+    if kwargs.get("output_attentions"):
+        raise UnsupportedModeError(
+            "output_attentions=True is not available: dropped tokens have no attention to return"
+        )
+    if kwargs.get("use_cache") is False:
+        raise UnsupportedModeError(
+            "a forward without a cache cannot be pruned: use_cache=True, or remove()"
+        )
+    if isinstance(cache, PrunedCache) and cache._generating:
+        return cache  # generate() has looked at it, and a compiled step should not again
+    if getattr(pruning.model.config, "output_attentions", False):
+        raise UnsupportedModeError(
+            "model.config.output_attentions is set, and dropped tokens have no attention to "
+            "return: set it to False"
+        )
+    kwargs["use_cache"] = True  # also where the config of the checkpoint says otherwise
+    return own_cache(cache, pruning)
+
+
+def _finish(
+    pruning: Pruning, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Model hook: a prompt that has been read becomes a report. Without an output it failed."""
+    cache = compat.given_cache(kwargs)
+    if not isinstance(cache, PrunedCache):
+        return  # it has been refused
+    cache._in_forward = False
+    prefill = cache.shared.prefill
+    if output is None or prefill is None or prefill.located is None:
+        return
+    drafts = int(cache.get_seq_length()) - prefill.prompt.end
+    cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, prefill.located)
+    report = build_report(cache, prefill)
+    cache._finish(report)
+    if cache._generating or not hasattr(pruning.calls, "left_out"):
+        pruning.report = report  # else a forward beside a generate(), of its negative prompt
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("%s", report.summary)

@@ -19,14 +19,12 @@ from plphp.errors import (
     UnsupportedTransformersError,
 )
 from plphp.hf import compat
+from plphp.hf.attached import COPIED, SAVED
 from plphp.hf.cache import PrunedCache
 from plphp.hf.layer import PrunedLayer
-from plphp.hf.pruning import after_attention
+from plphp.hf.prefill import after_attention
 
 LAYER = "plphp_layer"  # keyword that carries the cache layer from the hook to the function
-
-COPIED = "an attached model cannot be copied: remove() the pruning first"
-SAVED = "an attached model cannot be saved: remove() the pruning first"
 
 
 class ConfigView:
@@ -110,8 +108,8 @@ def pruned_attention(
         with torch.no_grad():
             if layer.shared.watch is not None:
                 layer.shared.watch(module, query, layer, kwargs)
-            if layer.shared.turn is not None:
-                after_attention(module, query, layer, layer.shared.turn, kwargs)
+            if layer.shared.prefill is not None:
+                after_attention(module, query, layer, layer.shared.prefill, kwargs)
     return output, weights
 
 

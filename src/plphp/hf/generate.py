@@ -13,10 +13,10 @@ from transformers import GenerationMixin
 
 from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf import compat
+from plphp.hf.attached import Pruning
 from plphp.hf.cache import PrunedCache
 from plphp.hf.positions import later_positions
-from plphp.hf.turn import Turn
-from plphp.policy import Policy, SequencePolicy
+from plphp.policy import Policy
 from plphp.recall import Recall
 
 DRAFTS = (
@@ -63,7 +63,7 @@ class Options:
         return getattr(self.default, name, None) if asked is None else asked
 
 
-def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
     """A generate() that gives the original one a pruned cache and knows where the prompt ends."""
 
     @wraps(original)
@@ -72,8 +72,8 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         kwargs = by_name(original, args, kwargs)
         options = Options(kwargs, getattr(model, "generation_config", None))
         refuse(options)
-        pruning.refuse_checkpointing()
-        cache = own_cache(compat.given_cache(kwargs), model, pruning.recall)
+        refuse_checkpointing(pruning)
+        cache = own_cache(compat.given_cache(kwargs), pruning)
         cache.check()
         kwargs = compat.with_cache(kwargs, compat.CACHE, cache)
         source, inputs = dict(kwargs), kwargs.get("inputs")
@@ -91,9 +91,9 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["position_ids"] = torch.nn.functional.pad(positions, (columns - length, 0))
         if cache.static:
             _fit(cache, past + length, options)
-        cache._open(Turn(length, source, model.config, pruning.vision_mask), pruning.policy)
+        cache._begin(length, source, pruning, generating=True)
         outer = vars(pruning.calls).copy()
-        cache._generating, pruning.calls.left_out = True, left_out
+        pruning.calls.left_out = left_out
         try:
             return original(**kwargs)
         finally:
@@ -104,7 +104,7 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     return generate
 
 
-def merged_options(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+def merged_options(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
     """transformers' merging of options, and then without those that our cache takes the place of.
 
     What a call asked for has been refused by now: these are defaults of the checkpoint.
@@ -121,26 +121,32 @@ def merged_options(pruning: Any, original: Callable[..., Any]) -> Callable[..., 
     return prepare
 
 
-def own_cache(cache: Any, model: Any, recall: Recall | None) -> PrunedCache:
-    """The cache that a call brought, or a new one. Raises UnsupportedModeError for any other.
-
-    recall: that of the pruning in force
-    """
+def own_cache(cache: Any, pruning: Pruning) -> PrunedCache:
+    """The cache that a call brought, or a new one. Raises UnsupportedModeError for any other."""
     if cache is None:
-        return PrunedCache(model)
+        return PrunedCache(pruning.model)
     if not isinstance(cache, PrunedCache):
         raise UnsupportedModeError(
             f"an attached model cannot use a {type(cache).__name__}: pass "
             "cache=plphp.PrunedCache(model), or none"
         )
-    if cache.config is not compat.text_config(model):
+    if cache.config is not compat.text_config(pruning.model):
         raise UnsupportedModeError("this cache belongs to another model; make one for this model")
-    if cache.shared.recall != recall:
+    if cache.shared.recall != pruning.recall:
         raise UnsupportedModeError(
             f"this cache was made {_with(cache.shared.recall)}, and the model is attached "
-            f"{_with(recall)}: make a new plphp.PrunedCache, or attach the model as before"
+            f"{_with(pruning.recall)}: make a new plphp.PrunedCache, or attach the model as before"
         )
     return cache
+
+
+def refuse_checkpointing(pruning: Pruning) -> None:
+    """Raise UnsupportedModeError where decoder layers would throw their cache away."""
+    if any(m.training and getattr(m, "gradient_checkpointing", False) for m in pruning.decoder):
+        raise UnsupportedModeError(
+            "gradient checkpointing in training mode runs the decoder without a cache, so nothing "
+            "could be pruned: call model.eval() or model.gradient_checkpointing_disable() first"
+        )
 
 
 def _with(recall: Recall | None) -> str:
@@ -177,7 +183,7 @@ def impossible(policy: Policy, cache: PrunedCache, past: int) -> dict[str, str]:
     All of them are about speed: the answer is the same without them.
     """
     why = None
-    if isinstance(policy, SequencePolicy):
+    if not policy.prunes_cache:
         why = (
             f"{type(policy).__name__} drops hidden states, and this would split the prompt or add "
             "to it: leave it out, or use a method that prunes the cache"

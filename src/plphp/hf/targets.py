@@ -16,17 +16,6 @@ from plphp.models import describes_vision, refusal, sequence_refusal
 from plphp.policy import PLPHP, Policy, SequencePolicy, policy
 
 
-def base_model(model: Any) -> Any:
-    """The transformers model inside torch.compile's and PEFT's wrappers."""
-    while True:
-        if isinstance(model, nn.Module) and "_orig_mod" in model._modules:
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
-
-
 def chosen_policy(given: Any) -> Policy:
     """The policy that a user means: an instance, a name, a class with its defaults, None.
 
