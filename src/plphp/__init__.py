@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from plphp.errors import (
     InputError,
+    InputTypeError,
     PlphpError,
     UnsupportedModeError,
     UnsupportedModelError,
     UnsupportedTransformersError,
 )
-from plphp.policy import PLPHP, policy
+from plphp.policy import PLPHP
 
 if TYPE_CHECKING:
     from plphp.cache import LayerReport, Report
     from plphp.hf import PrunedCache, Pruning, calibrate, prune
     from plphp.models import vision_spans
+    from plphp.policy import policy
     from plphp.recall import Recall
 
 __version__ = "0.1.0"
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PLPHP",
     "InputError",
+    "InputTypeError",
     "LayerReport",
     "PlphpError",
     "PrunedCache",
