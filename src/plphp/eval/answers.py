@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from plphp.cache import Report
 from plphp.eval.batches import TEXT, Batch
 from plphp.hf import PrunedCache, compat, prune
 from plphp.hf.shared_prefill import SharedPrefill, read_into
 from plphp.policy import Policy
 from plphp.recall import Recall
+from plphp.report import Report
 
 GREEDY = {"do_sample": False, "num_beams": 1}
 

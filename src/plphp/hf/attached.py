@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from plphp.cache import Report
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.vision_mask import Mask
 from plphp.policy import Policy
 from plphp.recall import Recall
+from plphp.report import Report
 
 MARK = "_plphp"  # attribute of an attached model that holds its Pruning
 COPIED = "an attached model cannot be copied: remove() the pruning first"

@@ -145,7 +145,7 @@ def refuse_checkpointing(pruning: Pruning) -> None:
     if any(m.training and getattr(m, "gradient_checkpointing", False) for m in pruning.decoder):
         raise UnsupportedModeError(
             "gradient checkpointing in training mode runs the decoder without a cache, so nothing "
-            "could be pruned: call model.eval() or model.gradient_checkpointing_disable() first"
+            "could be pruned: call model.eval() or switch checkpointing off first"
         )
 
 

@@ -7,19 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plphp.cache import (
-    EarlierImage,
-    LayerReport,
-    Report,
-    Seen,
-    allocated,
-    images_left,
-    images_of,
-    in_rows,
-    layer_report,
-    told,
-    untouched_report,
-)
+from plphp.cache import allocated
 from plphp.hf import compat
 from plphp.hf.cache import PrunedCache, layer_tensors
 from plphp.hf.layer import PrunedLayer
@@ -27,6 +15,18 @@ from plphp.hf.prompt import Prefill
 from plphp.hf.recall import recall_report
 from plphp.models import processor_inputs
 from plphp.policy import SequencePolicy
+from plphp.report import (
+    EarlierImage,
+    LayerReport,
+    Report,
+    Seen,
+    images_left,
+    images_of,
+    in_rows,
+    layer_report,
+    told,
+    untouched_report,
+)
 
 
 def build_report(cache: PrunedCache, prefill: Prefill) -> Report:
@@ -53,7 +53,10 @@ def images_found(cache: PrunedCache) -> tuple[EarlierImage, ...]:
     """The images of all turns so far, as the next prompt finds them."""
     if cache.shared.recall is not None and cache.shared.spans is not None:
         return images_of(cache.shared.spans.cpu())
-    found = cache._found if cache.report is None else images_left(cache.report)
+    found, report = cache._found, cache.report
+    if report is not None:
+        assert report.seen is not None
+        found = images_left(report.seen, report.layers, report.earlier)
     return found if cache._order is None else in_rows(found, cache._order.tolist())
 
 
