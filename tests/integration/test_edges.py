@@ -8,6 +8,7 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from transformers import DynamicCache, GenerationConfig
 
 import plphp
 import tiny
+from plphp.hf import compat
 from plphp.hf.attach import prune
+from plphp.models import refusal
 from versions import cache_of
 
 QWEN = tiny.FAMILIES["qwen2_vl"]
@@ -302,6 +305,36 @@ def test_a_compiled_model_can_be_pruned(model: Any) -> None:
         assert pruning.report.to_dict() == report
         plphp.PrunedCache(compiled)
     assert "generate" not in vars(model)
+
+
+def test_a_call_compiled_in_place_is_not_used_while_attached(model: Any) -> None:
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("it was compiled without the hooks")
+
+    model._compiled_call_impl = compiled  # what model.compile() leaves behind
+    with plphp.prune(model, SOME) as pruning, torch.no_grad():
+        model(**prompt(model))
+        assert pruning.report.retention < 1
+    assert model._compiled_call_impl is compiled
+
+
+def test_configs_whose_layers_differ_are_read_layer_by_layer() -> None:
+    layers = [SimpleNamespace(head_dim=d, num_key_value_heads=h) for d, h in ((16, 2), (32, 1))]
+
+    class Differs:
+        """As transformers' own: an ambiguous attribute raises, and no AttributeError."""
+
+        per_layer_config = layers
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("head_dim", "num_key_value_heads", "kv_lora_rank"):
+                raise RuntimeError(f"{name} is a per-layer attribute")
+            raise AttributeError(name)
+
+    config = Differs()
+    assert compat.head_dim(config) == 16
+    assert compat.kv_heads(config) == [2, 1]
+    assert refusal(config) == ""
 
 
 def test_gradient_checkpointing_in_training_is_named(model: Any) -> None:

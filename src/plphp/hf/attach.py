@@ -78,6 +78,9 @@ def _attach(pruning: Pruning) -> None:
     before = model.register_forward_pre_hook(begin, with_kwargs=True)
     after = model.register_forward_hook(finish, with_kwargs=True, always_call=True)
     pruning._undo += [before.remove, after.remove]
+    if vars(model).get("_compiled_call_impl") is not None:
+        # model.compile() has compiled a call without these hooks, and torch does not look again.
+        pruning._set(model, "_compiled_call_impl", None)
     if hasattr(model, "generate"):
         pruning._set(model, "generate", wrap(pruning, model.generate))
         prepare = model._prepare_generation_config
