@@ -68,9 +68,9 @@ def policy(name: str, **options: Any) -> Policy:
     """Make a policy by name: `policy("plphp", r=.3)`, `policy("snapkv", budget=.2)`.
 
     Every policy has the option `budget`, the share of vision K/V kept over all layers, 0 to 1.
-    "recommended" is the policy that kept the most correct answers in docs/accuracy.md; see
-    docs/methods.md. Raises ValueError, naming it, for an unknown name, an unknown option or a
-    value out of range.
+    "recommended" is the best policy that we know among those that select tokens once, at the end
+    of the prompt; see docs/methods.md. Raises ValueError, naming it, for an unknown name, an
+    unknown option or a value out of range.
     """
     name = ALIASES.get(name, name)
     if name not in POLICIES:
