@@ -56,17 +56,18 @@ class BatchTables:
                 self.fresh[group, row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
 
     def apply(self, group: int, table: Tensor) -> tuple[Tensor, Tensor]:
-        """The table of a group without freed blocks, (R, W), and their number per row, (R,) int32.
+        """The table of a group without freed blocks, (P, W), and their number per row, (R,) int32.
 
-        table: (R, W) int32, vLLM's table of R rows
+        table: (P, W) int32, vLLM's table. Its rows after the R of the batch are padding, and stay
         """
         width, freed = table.shape[1], self.freed[group]
         if group not in self.index:
             index = torch.arange(width) + freed[:, None]
             self.index[group] = index.clamp_(max=width - 1)
+        padding = table[len(self.rows) :]
         shifted = table[: len(self.rows)].gather(1, self.index[group])
         fresh = self.fresh[group]
         if fresh.shape[1]:
             head = shifted[:, : fresh.shape[1]]
             head.copy_(torch.where(fresh >= 0, fresh, head))
-        return shifted, freed
+        return torch.cat([shifted, padding]) if len(padding) else shifted, freed

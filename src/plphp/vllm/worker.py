@@ -98,7 +98,8 @@ class WorkerSide:
         if self.batch_tables.empty:
             return common
         table, freed = self.batch_tables.apply(group, common.block_table_tensor)
-        seq_lens = common.seq_lens - freed * self.block_size
+        seq_lens = common.seq_lens.clone()
+        seq_lens[: len(freed)] -= freed * self.block_size
         return common.replace(
             seq_lens=seq_lens,
             block_table_tensor=table,
@@ -135,9 +136,12 @@ class WorkerSide:
         return Pruned(self.choices) if self.choices else None
 
     def _match_rows(self, common: Any) -> None:
-        """Find the request of each row by the block that the row writes last in group 0."""
+        """Find the request of each row by the block that the row writes last in group 0.
+
+        The batch may be padded: the rows of requests come first.
+        """
         assert self.step is not None
-        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+        starts = common.query_start_loc_cpu[: len(self.step.rows) + 1].tolist()
         last = torch.tensor(starts[1:], device=common.slot_mapping.device) - 1
         blocks = (common.slot_mapping[last] // self.block_size).tolist()
         ids = [self.step.rows[block] for block in blocks]
