@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from plphp.errors import UnsupportedModeError, UnsupportedVllmError
@@ -32,12 +33,17 @@ def check_platform(found: str) -> None:
         )
 
 
-def check_alone(transfer: Any) -> None:
+def check_alone(transfer: Any, known: Container[str]) -> None:
     """Raise UnsupportedModeError for another connector that contains or replaces plphp's.
 
     transfer: vLLM's KVTransferConfig
+    known: names of connectors. Raises ValueError for an unknown one that must mean plphp's
     """
     given = transfer.kv_connector_extra_config
+    name = transfer.kv_connector or ""
+    meant = "plphp" in name.lower() or PLPHP_OPTIONS & given.keys()
+    if meant and name not in known and not transfer.kv_connector_module_path:
+        raise ValueError(f"kv_connector must be {CONNECTOR!r}, got {name!r}")
     if transfer.kv_connector == "MultiConnector":
         if any(one["kv_connector"] == CONNECTOR for one in given.get("connectors", ())):
             raise UnsupportedModeError(
@@ -63,7 +69,13 @@ def check_modes(vllm_config: Any, options: Options) -> None:
         "speculative decoding (leave out --speculative-config)": vllm_config.speculative_config,
         "pipeline parallelism (use tensor parallelism)": parallel.pipeline_parallel_size > 1,
         "context parallelism (use tensor parallelism)": context > 1,
-        f"a {cache.cache_dtype} KV cache (leave out --kv-cache-dtype)": cache.cache_dtype != "auto",
+        f"a {cache.cache_dtype} KV cache (leave out --kv-cache-dtype)": (
+            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch."))
+        ),
+        "the role kv_consumer (use kv_producer)": (
+            vllm_config.kv_transfer_config.kv_role == "kv_consumer"
+        ),
+        "data parallelism (start several servers)": parallel.data_parallel_size > 1,
         "Model Runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
         "--disable-hybrid-kv-cache-manager (leave it out)": (
             scheduler.disable_hybrid_kv_cache_manager

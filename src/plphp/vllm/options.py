@@ -44,6 +44,8 @@ class Options:
         for name in ("share_prefix", "on"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if type(self.policy) is not PLPHP:
+            raise ValueError(f"the vLLM plugin prunes with PLPHP only, got {self.policy!r}")
         if self.policy.kind != "layer":
             raise ValueError(
                 f"budget must be 'image' or 'global' in vLLM, got {self.policy.budget!r}"
@@ -52,6 +54,11 @@ class Options:
             raise ValueError(
                 "round_to cannot be set in vLLM, where it is the block size: leave it at 1"
             )
+
+    def served(self, block_size: int) -> str:
+        """What the start log says, with the `round_to` that the policy gets in this engine."""
+        own = (f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name != "policy")
+        return ", ".join([str(replace(self.policy, round_to=block_size)), *own])
 
 
 def read_options(given: Mapping[str, Any]) -> Options:
@@ -77,10 +84,11 @@ def request_policy(options: Options, extra_args: Mapping[str, Any] | None) -> PL
     switch = given.get(SWITCH, bool(changed) or options.on)
     if isinstance(switch, (list, dict)) or switch not in _SWITCHES:
         raise ValueError(f"{SWITCH} must be 'on' or 'off', got {switch!r}")
-    for name in changed:
-        if name not in _TUNABLE:
-            known = ", ".join(PREFIX + known for known in _TUNABLE)
-            raise ValueError(f"no option {PREFIX + name!r}; the options are {known}")
+    for name in given:
+        like = name.lower().startswith(SWITCH) and name != SWITCH
+        if like and name not in [PREFIX + known for known in _TUNABLE]:
+            known = ", ".join([SWITCH, *(PREFIX + known for known in _TUNABLE)])
+            raise ValueError(f"no option {name!r}; the options are {known}")
     if not _SWITCHES[switch]:
         return None
     return replace(options, policy=replace(options.policy, **changed)).policy
@@ -97,7 +105,7 @@ def engine_args(
 
     The parameters are those of `Options`. Raises ValueError, naming the field.
     """
-    options = Options(policy or PLPHP(), layers_per_group, share_prefix, on)
+    options = Options(PLPHP() if policy is None else policy, layers_per_group, share_prefix, on)
     extra = asdict(options)
     tuned = {name: value for name, value in extra.pop("policy").items() if name in _TUNABLE}
     return {

@@ -61,7 +61,7 @@ def _wrap_class(factory: Any) -> None:
 
     @functools.wraps(original)
     def get_connector_class(transfer: Any) -> Any:
-        check_alone(transfer)
+        check_alone(transfer, factory._registry)
         if _names_plphp(transfer):
             # vLLM detects the platform at this import, which must not happen any earlier.
             from vllm.platforms import current_platform
