@@ -84,10 +84,10 @@ class Answer:
     length: int
 
 
-def picture(seed: int, most: int = 10) -> Image.Image:
-    """An image of 2 to `most` vision tokens a side; each token is a square of one color, 28 px."""
+def picture(seed: int, most: int = 10, least: int = 2) -> Image.Image:
+    """An image of `least` to `most` vision tokens a side, each a square of one color, 28 px."""
     rng = np.random.default_rng(seed)
-    height, width = rng.integers(2, most, 2, endpoint=True)
+    height, width = rng.integers(least, most, 2, endpoint=True)
     small = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((int(width) * 28, int(height) * 28), Image.NEAREST)
 
@@ -184,7 +184,13 @@ def state(llm: LLM) -> int:
 
     scheduler, worker = scheduler_of(llm).connector.scheduler, get_kv_transfer_group().worker
     managers = [held for m in scheduler.managers for held in (m.pruned, m.reserved)]
-    planned = [scheduler.prompts, scheduler.blocks, scheduler.refused, scheduler.features]
+    planned = [
+        scheduler.prompts,
+        scheduler.awaited,
+        scheduler.blocks,
+        scheduler.refused,
+        scheduler.features,
+    ]
     kept = [worker.pruned_requests, worker.endings, worker.choices, worker.batch_tables.rows]
     return sum(len(entries) for entries in managers + planned + kept)
 

@@ -7,7 +7,7 @@ because calling every group for every request in every step would take milliseco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,8 +165,10 @@ class Lockstep:
     wrapper then answers without calling the groups.
     """
 
-    def __init__(self, coordinator: Any) -> None:
+    def __init__(self, coordinator: Any, freed: Callable[[str], None]) -> None:
+        """freed: called with the id of a request that has given all its blocks back."""
         self.coordinator = coordinator
+        self.freed = freed
         self.first: LayerBlocks = coordinator.single_type_managers[0]
         self.groups = len(coordinator.single_type_managers)
         self.no_blocks: tuple[list[KVCacheBlock], ...] = tuple([] for _ in range(self.groups))
@@ -199,6 +201,15 @@ class Lockstep:
         full = first.cacheable_tokens(request_id, num_computed_tokens) // first.block_size
         if full > first.num_cached_block.get(request_id, 0):
             self.coordinator.cache_blocks(request, num_computed_tokens)
+
+    def free(self, request_id: str) -> None:
+        self.coordinator.free(request_id)
+        self.freed(request_id)
+
+    def pop_blocks_for_free(self, request_id: str) -> Any:
+        blocks = self.coordinator.pop_blocks_for_free(request_id)
+        self.freed(request_id)
+        return blocks
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: no layer has a window, and `LayerBlocks.drop` frees the pruned blocks."""

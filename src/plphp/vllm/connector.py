@@ -53,7 +53,7 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             share = options.share_prefix and vllm_config.cache_config.enable_prefix_caching
             self.scheduler = SchedulerSide(options, self.block_size, share)
-            logger.info("pruning images with %s", options)
+            logger.info("pruning images with %s", options.served(self.block_size))
             logger.warning("PLPHPConnector has been run with vLLM's CPU backend only, on no GPU")
 
     # Called in the scheduler's process
@@ -61,7 +61,9 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         self._scheduler.bind(kv_cache_manager.coordinator.single_type_managers)
-        kv_cache_manager.coordinator = blocks.Lockstep(kv_cache_manager.coordinator)
+        kv_cache_manager.coordinator = blocks.Lockstep(
+            kv_cache_manager.coordinator, freed=self._scheduler.plan_blocks
+        )
 
     def on_new_request(self, request: Any) -> None:
         self._scheduler.add(request)

@@ -15,6 +15,7 @@ from plphp.policy import LAYER_CLASSES
 from plphp.vllm.messages import Choice
 
 SEEN, KEPT, REFUSED = "seen ", "kept ", "refused "  # prefixes of counters that have a label
+BAD_OPTIONS, BEAM_SEARCH = "bad options", "beam search"  # reasons not to prune a prompt
 
 
 @dataclass
@@ -37,10 +38,10 @@ class Counts(KVConnectorStats):
         """Count a prompt that cannot be pruned."""
         self.count(REFUSED + reason)
 
-    def add(self, choice: Choice, vision: int) -> None:
-        """Count a pruned prompt. vision: its number of vision tokens."""
+    def add(self, choice: Choice, vision: int, blocks: int) -> None:
+        """Count a pruned prompt with its vision tokens and the blocks that pruning freed."""
         self.count("prompts")
-        self.count("blocks", sum(choice.freed))
+        self.count("blocks", blocks)
         for kept, layer_class in zip(choice.kept, choice.classes, strict=True):
             self.count(SEEN + LAYER_CLASSES[layer_class], vision)
             self.count(KEPT + LAYER_CLASSES[layer_class], kept)
@@ -89,6 +90,7 @@ _SERIES = {
     KEPT: ("vllm:plphp_vision_tokens_kept", "Kept vision tokens, by class.", "layer_class"),
     REFUSED: ("vllm:plphp_prompts_refused", "Prompts that could not be pruned.", "reason"),
 }
+_LABELS = {SEEN: LAYER_CLASSES, KEPT: LAYER_CLASSES, REFUSED: (BAD_OPTIONS, BEAM_SEARCH)}
 
 
 class Prometheus(KVConnectorPromMetrics):
@@ -110,6 +112,11 @@ class Prometheus(KVConnectorPromMetrics):
             )
             for prefix, (name, text, label) in _SERIES.items()
         }
+        # A series that appears with its first event shows no increase for it: all start at 0.
+        for engine in per_engine_labelvalues.values():
+            for prefix, counter in self.series.items():
+                for label in _LABELS.get(prefix, (None,)):
+                    counter.labels(*engine, *([label] if label else []))
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         engine = self.per_engine_labelvalues[engine_idx]
