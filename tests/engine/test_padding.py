@@ -10,8 +10,9 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 import plphp
-from plphp.vllm.batch_tables import PrunedRequest
-from plphp.vllm.messages import PromptEnd, Step
+from plphp.paged.prompts import PromptEnd
+from plphp.paged.tables import PrunedRequest
+from plphp.vllm.messages import Step
 from plphp.vllm.worker import WorkerSide
 
 BLOCK = 16

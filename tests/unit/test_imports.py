@@ -27,6 +27,7 @@ LEVELS = {
     "attention": 2,
     "models": 2,
     "recall": 3,
+    "paged": 3,
     "hf": 4,
     "vllm": 4,
     "demo": 5,
@@ -182,8 +183,9 @@ def test_importing_the_integration_brings_no_model_code() -> None:
     assert out.stdout.strip() == "[]"
 
 
-def test_policies_import_torch_only() -> None:
-    for path in (PACKAGE / "policy").glob("*.py"):
+@pytest.mark.parametrize("package", ["policy", "paged"])
+def test_policies_and_paged_caches_import_torch_only(package: str) -> None:
+    for path in (PACKAGE / package).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = []
             if isinstance(node, ast.ImportFrom):

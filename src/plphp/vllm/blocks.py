@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from plphp.errors import UnsupportedModelError
-from plphp.vllm.messages import in_use
+from plphp.paged.blocks import Lockstep, PromptBlocks, pruned_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +63,6 @@ def check_groups(groups: Sequence[Any]) -> None:
     for group in groups:
         if not isinstance(group.kv_cache_spec, LayerSpec):
             raise refusal(group.layer_names[0], other_cache(group.kv_cache_spec))
-
-
-@dataclass(frozen=True)
-class PromptBlocks:
-    """How the blocks of one prompt are handled.
-
-    length: number of tokens of the prompt
-    fresh: number of blocks to reserve in every group, into which the kept tokens are written. None:
-        the prompt is pruned in place, and the prefix cache is neither read nor filled for it
-    """
-
-    length: int
-    fresh: int | None
 
 
 class LayerBlocks(FullAttentionManager):
@@ -135,30 +122,23 @@ class LayerBlocks(FullAttentionManager):
         held = self.req_to_blocks[request_id]
         fresh = self.reserved.pop(request_id, [])
         full = self.prompts[request_id].length // self.block_size
-        used = list(in_use(fresh, full, freed))
-        free = held[: freed + len(used)]
-        held[: freed + len(used)] = [self._null_block] * freed + used
-        self.block_pool.free_blocks(fresh[: len(fresh) - len(used)])
-        # The last block is freed first, so that the prompt's beginning stays in the prefix cache
-        # for the longest time.
-        self.block_pool.free_blocks(reversed(free))
+        held[:], gone = pruned_table(held, fresh, full, freed, self._null_block)
+        self.block_pool.free_blocks(gone)
 
     def cacheable_tokens(self, request_id: str, num_tokens: int) -> int:
         """The number of tokens, of `num_tokens` computed ones, that the prefix cache may hold."""
         prompt = self.prompts.get(request_id)
-        if prompt is None:
-            return num_tokens
-        return 0 if prompt.fresh is None else min(num_tokens, prompt.length)
+        return num_tokens if prompt is None else prompt.cacheable(num_tokens)
 
     def blocks_to_reserve(self, request_id: str, num_tokens: int) -> int:
         """The number of fresh blocks to reserve before a request grows to `num_tokens` tokens."""
         prompt = self.prompts.get(request_id)
-        if prompt is None or not prompt.fresh or num_tokens < prompt.length:
+        if prompt is None or request_id in self.pruned or request_id in self.reserved:
             return 0
-        return 0 if request_id in self.pruned or request_id in self.reserved else prompt.fresh
+        return prompt.to_reserve(num_tokens)
 
 
-class Lockstep:
+class LockstepCoordinator:
     """A wrapper of vLLM's coordinator for groups whose block tables always have equal lengths.
 
     All groups need as many blocks as the first group. In most steps no group needs any, and the
@@ -170,6 +150,7 @@ class Lockstep:
         self.coordinator = coordinator
         self.freed = freed
         self.first: LayerBlocks = coordinator.single_type_managers[0]
+        self.lockstep = Lockstep(self.first.req_to_blocks, self.first.block_size)
         self.groups = len(coordinator.single_type_managers)
         self.no_blocks: tuple[list[KVCacheBlock], ...] = tuple([] for _ in range(self.groups))
 
@@ -216,8 +197,7 @@ class Lockstep:
 
     def _has_slots(self, request_id: str, num_tokens: int) -> bool:
         """Whether the blocks that a request holds have slots for `num_tokens` tokens."""
-        held = self.first.req_to_blocks.get(request_id)
-        enough = held is not None and len(held) * self.first.block_size >= num_tokens
+        enough = self.lockstep.has_slots(request_id, num_tokens)
         return enough and not self.first.blocks_to_reserve(request_id, num_tokens)
 
 

@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from plphp.vllm import blocks, checks
-from plphp.vllm.compaction import Layer
+from plphp.vllm.layer import Layer
 from plphp.vllm.layout import READERS
 from plphp.vllm.messages import Pruned, Step
 from plphp.vllm.metrics import Counts, Prometheus
@@ -61,7 +61,7 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         self._scheduler.bind(kv_cache_manager.coordinator.single_type_managers)
-        kv_cache_manager.coordinator = blocks.Lockstep(
+        kv_cache_manager.coordinator = blocks.LockstepCoordinator(
             kv_cache_manager.coordinator, freed=self._scheduler.plan_blocks
         )
 

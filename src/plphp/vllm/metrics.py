@@ -11,8 +11,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
+from plphp.paged.prompts import Choice
 from plphp.policy import LAYER_CLASSES
-from plphp.vllm.messages import Choice
 
 SEEN, KEPT, REFUSED = "seen ", "kept ", "refused "  # prefixes of counters that have a label
 BAD_OPTIONS, BEAM_SEARCH = "bad options", "beam search"  # reasons not to prune a prompt

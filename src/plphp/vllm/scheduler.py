@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from vllm.logger import init_logger
 
+from plphp.paged.blocks import PromptBlocks, fits, fresh_blocks
+from plphp.paged.prompts import Choice, PromptEnd
 from plphp.policy import LAYER_CLASSES, PLPHP
-from plphp.vllm.blocks import LayerBlocks, PromptBlocks
-from plphp.vllm.messages import Choice, PromptEnd, Pruned, Step, spans_of, vision_runs
+from plphp.vllm.blocks import LayerBlocks
+from plphp.vllm.messages import Pruned, Step, vision_runs
 from plphp.vllm.metrics import BAD_OPTIONS, BEAM_SEARCH, Counts
 from plphp.vllm.options import Options, request_policy
 
@@ -221,15 +222,10 @@ class SchedulerSide:
         A prompt is pruned in place if prefixes are not shared, or if the whole pool is too small
         for its blocks, those of an answer computed before a preemption, and the fresh ones.
         """
-        length = prompt.request.num_prompt_tokens
-        full = length // self.block_size
         if not self.share_prefix:
             return None
-        policy = prompt.policy
-        most = torch.tensor([policy.r + policy.delta_r], dtype=torch.float64)
-        quota, total = policy.counts(most, spans_of(prompt.images, length)[None])
-        kept = int((quota.sum(-1) if total is None else total)[0])
-        fresh = full - (prompt.vision - kept) // self.block_size
+        request, policy, block = prompt.request, prompt.policy, self.block_size
+        rate, length = policy.r + policy.delta_r, request.num_prompt_tokens
+        fresh = fresh_blocks(policy, rate, prompt.images, length, block)
         pool: int = self.managers[0].block_pool.num_gpu_blocks - 1
-        needed = -(-prompt.request.num_tokens // self.block_size) + 1 + fresh
-        return fresh if needed * len(self.managers) <= pool else None
+        return fresh if fits(request.num_tokens, fresh, block, len(self.managers), pool) else None

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from plphp.attention import attend
-from plphp.vllm.batch_tables import BatchTables, PrunedRequest
-from plphp.vllm.compaction import Layer, choose, choose_again, summary
-from plphp.vllm.messages import Choice, PromptEnd, Pruned, Step, spans_of
+from plphp.paged.choosing import choose, choose_again, summary
+from plphp.paged.compaction import PagedLayer, with_fresh
+from plphp.paged.prompts import Choice, PromptEnd, spans_of
+from plphp.paged.tables import BatchTables, PrunedRequest
+from plphp.vllm.messages import Pruned, Step
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class WorkerSide:
     """
 
     def __init__(
-        self, layers: Sequence[Layer], block_size: int, over_ranks: Callable[[Tensor], Tensor]
+        self, layers: Sequence[PagedLayer], block_size: int, over_ranks: Callable[[Tensor], Tensor]
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
         self.groups = 1 + max(layer.group for layer in layers)
@@ -154,7 +156,7 @@ class WorkerSide:
             self.batch_tables = BatchTables(rows, self.groups)
         self.matched = True
 
-    def _blocks(self, layer: Layer, ending: Ending) -> Tensor:
+    def _blocks(self, layer: PagedLayer, ending: Ending) -> Tensor:
         """The blocks (n,) of a request up to its last token of this step, from vLLM's table."""
         used = -(-ending.end.end // self.block_size)
         return self.tables[layer.group][ending.row, :used].long()
@@ -179,7 +181,7 @@ class WorkerSide:
         columns = (row[:, -count:] for row, count in zip(plan.columns, kept, strict=True))
         return choice, dict(zip(self.layers, columns, strict=True))
 
-    def _choose_again(self, layer: Layer, ending: Ending) -> Tensor:
+    def _choose_again(self, layer: PagedLayer, ending: Ending) -> Tensor:
         """The kept columns (Hkv, K) of one layer of a request that was preempted.
 
         They are computed once per step.
@@ -195,14 +197,14 @@ class WorkerSide:
             )
         return ending.columns[layer.name]
 
-    def _score(self, layer: Layer, ending: Ending) -> Tensor:
+    def _score(self, layer: PagedLayer, ending: Ending) -> Tensor:
         """The attention of the last prompt token in one layer, (H, N) float32."""
         query, blocks = ending.queries[layer.name], self._blocks(layer, ending)
         return layer.score(query, blocks, ending.end.length)
 
     def _compact(
         self,
-        layer: Layer,
+        layer: PagedLayer,
         end: PromptEnd,
         blocks: Tensor,
         choice: Choice,
@@ -218,14 +220,12 @@ class WorkerSide:
         target = blocks
         if end.fresh is not None:
             full = end.length // self.block_size
-            fresh = torch.tensor(end.fresh[layer.group], device=blocks.device)
-            target = blocks.clone()
-            target[full - len(fresh) : full] = fresh
+            target = with_fresh(blocks, end.fresh[layer.group], full)
         first = freed * self.block_size
         layer.move(columns[layer.name], blocks, target, first, self.block_size)
 
     def _recompute_answer(
-        self, layer: Layer, ending: Ending, query: Tensor, output: Tensor
+        self, layer: PagedLayer, ending: Ending, query: Tensor, output: Tensor
     ) -> None:
         """Replace the attention output of answer tokens that follow a pruned prompt in this step.
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plphp.vllm.messages import PromptEnd, in_use
+from plphp.paged.blocks import in_use
+from plphp.paged.prompts import PromptEnd
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,7 @@ class PrunedRequest:
 
 
 class BatchTables:
-    """The changes to vLLM's block tables for one batch. They are reused until the batch changes.
+    """The changes to an engine's block tables for one batch. They serve until the batch changes.
 
     rows: one entry per row of the batch, None for a request that is not pruned
     groups: number of cache groups
@@ -58,7 +59,8 @@ class BatchTables:
     def apply(self, group: int, table: Tensor) -> tuple[Tensor, Tensor]:
         """The table of a group without freed blocks, (P, W), and their number per row, (R,) int32.
 
-        table: (P, W) int32, vLLM's table. Its rows after the R of the batch are padding, and stay
+        table: (P, W) int32, the engine's table. Its rows after the R of the batch are padding, and
+            stay
         """
         width, freed = table.shape[1], self.freed[group]
         if group not in self.index:
