@@ -21,12 +21,12 @@ from plphp.errors import (
     UnsupportedModelError,
     UnsupportedTransformersError,
 )
-from plphp.policy import PLPHP, policy
 
 if TYPE_CHECKING:
     from plphp.cache import LayerReport, Report
     from plphp.hf import PrunedCache, Pruning, calibrate, prune
     from plphp.models import vision_spans
+    from plphp.policy import PLPHP, policy
     from plphp.recall import Recall
 
 __version__ = "0.1.0"
@@ -50,8 +50,9 @@ __all__ = [
     "vision_spans",
 ]
 
-# Loaded on first use, so that `import plphp` stays light: transformers takes seconds.
+# Loaded on first use, so that `import plphp` stays light: torch and transformers take seconds.
 _LATER = {
+    "PLPHP": "plphp.policy",
     "LayerReport": "plphp.cache",
     "PrunedCache": "plphp.hf",
     "Pruning": "plphp.hf",
@@ -68,8 +69,8 @@ logging.getLogger("plphp").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
-    if name == "vllm":  # a room that is imported with its first use
-        return import_module("plphp.vllm")
+    if name in ("policy", "vllm"):  # packages; that of the policies can be called
+        return import_module(f"plphp.{name}")
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module 'plphp' has no attribute {name!r}")

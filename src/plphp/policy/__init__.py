@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy
@@ -73,3 +75,14 @@ def policy(name: str, **options: Any) -> Policy:
             raise ValueError(f"policy {name!r} has no option {option!r}; it has {', '.join(known)}")
     made: Policy = POLICIES[name](**options)
     return made
+
+
+class _Callable(ModuleType):
+    """`plphp.policy` is this package and the function of that name: a package's name stands for
+    one thing only, and importing it with plphp would import torch with plphp."""
+
+    def __call__(self, name: str, **options: Any) -> Policy:
+        return policy(name, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
