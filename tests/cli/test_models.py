@@ -50,13 +50,17 @@ def test_auto_spreads_the_layers(half: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert told["device_map"] == "auto"
 
 
-@pytest.mark.parametrize("command", ["generate", "inspect", "bench", "doctor", "eval"])
-@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [("generate", "text_config"), ("inspect", "vision_config"), ("bench", "vision_config"),
+     ("doctor", "vision_config"), ("eval", "vision_config")],
+)  # fmt: skip
 def test_more_layers_than_a_model_has(
     command: str, part: str, half: Path, tmp_path: Path, run: Callable
 ) -> None:
     config = json.loads((half / "config.json").read_text())
     config[part]["num_hidden_layers" if part == "text_config" else "depth"] = 100_000
+    config[part].pop("layer_types", None)
     (tmp_path / "config.json").write_text(json.dumps(config))
     words = {"generate": ["--prompt", "x"], "eval": ["--out", tmp_path / "e", "--limit", 1]}
     model = [tmp_path] if command == "doctor" else ["--model", tmp_path]

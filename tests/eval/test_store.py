@@ -1,7 +1,7 @@
 """The directory of a run: what is not of the same run is refused, and nothing of it is lost."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ def task(question: str = "q") -> tuple[Task, list[Sample]]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path) -> Iterator[Store]:
     made = Store(tmp_path)
     made.open(SETTINGS)
-    return made
+    yield made
+    made.close()
 
 
 def test_odd_texts_stay_on_their_line(store: Store) -> None:
@@ -37,7 +38,7 @@ def test_odd_texts_stay_on_their_line(store: Store) -> None:
     text = (store.out / "samples" / "t.jsonl").read_text(encoding="utf-8")
     assert len(text.splitlines()) == 2
     assert [line["id"] for line in read_lines(store.out, "t")] == [ODD, "b"]
-    assert len(Store(store.out).finished("t")) == 2
+    assert len(store.finished("t")) == 2
     made, samples = task()
     store.describe(made, [replace(samples[0], id=ODD)])
     store.describe(made, [replace(samples[0], id=ODD)])
@@ -76,9 +77,12 @@ def test_two_processes_do_not_share_a_shard(store: Store) -> None:
     with pytest.raises(InputError, match="another process is writing it"):
         other.finished("t")
     assert path.read_bytes() == before
-    Store(store.out, (0, 2)).finished("t")
+    shard = Store(store.out, (0, 2))
+    shard.finished("t")
     store.close()
     other.finished("t")
+    shard.close()
+    other.close()
     assert path.read_bytes() == before.removesuffix(b'{"half')
 
 
