@@ -14,6 +14,8 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from plphp._drawing import draw_with
+from plphp._version import __version__
 from plphp.errors import (
     InputError,
     PlphpError,
@@ -23,13 +25,11 @@ from plphp.errors import (
 )
 
 if TYPE_CHECKING:
-    from plphp.cache import LayerReport, Report
     from plphp.hf import PrunedCache, Pruning, calibrate, prune
     from plphp.models import vision_spans
     from plphp.policy import PLPHP, policy
     from plphp.recall import Recall
-
-__version__ = "0.1.0"
+    from plphp.report import Drawing, LayerReport, Report
 
 __all__ = [
     "PLPHP",
@@ -52,20 +52,29 @@ __all__ = [
 
 # Loaded on first use, so that `import plphp` stays light: torch and transformers take seconds.
 _LATER = {
+    "LayerReport": "plphp.report",
     "PLPHP": "plphp.policy",
-    "LayerReport": "plphp.cache",
     "PrunedCache": "plphp.hf",
     "Pruning": "plphp.hf",
     "Recall": "plphp.recall",
-    "Report": "plphp.cache",
+    "Report": "plphp.report",
     "calibrate": "plphp.hf",
     "prune": "plphp.hf",
     "vision_spans": "plphp.models",
 }
 
-
 # One logger, silent until an application asks for it.
 logging.getLogger("plphp").addHandler(logging.NullHandler())
+
+
+def _inspector() -> Drawing:
+    """What draws reports, imported when the first one is drawn."""
+    from plphp import inspector
+
+    return inspector
+
+
+draw_with(_inspector)
 
 
 def __getattr__(name: str) -> Any:

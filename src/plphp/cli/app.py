@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from plphp import __version__
+from plphp._version import __version__
 from plphp.cli import needs
 from plphp.cli import options as o
 from plphp.cli.bench import bench
@@ -20,7 +20,7 @@ from plphp.cli.inspect import inspect
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     help="Prune the vision tokens of large vision-language models, layer by layer, head by head.",
 )
@@ -37,12 +37,16 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and leave.")
     ] = False,
     debug: o.Debug = False,
 ) -> None:
-    """Options that every command shares."""
+    """Prune the vision tokens of large vision-language models, layer by layer, head by head."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+        raise typer.Exit
 
 
 def main() -> int:

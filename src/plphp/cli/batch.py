@@ -190,7 +190,7 @@ def _parse(number: int, row: bytes, prompt: str | None, folder: Path) -> Line:
     if wrong:
         return Line(number, id=entry.get("id"), error=wrong, row=row)
     paths = tuple(str(folder / image) for image in images)  # as seen from the JSONL file
-    return Line(number, paths, question, entry.get("id"))
+    return Line(number, paths, str(question), entry.get("id"))
 
 
 def _wrong(entry: Mapping[str, Any], images: Any, question: Any) -> str:

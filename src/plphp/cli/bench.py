@@ -62,7 +62,7 @@ def bench(
 
     from plphp.bench.caches import TEXT, Setting
     from plphp.bench.run import Options
-    from plphp.bench.ways import check_names
+    from plphp.bench.variants import check_names
 
     if images > context - TEXT:
         raise InputError(

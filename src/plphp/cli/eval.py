@@ -111,7 +111,7 @@ def _about(source: o.Source, loaded: Any) -> dict[str, Any]:
     import torch
     import transformers
 
-    from plphp import __version__
+    from plphp._version import __version__
     from plphp.cli.requests import digest, model_identity
 
     return {

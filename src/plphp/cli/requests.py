@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from plphp import __version__
+from plphp._version import __version__
 from plphp.inputs import EMBEDDED, lines
 
 

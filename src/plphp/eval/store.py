@@ -40,13 +40,14 @@ class Store:
     def open(self, settings: Mapping[str, Any]) -> None:
         """Begin or go on. Raises InputError if the directory holds a run of other settings."""
         run = self.out / "run.json"
+        if self.out.is_dir() and not run.exists():
+            self._check_empty()
         try:
             (self.out / "samples").mkdir(parents=True, exist_ok=True)
             (self.out / "tasks").mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {self.out}: {error.strerror}") from error
         if not run.exists():
-            self._check_empty()
             write_json(run, settings)
         before = read_json(run)
         for name, value in settings.items():

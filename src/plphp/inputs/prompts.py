@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from plphp.errors import InputError, UnsupportedModelError
@@ -44,9 +45,9 @@ def make_inputs(
             _check_more(config, inputs, encode(len(pictures) - 1, videos), images[-1])
         if videos:
             _check_more(config, inputs, encode(len(pictures), videos[:-1]), videos[-1])
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (ValueError, ImportError, TypeError, KeyError, IndexError, OSError) as error:
+    except Exception as error:  # processors and readers of videos fail in ways of their own
         names = ", ".join([*images, *videos]) or "the prompt"
         raise InputError(f"{names}: the model's processor refuses: {error}") from error
     _check_length(config, inputs, len(images))
