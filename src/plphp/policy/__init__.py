@@ -5,8 +5,6 @@ This package imports torch only.
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import Any
 
 from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy, plan_views
@@ -67,9 +65,9 @@ def policy(name: str, **options: Any) -> Policy:
     """Make a policy by name: `policy("plphp", r=.3)`, `policy("snapkv", budget=.2)`.
 
     Every policy has the option `budget`, the share of vision K/V kept over all layers, 0 to 1.
-    "recommended" is the policy that kept the most correct answers in docs/accuracy.md; see
-    docs/methods.md. Raises ValueError, naming it, for an unknown name, an unknown option or a
-    value out of range.
+    "recommended" is the best policy that we know among those that select tokens once, at the end
+    of the prompt; see docs/methods.md. Raises ValueError, naming it, for an unknown name, an
+    unknown option or a value out of range.
     """
     name = ALIASES.get(name, name)
     if name not in POLICIES:
@@ -81,14 +79,3 @@ def policy(name: str, **options: Any) -> Policy:
             raise ValueError(f"policy {name!r} has no option {option!r}; it has {', '.join(known)}")
     made: Policy = POLICIES[name](**options)
     return made
-
-
-class _Callable(ModuleType):
-    """`plphp.policy` is this package and the function of that name: a package's name stands for
-    one thing only, and importing it with plphp would import torch with plphp."""
-
-    def __call__(self, name: str, **options: Any) -> Policy:
-        return policy(name, **options)
-
-
-sys.modules[__name__].__class__ = _Callable
