@@ -11,15 +11,14 @@ Method: Meng et al. 2025, arXiv 2502.14504.
 from __future__ import annotations
 
 import logging
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from plphp._drawing import draw_with
 from plphp._version import __version__
 from plphp.errors import (
     InputError,
+    InputTypeError,
     PlphpError,
     UnsupportedModeError,
     UnsupportedModelError,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PLPHP",
     "InputError",
+    "InputTypeError",
     "LayerReport",
     "PlphpError",
     "PrunedCache",
@@ -81,8 +81,8 @@ draw_with(_inspector)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "vllm":  # a package that is imported with its first use
-        return import_module("plphp.vllm")
+    if name in ("policy", "vllm"):  # packages; that of the policies can be called
+        return import_module(f"plphp.{name}")
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module 'plphp' has no attribute {name!r}")
@@ -90,19 +90,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_LATER])
-
-
-class _Package(ModuleType):
-    """`plphp.policy` is a function. The package it is in has the same name, and importing a
-    package puts it into its parent, where the function would be."""
-
-    @property
-    def policy(self) -> Any:
-        return __getattr__("policy")
-
-    @policy.setter
-    def policy(self, package: ModuleType) -> None:
-        pass
-
-
-sys.modules[__name__].__class__ = _Package
