@@ -69,7 +69,7 @@ CASES = [
     Case("eval, unknown method", "eval --out {tmp}/e --methods best", "unknown method 'best'"),
     Case("eval, no share", "eval --out {tmp}/e --budgets 1.5", "not a share above 0"),
     Case("eval, no such shard", "eval --out {tmp}/e --shard 2/2", "i from 0 to n - 1"),
-    Case("eval, images without prompt", "eval --out {tmp}/e --images {tmp}", "needs --prompt"),
+    Case("eval, images without prompt", "eval --out {tmp}/e --images {tmp}", "go together"),
     Case("eval, no images", "eval --out {tmp}/e --images {tmp}/llama --prompt x", "no image files"),
     Case("eval without out", "eval", "Missing option '--out'"),
     Case("eval over a file", "eval --out {png} --limit 1 --tasks easyvqa", "Not a directory"),

@@ -45,7 +45,9 @@ WHY = {
     "seed": "an answer is greedy unless it is sampled",
     "report": "only a single answer as text has it, and JSON holds it anyway",
     "shape": "a model has a shape of its own",
-    "layers": "a model is measured whole",
+    "layers": "a --model is measured whole",
+    "images": "the images and what is asked of them go together",
+    "prompt": "the images and what is asked of them go together",
     "tasks": "the images are a task of their own",
     "policy": "it names the methods of the page",
 }
