@@ -19,6 +19,8 @@ from plphp.errors import UnsupportedModelError, UnsupportedTransformersError
 
 OLDEST = Version("5.16")
 TESTED = Version("5.24")  # the newest release line that the tests have seen
+# What pyproject.toml asks for. A newer release is tried; `check_seam` says if it cannot work.
+BOUNDS = f">={OLDEST},<{TESTED.major}.{TESTED.minor + 1}"
 ATTENTION = "plphp"  # our name in transformers' public registry of attention functions
 # The keyword that carries the cache was renamed in 5.24. An attached model accepts both names.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -30,7 +32,7 @@ def check_version() -> None:
     if found < OLDEST:
         raise UnsupportedTransformersError(
             f"plphp needs transformers {OLDEST} or newer, found {found}: "
-            "pip install -U transformers"
+            f"pip install 'transformers{BOUNDS}'"
         )
     for owner, name in (
         (AttentionInterface, "register"),
@@ -42,7 +44,7 @@ def check_version() -> None:
         if not hasattr(owner, name):
             raise UnsupportedTransformersError(
                 f"transformers {found} has no {owner.__name__}.{name}, which plphp attaches to; "
-                "install the newest version that plphp names in its README"
+                f"pip install 'transformers{BOUNDS}'"
             )
 
 
@@ -76,7 +78,7 @@ def check_seam() -> None:
     if not _has_seam(LlamaAttention):
         raise UnsupportedTransformersError(
             f"plphp knows transformers {OLDEST} to {TESTED}, and found no way to attach to "
-            f"attention in {transformers.__version__}: pip install 'transformers<={TESTED}'"
+            f"attention in {transformers.__version__}: pip install 'transformers{BOUNDS}'"
         )
 
 
