@@ -25,6 +25,10 @@ class InputError(PlphpError, ValueError):
     """What was given cannot be used: a file, a prompt, an option."""
 
 
+class InputTypeError(InputError, TypeError):
+    """What was given is of a type that cannot be used."""
+
+
 def how_to_install(extra: str) -> str:
     """The pip command for the packages of an extra, such as "eval".
 
