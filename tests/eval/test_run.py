@@ -21,8 +21,8 @@ from plphp.eval.store import read_lines
 from plphp.eval.summary import missing, summarize
 from plphp.eval.tasks import TASKS
 from plphp.eval.tower import remembered
-from plphp.hf.attach import attached
-from plphp.hf.replan import read
+from plphp.hf.attached import attached
+from plphp.hf.shared_prefill import read
 
 SEED, FEW = 7, 6
 ABOUT = {"model": "embedded"}

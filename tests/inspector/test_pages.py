@@ -12,7 +12,7 @@ from PIL import Image
 import plphp
 import tiny
 from plphp.demo.model import Embedded, load
-from plphp.hf.replan import read
+from plphp.hf.shared_prefill import read
 from plphp.policy import POLICIES
 from plphp.report import page_of_report, render, run_of, shown_videos
 from plphp.report.examine import examine, first_difference, pieces

@@ -9,7 +9,7 @@ from asking import QUESTION, asked, bits, eager_attention
 
 import plphp
 from plphp.demo.model import Embedded, load
-from plphp.hf.replan import read
+from plphp.hf.shared_prefill import read
 from plphp.report.examine import examine
 from plphp.report.steps import steps_of
 

@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache
 from plphp.cache import Report
 from plphp.eval.batches import TEXT, Batch
 from plphp.hf import PrunedCache, compat, prune
-from plphp.hf.replan import Prompt, read_into
+from plphp.hf.shared_prefill import SharedPrefill, read_into
 from plphp.policy import Policy
 from plphp.recall import Recall
 
@@ -74,7 +74,7 @@ def answer(
     policy: Policy,
     batch: Batch,
     reference: Reference,
-    prompt: Prompt,
+    prompt: SharedPrefill,
     recall: Recall | None = None,
 ) -> Answers:
     """Generate pruned, then read the reference's answer on what the same prompt left.
@@ -84,7 +84,7 @@ def answer(
     One prefill serves both: the cache is cropped back to it. Raises what `plphp.prune` raises.
     """
     with prune(model, policy, recall=recall) as pruning:
-        if policy.kind in ("layer", "layers"):
+        if policy.prunes_cache:
             cache = prompt.pruned(pruning)
         else:
             cache = PrunedCache(model)
@@ -127,7 +127,7 @@ def _generate(
     return out.sequences[:, inputs["input_ids"].shape[1] :], out.logits
 
 
-def _go_on(model: Any, cache: PrunedCache, batch: Batch, prompt: Prompt) -> Tensor:
+def _go_on(model: Any, cache: PrunedCache, batch: Batch, prompt: SharedPrefill) -> Tensor:
     """The answer (B, T) from its first token on, which the prompt has given already."""
     if batch.limit == 1:
         return prompt.first
@@ -142,7 +142,7 @@ def _go_on(model: Any, cache: PrunedCache, batch: Batch, prompt: Prompt) -> Tens
     return torch.cat([prompt.first, torch.where(ended, prompt.first, rest)], 1)
 
 
-def walk(model: Any, cache: PrunedCache, batch: Batch, prompt: Prompt) -> Tensor:
+def walk(model: Any, cache: PrunedCache, batch: Batch, prompt: SharedPrefill) -> Tensor:
     """As `_go_on`, one forward a token: to generate() the first token would be a turn of its own.
 
     A turn's tokens see the whole conversation, which recall's later tokens do not.

@@ -10,7 +10,7 @@ from plphp.cache import KVStore, RecallReport, allocated
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer
-from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, SequencePolicy, policy
+from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, policy
 from plphp.recall import Recall, as_recall, park
 
 
@@ -24,7 +24,7 @@ def checked(given: Recall | str | None, chosen: Policy, model: Any) -> tuple[Rec
     recall = as_recall(given)
     if recall is None:
         return None, chosen
-    if isinstance(chosen, SequencePolicy) or not isinstance(chosen, CachePolicy):
+    if not isinstance(chosen, CachePolicy):
         raise UnsupportedModeError(
             f"{type(chosen).__name__} does not rank what a cache holds, which recall needs: take a "
             "method that prunes the cache, or leave recall out"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy
+from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy, plan_views
 from plphp.policy.downsample import Downsample
 from plphp.policy.fastv import FastV
 from plphp.policy.full import Full
@@ -52,6 +52,7 @@ __all__ = [
     "Policy",
     "SequencePolicy",
     "calibrated",
+    "plan_views",
     "policy",
 ]
 

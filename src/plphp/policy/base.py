@@ -10,7 +10,7 @@ Kinds of methods, and when they decide:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +40,15 @@ class Policy:
     def window(self) -> int:
         """Last prompt tokens whose attention the method wants to see."""
         return 1
+
+    @property
+    def prunes_cache(self) -> bool:
+        """Whether the method leaves the prompt's own forward pass as it is."""
+        return self.kind in ("layer", "layers")
+
+    def scores_layer(self, layer: int, layers: int) -> bool:
+        """Whether the method looks at the layer with this index, of `layers`."""
+        return True
 
     def check(self, layers: int) -> None:
         """Raise ValueError for options that a decoder of so many layers cannot serve."""
@@ -97,9 +106,7 @@ class CachePolicy(Policy):
 
     def choose(self, look: Look, rate: Tensor) -> KeepPlan:
         """All text and the best-scored vision tokens at a rate (B,) float64."""
-        quota, total = self.counts(rate, look.spans)
-        keep = steps.select(look.scores, look.spans, quota, total)
-        return pack(keep, look.gamma, rate, look.classes)
+        return keep_best(look, rate, *self.counts(rate, look.spans))
 
     def counts(self, rate: Tensor, spans: Tensor) -> tuple[Tensor, Tensor | None]:
         """Vision tokens to keep, int64: per image (B, m), and in all (B,) where that is more.
@@ -117,26 +124,56 @@ class CachePolicy(Policy):
         return quota, steps.round_up(total, spans, self.round_to)
 
 
-class SequencePolicy(CachePolicy):
+class SequencePolicy(Policy):
     """A method whose dropped tokens leave the hidden states, for all later layers.
 
-    `plan` sees the layer before they leave, as a layer of one KV head.
+    It scores the tokens of one layer, the last one that sees them all, as a layer of one KV head.
     """
-
-    scope: Scope = "global"
 
     @property
     def kind(self) -> Kind:
         """Tokens leave the hidden states."""
         return "sequence"
 
+    def look(self, view: LayerView) -> Look:
+        """What every column is worth, and which share of the vision tokens stays."""
+        raise NotImplementedError
+
+    def plan(self, view: LayerView) -> KeepPlan:
+        """The columns that stay: all text and the best vision tokens of all images together."""
+        look = self.look(view)
+        sizes = steps.image_sizes(look.spans)
+        total = steps.share(look.rate, sizes.sum(-1, keepdim=True))[:, 0]
+        return keep_best(look, look.rate, torch.zeros_like(sizes), total)
+
     def leave_at(self, layers: int) -> int:
         """Index of the first layer that does without them, 1 to `layers`. Raises ValueError."""
         raise NotImplementedError
 
+    def scores_layer(self, layer: int, layers: int) -> bool:
+        """The last layer that sees all tokens."""
+        return layer == self.leave_at(layers) - 1
+
     def check(self, layers: int) -> None:
         """Raise ValueError where `leave_at` does."""
         self.leave_at(layers)
+
+
+def keep_best(look: Look, rate: Tensor, quota: Tensor, total: Tensor | None) -> KeepPlan:
+    """All text, the best `quota` (B, m) of each image, and the best others up to `total` (B,).
+
+    rate (B,) is what was asked for, for the report.
+    """
+    keep = steps.select(look.scores, look.spans, quota, total)
+    return pack(keep, look.gamma, rate, look.classes)
+
+
+def plan_views(policy: Policy, views: Mapping[int, LayerView]) -> dict[int, KeepPlan]:
+    """What a policy that prunes the cache keeps of every layer. views: by the layer's index."""
+    if isinstance(policy, CachePolicy) and policy.kind == "layers":
+        plans = policy.plan_all([policy.look(view) for view in views.values()])
+        return dict(zip(views, plans, strict=True))
+    return {index: policy.plan(view) for index, view in views.items()}
 
 
 def flat_look(view: LayerView, scores: Tensor, rate: float) -> Look:

@@ -71,6 +71,17 @@ class KeepPlan:
     classes: Tensor
     ragged: bool
 
+    @property
+    def start(self) -> Tensor:
+        """(B,) int64, how many fillers precede the kept columns of each row."""
+        return self.columns.shape[-1] - self.lengths
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, K) bool, False for the fillers of shorter rows."""
+        places = torch.arange(self.columns.shape[-1], device=self.lengths.device)
+        return places >= self.start[:, None]
+
 
 LAYER_CLASSES = ("vision-indifferent", "vision-balanced", "vision-attentive")
 

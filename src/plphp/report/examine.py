@@ -13,7 +13,7 @@ from plphp.bench import compare
 from plphp.bench.compare import Run as Timed
 from plphp.bench.machine import describe
 from plphp.errors import InputError
-from plphp.hf.replan import read
+from plphp.hf.shared_prefill import read
 from plphp.inputs import Runnable
 from plphp.policy import Policy
 from plphp.recall import Recall

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plphp.cache import Report, Seen
-from plphp.hf.watch import kept_and_dropped
+from plphp.hf.attention_probe import kept_and_dropped
 from plphp.report.gather import mask_bits
 
 Log = Sequence[Sequence[Tensor]]  # as `PrunedCache.recalled()`

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from plphp.cache import Report, Seen
 from plphp.hf import PrunedCache, Pruning, prune
-from plphp.hf.replan import Prompt, read_into
-from plphp.hf.watch import Watch, kept_and_dropped, kept_slots
+from plphp.hf.attention_probe import AttentionProbe, kept_and_dropped, kept_slots
+from plphp.hf.shared_prefill import SharedPrefill, read_into
 from plphp.policy import Policy, policy
 from plphp.recall import Recall
 from plphp.report.data import Numbers, Steps
@@ -30,7 +30,7 @@ def steps_of(
     model: Any,
     inputs: Mapping[str, Tensor],
     made: Policy,
-    prompt: Prompt,
+    prompt: SharedPrefill,
     tokens: Tensor,
     decode: Callable[[Tensor], str] | None = None,
     recall: Recall | None = None,
@@ -78,10 +78,10 @@ def steps_of(
 
 
 def _begun(
-    pruning: Pruning, inputs: Mapping[str, Tensor], prompt: Prompt
+    pruning: Pruning, inputs: Mapping[str, Tensor], prompt: SharedPrefill
 ) -> tuple[PrunedCache, Tensor]:
     """The pruned prompt, planned of what was read of it where that will do, and its logits."""
-    if pruning.policy.kind in ("layer", "layers"):
+    if pruning.policy.prunes_cache:
         return prompt.pruned(pruning), prompt.logits
     cache = PrunedCache(pruning.model)
     return cache, read_into(cache, pruning.model, inputs).logits
@@ -94,7 +94,7 @@ def _read(
 
     groups: of each of the `parts` in which the tokens are read: one, or one a token
     """
-    watch, logits = Watch({}), []
+    watch, logits = AttentionProbe({}), []
     ids = tokens[None, :-1].to(model.device)
     if not ids.numel():
         return torch.empty(0, model.config.get_text_config().vocab_size), {}
@@ -113,7 +113,7 @@ def _fetched(report: Report) -> tuple[int, ...]:
     return (0, *map(sum, zip(*found, strict=True))) if any(found) else ()
 
 
-def _first(prompt: Prompt, report: Report, seen: Seen) -> dict[int, Tensor]:
+def _first(prompt: SharedPrefill, report: Report, seen: Seen) -> dict[int, Tensor]:
     """Layer -> (2, 1): what the prompt's last token paid to tokens kept and dropped later."""
     found = {}
     for index, view in prompt.views.items():

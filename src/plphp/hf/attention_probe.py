@@ -19,7 +19,7 @@ from plphp.hf.layer import PrunedLayer
 
 
 @dataclass
-class Watch:
+class AttentionProbe:
     """Sums up, layer by layer, what every new token reads from groups of slots.
 
     groups: layer -> (n, Hkv, S) bool, which of the first S slots belong to each group; with recall
