@@ -12,7 +12,7 @@ from plphp.policy import PLPHP, steps
 if TYPE_CHECKING:
     from plphp.hf.footprint import Footprint
 
-SECONDS = 60.0  # for building and reading a model without weights; real ones take a few
+SECONDS = 120.0  # for building and reading a model without weights; real ones take a few
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 
 

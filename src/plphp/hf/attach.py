@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from plphp.errors import UnsupportedModeError, UnsupportedModelError
-from plphp.hf import compat
+from plphp.hf import compat, stock
 from plphp.hf.attached import MARK, Pruning, base_model
 from plphp.hf.attention import ConfigView, pass_layer, pruned_attention
 from plphp.hf.cache import PrunedCache, own_cache
@@ -195,6 +195,7 @@ def _finish(pruning: Pruning) -> Hook:
             return
         drafts = int(cache.get_seq_length()) - prefill.prompt.end
         cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, prefill.located)
+        stock.release_views(cache.layers)
         pruning.report = report = build_report(cache, prefill)
         cache.finish(report)
         if logger.isEnabledFor(logging.DEBUG):

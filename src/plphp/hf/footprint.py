@@ -21,6 +21,7 @@ PROBE = 8  # tokens of the prompt that shows the shapes of keys and values
 # Layers whose content after any prompt follows from the shapes of keys and values alone
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 STATES = ("conv_states", "recurrent_states")
+PROJECTIONS = ("k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,41 @@ def _read(model: nn.Module, tokens: int) -> tuple[Any, dict[int, Pair]]:
 
 
 def _ways(model: Any, tokens: int) -> Iterator[Callable[[Any], Any]]:
-    """Calls that fill a cache: the whole model with text, else its decoder alone."""
+    """Calls that fill a cache: the whole model with text, its decoder alone, its projections."""
     ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
     decoder = _decoder(model)
     for module in (model, decoder):
         name = None if module is None else compat.cache_keyword(type(module).forward)
         if name is not None:
             yield _call(module, {name: None, "input_ids": ids, "use_cache": True}, name)
+    config = compat.text_config(model)
+    pairs = {i: _projections(m) for i, m in compat.attention_modules(model, config).items()}
+    if pairs and all(pairs.values()):
+        yield lambda cache: _project(cache, pairs, tokens, model.dtype)
 
 
 def _call(module: Any, options: dict[str, Any], name: str) -> Callable[[Any], Any]:
     return lambda cache: module(**(options | {name: cache}))
+
+
+def _projections(module: nn.Module) -> tuple[int, ...]:
+    """Numbers that an attention module makes of a token for its keys and for its values."""
+    pair = [getattr(getattr(module, name, None), "out_features", None) for name in PROJECTIONS]
+    return tuple(int(n) for n in pair if n) if all(pair) else ()
+
+
+def _project(
+    cache: Any, pairs: dict[int, tuple[int, ...]], tokens: int, dtype: torch.dtype
+) -> None:
+    """Fill plain cache layers where no forward runs, such as for a config without its rotary part.
+
+    Heads are not told apart: the bytes are the same. Raises TypeError for other layers.
+    """
+    for index, layer in enumerate(cache.layers):
+        if type(layer) not in PLAIN or index not in pairs:
+            raise TypeError(f"layer {index} is a {type(layer).__name__}")
+        keys, values = (torch.empty(1, 1, tokens, n, dtype=dtype) for n in pairs[index])
+        layer.update(keys, values)
 
 
 def _decoder(model: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -41,3 +43,16 @@ def content_bytes(layer: Any) -> int:
     """Bytes of what a cache layer holds; of a storage that it sees a part of, that part."""
     seen = {(t.data_ptr(), t.shape, t.stride()): t.nbytes for _, t in named_tensors(layer)}
     return sum(seen.values())
+
+
+def release_views(layers: Iterable[Any]) -> None:
+    """Free what cache layers see a part of: the keys and values of a prompt beyond their window.
+
+    transformers slices the whole prompt's and holds all of it until the next token.
+    """
+    for layer in layers:
+        for name in ("keys", "values"):
+            held = vars(layer).get(name)
+            plain = isinstance(held, Tensor) and not is_traceable_wrapper_subclass(held)
+            if plain and held.untyped_storage().nbytes() > held.nbytes:
+                setattr(layer, name, held.clone(memory_format=torch.contiguous_format))

@@ -149,7 +149,15 @@ def load_config(name: str, trust: bool = False) -> Any:
         raise InputError(f"{name}: no such directory")
     with _reading(name):
         check_depth(name, PreTrainedConfig.get_config_dict(name)[0])
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        try:
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        except (OSError, ValueError, ImportError, RecursionError):
+            raise
+        except Exception as error:  # of all kinds: each config class checks its own fields
+            raise InputError(
+                f"cannot load {name}: its config.json says what its model does not take "
+                f"({_first_sentence(error)}); correct it"
+            ) from error
 
 
 @contextmanager

@@ -114,9 +114,16 @@ def refusal(config: Any) -> str:
             "are no vision tokens in the decoder's KV cache that this method could drop"
         )
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    if getattr(text, "kv_lora_rank", None):
+    if any(_of_layers(text, "kv_lora_rank")):
         return (
             "its layers cache one compressed latent a token for all heads (multi-head latent "
             "attention): no head could keep tokens of its own"
         )
     return ""
+
+
+def _of_layers(config: Any, name: str) -> list[Any]:
+    """The values of a config's attribute, one if all layers share it; what is missing is None."""
+    if name in (getattr(config, "per_layer_attributes", None) or ()):
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+    return [getattr(config, name, None)]
