@@ -21,8 +21,8 @@ from torch import Tensor
 import plphp
 from plphp.eval.answers import Reference, _crop, _read, compare, refer
 from plphp.eval.batches import Batch, in_batches, make_batch
+from plphp.eval.feature_cache import remembered
 from plphp.eval.tasks import TASKS
-from plphp.eval.tower import remembered
 from plphp.hf.shared_prefill import SharedPrefill, read
 from plphp.inputs import load
 from plphp.recall.budget import Place

@@ -17,8 +17,8 @@ HEAD = f"""# What doctor says
 
 `plphp doctor` builds a model without its weights, on torch's meta device, and fills transformers'
 own cache with the keys and values that its layers make. Here is what it says of {LENGTH:,} tokens
-for every image-text-to-text class of transformers, in the config that the class has by default and in
-bfloat16, against the cache that the same class fills when it reads a prompt of that length.
+for every image-text-to-text class of transformers, in the config that the class has by default and
+in bfloat16, against the cache that the same class fills when it reads a prompt of that length.
 `tests/integration/test_default_classes.py` makes this page.
 
 - layers: those that can be pruned at this prompt, of all

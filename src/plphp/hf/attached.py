@@ -6,12 +6,12 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from plphp.cache import Report
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.prompt import Mask
 from plphp.policy import Policy
 from plphp.recall import Recall
+from plphp.report import Report
 
 MARK = "_plphp"  # attribute of an attached model that holds its Pruning
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from plphp.attention import window_probabilities
-from plphp.cache import KVStore, LayerReport, Seen
+from plphp.cache import KVStore
 from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer
+from plphp.report import LayerReport, Seen
 
 
 @dataclass

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from plphp.cache import EarlierImage, Report, allocated
+from plphp.cache import allocated
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.attached import Pruning, attached
 from plphp.hf.layer import PrunedLayer, Shared, spans_until
 from plphp.hf.prompt import Prefill, Prompt
+from plphp.report import EarlierImage, Report
 
 
 class PrunedCache(Cache):

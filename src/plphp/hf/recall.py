@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from plphp.cache import KVStore, RecallReport, allocated
+from plphp.cache import KVStore, allocated
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer
 from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, policy
 from plphp.recall import Recall, as_recall, park
+from plphp.report import RecallReport
 
 
 def checked(given: Recall | str | None, chosen: Policy, model: Any) -> tuple[Recall | None, Policy]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+<<<<<<< HEAD
 from plphp.cache import (
     EarlierImage,
     LayerReport,
@@ -21,12 +22,28 @@ from plphp.cache import (
     untouched_report,
 )
 from plphp.hf import stock
+=======
+from plphp.cache import allocated
+from plphp.hf import compat
+>>>>>>> main
 from plphp.hf.cache import PrunedCache, layer_tensors
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.prompt import Prefill
 from plphp.hf.recall import recall_report
 from plphp.models import processor_inputs
 from plphp.policy import SequencePolicy
+from plphp.report import (
+    EarlierImage,
+    LayerReport,
+    Report,
+    Seen,
+    images_left,
+    images_of,
+    in_rows,
+    layer_report,
+    told,
+    untouched_report,
+)
 
 
 def build_report(cache: PrunedCache, prefill: Prefill) -> Report:
@@ -53,7 +70,10 @@ def images_found(cache: PrunedCache) -> tuple[EarlierImage, ...]:
     """The images of all turns so far, as the next prompt finds them."""
     if cache.shared.recall is not None and cache.shared.spans is not None:
         return images_of(cache.shared.spans.cpu())
-    found = cache.found if cache.report is None else images_left(cache.report)
+    found, report = cache.found, cache.report
+    if report is not None:
+        assert report.seen is not None
+        found = images_left(report.seen, report.layers, report.earlier)
     return found if cache.order is None else in_rows(found, cache.order.tolist())
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.cache import KVStore, Seen
+from plphp.cache import KVStore
 from plphp.errors import UnsupportedModeError
 from plphp.hf.attach import prune
 from plphp.hf.attached import Pruning
@@ -26,6 +26,7 @@ from plphp.hf.prompt import Located, Prefill
 from plphp.hf.recall import park_layer
 from plphp.hf.report import build_report
 from plphp.policy import KeepPlan, LayerView, Policy, plan_views, policy
+from plphp.report import Seen
 
 
 @dataclass

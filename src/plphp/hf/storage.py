@@ -12,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from plphp.cache import EarlierImage, KVStore
+from plphp.cache import KVStore
 from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf.cache import PrunedCache
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.report import images_found
 from plphp.recall import Home, Recall, restored, state
+from plphp.report import EarlierImage
 
 FORMAT = 1
 PARKED = "parked."

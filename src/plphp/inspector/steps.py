@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.cache import Report, Seen
 from plphp.hf import PrunedCache, Pruning, prune
 from plphp.hf.attention_probe import AttentionProbe, kept_and_dropped, kept_slots
 from plphp.hf.shared_prefill import SharedPrefill, read_into
+from plphp.inspector.data import Numbers, Steps
+from plphp.inspector.reads import all_read, looks, masks
 from plphp.policy import Policy, policy
 from plphp.recall import Recall
-from plphp.report.data import Numbers, Steps
-from plphp.report.reads import all_read, looks, masks
+from plphp.report import Report, Seen
 
 Groups = Mapping[int, Tensor]
 READ_BYTES = 2_000_000  # of a page's masks of what recall read: a page stays below 5 MB
