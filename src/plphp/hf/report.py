@@ -7,25 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-<<<<<<< HEAD
-from plphp.cache import (
-    EarlierImage,
-    LayerReport,
-    Report,
-    Seen,
-    allocated,
-    images_left,
-    images_of,
-    in_rows,
-    layer_report,
-    told,
-    untouched_report,
-)
-from plphp.hf import stock
-=======
 from plphp.cache import allocated
-from plphp.hf import compat
->>>>>>> main
+from plphp.hf import stock
 from plphp.hf.cache import PrunedCache, layer_tensors
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.prompt import Prefill
