@@ -65,41 +65,33 @@ def footprint(model: nn.Module, length: int) -> tuple[Footprint, ...]:
     """
     if length < 1:
         return tuple(Footprint() for _ in compat.layer_windows(compat.text_config(model)))
-    cache, given = _read(model, min(PROBE, length))
-    if not all(_is_simple(layer) for layer in cache.layers):
-        whole, _ = _read(model, length)
-        return tuple(_held(layer, given.get(i)) for i, layer in enumerate(whole.layers))
+    layers = _read(model, min(PROBE, length)).layers
     fresh = DynamicCache(config=compat.text_config(model)).layers
-    for index, pair in given.items():
-        fresh[index].update(*(_stretched(tensor, length) for tensor in pair))
-    return tuple(
-        _held(fresh[i] if i in given else layer, given.get(i))
-        for i, layer in enumerate(cache.layers)
-    )
+    if len(layers) != len(fresh) or not all(_is_simple(layer) for layer in layers):
+        return tuple(_held(layer) for layer in _read(model, length).layers)
+    for index, layer in enumerate(layers):
+        if type(layer) in PLAIN and layer.keys is not None:
+            fresh[index].update(*(_stretched(t, length) for t in (layer.keys, layer.values)))
+        else:
+            fresh[index] = layer
+    return tuple(_held(layer) for layer in fresh)
 
 
-Pair = tuple[Tensor, Tensor]
-
-
-def _read(model: nn.Module, tokens: int) -> tuple[Any, dict[int, Pair]]:
-    """A cache after a prompt of so many tokens, and the keys and values that its layers got."""
+def _read(model: nn.Module, tokens: int) -> Any:
+    """transformers' own cache after a prompt of so many tokens."""
     refused = ""
     for call in _ways(model, tokens):
         cache = DynamicCache(config=compat.text_config(model))
-        given: dict[int, Pair] = {}
-        for index, layer in enumerate(cache.layers):
-            if hasattr(layer, "update"):
-                layer.update = _noting(layer.update, index, given)
         try:
             with torch.no_grad(), torch.device("meta"):
                 call(cache)
-            return cache, given
+            return cache
         except InputError:
             raise
         except Exception as error:
             # Such as a head that looks for an output of the vision tower: the cache is complete.
             if all(_is_filled(layer) for layer in cache.layers):
-                return cache, given
+                return cache
             refused = refused or f"{type(error).__name__}: {_first_line(error)}"
     raise UnsupportedModelError(
         f"its forward does not run without weights and images, so that its cache cannot be "
@@ -151,14 +143,6 @@ def _decoder(model: Any) -> Any:
     return None if found is model else found
 
 
-def _noting(update: Callable[..., Any], index: int, given: dict[int, Pair]) -> Callable[..., Any]:
-    def noting(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        given[index] = (key_states, value_states)
-        return update(key_states, value_states, *args, **kwargs)
-
-    return noting
-
-
 def _stretched(states: Tensor, length: int) -> Tensor:
     """As many tokens (B, H, length, D) as were asked for, of a probe's keys or values."""
     return states.new_empty((*states.shape[:-2], length, states.shape[-1]))
@@ -177,15 +161,15 @@ def _is_filled(layer: Any) -> bool:
     return dummy or bool(empty) or bool(stock.named_tensors(layer))
 
 
-def _held(layer: Any, pair: Pair | None) -> Footprint:
-    kv = other = 0
+def _held(layer: Any) -> Footprint:
+    kv = other = token = 0
     for name, tensor in stock.named_tensors(layer):
         if stock.is_kv(name):
             kv += tensor.nbytes
+            token += tensor.nbytes // max(tensor.shape[-2], 1)
         else:
             other += tensor.nbytes
-    token = 0 if pair is None else sum(t.nbytes // max(t.shape[-2], 1) for t in pair)
-    return Footprint(kv, other, token if kv else 0)
+    return Footprint(kv, other, token)
 
 
 def _first_line(error: Exception) -> str:
