@@ -6,7 +6,12 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from plphp.errors import InputError, PlphpError, UnsupportedModelError
+from plphp.errors import (
+    InputError,
+    PlphpError,
+    UnsupportedModelError,
+    UnsupportedTransformersError,
+)
 from plphp.policy import PLPHP, steps
 
 if TYPE_CHECKING:
@@ -187,6 +192,8 @@ def _examine(config: Any, dtype: str, length: int, trust: bool) -> Examined:
     try:
         with prune(model) as pruning:
             attachable = pruning.layers
+    except UnsupportedTransformersError:
+        raise  # it says nothing of the model
     except PlphpError as error:
         reason = str(error)
     try:

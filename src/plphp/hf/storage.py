@@ -93,7 +93,7 @@ def load_cache(model: Any, path: str | os.PathLike[str]) -> PrunedCache:
     cache.shift = None if shift is None else shift.to(device)
     cache.shared.spans = None if spans is None else spans.to(device)
     cache.shared.last_image = int(header["last_image"])
-    cache.found = tuple(EarlierImage(**image) for image in header.get("images", []))
+    cache._found = tuple(EarlierImage(**image) for image in header.get("images", []))
     cache.check()
     return cache
 

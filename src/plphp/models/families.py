@@ -126,16 +126,11 @@ def refusal(config: Any) -> str:
             "KV cache holds no vision tokens that could be pruned"
         )
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    if any(_of_layers(text, "kv_lora_rank")):
+    # Where layers differ, transformers refuses to read such an attribute of the config itself.
+    layers = getattr(text, "per_layer_config", None) or [text]
+    if any(getattr(layer, "kv_lora_rank", None) for layer in layers):
         return (
             "its layers cache one compressed latent vector per token for all heads (multi-head "
             "latent attention), so that heads cannot keep different tokens"
         )
     return ""
-
-
-def _of_layers(config: Any, name: str) -> list[Any]:
-    """The values of a config's attribute, one if all layers share it; what is missing is None."""
-    if name in (getattr(config, "per_layer_attributes", None) or ()):
-        return [getattr(layer, name, None) for layer in config.per_layer_config]
-    return [getattr(config, name, None)]
