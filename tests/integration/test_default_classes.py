@@ -43,6 +43,27 @@ def problems(held: defaults.Held) -> list[str]:
     return wrong
 
 
+KINDS = (
+    "cohere2_vision",  # windows
+    "gemma4",  # windows, and heads that differ by layer
+    "inkling2_loop",  # layers that are read more than once
+    "lfm2_vl",  # convolutions
+    "llava",
+    "mistral4",  # latents
+    "qwen3_5",  # linear layers
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_bytes_of_every_kind_of_layer_are_those_of_its_cache(name: str) -> None:
+    if name not in defaults.names():
+        pytest.skip("not in the installed transformers")
+    held = defaults.held(name, defaults.shrunk(name), LENGTH)
+    assert held.ratio == 1
+    assert problems(held) == []
+
+
+@pytest.mark.slow
 def test_bytes_of_every_class_are_those_of_its_cache() -> None:
     """Default configs with a few of their layers."""
     wrong, right, unread = {}, [], {}
