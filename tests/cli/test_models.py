@@ -66,7 +66,7 @@ def test_more_layers_than_a_model_has(
     model = [tmp_path] if command == "doctor" else ["--model", tmp_path]
     result = run(command, *model, *words.get(command, []))
     assert result.code == 2 and result.err.count("\n") == 1
-    assert "100,000; at most 1,000 layers" in result.err
+    assert "100,000" in result.err
 
 
 @pytest.mark.parametrize(

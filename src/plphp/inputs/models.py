@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from plphp.errors import InputError, PlphpError, UnsupportedModelError
+from plphp.inputs.shell import check_depth
 
 EMBEDDED = "embedded"
-MOST_LAYERS = 1000  # of any part of a model
 
 Prompt = tuple[Sequence[Image.Image], str]  # the pictures, then the question about them
 
@@ -155,7 +155,7 @@ def is_embedded(loaded: Runnable) -> bool:
 
 def load_config(name: str, trust: bool = False) -> Any:
     """The config of a model by name. Raises InputError for what is no model."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     if name == EMBEDDED:
         from plphp.demo.model import WEIGHTS
@@ -169,22 +169,16 @@ def load_config(name: str, trust: bool = False) -> Any:
     if name.startswith((".", "/", "~")) and not path.exists():
         raise InputError(f"{name}: no such directory")
     with _reading(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
-    _check_depth(name, config)
-    return config
-
-
-def _check_depth(name: str, config: Any) -> None:
-    """Raise InputError for more layers than a model can have: building them takes hours."""
-    parts = [config, *(getattr(config, part, None) for part in config.sub_configs)]
-    for part in parts:
-        for key in ("num_hidden_layers", "num_layers", "depth"):
-            count = getattr(part, key, None)
-            if isinstance(count, int) and count > MOST_LAYERS:
-                raise InputError(
-                    f"{name}: its config.json says {key} {count:,}; at most {MOST_LAYERS:,} layers "
-                    "are built: correct the config"
-                )
+        check_depth(name, PreTrainedConfig.get_config_dict(name)[0])
+        try:
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        except (OSError, ValueError, ImportError, RecursionError):
+            raise
+        except Exception as error:  # of all kinds: each config class checks its own fields
+            raise InputError(
+                f"cannot load {name}: its config.json says what its model does not take "
+                f"({_first_sentence(error)}); correct it"
+            ) from error
 
 
 @contextmanager
@@ -194,17 +188,28 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except (PlphpError, MemoryError, torch.OutOfMemoryError):
         raise
+    except RecursionError as error:
+        raise InputError(
+            f"cannot load {name}: its config.json is nested too deeply to be read; correct it"
+        ) from error
     except Exception as error:
-        reason = _first_sentence(error) or type(error).__name__
-        away = isinstance(error, OSError) and ("connect" in str(error) or "offline" in str(error))
-        if away and not Path(name).exists():
-            raise InputError(
-                f"{name} is not on this machine and the model hub cannot be reached; give a local "
-                "directory, or unset HF_HUB_OFFLINE and check the network"
-            ) from error
-        if not isinstance(error, (OSError, ValueError, ImportError)):
-            reason = f"{type(error).__name__}: {reason}"
-        raise InputError(f"cannot load {name}: {reason}") from error
+        raise InputError(_refusal(name, error)) from error
+
+
+def _refusal(name: str, error: Exception) -> str:
+    """What an error of transformers means for a model. Its name may hold any word: where the
+    model is on this machine, the hub has nothing to do with it."""
+    away = isinstance(error, OSError) and ("connect" in str(error) or "offline" in str(error))
+    if away and not Path(name).exists():
+        return (
+            f"{name} is not on this machine and the model hub cannot be reached; give a local "
+            "directory, or unset HF_HUB_OFFLINE and check the network"
+        )
+    if isinstance(error, (ValueError, ImportError)) and "trust_remote_code=" in str(error):
+        return f"{name} comes with Python code of its own: --trust-remote-code runs it"
+    kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else type(error).__name__
+    reason = ": ".join(part for part in (kind, _first_sentence(error)) if part)
+    return f"cannot load {name}: {reason or type(error).__name__}"
 
 
 def _first_sentence(error: Exception) -> str:
