@@ -60,34 +60,51 @@ def bench(
     """Decode with the stock cache, the pruned one and others in turn."""
     import torch
 
-    from plphp.bench.caches import TEXT, Setting
+    from plphp.bench.caches import Setting
     from plphp.bench.run import Options
-    from plphp.bench.variants import check_names
+    from plphp.bench.ways import check_names
+
+    _check_asked(context, images, out)
+    memories = tuple(int(gib * 2**30) for gib in _numbers(memory, "--memory", "24,80"))
+    names = tuple(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
+    check_names(names)
+    options = Options(_rates(keep), rounds, new_tokens, prefill, names, memories)
+    kind, device = getattr(torch, dtype), _device(gpu)
+    loaded, chosen = _chosen(shape, layers, model, dtype, device)
+    _check_shares(keep, options.rates, chosen.layers)
+    setting = Setting(chosen, context, batch, images, kind, device)
+    found = _measure(loaded, setting, options, as_json)
+    _show(found, out, as_json)
+    if model is None and not as_json:
+        stdout().print(NOTE, style="dim")
+
+
+def _device(gpu: bool) -> str:
+    import torch
+
+    if gpu and not torch.cuda.is_available():
+        raise InputError("--gpu: PyTorch sees no CUDA device here")
+    return "cuda" if gpu else "cpu"
+
+
+def _check_asked(context: int, images: int, out: Path | None) -> None:
+    """Raise InputError for more images than columns, and for an `out` that cannot be used."""
+    from plphp.bench.caches import TEXT
 
     if images > context - TEXT:
         raise InputError(
             f"--images {images} share --context {context} with {TEXT} columns of text: at most "
             f"{context - TEXT} images, one column each, fit"
         )
-    if gpu and not torch.cuda.is_available():
-        raise InputError("--gpu: PyTorch sees no CUDA device here")
     _check_out(out)
-    memories = tuple(int(gib * 2**30) for gib in _numbers(memory, "--memory", "24,80"))
-    names = tuple(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
-    check_names(names)
-    options = Options(_rates(keep), rounds, new_tokens, prefill, names, memories)
-    kind, device = getattr(torch, dtype), "cuda" if gpu else "cpu"
-    loaded, chosen = _chosen(shape, layers, model, dtype, device)
-    if len(options.rates) > chosen.layers:
+
+
+def _check_shares(keep: str, rates: tuple[float, ...], layers: int) -> None:
+    """Raise InputError for shares that no layer would take."""
+    if len(rates) > layers:
         raise InputError(
-            f"--keep {keep}: {len(options.rates)} shares for {chosen.layers} layers; give as many "
-            "or fewer"
+            f"--keep {keep}: {len(rates)} shares for {layers} layers; give as many or fewer"
         )
-    setting = Setting(chosen, context, batch, images, kind, device)
-    found = _measure(loaded, setting, options, as_json)
-    _show(found, out, as_json)
-    if model is None and not as_json:
-        stdout().print(NOTE, style="dim")
 
 
 def _check_out(out: Path | None) -> None:

@@ -54,10 +54,8 @@ def inspect(
         raise InputError("give --prompt TEXT, the question about the images")
     check_files(images, videos, source.model)
     where = PAGE if out is None and not as_json else out
-    if where is not None and not where.resolve().parent.is_dir():
-        raise InputError(f"--out {where}: no such directory")
-    if where is not None and where.exists() and not _is_page(where):
-        raise InputError(f"{where} exists and is no page of plphp: give another --out")
+    if where is not None:
+        _check_out(where)
     from plphp.inputs import make_inputs
     from plphp.inspector import examine, shown_videos
 
@@ -95,6 +93,14 @@ def _present(page: Page, where: Path | None, as_json: bool) -> None:
         held = "kept" if run.recall is None else "in full on the device"
         stdout().print(f"{run.policy}: {run.retention:.0%} of the vision K/V {held}, {same}")
     stdout().print(shown(f"open {where} in a browser"), soft_wrap=True)
+
+
+def _check_out(where: Path) -> None:
+    """Raise InputError for a place that no page can be written to, or where a file would be lost."""
+    if not where.resolve().parent.is_dir():
+        raise InputError(f"--out {where}: no such directory")
+    if where.exists() and not _is_page(where):
+        raise InputError(f"{where} exists and is no page of plphp: give another --out")
 
 
 def _is_page(path: Path) -> bool:
