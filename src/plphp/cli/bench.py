@@ -62,7 +62,7 @@ def bench(
 
     from plphp.bench.caches import Setting
     from plphp.bench.run import Options
-    from plphp.bench.ways import check_names
+    from plphp.bench.variants import check_names
 
     _check_asked(context, images, out)
     memories = tuple(int(gib * 2**30) for gib in _numbers(memory, "--memory", "24,80"))

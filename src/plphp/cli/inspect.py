@@ -96,7 +96,7 @@ def _present(page: Page, where: Path | None, as_json: bool) -> None:
 
 
 def _check_out(where: Path) -> None:
-    """Raise InputError for a place that no page can be written to, or where a file would be lost."""
+    """Raise InputError where no page can be written, or a file of another kind would be lost."""
     if not where.resolve().parent.is_dir():
         raise InputError(f"--out {where}: no such directory")
     if where.exists() and not _is_page(where):
