@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,7 @@ class PrunedCache(Cache):
             over_ranks=pruning.over_ranks,
             recall=pruning.recall,
         )
+        self.model = weakref.ref(pruning.model)  # a file says which model it belongs to
         self.generating = False  # inside generate(): forwards after the prompt are its steps
         self.report: Report | None = None
         self.shift: Tensor | None = None  # (B,) position minus column of what comes next

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plphp.recall.options import GROUP, RANGE_BYTES
-
 Count = TypeVar("Count", int, Tensor)
 
+GROUP = 32  # tokens of a channel of the keys that share a range
+RANGE_BYTES = 4  # of a range: step and lowest number in float16
 BLOCK = 2**19  # numbers that are there again at a time: 2 MiB, what two cores' caches hold
 
 
@@ -149,11 +149,26 @@ def row_bytes(numbers: Count, bits: int) -> Count:
     return 2 * ((numbers * bits + 15) // 16) + RANGE_BYTES
 
 
+def key_bytes(tokens: Count, dim: int, bits: int) -> Count:
+    """Bytes of the keys of so many tokens in a KV head, `dim` numbers each."""
+    whole, rest = tokens // GROUP, tokens % GROUP
+    return dim * (whole * row_bytes(GROUP, bits) + row_bytes(rest, bits) * (rest > 0))
+
+
 def code_bytes(tokens: Tensor, dims: tuple[int, int], bits: int) -> Tensor:
     """Bytes of the keys and values of so many tokens (B,) in a KV head."""
-    whole, rest = tokens // GROUP, tokens % GROUP
-    channel = whole * row_bytes(GROUP, bits) + row_bytes(rest, bits) * (rest > 0)
-    return dims[0] * channel + tokens * row_bytes(dims[1], bits)
+    return key_bytes(tokens, dims[0], bits) + tokens * row_bytes(dims[1], bits)
+
+
+def one_more(dims: tuple[int, int], bits: int) -> float:
+    """Bytes that one more token's key and value take, where its group has a range already."""
+    return sum(dims) * bits / 8 + RANGE_BYTES
+
+
+def code_share(dim: int, bits: int, itemsize: int) -> float:
+    """Bytes of codes over those of full keys and values of `dim` numbers each, of many tokens."""
+    ranges = RANGE_BYTES * (1 / GROUP + 1 / dim) / 2
+    return (bits / 8 + ranges) / itemsize
 
 
 def _share(numbers: int) -> int:
