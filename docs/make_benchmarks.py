@@ -17,8 +17,8 @@ from typing import Any
 
 import jinja2
 
+from plphp.bench.capacity import fits
 from plphp.bench.present import room, sections, title
-from plphp.bench.room import fits
 from plphp.bench.run import MEMORIES
 from plphp.bench.shapes import SHAPES
 

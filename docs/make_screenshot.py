@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 import plphp
 import plphp.demo
 from plphp.demo.model import load
-from plphp.report import examine, write_html
+from plphp.inspector import examine, write_html
 
 PICTURES = [Path(plphp.demo.__file__).parent / "pictures" / f"a{i}.png" for i in (1, 2, 3)]
 QUESTION = "what color is the E in picture 2?"

@@ -14,6 +14,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from plphp._version import __version__
 from plphp.errors import (
     InputError,
     PlphpError,
@@ -22,14 +23,12 @@ from plphp.errors import (
     UnsupportedTransformersError,
 )
 from plphp.policy import PLPHP, policy
+from plphp.report import Drawing, LayerReport, Report, draw_with
 
 if TYPE_CHECKING:
-    from plphp.cache import LayerReport, Report
     from plphp.hf import PrunedCache, Pruning, calibrate, prune
     from plphp.models import vision_spans
     from plphp.recall import Recall
-
-__version__ = "0.1.0"
 
 __all__ = [
     "PLPHP",
@@ -52,19 +51,26 @@ __all__ = [
 
 # Loaded on first use, so that `import plphp` stays light: transformers takes seconds.
 _LATER = {
-    "LayerReport": "plphp.cache",
     "PrunedCache": "plphp.hf",
     "Pruning": "plphp.hf",
     "Recall": "plphp.recall",
-    "Report": "plphp.cache",
     "calibrate": "plphp.hf",
     "prune": "plphp.hf",
     "vision_spans": "plphp.models",
 }
 
-
 # One logger, silent until an application asks for it.
 logging.getLogger("plphp").addHandler(logging.NullHandler())
+
+
+def _inspector() -> Drawing:
+    """What draws reports, imported when the first one is drawn."""
+    from plphp import inspector
+
+    return inspector
+
+
+draw_with(_inspector)
 
 
 def __getattr__(name: str) -> Any:

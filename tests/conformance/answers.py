@@ -54,7 +54,8 @@ def stock_fails_as_not_applicable() -> Iterator[None]:
     except NotApplicable:
         raise
     except Exception as error:
-        raise NotApplicable(f"transformers itself fails, {type(error).__name__}") from error
+        reason = f"the unpruned model fails in this mode with {type(error).__name__}"
+        raise NotApplicable(reason) from error
 
 
 def check_answers(ask: Ask, mode: Mode, family: str, method: Method) -> None:
@@ -192,9 +193,9 @@ def check_guessing(options: dict[str, Any], expected: Truth, method: Method) -> 
         logits = generate(model, expected.inputs, **options)[1]
     off = (logits - expected.logits).abs().amax((0, 2)) > LOGITS
     if off[0]:
-        raise NotApplicable("transformers itself reads the prompt differently so")
+        raise NotApplicable("the unpruned model computes other logits in this mode")
     if off.any():
-        raise NotApplicable("transformers itself does not take back what was guessed wrong")
+        raise NotApplicable("the unpruned model does not remove wrong guesses from its cache")
     check_truth(lambda model, inputs: new_tokens(model, inputs, **options), expected, method)
 
 

@@ -72,7 +72,7 @@ def check_padded_turn(mode: Mode, family: str, method: Method) -> None:
     if EVERY[family].alone:  # windows and states count columns, padding included
         (_, batch), (_, rows) = together_and_alone(model, expected, stock_cache)
         if (batch - rows).abs().max() > LOGITS:
-            raise NotApplicable("transformers itself sees the padding between turns")
+            raise NotApplicable("the unpruned model attends to the padding between turns")
     with method.attach(model, expected.numbers):
         batched, single = together_and_alone(model, expected, plphp.PrunedCache)
     assert torch.equal(batched[0], single[0])

@@ -94,10 +94,10 @@ def check_ranks(mode: Mode, family: str, method: Method) -> None:
     ranks = processes().run(model, family, mode.rows, method.name, asdict(expected.numbers))
     for rank in ranks:
         if "stock" in rank:
-            raise NotApplicable(f"transformers itself fails, {rank['stock']}")
+            raise NotApplicable(f"the unpruned model fails in this mode with {rank['stock']}")
         assert rank["untouched"] == rank["whole"], "keeping all"
         if len(rank["kept"][-1][0]) == one.layers[-1].kept.shape[1]:
-            raise NotApplicable("transformers has no tensor parallel plan for its heads")
+            raise NotApplicable("transformers has no tensor-parallel plan for this model's heads")
     for layer, alone in enumerate(one.layers):
         for rank in ranks:
             assert rank["gamma"][layer] == pytest.approx(alone.gamma, abs=1e-5, nan_ok=True)

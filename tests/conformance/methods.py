@@ -51,7 +51,7 @@ def _other(name: str) -> Method:
 
 def prunes_the_cache(name: str) -> bool:
     """Methods of the other kinds have invariants and tests of their own."""
-    return POLICIES[name]().kind in ("layer", "layers")
+    return POLICIES[name]().prunes_cache
 
 
 METHODS: dict[str, Method] = {

@@ -35,7 +35,7 @@ from versions import cache_of
 
 
 class NotApplicable(Exception):
-    """transformers itself cannot do it with this family."""
+    """The unpruned model of this family cannot run in this mode."""
 
 
 def always(family: tiny.Family) -> bool:
@@ -116,16 +116,17 @@ def check_text(mode: Mode, family: str, method: Method) -> None:
 def check_call(mode: Mode, family: str, method: Method) -> None:
     """Another way to call generate(): keeping all changes no token, and the selection is right.
 
-    Rows that transformers itself reads differently in this mode have no oracle: chunks cut images
-    apart that see themselves in both directions, and GLM-4V's images get mixed up when rows of
-    several are repeated.
+    The oracle does not apply to rows whose unpruned logits differ in this mode: chunked prefill
+    breaks bidirectional attention within an image, and repeating rows with several images mixes up
+    GLM-4V's images.
     """
     expected = truth(family, 0, mode.rows)
     model = expected.build()
     try:
         untouched = call(mode, model, expected)
     except Exception as error:
-        raise NotApplicable(f"transformers itself fails, {type(error).__name__}") from error
+        reason = f"the unpruned model fails in this mode with {type(error).__name__}"
+        raise NotApplicable(reason) from error
     with plphp.prune(model, plphp.PLPHP(r=1.0, delta_r=0.0), vision_mask=expected.mask):
         assert torch.equal(call(mode, model, expected).sequences, untouched.sequences)
     with method.attach(model, expected.numbers, expected.mask) as pruning:
@@ -136,7 +137,7 @@ def check_call(mode: Mode, family: str, method: Method) -> None:
     first = expected.logits[:, 0].repeat_interleave(copies, 0)
     alike = (untouched.logits[0] - first).abs().amax(1) < LOGITS
     if not any(row.images and alike[i * copies] for i, row in enumerate(expected.rows)):
-        raise NotApplicable("transformers itself reads the images differently so")
+        raise NotApplicable("the unpruned model computes other logits in this mode")
     for copy in range(copies):
         own = slice(copy, None, copies)
         if method.options is not None:

@@ -46,7 +46,7 @@ def check_setting(setting: Setting, mode: Mode, family: str, method: Method) -> 
         with stock_fails_as_not_applicable():
             logits = generate(model, expected.inputs, steps=1)[1]
         if (logits - expected.logits[:, :1]).abs().max() > LOGITS:
-            raise NotApplicable("transformers itself reads the images differently so")
+            raise NotApplicable("the unpruned model computes other logits in this mode")
         policy = method.make(expected.numbers)
         run = run_policy(model, expected.inputs, policy, recall=method.recall)
         if method.options is not None:
@@ -142,7 +142,7 @@ def attention(name: str, model: Any) -> Iterator[Any]:
     try:
         model.set_attn_implementation(name)
     except ValueError as error:
-        raise NotApplicable(f"transformers itself has no {name} for it") from error
+        raise NotApplicable(f"transformers does not support {name} for this model") from error
     torch._dynamo.reset()  # torch 2.13's C++ of a kernel for changing shapes does not compile
     assert model.get_decoder().config._attn_implementation == name
     yield model

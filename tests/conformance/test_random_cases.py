@@ -17,8 +17,9 @@ import oracle
 from invariants import plphp_policy
 from oracle import Numbers
 from plphp.attention import attend, last_token_probabilities
-from plphp.cache import KVStore, layer_report
+from plphp.cache import KVStore
 from plphp.policy import LayerView
+from plphp.report import layer_report
 
 SEED = 20261122
 SHORT, LONG = 100, 2000

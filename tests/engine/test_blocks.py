@@ -1,4 +1,4 @@
-"""Blocks: as many as the formula says while a request runs, and none when all have ended."""
+"""Blocks: a running request holds the number of the formula, and none are left at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm import LLM
 
 
 def held_blocks(llm: LLM, requests: list[serving.Request]) -> list[list[tuple[int, list[int]]]]:
-    """Per request, after every step of its answer: tokens computed, blocks held per group."""
+    """Per request and step of its answer: tokens computed, and blocks held per group."""
     scheduler = serving.scheduler_of(llm)
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     seen: dict[int, list[tuple[int, list[int]]]] = {}
@@ -68,7 +68,8 @@ def test_a_resumed_request_goes_on_as_if_nothing_had_happened(
         def sometimes(*args: Any) -> Any:
             nonlocal turns, due, thrown
             turns += 1
-            if turns == due:  # ever later, or short chunks would never reach a prompt's end
+            # The intervals grow: otherwise short chunks would never reach the end of a prompt.
+            if turns == due:
                 due += turns // 2
                 thrown += preempt(llm)
             return schedule(*args)
@@ -97,7 +98,7 @@ def test_a_shortage_of_blocks_changes_no_token(reference: Any) -> None:
 
 
 def test_requests_that_come_and_go_change_no_other(reference: Any) -> None:
-    """They arrive one by one while others run; every third is aborted at a random step."""
+    """Requests arrive one by one while others run; every third is aborted at a random step."""
     rng = random.Random(90)
     requests = serving.random_requests(30, seed=90)
     with serving.engine(max_num_batched_tokens=64, max_num_seqs=6) as llm:
@@ -124,7 +125,7 @@ def test_requests_that_come_and_go_change_no_other(reference: Any) -> None:
 
 @pytest.mark.parametrize("share", [True, False])
 def test_random_aborts_and_preemptions_leave_nothing_behind(share: bool) -> None:
-    """A short piece of `make soak-vllm`."""
+    """A short run of `make soak-vllm`."""
     found = soak(250, share)
     assert found["blocks left in use"] == 0
     assert found["entries left in the scheduler's and the worker's side"] == 0

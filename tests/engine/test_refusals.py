@@ -1,4 +1,4 @@
-"""What cannot work is refused when the engine is configured, with the reason."""
+"""Options and modes that cannot work are refused when the engine is configured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POLICY = plphp.PLPHP(alpha=0.55, beta=0.45)
 
 
 def config_of(**options: Any) -> Any:
-    """What vLLM makes of its arguments in the process that was started."""
+    """vLLM's config of these arguments, made in the process that the user starts."""
     return EngineArgs(model=str(serving.WEIGHTS), block_size=32, **options).create_engine_config()
 
 
@@ -58,7 +58,7 @@ def test_bad_options_stop_before_a_model_is_loaded(extra: dict[str, Any], messag
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "speculative decoding (leave out --speculative-config)",
         ),
-        ({"runner": "pooling"}, "pooling, which has no decoding to save"),
+        ({"runner": "pooling"}, "pooling, which does not decode"),
         ({"video_pruning_rate": 0.5}, "video pruning (leave out --video-pruning-rate)"),
     ],
 )
@@ -104,7 +104,9 @@ def test_all_that_has_to_change_is_said_at_once() -> None:
 def test_a_gpu_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(current_platform, "device_type", "cuda")
     transfer = KVTransferConfig(**plphp.vllm.engine_args()["kv_transfer_config"])
-    with pytest.raises(plphp.UnsupportedModeError, match="cpu backend only so far, and this"):
+    with pytest.raises(
+        plphp.UnsupportedModeError, match="vLLM on cpu only, and this engine runs on cuda"
+    ):
         KVConnectorFactory.get_connector_class(transfer)
     other = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
     assert KVConnectorFactory.get_connector_class(other).__name__ == "ExampleConnector"
@@ -114,7 +116,7 @@ def test_other_connectors_beside_it_are_refused() -> None:
     example = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     mine = plphp.vllm.engine_args()["kv_transfer_config"]
     config_of(kv_transfer_config=several(example, example))
-    with pytest.raises(plphp.UnsupportedModeError, match="in a MultiConnector: use it alone"):
+    with pytest.raises(plphp.UnsupportedModeError, match="inside a MultiConnector: use it alone"):
         config_of(kv_transfer_config=several(example, mine))
     with pytest.raises(plphp.UnsupportedModeError, match="leave out --kv-offloading-size"):
         config_of(**plphp.vllm.engine_args(), kv_offloading_size=1)

@@ -1,4 +1,4 @@
-"""Through the OpenAI server: images in, streams out, many at once, some cancelled in mid-stream."""
+"""The OpenAI server: many streamed requests with images at once, some of them cancelled."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Server:
 
 
 def page_command() -> list[str]:
-    """What the page says to start, with the embedded model in the place of a large one."""
+    """The command of docs/vllm.md, with the embedded model in place of a large one."""
     block = PAGE.read_text().split("vllm serve ", 1)[1].split("```")[0]
     _, *options = shlex.split(block)
     return [str(Path(sys.executable).with_name("vllm")), "serve", str(WEIGHTS), *options]
@@ -50,7 +50,7 @@ def page_command() -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The page's server."""
+    """A server that is started with the command of docs/vllm.md."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

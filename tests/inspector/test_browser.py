@@ -15,7 +15,7 @@ from PIL import Image
 import plphp
 import plphp.demo
 from plphp.demo.model import Embedded, load
-from plphp.report import Page, examine, write_html
+from plphp.inspector import Page, examine, write_html
 
 PICTURES = Path(plphp.demo.__file__).parent / "pictures"
 EVIL = "what is <script>document.title = 'hacked'</script> </script><b>brown</b> in picture 1?"

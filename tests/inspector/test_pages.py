@@ -12,12 +12,12 @@ from PIL import Image
 import plphp
 import tiny
 from plphp.demo.model import Embedded, load
-from plphp.hf.replan import read
+from plphp.hf.shared_prefill import read
+from plphp.inspector import page_of_report, render, run_of, shown_videos
+from plphp.inspector.examine import examine, first_difference, pieces
+from plphp.inspector.gather import pictures_of
+from plphp.inspector.steps import steps_of
 from plphp.policy import POLICIES
-from plphp.report import page_of_report, render, run_of, shown_videos
-from plphp.report.examine import examine, first_difference, pieces
-from plphp.report.gather import pictures_of
-from plphp.report.steps import steps_of
 from tiny.base import RowSpec
 
 

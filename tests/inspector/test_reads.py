@@ -9,9 +9,9 @@ from asking import QUESTION, asked, bits, eager_attention
 
 import plphp
 from plphp.demo.model import Embedded, load
-from plphp.hf.replan import read
-from plphp.report.examine import examine
-from plphp.report.steps import steps_of
+from plphp.hf.shared_prefill import read
+from plphp.inspector.examine import examine
+from plphp.inspector.steps import steps_of
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import plphp
 from plphp.policy import POLICIES, KeepPlan, LayerView, steps
 from plphp.policy.plphp import calibrated
 
-CACHE_METHODS = [n for n in POLICIES if POLICIES[n]().kind in ("layer", "layers")]
+CACHE_METHODS = [n for n in POLICIES if POLICIES[n]().prunes_cache]
 HEADS, KV_HEADS, WINDOW = 4, 2, 6
 
 

@@ -17,8 +17,8 @@ from plphp.bench.shapes import Shape
 from plphp.cache import bucketed
 from plphp.errors import InputError
 from plphp.hf import PrunedCache, compat
-from plphp.hf.replan import adopt, plans
-from plphp.policy import CachePolicy, LayerView, Look
+from plphp.hf.shared_prefill import adopt
+from plphp.policy import CachePolicy, LayerView, Look, plan_views
 from plphp.policy.base import flat_look
 
 TEXT = 32  # columns of text around the images
@@ -127,7 +127,7 @@ def pruned(
     together = policy.kind == "layers"
     for some in [indices] if together else [[index] for index in indices]:
         views = {index: view(setting, index, policy.window) for index in some}
-        for index, plan in plans(policy, views).items():
+        for index, plan in plan_views(policy, views).items():
             seen = views.pop(index)
             assert seen.keys is not None and seen.values is not None
             adopt(cache.layers[index], seen.keys, seen.values, plan)

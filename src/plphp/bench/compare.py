@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from plphp.cache import Report, allocated
+from plphp.cache import allocated
 from plphp.hf import PrunedCache, compat, prune
 from plphp.policy import Policy
 from plphp.recall import Recall
+from plphp.report import Report
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from plphp import __version__
+from plphp._version import __version__
 
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 BLOCK = 1 << 28  # bytes copied to measure the bandwidth: far more than a cache holds

@@ -98,7 +98,7 @@ def _pruning(found: Shown) -> Rows:
 
 
 def room(fits: Sequence[Shown], context: int, batch: int) -> Rows:
-    """The table of what fits, of rows as `plphp.bench.room.fits` gives them."""
+    """The table of what fits, of rows as `plphp.bench.capacity.fits` gives them."""
     header = ["GiB", f"tokens x {batch}, full", "pruned", f"rows of {context:,}, full", "pruned"]
     return header, [
         [f"{row['memory_bytes'] / 2**30:g}"]

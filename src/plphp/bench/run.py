@@ -12,11 +12,11 @@ import torch
 
 from plphp.bench import machine
 from plphp.bench.caches import Setting
+from plphp.bench.capacity import fits
 from plphp.bench.layer import attention_seconds, pruning_seconds
-from plphp.bench.room import fits
 from plphp.bench.shapes import needed_bytes
 from plphp.bench.steps import WARM, Measured, bound_seconds, race
-from plphp.bench.ways import DEFAULT, Way, ways
+from plphp.bench.variants import DEFAULT, Way, ways
 from plphp.errors import InputError
 
 ATTENTION_STEPS = 20

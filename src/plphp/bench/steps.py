@@ -13,7 +13,7 @@ import torch
 from plphp.bench.caches import Setting
 from plphp.bench.compare import cache_bytes
 from plphp.bench.machine import energy_meter, resident_bytes, synchronize
-from plphp.bench.ways import Way, stepper
+from plphp.bench.variants import Way, stepper
 from plphp.hf import compat
 
 WARM = 2  # steps of every round that are not counted

@@ -64,7 +64,7 @@ class KVStore:
         self.values = take(self.values, plan.columns, capacity)
         if self.positions is not None:
             self.positions = take(self.positions[..., None], plan.columns, capacity)[..., 0]
-        self.start = longest - plan.lengths
+        self.start = plan.start
         self.ragged = plan.ragged
         self.end = longest
 
@@ -73,7 +73,7 @@ class KVStore:
 
         plan: columns (B, 1 or Hkv, end) of the `logical` columns that the model was given
         """
-        self.start = self.end - plan.lengths
+        self.start = plan.start
         self.ragged = plan.ragged
         self.logical = logical
         if self.positions is not None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from plphp import __version__
+from plphp._version import __version__
 from plphp.cli.bench import bench
 from plphp.cli.console import command
 from plphp.cli.demo import demo

@@ -63,7 +63,7 @@ def bench(
 
     from plphp.bench.caches import Setting
     from plphp.bench.run import Options
-    from plphp.bench.ways import check_names
+    from plphp.bench.variants import check_names
 
     if gpu and not torch.cuda.is_available():
         raise InputError("--gpu: PyTorch sees no CUDA device here")

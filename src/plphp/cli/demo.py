@@ -83,7 +83,7 @@ def demo(
     """Ask the embedded model about bundled pictures, with its full and with a pruned cache."""
     policy = o.chosen_policy("plphp", r=r, delta_r=delta_r, alpha=alpha, beta=beta)
     answers = ask(policy, device, dtype, rounds, quiet=as_json)
-    from plphp.cli.beside import beside, table
+    from plphp.cli.demo_comparison import beside, table
     from plphp.inputs import load
 
     others = beside(load("embedded", dtype, device))

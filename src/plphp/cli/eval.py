@@ -111,7 +111,7 @@ def _about(model: str, loaded: Any, device: str) -> dict[str, Any]:
     import torch
     import transformers
 
-    from plphp import __version__
+    from plphp._version import __version__
 
     return {
         "model": model,

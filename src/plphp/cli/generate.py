@@ -19,10 +19,10 @@ from plphp.policy import Policy
 
 if TYPE_CHECKING:
     from plphp.bench import Comparison
-    from plphp.cache import Report
     from plphp.hf import Pruning
     from plphp.inputs import Runnable
     from plphp.recall import Recall
+    from plphp.report import Report
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from plphp.errors import InputError
 from plphp.policy import Policy
 
 if TYPE_CHECKING:
-    from plphp.report import Page
+    from plphp.inspector import Page
 
 PAGE = Path("report.html")
 
@@ -57,7 +57,7 @@ def inspect(
     if where is not None and not where.resolve().parent.is_dir():
         raise InputError(f"--out {where}: no such directory")
     from plphp.inputs import make_inputs
-    from plphp.report import examine, shown_videos
+    from plphp.inspector import examine, shown_videos
 
     loaded = source.load()
     inputs = make_inputs(loaded, images, prompt, videos)
@@ -82,7 +82,7 @@ def inspect(
 def _present(page: Page, where: Path | None, as_json: bool) -> None:
     """The page as a file, and a line a method or all of it as JSON on standard output."""
     if where is not None:
-        from plphp.report import write_html
+        from plphp.inspector import write_html
 
         write_html(page, where)
     if as_json:

@@ -18,14 +18,14 @@ import torch
 from plphp.errors import PlphpError
 from plphp.eval.answers import Answers, Reference, answer, refer
 from plphp.eval.batches import Batch, in_batches, make_batch
+from plphp.eval.feature_cache import remembered
 from plphp.eval.methods import CALIBRATED, FULL, Setting, make
 from plphp.eval.records import Asked
 from plphp.eval.sample import Sample, Task
 from plphp.eval.shrink import Shrinker, shrinker
 from plphp.eval.store import Done, Store
 from plphp.eval.tasks import TASKS
-from plphp.eval.tower import remembered
-from plphp.hf.replan import Prompt, read
+from plphp.hf.shared_prefill import SharedPrefill, read
 from plphp.inputs import Runnable
 from plphp.policy import Policy, policy
 
@@ -169,7 +169,7 @@ def _run_batch(
 
 
 def _answer(
-    job: Job, setting: Setting, batch: Batch, reference: Reference, prompt: Prompt
+    job: Job, setting: Setting, batch: Batch, reference: Reference, prompt: SharedPrefill
 ) -> Answers:
     model, chosen = job.loaded.model, job.policies[setting]
     if chosen.kind == "images":

@@ -1,6 +1,7 @@
 """The transformers integration: attach, detach, and what runs in between."""
 
-from plphp.hf.attach import Pruning, prune
+from plphp.hf.attach import prune
+from plphp.hf.attached import Pruning
 from plphp.hf.cache import PrunedCache
 from plphp.hf.calibrate import calibrate
 

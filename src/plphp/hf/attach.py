@@ -4,79 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from torch import nn
 
-from plphp.cache import Report
 from plphp.errors import UnsupportedModeError, UnsupportedModelError
 from plphp.hf import compat
+from plphp.hf.attached import MARK, Pruning, base_model
 from plphp.hf.attention import ConfigView, pass_layer, pruned_attention
 from plphp.hf.cache import PrunedCache, own_cache
 from plphp.hf.generate import UNSUPPORTED_METHODS, refuse_method, wrap
 from plphp.hf.positions import later_positions, position_shift
+from plphp.hf.prompt import Mask
 from plphp.hf.recall import checked
 from plphp.hf.report import build_report
-from plphp.hf.sequence import attach_sequence, decoder_layers, refuse_turn
-from plphp.hf.turn import Mask, Turn
+from plphp.hf.sequence import attach_sequence, decoder_layers, refuse_prompt
 from plphp.models import describes_vision, refusal, sequence_refusal
 from plphp.policy import PLPHP, Policy, SequencePolicy
 from plphp.recall import Recall
 
 logger = logging.getLogger("plphp")
-
-MARK = "_plphp"  # attribute of an attached model that holds its Pruning
-
-
-class Pruning:
-    """Pruning attached to one model object; `remove()` or leaving the `with` takes it off.
-
-    report: of the last finished prefill; `cache.report` of a `PrunedCache` is exact where several
-        threads generate on one model
-    """
-
-    def __init__(
-        self, model: Any, policy: Policy, vision_mask: Mask, recall: Recall | None = None
-    ) -> None:
-        self.model = model
-        self.policy = policy
-        self.recall = recall
-        self.vision_mask = vision_mask
-        self.report: Report | None = None
-        self.layers: tuple[int, ...] = ()  # decoder layers that are attached
-        self.over_ranks = compat.over_ranks(model)
-        self._undo: list[Callable[[], None]] = []
-
-    def __enter__(self) -> Pruning:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Leave the model as it was. Safe to call twice."""
-        while self._undo:
-            self._undo.pop()()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise UnsupportedModeError("an attached model cannot be copied: remove() the pruning first")
-
-    def __reduce__(self) -> Any:
-        raise UnsupportedModeError("an attached model cannot be saved: remove() the pruning first")
-
-    def _set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an instance attribute; undone by restoring what the instance itself held."""
-        before = vars(owner).get(name)
-        had = name in vars(owner)
-        setattr(owner, name, value)
-        undo = (lambda: setattr(owner, name, before)) if had else (lambda: delattr(owner, name))
-        self._undo.append(undo)
 
 
 def prune(
@@ -99,7 +46,7 @@ def prune(
     UnsupportedTransformersError, with what to do, before anything is changed.
     """
     compat.check_version()
-    model = _base(model)
+    model = base_model(model)
     modules = _prunable(model, vision_mask)
     recall, policy = checked(recall, PLPHP() if policy is None else policy, model)
     undo = _attach_kind(model, policy, modules)
@@ -142,17 +89,6 @@ def _attach_kind(model: Any, policy: Policy, modules: list[Any]) -> list[Callabl
             "ordinary attention: what they need would be missing"
         )
     return attach_sequence(policy, layers)
-
-
-def attached(model: Any) -> Pruning | None:
-    """The pruning attached to a model, if any."""
-    found: Pruning | None = vars(_base(model)).get(MARK)
-    return found
-
-
-def _base(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _prunable(model: Any, vision_mask: Mask) -> list[Any]:
@@ -213,15 +149,14 @@ def _begin(pruning: Pruning) -> Hook:
             cache.check()
             past = int(cache.get_seq_length())
             if columns > 1 or past == 0:  # a bare forward: what it brings is the prompt
-                prompt = Turn(columns, source, pruning.model.config, pruning.vision_mask)
-                cache.open(prompt, pruning.policy)
+                cache.begin(columns, source, pruning)
             positions = later_positions(model, cache.shift, past, columns, source)
             if positions is not None:
                 kwargs["position_ids"] = positions
-        turn = cache.shared.turn
-        if turn is not None and int(cache.get_seq_length()) + columns >= turn.end:
-            turn.locate(batch, kwargs.get("attention_mask"))
-            refuse_turn(cache, turn, columns)
+        prefill = cache.shared.prefill
+        if prefill is not None and int(cache.get_seq_length()) + columns >= prefill.prompt.end:
+            prefill.locate(batch, kwargs.get("attention_mask"))
+            refuse_prompt(cache, prefill, columns)
         return args, kwargs
 
     return begin
@@ -255,16 +190,13 @@ def _finish(pruning: Pruning) -> Hook:
         model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         cache = compat.given_cache(kwargs)
-        turn = cache.shared.turn
-        if turn is None or turn.spans is None:
+        prefill = cache.shared.prefill
+        if prefill is None or prefill.located is None:
             return
-        drafts = int(cache.get_seq_length()) - turn.end
-        cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, turn)
-        cache.shared.last_image = max(cache.shared.last_image, turn.last_image)
-        pruning.report = report = build_report(cache, turn)
-        cache.tell(report)
-        cache.shared.spans = turn.spans if cache.shared.recall is not None else None
-        cache.shared.turn = None
+        drafts = int(cache.get_seq_length()) - prefill.prompt.end
+        cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, prefill.located)
+        pruning.report = report = build_report(cache, prefill)
+        cache.finish(report)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s", report.summary)
 

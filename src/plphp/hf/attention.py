@@ -21,7 +21,7 @@ from plphp.errors import (
 from plphp.hf import compat
 from plphp.hf.cache import PrunedCache
 from plphp.hf.layer import PrunedLayer
-from plphp.hf.pruning import after_attention
+from plphp.hf.prefill import after_attention
 
 LAYER = "plphp_layer"  # keyword that carries the cache layer from the hook to the function
 
@@ -105,8 +105,8 @@ def pruned_attention(
         with torch.no_grad():
             if layer.shared.watch is not None:
                 layer.shared.watch(module, query, layer, kwargs)
-            if layer.shared.turn is not None:
-                after_attention(module, query, layer, layer.shared.turn, kwargs)
+            if layer.shared.prefill is not None:
+                after_attention(module, query, layer, layer.shared.prefill, kwargs)
     return output, weights
 
 

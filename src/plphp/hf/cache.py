@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from plphp.cache import EarlierImage, Report, allocated
+from plphp.cache import allocated
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
+from plphp.hf.attached import Pruning, attached
 from plphp.hf.layer import PrunedLayer, Shared, spans_until
-from plphp.hf.turn import Turn
-from plphp.policy import Policy
+from plphp.hf.prompt import Prefill, Prompt
+from plphp.report import EarlierImage, Report
 
 
 class PrunedCache(Cache):
@@ -31,8 +32,6 @@ class PrunedCache(Cache):
     """
 
     def __init__(self, model: nn.Module, max_len: int | None = None, static: bool = False) -> None:
-        from plphp.hf.attach import attached
-
         pruning = attached(model)
         if pruning is None:
             raise UnsupportedModeError(
@@ -104,7 +103,7 @@ class PrunedCache(Cache):
     def check(self) -> None:
         """Raise UnsupportedModeError if an exception left this cache in the middle of a forward."""
         lengths = {int(layer.get_seq_length()) for _, layer in self.pruned_layers()}
-        if self.shared.turn is not None or len(lengths) > 1:
+        if self.shared.prefill is not None or len(lengths) > 1:
             raise UnsupportedModeError(
                 "this cache was interrupted in the middle of a forward; start a new one"
             )
@@ -112,32 +111,50 @@ class PrunedCache(Cache):
     def settle(self) -> None:
         """End a generate(): a prompt of which nothing was read, after a refusal, is forgotten."""
         self.generating = False
-        if self.shared.turn is None:
+        if self.shared.prefill is None:
             return
         lengths = {int(layer.get_seq_length()) for _, layer in self.pruned_layers()}
-        if lengths == {self.shared.turn.begin}:
-            self.shared.turn = None
+        if lengths == {self.shared.prefill.prompt.begin}:
+            self.shared.prefill = None
 
-    def open(self, turn: Turn, policy: Policy) -> None:
-        """Announce a prompt; the forwards that follow bring its columns."""
+    def begin(
+        self, length: int, source: Mapping[str, Any], pruning: Pruning, generating: bool = False
+    ) -> Prefill:
+        """Announce a prompt of `length` columns; the forwards that follow bring them.
+
+        source: the keyword arguments that describe the prompt
+        generating: whether generate() brings it; the forwards after the prompt are its steps then
+        """
         self.check()
-        self.shared.policy = policy
+        self.shared.policy = pruning.policy
         for _, layer in self.pruned_layers():
             layer.thaw()
-        turn.begin = self.get_seq_length()
-        if self.max_len is not None and self.static and turn.end > self.max_len:
-            raise ValueError(f"the prompt ends at column {turn.end}, max_len is {self.max_len}")
-        if turn.begin == 0:
-            self.layers = self._renewed(turn.length)
+        begin = int(self.get_seq_length())
+        spans = self.shared.spans if self.shared.recall is not None and begin else None
+        earlier = None if spans is None else spans_until(spans, begin)
+        prompt = Prompt(
+            begin, length, source, pruning.model.config, pruning.vision_mask, earlier, self.static
+        )
+        if self.max_len is not None and self.static and prompt.end > self.max_len:
+            raise ValueError(f"the prompt ends at column {prompt.end}, max_len is {self.max_len}")
+        if begin == 0:
+            self.layers = self._renewed(length)
             if self.static and not all(isinstance(layer, PrunedLayer) for layer in self.layers):
                 raise UnsupportedModeError(
                     "static=True needs every layer to be prunable; this model has others: "
                     "use static=False"
                 )
-        turn.static = self.static
-        if self.shared.recall is not None and self.shared.spans is not None and turn.begin:
-            turn.earlier = spans_until(self.shared.spans, turn.begin)
-        self.shared.turn = turn
+        self.shared.prefill, self.generating = Prefill(prompt), generating
+        return self.shared.prefill
+
+    def finish(self, report: Report) -> None:
+        """Take the report of the prompt that has just been read."""
+        assert self.shared.prefill is not None
+        where = self.shared.prefill.where
+        self.report, self.order = report, None
+        self.shared.last_image = max(self.shared.last_image, where.last_image)
+        self.shared.spans = where.spans if self.shared.recall is not None else None
+        self.shared.prefill = None
 
     def pruned_layers(self) -> Iterator[tuple[int, PrunedLayer]]:
         for index, layer in enumerate(self.layers):
@@ -149,7 +166,7 @@ class PrunedCache(Cache):
         super().reset()
         self.shift, self.report, self.generating = None, None, False
         self.order, self.found = None, ()
-        self.shared.turn, self.shared.last_image, self.shared.spans = None, 0, None
+        self.shared.prefill, self.shared.last_image, self.shared.spans = None, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put rows (B',) in a new order, positions of later turns included."""
@@ -172,10 +189,6 @@ class PrunedCache(Cache):
         if self.shared.spans is not None:
             self.shared.spans = self.shared.spans[rows.to(self.shared.spans.device)]
         self.order = rows if self.order is None else self.order[rows.to(self.order.device)]
-
-    def tell(self, report: Report) -> None:
-        """Take the report of a prompt that has just been read."""
-        self.report, self.order = report, None
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that the cache keeps allocated."""

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
+from plphp.hf.attached import Pruning
 from plphp.hf.cache import PrunedCache, own_cache
 from plphp.hf.positions import later_positions
-from plphp.hf.turn import Turn
-from plphp.policy import SequencePolicy
+from plphp.policy import Policy
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 UNSUPPORTED_METHODS = ("generate_batch", "init_continuous_batching")
 
 
-def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
     """A generate() that gives the original one a pruned cache and knows where the prompt ends."""
 
     def generate(
@@ -28,7 +28,7 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         model = pruning.model
         refuse(model, generation_config, kwargs)
-        if isinstance(pruning.policy, SequencePolicy):
+        if not pruning.policy.prunes_cache:
             refuse_pieces(pruning.policy, generation_config, kwargs)
         # "dynamic" asks for what we bring anyway, but may not stand beside a cache.
         kwargs.pop("cache_implementation", None)
@@ -52,8 +52,7 @@ def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["position_ids"] = torch.nn.functional.pad(positions, (columns - length, 0))
         if cache.static:
             _fit(cache, past + length, kwargs)
-        cache.open(Turn(length, source, model.config, pruning.vision_mask), pruning.policy)
-        cache.generating = True
+        cache.begin(length, source, pruning, generating=True)
         try:
             return original(inputs, generation_config, *args, **kwargs)
         finally:
@@ -73,7 +72,7 @@ def _fit(cache: PrunedCache, prompt: int, kwargs: dict[str, Any]) -> None:
         )
 
 
-def refuse_pieces(policy: SequencePolicy, generation_config: Any, kwargs: dict[str, Any]) -> None:
+def refuse_pieces(policy: Policy, generation_config: Any, kwargs: dict[str, Any]) -> None:
     """Raise UnsupportedModeError where a prompt would not be read alone and in one forward."""
     for name in (*ASSISTED, "prefill_chunk_size"):
         if (kwargs.get(name) or getattr(generation_config, name, None)) is not None:

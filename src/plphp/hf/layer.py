@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from plphp.cache import KVStore, StaticStore, bucketed
 from plphp.errors import UnsupportedModeError
-from plphp.hf.turn import Turn
+from plphp.hf.prompt import Prefill
 from plphp.policy import KeepPlan, Policy
 from plphp.recall import Home, Recall
 
@@ -28,9 +28,9 @@ class Shared:
     attached: indices of the layers that pruning is attached to
     over_ranks: mean over tensor-parallel ranks, None without them
     depth, prunable: how many layers there are, and the indices of those that are pruned
-    turn: the prompt on its way in, None between prompts
+    prefill: the state of the prompt that is being read, None between prompts
     last_image: columns up to the last vision token
-    watch: called after a layer's attention, see `watch.Watch`
+    watch: called after a layer's attention, see `attention_probe`
     recall: what becomes of dropped tokens, None to destroy them
     spans: (B, columns) of all prompts read so far, kept for recall
     """
@@ -43,7 +43,7 @@ class Shared:
     over_ranks: Any
     depth: int = 0
     prunable: tuple[int, ...] = ()
-    turn: Turn | None = None
+    prefill: Prefill | None = None
     last_image: int = 0
     watch: Callable[..., None] | None = None
     recall: Recall | None = None
@@ -108,7 +108,7 @@ class PrunedLayer(CacheLayerMixin):
             self.is_initialized = True
             self.store = KVStore(key_states, value_states, self.window)
             return key_states, value_states
-        if self.shared.recall is not None and self.shared.turn is not None and not self.raw:
+        if self.shared.recall is not None and self.shared.prefill is not None and not self.raw:
             restore(self)
         self.store.append(key_states, value_states)
         return self.store.held()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.hf.turn import Turn
+from plphp.hf.prompt import Located
 from plphp.models import processor_inputs
 
 
@@ -25,14 +25,13 @@ def mrope_module(model: Any) -> Any:
     return None
 
 
-def position_shift(model: Any, position_ids: Tensor | None, drafts: int, turn: Turn) -> Tensor:
+def position_shift(model: Any, position_ids: Tensor | None, drafts: int, where: Located) -> Tensor:
     """(B,) position minus column of the text that follows a prompt.
 
     position_ids (B, T) or (axes, B, T) of the forward that brought the prompt's last column, and
     `drafts` more after it; None where the model computed them and left its deltas behind.
     """
-    assert turn.spans is not None
-    spans, column = turn.spans, turn.end - 1
+    spans, column = where.spans, where.end - 1
     if position_ids is not None:
         last = position_ids.reshape(-1, *position_ids.shape[-2:])[-1, :, -1 - drafts]
         return (last - column).expand(len(spans)).to(spans.device)

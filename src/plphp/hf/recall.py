@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from plphp.cache import KVStore, RecallReport, allocated
+from plphp.cache import KVStore, allocated
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer
-from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, SequencePolicy, policy
+from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, policy
 from plphp.recall import Recall, as_recall, park
+from plphp.report import RecallReport
 
 
 def checked(given: Recall | str | None, chosen: Policy, model: Any) -> tuple[Recall | None, Policy]:
@@ -24,7 +25,7 @@ def checked(given: Recall | str | None, chosen: Policy, model: Any) -> tuple[Rec
     recall = as_recall(given)
     if recall is None:
         return None, chosen
-    if isinstance(chosen, SequencePolicy) or not isinstance(chosen, CachePolicy):
+    if not isinstance(chosen, CachePolicy):
         raise UnsupportedModeError(
             f"{type(chosen).__name__} does not rank what a cache holds, which recall needs: take a "
             "method that prunes the cache, or leave recall out"
@@ -71,6 +72,7 @@ def recall_report(cache: Any) -> RecallReport | None:
         parked=allocated(parked),
         index=allocated(every) - allocated(parked),
         token_bytes=found[0].token_bytes,
+        where=found[0].where,
         fetched=tuple(home.fetched for home in found),
         read=tuple(recalled(cache)),
     )

@@ -7,12 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
-from plphp.cache import (
+from plphp.cache import allocated
+from plphp.hf import compat
+from plphp.hf.cache import PrunedCache, layer_tensors
+from plphp.hf.layer import PrunedLayer
+from plphp.hf.prompt import Prefill
+from plphp.hf.recall import recall_report
+from plphp.models import processor_inputs
+from plphp.policy import SequencePolicy
+from plphp.recall import HOMES, Recall
+from plphp.report import (
     EarlierImage,
     LayerReport,
     Report,
     Seen,
-    allocated,
     images_left,
     images_of,
     in_rows,
@@ -20,68 +28,69 @@ from plphp.cache import (
     told,
     untouched_report,
 )
-from plphp.hf import compat
-from plphp.hf.cache import PrunedCache, layer_tensors
-from plphp.hf.layer import PrunedLayer
-from plphp.hf.recall import recall_report
-from plphp.hf.turn import Turn
-from plphp.models import processor_inputs
-from plphp.policy import SequencePolicy
 
 
-def build_report(cache: PrunedCache, turn: Turn) -> Report:
+def build_report(cache: PrunedCache, prefill: Prefill) -> Report:
     """The report of a finished prefill; what it tells is on the CPU."""
-    assert turn.spans is not None
-    counts, recall = turn.spans.cpu(), cache.shared.recall
-    earlier = images_found(cache) if turn.begin else ()
-    lost = [told(earlier, None if recall is None else recall.home)] if earlier else []
-    layers = tuple(_layer(cache, turn, index) for index in range(_depth(cache)))
+    where, recall = prefill.where, cache.shared.recall
+    counts = where.spans.cpu()
+    earlier = images_found(cache) if prefill.prompt.begin else ()
+    lost = [told(earlier, _rounds(recall))] if earlier else []
+    layers = tuple(_layer(cache, prefill, index) for index in range(_depth(cache)))
     return Report(
         layers=layers,
         kv_bytes=cache.kv_bytes(),
         kv_bytes_full=sum(layer.kv_bytes_full for layer in layers),
         prompt=tuple((counts >= 0).sum(-1).tolist()),
         images=tuple(counts.amax(-1).clamp(min=0).tolist()),
-        notes=(*turn.notes, *_notes(cache, turn), *lost),
-        seen=_seen(turn, counts),
+        notes=(*where.notes, *_notes(cache, prefill), *lost),
+        seen=_seen(prefill, counts),
         recall=recall_report(cache),
         earlier=earlier,
     )
+
+
+def _rounds(recall: Recall | None) -> str | None:
+    """The name of a home that parks rounded numbers, None for others."""
+    return None if recall is None or HOMES[recall.home].exact else recall.home
 
 
 def images_found(cache: PrunedCache) -> tuple[EarlierImage, ...]:
     """The images of all turns so far, as the next prompt finds them."""
     if cache.shared.recall is not None and cache.shared.spans is not None:
         return images_of(cache.shared.spans.cpu())
-    found = cache.found if cache.report is None else images_left(cache.report)
+    found, report = cache.found, cache.report
+    if report is not None:
+        assert report.seen is not None
+        found = images_left(report.seen, report.layers, report.earlier)
     return found if cache.order is None else in_rows(found, cache.order.tolist())
 
 
-def _layer(cache: PrunedCache, turn: Turn, index: int) -> LayerReport:
-    report = _kept(cache, turn, index)
+def _layer(cache: PrunedCache, prefill: Prefill, index: int) -> LayerReport:
+    report = _kept(cache, prefill, index)
     if index >= len(cache.layers):
         return report
     layer = cache.layers[index]
-    held, full = allocated(layer_tensors(layer)), _full_bytes(layer, turn.end)
+    held, full = allocated(layer_tensors(layer)), _full_bytes(layer, prefill.prompt.end)
     return replace(report, kv_bytes=held, kv_bytes_full=full)
 
 
-def _seen(turn: Turn, spans: Tensor) -> Seen:
+def _seen(prefill: Prefill, spans: Tensor) -> Seen:
     """What is drawn of a prompt later. Pixels are left out: a report may be kept for long."""
-    given = processor_inputs(turn.source).items()
+    source = prefill.prompt.source
+    given = processor_inputs(source).items()
     small = {name: t for name, t in given if isinstance(t, Tensor) and t.dim() <= 2}
-    ids = turn.source.get("input_ids")
+    ids = source.get("input_ids")
     ids = None if ids is None else ids[:, -spans.shape[1] :]
-    return Seen(spans, turn.positions().cpu(), turn.config, small, ids)
+    return Seen(spans, prefill.where.positions().cpu(), prefill.prompt.config, small, ids)
 
 
-def _kept(cache: PrunedCache, turn: Turn, index: int) -> LayerReport:
-    if index in turn.plans:
-        return layer_report(index, *turn.plans[index])
-    assert turn.spans is not None
+def _kept(cache: PrunedCache, prefill: Prefill, index: int) -> LayerReport:
+    if index in prefill.plans:
+        return layer_report(index, *prefill.plans[index])
     pair = _pair(cache.layers[index]) if index < len(cache.layers) else []
     kv_heads = pair[0].shape[1] if pair else 0  # such as a linear layer: it has no entries
-    return untouched_report(index, turn.spans, turn.positions(), kv_heads)
+    return untouched_report(index, prefill.where.spans, prefill.where.positions(), kv_heads)
 
 
 def _depth(cache: PrunedCache) -> int:
@@ -107,17 +116,16 @@ def _full_bytes(layer: Any, seen: int) -> int:
     return total
 
 
-def _notes(cache: PrunedCache, turn: Turn) -> list[str]:
-    assert turn.spans is not None
-    notes = []
-    if not bool((turn.spans > 0).any()):
+def _notes(cache: PrunedCache, prefill: Prefill) -> list[str]:
+    notes, policy = [], cache.shared.policy
+    if prefill.where.images <= 0:
         notes.append("nothing was pruned: the prompt has no vision tokens")
     pruned = {index for index, _ in cache.pruned_layers()}
     alone = [index for index in range(_depth(cache)) if index not in pruned]
-    if cache.shared.policy.kind == "layers" and cache.shared.recall is None:
+    if policy.kind == "layers" and cache.shared.recall is None:
         notes.append("planned after the last layer: until then the whole prompt was held")
-    if turn.leaving is not None and isinstance(cache.shared.policy, SequencePolicy):
-        at = cache.shared.policy.leave_at(len(cache.layers))
+    if prefill.remaining is not None and isinstance(policy, SequencePolicy):
+        at = policy.leave_at(len(cache.layers))
         notes.append(f"tokens left before layer {at}: earlier layers hold them all")
     if alone:
         why = (

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from plphp.errors import UnsupportedModeError, UnsupportedModelError
 from plphp.hf import compat
 from plphp.hf.cache import PrunedCache
-from plphp.hf.leaving import Leaving, take
-from plphp.hf.turn import Turn
+from plphp.hf.prompt import Prefill
+from plphp.hf.remaining_tokens import RemainingTokens, take
 from plphp.policy import SequencePolicy
 
 
@@ -40,18 +40,17 @@ def attach_sequence(policy: SequencePolicy, layers: list[nn.Module]) -> list[Cal
     return [handle.remove for handle in handles]
 
 
-def refuse_turn(cache: PrunedCache, turn: Turn, columns: int) -> None:
+def refuse_prompt(cache: PrunedCache, prefill: Prefill, columns: int) -> None:
     """Raise UnsupportedModeError for a prompt that no token can leave.
 
     columns: of this forward
     """
-    if not isinstance(cache.shared.policy, SequencePolicy) or not turn.prunes:
+    if cache.shared.policy.kind != "sequence" or not prefill.where.prunes:
         return
-    assert turn.spans is not None
-    why = None
-    if columns != turn.length:
+    prompt, why = prefill.prompt, None
+    if columns != prompt.length:
         why = "the prompt has to be read in one forward, without chunks and drafts"
-    elif turn.begin > 0 and bool((turn.spans > 0).any()):
+    elif prompt.begin > 0 and prefill.where.images > 0:
         why = "new images in a later turn are not supported; start a new cache"
     elif cache.static:
         why = "a static cache is not supported; use static=False"
@@ -63,44 +62,44 @@ def refuse_turn(cache: PrunedCache, turn: Turn, columns: int) -> None:
         )
 
 
-def _leaving(kwargs: dict[str, Any]) -> Leaving | None:
-    """What stays of the prompt that is being read, once it is known."""
+def _remaining(kwargs: dict[str, Any]) -> RemainingTokens | None:
+    """The tokens that stay of the prompt that is being read, once they are planned."""
     cache = compat.given_cache(kwargs)
-    turn = cache.shared.turn if isinstance(cache, PrunedCache) else None
-    return None if turn is None else turn.leaving
+    prefill = cache.shared.prefill if isinstance(cache, PrunedCache) else None
+    return None if prefill is None else prefill.remaining
 
 
 def _take_out(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    leaving = _leaving(kwargs)
-    if leaving is None:
+    remaining = _remaining(kwargs)
+    if remaining is None:
         return None
     if len(args) != 1 or "position_embeddings" not in kwargs:
         raise UnsupportedModelError(
             f"{type(module).__name__} takes more than hidden states: tokens cannot leave it"
         )
     hidden = args[0]
-    columns = leaving.columns.to(hidden.device)
-    if hidden.shape[1] == leaving.prompt:
+    columns = remaining.columns.to(hidden.device)
+    if hidden.shape[1] == remaining.prompt:
         hidden = take(hidden, -2, columns)
     # FlashAttention would read gaps between positions as the borders of packed sequences; the
     # rotation is in the embeddings already.
     changed = {
         "position_embeddings": _each(kwargs["position_embeddings"], columns),
         "position_ids": None,
-        "attention_mask": leaving.mask(kwargs.get("attention_mask"), columns),
+        "attention_mask": remaining.mask(kwargs.get("attention_mask"), columns),
     }
     return (hidden,), {**kwargs, **changed}
 
 
 def _put_back(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    leaving = _leaving(kwargs)
-    if leaving is None:
+    remaining = _remaining(kwargs)
+    if remaining is None:
         return None
     hidden = output[0] if isinstance(output, tuple) else output
-    columns = leaving.columns.to(hidden.device)
-    whole = hidden.new_zeros(len(hidden), leaving.prompt, hidden.shape[-1])
+    columns = remaining.columns.to(hidden.device)
+    whole = hidden.new_zeros(len(hidden), remaining.prompt, hidden.shape[-1])
     whole = whole.scatter(1, columns[..., None].expand_as(hidden), hidden)
     return (whole, *output[1:]) if isinstance(output, tuple) else whole
 

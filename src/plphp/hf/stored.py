@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.cache import EarlierImage, KVStore
+from plphp.cache import KVStore
 from plphp.hf.cache import PrunedCache
 from plphp.hf.fingerprint import dtypes_of, layer_shapes, name_of
 from plphp.hf.layer import PrunedLayer
 from plphp.recall import HOMES, Home, Recall, Saved, from_format_1
 from plphp.recall.slot_order import Vision
+from plphp.report import EarlierImage
 
 PARKED = "parked."
 FARTHEST = 2**31 - 1  # columns: the positions of slots are int32

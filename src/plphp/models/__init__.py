@@ -1,4 +1,4 @@
-"""Which tokens are vision: one small entry a model family."""
+"""Which tokens of a prompt are vision tokens. One small entry per model family."""
 
 from plphp.models.families import FAMILIES, places, refusal, sequence_refusal
 from plphp.models.patches import Box, Patch, Places, Shown

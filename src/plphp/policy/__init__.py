@@ -1,10 +1,13 @@
-"""WHAT to keep: pure tensor functions and small frozen dataclasses. Imports torch only."""
+"""Pruning policies: which tokens to keep. Pure tensor functions and small frozen dataclasses.
+
+This package imports torch only.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy
+from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy, plan_views
 from plphp.policy.downsample import Downsample
 from plphp.policy.fastv import FastV
 from plphp.policy.full import Full
@@ -38,7 +41,8 @@ POLICIES: dict[str, Any] = {
     "downsample": Downsample,
 }
 
-ALIASES = {"recommended": "novelty"}  # chosen on other samples than docs/accuracy.md reports
+# The recommended policy was chosen on other samples than those that docs/accuracy.md reports.
+ALIASES = {"recommended": "novelty"}
 
 __all__ = [
     "ALIASES",
@@ -52,16 +56,18 @@ __all__ = [
     "Policy",
     "SequencePolicy",
     "calibrated",
+    "plan_views",
     "policy",
 ]
 
 
 def policy(name: str, **options: Any) -> Policy:
-    """A policy by its name and its options: `policy("plphp", r=.3)`, `policy("snapkv", budget=.2)`.
+    """Make a policy by name: `policy("plphp", r=.3)`, `policy("snapkv", budget=.2)`.
 
-    Every method takes `budget`, the share of vision K/V kept over all layers, 0 to 1.
-    "recommended" is the best single decision at the prompt that we know (docs/methods.md).
-    Raises ValueError for an unknown name or option, and for a value out of range, naming it.
+    Every policy has the option `budget`, the share of vision K/V kept over all layers, 0 to 1.
+    "recommended" is the policy that kept the most correct answers in docs/accuracy.md; see
+    docs/methods.md. Raises ValueError, naming it, for an unknown name, an unknown option or a
+    value out of range.
     """
     name = ALIASES.get(name, name)
     if name not in POLICIES:

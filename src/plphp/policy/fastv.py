@@ -1,11 +1,11 @@
-"""FastV (Chen et al. 2024, arXiv 2403.06764): after a few layers, half of the image is gone.
+"""FastV (Chen et al. 2024, arXiv 2403.06764): layers from K on compute half of the vision tokens.
 
     s[j]  = mean_h p[h, j] in layer K - 1, p the attention of the last prompt token
     keep  = all text, and of V the top ceil(keep |V| - 1e-6) by s, in all layers from K on (from 0)
 
-What leaves is not computed any further: the prompt gets faster, layers before K keep everything in
-their caches. The paper ranks by the attention that a token receives from all others; its authors'
-program, and this one, by what it receives from the last token.
+Dropped tokens are not computed in layers from K on, so the prefill is faster. Layers before K keep
+all tokens in their caches. The paper ranks a token by the attention that it receives from all other
+tokens; its authors' program and this one rank it by the attention of the last prompt token.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from plphp.policy.view import LayerView
 
 @dataclass(frozen=True)
 class FastV(SequencePolicy):
-    """Image tokens leave the hidden states before one layer.
+    """A share of the vision tokens leaves the hidden states before layer K (arXiv 2403.06764).
 
-    layer: K, the first layer that does without them, at least 1
-    keep: the share of vision tokens that stays
-    budget: the share of vision K/V kept over all layers, instead of `keep`; at least K / layers
-    Raises ValueError, for a budget out of reach when the model is attached.
+    layer: K, the first layer that does not compute the dropped tokens, at least 1
+    keep: the share of vision tokens that stays from layer K on, 0 to 1
+    budget: the share of vision K/V kept over all layers, used instead of `keep` where it is given;
+        at least K / layers
+    Raises ValueError, naming the field. A budget below K / layers is refused when a model is
+    attached, because the number of layers is not known before.
     """
 
     layer: int = 2

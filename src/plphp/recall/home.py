@@ -74,6 +74,7 @@ class Home(Protocol):
     """The vision tokens of one layer, parked, and what the layer needs of them.
 
     where: the place of the parked tokens as a reader is told it, such as "in main memory"
+    exact: whether parked numbers come back as they were, not rounded
     options: the options of `Recall` that the kind takes besides `home` and `budget`
     plan: what the store should be compacted to after `park`: the vision tokens held in full, then
         all text. It is as long as the prompt, so the caller takes it off
@@ -87,6 +88,7 @@ class Home(Protocol):
     """
 
     where: ClassVar[str]
+    exact: ClassVar[bool]
     options: ClassVar[frozenset[str]]
     plan: KeepPlan | None
     full: int

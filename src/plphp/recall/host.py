@@ -41,6 +41,7 @@ class HostHome:
     """
 
     where: ClassVar[str] = "in main memory"
+    exact: ClassVar[bool] = True
     options: ClassVar[frozenset[str]] = frozenset(("rank", "every", "record"))
 
     def __init__(

@@ -48,6 +48,7 @@ class QuantisedHome:
 
     bits: ClassVar[int]
     where: ClassVar[str]
+    exact: ClassVar[bool] = False
     options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(

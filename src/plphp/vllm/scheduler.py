@@ -1,7 +1,8 @@
-"""The scheduler's side: which prompts are pruned, what workers are told, which blocks come back.
+"""The scheduler side: it decides which prompts are pruned, informs the workers and frees blocks.
 
-Touches: what vLLM is about to send of a new request, a request's own rule about the prefix cache
-(the reason at each), and reads the managers' block tables, because workers know requests by blocks.
+Changes in vLLM: the image features that are sent for a new request, and the flag of a request that
+bypasses the prefix cache; a comment at each place gives the reason. Reads in vLLM: the block tables
+of the managers, because workers identify requests by their blocks.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers under its own
 
 @dataclass
 class Prompt:
-    """A request whose prompt will be pruned, or has been.
+    """A request whose prompt will be pruned or has been pruned.
 
-    request: vLLM's own
-    images: as in `PromptEnd`
-    choice: what was kept, once it is known
+    request: vLLM's Request
+    policy, images: as in `PromptEnd`
+    choice: the numbers of its plans; None until the prompt has been pruned
     """
 
     request: Any
@@ -38,12 +39,18 @@ class Prompt:
 
     @property
     def vision(self) -> int:
-        """Vision tokens of the prompt."""
+        """The number of vision tokens of the prompt."""
         return sum(last - first + 1 for _, first, last in self.images)
 
 
 class SchedulerSide:
-    """Lives in the scheduler's process. All its state is of requests that have not finished."""
+    """The state of the plugin in the scheduler's process, for requests that have not finished.
+
+    prompts: prompts to prune, by request id
+    blocks: how their blocks are handled, by request id; the managers of all groups share this dict
+    refused: why a request is not pruned, by request id
+    features: vLLM's image features of requests that no worker has got yet, by request id
+    """
 
     def __init__(self, options: Options, block_size: int, share_prefix: bool) -> None:
         self.options = options
@@ -52,18 +59,18 @@ class SchedulerSide:
         self.prompts: dict[str, Prompt] = {}
         self.blocks: dict[str, PromptBlocks] = {}
         self.refused: dict[str, str] = {}
-        self.features: dict[str, Any] = {}  # of requests that no worker knows yet
+        self.features: dict[str, Any] = {}
         self.managers: Sequence[LayerBlocks] = ()
         self.counts = Counts()
 
     def bind(self, managers: Sequence[LayerBlocks]) -> None:
-        """Share the prompts' rules with the managers of all groups."""
+        """Share `blocks` with the managers of all groups."""
         self.managers = managers
         for manager in managers:
             manager.prompts = self.blocks
 
     def add(self, request: Any) -> None:
-        """Decide about a request when it arrives."""
+        """Decide whether and how a new request is pruned."""
         if request.mm_features:
             self.features[request.request_id] = request.mm_features
         params = request.sampling_params
@@ -82,23 +89,24 @@ class SchedulerSide:
         policy = replace(policy, round_to=self.block_size)
         prompt = Prompt(request, policy, images)
         self.prompts[request.request_id] = prompt
-        fresh = self._fresh(prompt)
+        fresh = self._fresh_blocks(prompt)
         self.blocks[request.request_id] = PromptBlocks(request.num_prompt_tokens, fresh)
         if fresh is None:
-            # Pruning in place overwrites blocks, so nobody else may own them.
+            # Pruning in place overwrites blocks, so no other request may share them.
             request.skip_reading_prefix_cache = True
 
     def step(self, output: Any) -> Step:
-        """What to tell the workers about a step that was just scheduled."""
-        gone = frozenset(output.finished_req_ids) | frozenset(output.preempted_req_ids or ())
+        """The message to the workers about a step that was just scheduled."""
+        released = frozenset(output.finished_req_ids) | frozenset(output.preempted_req_ids or ())
         for new in output.scheduled_new_reqs:
-            # vLLM keeps pixels from the workers where the prefix cache has the image, and then
-            # stops with an error if the request is preempted and the image evicted.
+            # vLLM does not send pixels to the workers if the prefix cache holds the image. It then
+            # stops with an error if the request is preempted and the image evicted, so all
+            # features are sent.
             new.mm_features = self.features.pop(new.req_id, new.mm_features)
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        step = Step(gone=gone)
+        step = Step(released=released)
         held = self.managers[0].req_to_blocks
         for request_id, scheduled in output.num_scheduled_tokens.items():
             start = computed[request_id]
@@ -106,26 +114,30 @@ class SchedulerSide:
             step.rows[held[request_id][(end - 1) // self.block_size].block_id] = request_id
             prompt = self.prompts.get(request_id)
             if prompt is not None and start < prompt.request.num_prompt_tokens <= end:
-                step.ends[request_id] = self._end(prompt, start, end)
+                step.ends[request_id] = self._prompt_end(prompt, start, end)
         return step
 
     def pruned(self, pruned: Pruned) -> None:
-        """Free what the workers report as empty."""
+        """Free the blocks that hold no tokens after pruning, as the workers report them."""
         for request_id, choice in pruned.choices.items():
             prompt = self.prompts.get(request_id)
             if prompt is None:
                 continue
-            for manager, dead in zip(self.managers, choice.dead, strict=True):
-                manager.drop(request_id, dead)
-            if prompt.choice is None:  # a resumed request was counted before
+            for manager, freed in zip(self.managers, choice.freed, strict=True):
+                manager.drop(request_id, freed)
+            if prompt.choice is None:  # a request that was preempted has been counted before
                 self.counts.add(choice, prompt.vision)
             prompt.choice = choice
             if prompt.request.num_prompt_tokens % self.block_size == 0:
-                # Resumed, it could find its whole prompt in the cache, with no last token to ask.
+                # After a preemption the prefix cache could hold the whole prompt. The last token
+                # would then not be computed, and its query would be missing.
                 prompt.request.skip_reading_prefix_cache = True
 
     def finish(self, request_id: str) -> dict[str, Any] | None:
-        """Forget a request that finished or was aborted; what its response says of the pruning."""
+        """Delete the state of a request that finished or was aborted.
+
+        Returns the entry of `kv_transfer_params` in its response, or None if it was not pruned.
+        """
         self.features.pop(request_id, None)
         if request_id in self.refused:
             return {"plphp": {"refused": self.refused.pop(request_id)}}
@@ -139,11 +151,11 @@ class SchedulerSide:
                 "vision_tokens": prompt.vision,
                 "retention": sum(choice.kept) / (prompt.vision * len(choice.kept)),
                 "layer_classes": [LAYER_CLASSES[c] for c in choice.classes],
-                "freed_blocks": sum(choice.dead),
+                "freed_blocks": sum(choice.freed),
             }
         }
 
-    def _end(self, prompt: Prompt, start: int, end: int) -> PromptEnd:
+    def _prompt_end(self, prompt: Prompt, start: int, end: int) -> PromptEnd:
         request = prompt.request
         fresh = None
         if self.blocks[request.request_id].fresh:
@@ -154,8 +166,12 @@ class SchedulerSide:
         length = request.num_prompt_tokens
         return PromptEnd(start, end, length, prompt.images, prompt.policy, fresh, prompt.choice)
 
-    def _fresh(self, prompt: Prompt) -> int | None:
-        """Most blocks that a group can need for pruning into; None where that is not to be."""
+    def _fresh_blocks(self, prompt: Prompt) -> int | None:
+        """The most fresh blocks that a group can need for a prompt; None to prune in place.
+
+        A prompt is pruned in place if prefixes are not shared, or if the whole pool is too small
+        for its blocks and the fresh ones.
+        """
         length = prompt.request.num_prompt_tokens
         full = length // self.block_size
         if not self.share_prefix:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from plphp.cache import Report
+from plphp.report import Report
 
 
 @dataclass(frozen=True)

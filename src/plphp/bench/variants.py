@@ -25,7 +25,7 @@ WORDS = {
     "int4": "transformers' QuantizedCache of the whole prompt, 4 bits (optimum-quanto)",
     "fp8": "transformers' QuantizedCache of the whole prompt, 8-bit floats",
 }
-METHODS = [name for name in POLICIES if policy(name).kind in ("layer", "layers") and name != "full"]
+METHODS = [name for name in POLICIES if policy(name).prunes_cache and name != "full"]
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from plphp.cache import Report
 from plphp.errors import InputError
-from plphp.report.data import Page
-from plphp.report.gather import page_of_report
+from plphp.inspector.data import Page
+from plphp.inspector.gather import page_of_report
+from plphp.inspector.pictures import Media
+from plphp.report import Report
 
 FRAME = (
     '<iframe srcdoc="{{ page }}" title="plphp report" '
@@ -27,7 +30,7 @@ def render(page: Page) -> str:
         from jinja2 import Environment, StrictUndefined
     except ImportError:
         raise InputError("the page needs jinja2: pip install 'plphp[report]'") from None
-    assets = files("plphp.report") / "assets"
+    assets = files("plphp.inspector") / "assets"
     parts = {
         name: (assets / file).read_text(encoding="utf-8")
         for name, file in (
@@ -49,6 +52,20 @@ def write_html(page: Page, path: str | os.PathLike[str]) -> None:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def write_report(
+    report: Report,
+    path: str | os.PathLike[str],
+    images: Sequence[Media],
+    *,
+    prompt: str,
+    answer: str,
+    processor: Any,
+    row: int,
+) -> None:
+    """Write the page of one row of a report; see `Report.to_html`."""
+    write_html(page_of_report(report, images, prompt, answer, processor, row), path)
 
 
 def notebook(report: Report) -> str | None:

@@ -101,7 +101,7 @@ class Run:
 
     settings: its options; differs: first token that is not the full model's, None if none is
     kv_bytes, kv_bytes_full: as in `plphp.Report`; full_ms: the full side of the measurement
-    recall: `plphp.cache.RecallReport` as a dict, None where dropped tokens are gone
+    recall: `plphp.report.RecallReport` as a dict, None where dropped tokens are gone
     """
 
     policy: str

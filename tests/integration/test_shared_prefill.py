@@ -8,10 +8,10 @@ import torch
 import plphp
 import tiny
 from invariants import generate, truth
-from plphp.hf.replan import read
+from plphp.hf.shared_prefill import read
 from plphp.policy import POLICIES
 
-METHODS = [name for name in POLICIES if POLICIES[name]().kind in ("layer", "layers")]
+METHODS = [name for name in POLICIES if POLICIES[name]().prunes_cache]
 
 
 @pytest.mark.parametrize("family", tiny.CORE)

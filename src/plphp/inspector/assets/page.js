@@ -53,7 +53,7 @@ function paintSummary() {
     html("div", { class: "figure" }, html("b", {}, big), html("span", {}, small))));
 }
 
-// Where recall has its bytes, as in `plphp.cache.RecallReport`.
+// Where recall has its bytes, as in `plphp.report.RecallReport`.
 function recalled(told) {
   const coded = told.home !== "host";
   const entries = [

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from plphp.attention import window_probabilities
-from plphp.cache import KVStore, LayerReport, Seen
+from plphp.cache import KVStore
 from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer
+from plphp.report import LayerReport, Seen
 
 
 @dataclass
-class Watch:
+class AttentionProbe:
     """Sums up, layer by layer, what every new token reads from groups of slots.
 
     groups: layer -> (n, Hkv, S) bool, which of the first S slots belong to each group; with recall

@@ -13,14 +13,14 @@ from plphp.bench import compare
 from plphp.bench.compare import Run as Timed
 from plphp.bench.machine import describe
 from plphp.errors import InputError
-from plphp.hf.replan import read
+from plphp.hf.shared_prefill import read
 from plphp.inputs import Runnable
+from plphp.inspector.data import Answer, Page
+from plphp.inspector.gather import page_of, run_of
+from plphp.inspector.pictures import Media
+from plphp.inspector.steps import READ_BYTES, steps_of
 from plphp.policy import Policy
 from plphp.recall import Recall
-from plphp.report.data import Answer, Page
-from plphp.report.gather import page_of, run_of
-from plphp.report.pictures import Media
-from plphp.report.steps import READ_BYTES, steps_of
 
 
 def examine(

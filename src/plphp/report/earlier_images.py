@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from plphp.cache.report import Report
+from plphp.report.layers import LayerReport, Seen
 
 
 @dataclass(frozen=True)
@@ -29,18 +27,21 @@ class EarlierImage:
     kept: float
 
 
-def images_left(report: Report) -> tuple[EarlierImage, ...]:
-    """The images of a report's prompt and of those before it, as the next prompt finds them."""
-    seen = report.seen
-    assert seen is not None
-    heads = sum(layer.kept.shape[1] for layer in report.layers)
-    found = list(report.earlier)
+def images_left(
+    seen: Seen, layers: Sequence[LayerReport], earlier: Sequence[EarlierImage]
+) -> tuple[EarlierImage, ...]:
+    """The images of a prompt and of those before it, as the next prompt finds them.
+
+    seen, layers, earlier: of the prompt's `Report`
+    """
+    heads = sum(layer.kept.shape[1] for layer in layers)
+    found = list(earlier)
     for row, (spans, positions) in enumerate(zip(seen.spans, seen.positions, strict=True)):
-        before = sum(image.row == row for image in report.earlier)
+        before = sum(image.row == row for image in earlier)
         vision = spans > 0
         image_at = torch.zeros(int(positions.max()) + 1, dtype=torch.int64)
         image_at[positions[vision]] = spans[vision]
-        kept = torch.cat([layer.kept[row].flatten() for layer in report.layers])
+        kept = torch.cat([layer.kept[row].flatten() for layer in layers])
         counts = torch.bincount(image_at[kept[kept >= 0]], minlength=int(spans.max()) + 1)
         for number, (image, size) in enumerate(_sizes(spans), start=before + 1):
             share = float(counts[image]) / (size * heads) if heads else 1.0
@@ -74,13 +75,16 @@ def in_rows(images: Sequence[EarlierImage], rows: Sequence[int]) -> tuple[Earlie
 
 
 def told(images: Sequence[EarlierImage], home: str | None = None) -> str:
-    """What a reader should know of earlier images, in one line. home: where they were parked."""
+    """What a reader should know of earlier images, in one line.
+
+    home: the name of a home that parks rounded numbers, None for others
+    """
     tokens = sum(image.tokens for image in images)
     left = sum(image.tokens * image.kept for image in images)
     numbers = sorted({image.image for image in images})
     which = f"image {numbers[0]}" if len(numbers) == 1 else f"images 1 to {numbers[-1]}"
     if round(left) == tokens:
-        how = "" if home in (None, "host") else f", what was parked as {home} numbers"
+        how = "" if home is None else f", what was parked as {home} numbers"
         return f"{which} of earlier turns: all {tokens} vision tokens were there{how}"
     return (
         f"{which} of earlier turns: {1 - left / tokens:.1%} of their K/V is gone, "

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.cache import Report, Seen
 from plphp.hf import PrunedCache, Pruning, prune
-from plphp.hf.replan import Prompt, read_into
-from plphp.hf.watch import Watch, kept_and_dropped, kept_slots
+from plphp.hf.attention_probe import AttentionProbe, kept_and_dropped, kept_slots
+from plphp.hf.shared_prefill import SharedPrefill, read_into
+from plphp.inspector.data import Numbers, Steps
+from plphp.inspector.reads import all_read, looks, masks
 from plphp.policy import Policy, policy
-from plphp.recall import Recall
-from plphp.report.data import Numbers, Steps
-from plphp.report.reads import all_read, looks, masks
+from plphp.recall import HOMES, Recall
+from plphp.report import Report, Seen
 
 Groups = Mapping[int, Tensor]
 READ_BYTES = 2_000_000  # of a page's masks of what recall read: a page stays below 5 MB
@@ -30,7 +30,7 @@ def steps_of(
     model: Any,
     inputs: Mapping[str, Tensor],
     made: Policy,
-    prompt: Prompt,
+    prompt: SharedPrefill,
     tokens: Tensor,
     decode: Callable[[Tensor], str] | None = None,
     recall: Recall | None = None,
@@ -42,7 +42,8 @@ def steps_of(
     decode: text of tokens, for what the full model would have said
     recall: as the answer was made with; room: bytes that masks of what it read may take
     """
-    if recall is not None and recall.home == "host":
+    chooses = recall is not None and "record" in HOMES[recall.home].options
+    if recall is not None and chooses:
         recall = replace(recall, record=True)
     parts = 1 if recall is None else len(tokens) - 1
     with torch.inference_mode():
@@ -53,7 +54,7 @@ def steps_of(
             groups = {a.layer: kept_slots(a, seen) for a in report.layers if a.kept.shape[1]}
             pruned, attention = _read(model, cache, tokens, [groups] * parts, parts)
             log = cache.recalled()
-        if recall is not None and recall.home != "host":
+        if recall is not None and not chooses:
             report = all_read(report, seen)
         depth = len(report.layers)
         begin = _first(prompt, report, seen)
@@ -78,10 +79,10 @@ def steps_of(
 
 
 def _begun(
-    pruning: Pruning, inputs: Mapping[str, Tensor], prompt: Prompt
+    pruning: Pruning, inputs: Mapping[str, Tensor], prompt: SharedPrefill
 ) -> tuple[PrunedCache, Tensor]:
     """The pruned prompt, planned of what was read of it where that will do, and its logits."""
-    if pruning.policy.kind in ("layer", "layers"):
+    if pruning.policy.prunes_cache:
         return prompt.pruned(pruning), prompt.logits
     cache = PrunedCache(pruning.model)
     return cache, read_into(cache, pruning.model, inputs).logits
@@ -94,7 +95,7 @@ def _read(
 
     groups: of each of the `parts` in which the tokens are read: one, or one a token
     """
-    watch, logits = Watch({}), []
+    watch, logits = AttentionProbe({}), []
     ids = tokens[None, :-1].to(model.device)
     if not ids.numel():
         return torch.empty(0, model.config.get_text_config().vocab_size), {}
@@ -113,7 +114,7 @@ def _fetched(report: Report) -> tuple[int, ...]:
     return (0, *map(sum, zip(*found, strict=True))) if any(found) else ()
 
 
-def _first(prompt: Prompt, report: Report, seen: Seen) -> dict[int, Tensor]:
+def _first(prompt: SharedPrefill, report: Report, seen: Seen) -> dict[int, Tensor]:
     """Layer -> (2, 1): what the prompt's last token paid to tokens kept and dropped later."""
     found = {}
     for index, view in prompt.views.items():

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.cache import LayerReport, Report, Seen
 from plphp.errors import InputError
+from plphp.inspector.data import Answer, Layer, Page, Picture, Run
+from plphp.inspector.pictures import Media, look, name_of, size_of
 from plphp.models import Shown, places
 from plphp.models.layouts import Run as Columns
 from plphp.policy import Policy
-from plphp.report.data import Answer, Layer, Page, Picture, Run
-from plphp.report.pictures import Media, look, name_of, size_of
+from plphp.report import LayerReport, Report, Seen
 
 
 def page_of_report(

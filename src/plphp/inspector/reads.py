@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from plphp.cache import Report, Seen
-from plphp.hf.watch import kept_and_dropped
-from plphp.report.gather import mask_bits
+from plphp.hf.attention_probe import kept_and_dropped
+from plphp.inspector.gather import mask_bits
+from plphp.report import Report, Seen
 
 Log = Sequence[Sequence[Tensor]]  # as `PrunedCache.recalled()`
 PUNCTUATION = len('[""], ')  # of a mask in JSON, where every layer had one head only

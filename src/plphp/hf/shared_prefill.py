@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.cache import KVStore, Seen
+from plphp.cache import KVStore
 from plphp.errors import UnsupportedModeError
-from plphp.hf.attach import Pruning, prune
+from plphp.hf.attach import prune
+from plphp.hf.attached import Pruning
 from plphp.hf.cache import PrunedCache
+from plphp.hf.last_queries import slot_positions
 from plphp.hf.layer import PrunedLayer
+from plphp.hf.prompt import Located, Prefill
 from plphp.hf.recall import park_layer
 from plphp.hf.report import build_report
-from plphp.hf.turn import Turn, slot_positions
-from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, policy
+from plphp.policy import KeepPlan, LayerView, Policy, plan_views, policy
+from plphp.report import Seen
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Witness(Policy):
 
 
 @dataclass(frozen=True)
-class Prompt:
+class SharedPrefill:
     """A prompt that has been read once; holds its whole, unpruned cache.
 
     first: (B, 1) int64, the greedy first token of the answer, which is the same for all policies
@@ -66,32 +69,34 @@ class Prompt:
         Raises UnsupportedModeError for other policies.
         """
         made = pruning.policy
-        if made.kind not in ("layer", "layers") or made.window > self.window:
+        if not made.prunes_cache or made.window > self.window:
             raise UnsupportedModeError(
                 f"{type(made).__name__} cannot be planned afterwards: it changes the prompt's "
                 "forward, or looks at more tokens than were remembered"
             )
         cache = PrunedCache(pruning.model)
         cache.shift = copy.copy(self.cache.shift)
-        cache.shared.last_image = self.cache.shared.last_image
-        turn = self._turn(pruning)
+        prefill = self._begun(cache, pruning)
         cache.layers = [self._layer(index, cache) for index in range(len(self.cache.layers))]
         views = {index: _narrow(view, made.window) for index, view in self.views.items()}
         parks = cache.shared.recall is not None
-        cache.shared.spans = turn.spans if parks else None
-        planned = dict.fromkeys(views) if parks else plans(made, views)
+        cache.shared.spans = prefill.where.spans if parks else None
+        planned = dict.fromkeys(views) if parks else plan_views(made, views)
         for index, plan in planned.items():
             plan = adopt_view(cache.layers[index], views[index], plan)
-            turn.plans[index] = (plan, views[index].spans, slot_positions(turn, self.columns))
-        cache.tell(replace(build_report(cache, turn), seen=self.seen))
+            prefill.plans[index] = (plan, views[index].spans, slot_positions(prefill, self.columns))
+        cache.finish(replace(build_report(cache, prefill), seen=self.seen))
         return cache
 
-    def _turn(self, pruning: Pruning) -> Turn:
-        turn = Turn(self.columns, {}, pruning.model.config)
+    def _begun(self, cache: PrunedCache, pruning: Pruning) -> Prefill:
+        """The state of a prefill that has located its images already."""
+        prefill = cache.begin(self.columns, {}, pruning)
         spans = [view.spans for view in self.views.values()]
-        turn.spans = spans[0] if spans else torch.zeros(len(self.first), self.columns).long()
-        turn.tokens_before = torch.zeros(len(self.first), device=turn.spans.device).long()
-        return turn
+        found = spans[0] if spans else torch.zeros(len(self.first), self.columns).long()
+        before = torch.zeros(len(self.first), device=found.device).long()
+        images = int(found.max())
+        prefill.located = Located(found, self.columns, before, images, bool(spans))
+        return prefill
 
     def _layer(self, index: int, cache: PrunedCache) -> Any:
         layer = self.cache.layers[index]
@@ -104,7 +109,7 @@ class Prompt:
         return own
 
 
-def read(model: Any, inputs: Mapping[str, Tensor], window: int = 64) -> Prompt:
+def read(model: Any, inputs: Mapping[str, Tensor], window: int = 64) -> SharedPrefill:
     """Read a batch of prompts once. inputs: keyword arguments of `model.generate`.
 
     window: how many last prompt tokens the policies to come may look at, at most
@@ -117,7 +122,7 @@ def read(model: Any, inputs: Mapping[str, Tensor], window: int = 64) -> Prompt:
     return replace(prompt, views=witness.views, window=window, seen=seen)
 
 
-def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> Prompt:
+def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> SharedPrefill:
     """Read a batch of prompts with whatever is attached; nothing can be planned of it again."""
     out = model.generate(
         **inputs,
@@ -128,7 +133,7 @@ def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> P
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return Prompt(out.sequences[:, -1:], out.logits[0], int(cache.get_seq_length()), cache)
+    return SharedPrefill(out.sequences[:, -1:], out.logits[0], int(cache.get_seq_length()), cache)
 
 
 def adopt(layer: PrunedLayer, keys: Tensor, values: Tensor, plan: KeepPlan) -> None:
@@ -146,15 +151,6 @@ def adopt_view(layer: PrunedLayer, view: LayerView, plan: KeepPlan | None) -> Ke
         plan = park_layer(layer, view)
     adopt(layer, view.keys, view.values, plan)
     return plan
-
-
-def plans(made: Policy, views: dict[int, LayerView]) -> dict[int, KeepPlan]:
-    """What a policy keeps of every layer. views: by the index of the layer."""
-    if made.kind == "layer":
-        return {index: made.plan(view) for index, view in views.items()}
-    assert isinstance(made, CachePolicy)
-    plans = made.plan_all([made.look(view) for view in views.values()])
-    return dict(zip(views, plans, strict=True))
 
 
 def _narrow(view: LayerView, window: int) -> LayerView:

@@ -1,4 +1,4 @@
-"""What stays of a prompt whose tokens leave the hidden states, and the masks that go with it."""
+"""The tokens that a sequence method leaves in the hidden states, and the masks for them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,18 @@ from plphp.policy import KeepPlan
 
 
 @dataclass
-class Leaving:
-    """Made when the layer before has been scored; read by all layers after it.
+class RemainingTokens:
+    """Planned by one layer of a prompt, and used by all layers after it.
 
-    plan: what stays, for one KV head, columns right-aligned as in any plan
+    plan: the columns that stay, as for one KV head, right-aligned as in any plan
     prompt: N, columns of the prompt
-    flash: whether the attention function wants a mask (B, K) and no other
+    flash: whether the attention function takes a mask (B, K) only, as FlashAttention's does
     """
 
     plan: KeepPlan
     prompt: int
     flash: bool
-    ragged: bool = field(init=False)  # some row has fillers; one host read
     _masks: dict[int, tuple[Any, Tensor]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.ragged = self.plan.ragged
 
     @property
     def columns(self) -> Tensor:
@@ -41,7 +37,7 @@ class Leaving:
         mask: (B, N), (B or 1, heads, N, N) bool or additive, or None for plain causal attention
         Raises UnsupportedModeError for a mask that is no tensor, such as flex attention's.
         """
-        if mask is None and not self.ragged:
+        if mask is None and not self.plan.ragged:
             return None
         if id(mask) not in self._masks:
             # The mask itself is kept too, so that no other can get its id.
@@ -51,7 +47,7 @@ class Leaving:
     def _made(self, mask: Any, columns: Tensor) -> Tensor:
         last = columns.shape[1]
         slots = torch.arange(last, device=columns.device)
-        valid = slots >= last - self.plan.lengths.to(columns.device)[:, None]
+        valid = self.plan.valid.to(columns.device)
         if mask is None and self.flash:
             return valid
         if mask is None:

@@ -3,66 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
-from plphp.cache.earlier import EarlierImage
-from plphp.cache.traffic import RecallReport
-from plphp.policy import LAYER_CLASSES, KeepPlan
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One decoder layer; every field but `layer` and `pruned` has one entry per batch row.
-
-    layer: its index in the decoder, from 0
-    gamma: vision attention, 0 to 1 (PLPHP, section 3), NaN where a row has no vision tokens
-    layer_class: "vision-attentive", "vision-balanced", "vision-indifferent", or None
-    rate: the retention rate asked for, NaN where a row has no vision tokens
-    kept: (B, Hkv, K) int64 on the CPU, row-logical positions of kept vision tokens, -1 pads
-    vision: (B,) vision tokens of the prompt
-    pruned: False for a layer that was left alone; `Report.notes` says why
-    kv_bytes, kv_bytes_full: as in `Report`, of this layer
-    """
-
-    layer: int
-    gamma: tuple[float, ...]
-    layer_class: tuple[str | None, ...]
-    rate: tuple[float, ...]
-    kept: Tensor
-    vision: tuple[int, ...]
-    pruned: bool = True
-    kv_bytes: int = 0
-    kv_bytes_full: int = 0
-
-    @property
-    def retention(self) -> float:
-        """Kept vision entries over all vision entries of this layer; 1 without vision tokens."""
-        return _ratio(int((self.kept >= 0).sum()), sum(self.vision) * self.kept.shape[1])
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Which tokens of a prompt are vision, for drawing them.
-
-    What only drawing asks for stays on the device where it came.
-
-    spans: (B, N) int64 on the CPU, as `vision_spans` returns them
-    positions: (B, N) int64 on the CPU, row-logical position of each column
-    config: the model's; inputs: what its processor said of the images, pixels left out
-    ids: (B, N) int64, None for a prompt that came as embeddings
-    """
-
-    spans: Tensor
-    positions: Tensor
-    config: Any
-    inputs: Mapping[str, Any]
-    ids: Tensor | None = None
+from plphp.report.earlier_images import EarlierImage
+from plphp.report.layers import LayerReport, Seen, ratio
+from plphp.report.traffic import RecallReport
 
 
 @dataclass(frozen=True)
@@ -94,7 +41,7 @@ class Report:
     def retention(self) -> float:
         """Kept vision K/V entries over all, over layers, 0 to 1; 1 without vision tokens."""
         kept = sum(int((layer.kept >= 0).sum()) for layer in self.layers)
-        return _ratio(kept, sum(sum(a.vision) * a.kept.shape[1] for a in self.layers))
+        return ratio(kept, sum(sum(a.vision) * a.kept.shape[1] for a in self.layers))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and strings, ready for JSON; NaN becomes None.
@@ -152,13 +99,13 @@ class Report:
         processor: the model's image processor, where it may crop other than its family does
         Raises InputError where jinja2 is missing, or images do not fit the report.
         """
-        page = _drawing().page_of_report(self, images, prompt, answer, processor, row)
-        _drawing().write_html(page, path)
+        _drawing().write_report(
+            self, path, images, prompt=prompt, answer=answer, processor=processor, row=row
+        )
 
     def _repr_html_(self) -> str | None:
         """The page in a notebook; plain text where jinja2 is missing."""
-        shown: str | None = _drawing().notebook(self)
-        return shown
+        return _drawing().notebook(self)
 
     def __str__(self) -> str:
         rows = ["layer  gamma  class                rate  kept"]
@@ -187,54 +134,41 @@ class Report:
         return (*([] if self.recall is None else [str(self.recall)]), *self.notes)
 
 
-def _drawing() -> Any:
-    """The room that draws reports: it stands above this one, so it is looked up when asked for."""
-    return import_module("plphp.report")
-
-
-def layer_report(layer: int, plan: KeepPlan, spans: Tensor, positions: Tensor) -> LayerReport:
-    """Read a plan against the slots (B, C) that it chose from: their spans and positions."""
-    spans, positions, columns = spans.cpu(), positions.cpu(), plan.columns.cpu()
-    used = torch.arange(columns.shape[-1]) >= columns.shape[-1] - plan.lengths.cpu()[:, None]
-    rows = torch.arange(len(spans))[:, None, None]
-    vision = used[:, None] & (spans[rows, columns] > 0)
-    kept = positions[rows, columns].masked_fill(~vision, -1)
-    return LayerReport(
-        layer=layer,
-        gamma=tuple(plan.gamma.tolist()),
-        layer_class=tuple(LAYER_CLASSES[c] if c >= 0 else None for c in plan.classes.tolist()),
-        rate=tuple(plan.rate.tolist()),
-        kept=_close_ranks(kept),
-        vision=tuple((spans > 0).sum(-1).tolist()),
-    )
-
-
-def untouched_report(layer: int, spans: Tensor, positions: Tensor, kv_heads: int) -> LayerReport:
-    """A layer that was left alone, or a prompt without images: every vision token is kept."""
-    spans, positions = spans.cpu(), positions.cpu()
-    nothing = (float("nan"),) * len(spans)
-    kept = positions.masked_fill(spans <= 0, -1)[:, None].expand(-1, kv_heads, -1)
-    return LayerReport(
-        layer=layer,
-        gamma=nothing,
-        layer_class=(None,) * len(spans),
-        rate=nothing,
-        kept=_close_ranks(kept),
-        vision=tuple((spans > 0).sum(-1).tolist()),
-        pruned=False,
-    )
-
-
-def _close_ranks(kept: Tensor) -> Tensor:
-    """Move -1 to the right, positions still ascending, and cut what is -1 for every head."""
-    order = (kept < 0).to(torch.uint8).argsort(dim=-1, stable=True)
-    most = int((kept >= 0).sum(-1).max()) if kept.numel() else 0
-    return kept.gather(-1, order)[..., :most].clone()
-
-
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 1.0
-
-
 def _number(value: float) -> float | None:
     return None if value != value else value
+
+
+class Drawing(Protocol):
+    """What draws a report: `plot`, `to_html` and the display in a notebook call it."""
+
+    def plot(self, report: Report, images: Sequence[Any], *, layer: int | None, row: int) -> Any:
+        """A matplotlib figure, as `Report.plot` describes it."""
+
+    def write_report(
+        self,
+        report: Report,
+        path: str | os.PathLike[str],
+        images: Sequence[Any],
+        *,
+        prompt: str,
+        answer: str,
+        processor: Any,
+        row: int,
+    ) -> None:
+        """Write a page, as `Report.to_html` describes it."""
+
+    def notebook(self, report: Report) -> str | None:
+        """HTML for a notebook, None where it cannot be made."""
+
+
+_drawing: Callable[[], Drawing]
+
+
+def draw_with(drawing: Callable[[], Drawing]) -> None:
+    """Set what draws reports. It is called when a report is first drawn, so it may import late.
+
+    The code that draws needs the models and measurements above this package, so this package does
+    not import it: `plphp/__init__.py`, which stands above all packages, connects the two.
+    """
+    global _drawing
+    _drawing = drawing

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from plphp.cache import Report
 from plphp.errors import InputError
-from plphp.report.gather import pictures_of
-from plphp.report.pictures import Media, first_frame
+from plphp.inspector.gather import pictures_of
+from plphp.inspector.pictures import Media, first_frame
+from plphp.report import Report
 
 # Okabe and Ito's colours, as on the page
 COLORS = {
