@@ -67,8 +67,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def layer_shapes(model: Any) -> dict[int, tuple[int | None, int | None]]:
-    """Of every attention layer its KV heads and the numbers of a key, None where it does not say.
+Shape = tuple[int | None, int | None, int | None]
+
+
+def layer_shapes(model: Any) -> dict[int, Shape]:
+    """KV heads and the numbers of a key and of a value of every layer, None where unknown.
 
     Layers of one model may differ, so each attention module is asked, not the config.
     """
@@ -78,8 +81,9 @@ def layer_shapes(model: Any) -> dict[int, tuple[int | None, int | None]]:
         groups, heads = getattr(module, "num_key_value_groups", None), None
         if isinstance(groups, int) and groups > 0 and compat.over_ranks(model) is None:
             heads = config.num_attention_heads // groups
-        dims = (getattr(module, name, None) for name in ("qk_head_dim", "head_dim"))
-        found[index] = (heads, next((dim for dim in dims if isinstance(dim, int)), None))
+        latent, dim = getattr(module, "qk_head_dim", None), getattr(module, "head_dim", None)
+        value = getattr(module, "v_head_dim", None if latent else dim)
+        found[index] = (heads, latent or dim, value)
     return found
 
 

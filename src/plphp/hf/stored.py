@@ -135,9 +135,9 @@ class Stored:
         if not whole(end, 1, self.logical) or not whole(logical, self.logical, self.logical):
             raise ValueError("its lengths make no sense")
         start = self._tensor(f"{index}.start", (self.rows,), torch.int64)
-        heads, dim = self.shapes.get(index, (None, None))
+        heads, dim, value = self.shapes.get(index, (None, None, None))
         keys = self._tensor(f"{index}.keys", (self.rows, heads or -1, end, dim or -1))
-        values = self._tensor(f"{index}.values", (*keys.shape[:3], -1), keys.dtype)
+        values = self._tensor(f"{index}.values", (*keys.shape[:3], value or -1), keys.dtype)
         if self.header["format"] == 1:
             fits = keys.dtype in self.dtypes
         else:
