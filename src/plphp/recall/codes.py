@@ -46,7 +46,8 @@ class KeyCodes:
 
     def dense(self) -> Tensor:
         """(B, Hkv, P, D) float32."""
-        return torch.cat([block.mT for block in self._blocks()], 2)
+        none = self.packed.new_empty(*self.packed.shape[:2], 0, self.dim, dtype=torch.float32)
+        return torch.cat([none, *(block.mT for block in self._blocks())], 2)
 
     def _blocks(self) -> Iterator[Tensor]:
         """(B, Hkv, D, tokens) float32, in order."""
@@ -83,10 +84,13 @@ class ValueCodes:
 
     def dense(self) -> Tensor:
         """(B, Hkv, P, Dv) float32."""
-        return torch.cat(list(self._blocks()), 2)
+        none = self.packed.new_empty(*self.packed.shape[:2], 0, self.dim, dtype=torch.float32)
+        return torch.cat([none, *self._blocks()], 2)
 
     def _blocks(self) -> Iterator[Tensor]:
         for part in torch.split(self.packed, self._length(), 2):
+            if not part.shape[2]:
+                return
             yield from_rows(part, self.bits)[..., : self.dim]
 
     def _length(self) -> int:
@@ -100,7 +104,7 @@ class ValueCodes:
 def keys_to_codes(keys: Tensor, bits: int) -> KeyCodes:
     """(B, Hkv, P, D) per channel in groups of tokens; the last group may be short."""
     channels, whole = keys.mT, keys.shape[2] // GROUP * GROUP
-    packed = []
+    packed = [keys.new_empty(*keys.shape[:2], 0, dtype=torch.uint8)]
     if whole:
         groups = channels[..., :whole].reshape(*channels.shape[:3], -1, GROUP)
         packed.append(to_rows(groups, bits).flatten(2))
@@ -121,7 +125,7 @@ def to_rows(x: Tensor, bits: int) -> Tensor:
     step = ((wide.amax(-1, keepdim=True) - low) / most).clamp(min=1e-6).half()
     codes = ((wide - low) / step).round().clamp(0, most).to(torch.uint8)
     codes = F.pad(codes, (0, -x.shape[-1] % (16 // bits)))
-    codes = codes.view(*x.shape[:-1], -1, 8 // bits)
+    codes = codes.view(*x.shape[:-1], codes.shape[-1] * bits // 8, 8 // bits)
     packed = reduce(torch.bitwise_or, (codes[..., i] << bits * i for i in range(8 // bits)))
     return torch.cat([packed, torch.cat([step, low], -1).view(torch.uint8)], -1)
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from plphp.attention import coded_attention, side_by_side
+from plphp.attention import coded_attention, decode_attention, side_by_side
 from plphp.cache import KVStore, take
 from plphp.policy import KeepPlan, Look
 from plphp.recall.budget import Place, affordable, plan_within
@@ -128,6 +128,8 @@ class QuantisedHome:
 
     def attend(self, query: Tensor, store: KVStore, scale: float, softcap: float | None) -> Tensor:
         """Attention output (B, H, T, Dv) of the last T columns over what is held and parked."""
+        if not self.keys.tokens:  # an early layer that holds everything in full
+            return decode_attention(query, store, scale, softcap)
         return coded_attention(query, store, self, scale, softcap)
 
     def visible(self, store: KVStore, queries: int) -> Tensor | None:
