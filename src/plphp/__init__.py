@@ -17,22 +17,25 @@ from typing import TYPE_CHECKING, Any
 from plphp._version import __version__
 from plphp.errors import (
     InputError,
+    InputTypeError,
     PlphpError,
     UnsupportedModeError,
     UnsupportedModelError,
     UnsupportedTransformersError,
 )
-from plphp.policy import PLPHP, policy
+from plphp.policy import PLPHP
 from plphp.report import Drawing, LayerReport, Report, draw_with
 
 if TYPE_CHECKING:
     from plphp.hf import PrunedCache, Pruning, calibrate, prune
     from plphp.models import vision_spans
+    from plphp.policy import policy
     from plphp.recall import Recall
 
 __all__ = [
     "PLPHP",
     "InputError",
+    "InputTypeError",
     "LayerReport",
     "PlphpError",
     "PrunedCache",

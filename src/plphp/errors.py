@@ -23,3 +23,28 @@ class UnsupportedVllmError(PlphpError):
 
 class InputError(PlphpError, ValueError):
     """What was given cannot be used: a file, a prompt, an option."""
+
+
+class InputTypeError(InputError, TypeError):
+    """What was given is of a type that cannot be used."""
+
+
+def how_to_install(extra: str) -> str:
+    """The pip command for the packages of an extra, such as "eval".
+
+    It names those packages, since plphp itself is on no package index yet.
+    """
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    try:
+        needs = [Requirement(line) for line in metadata.requires("plphp") or ()]
+    except metadata.PackageNotFoundError:  # run from its sources, not installed
+        needs = []
+    packages = [
+        f"'{need.name}{need.specifier}'"
+        for need in needs
+        if need.marker is not None and need.marker.evaluate({"extra": extra})
+    ]
+    return " ".join(["pip install", *(packages or [f"'.[{extra}]' in a checkout of plphp"])])

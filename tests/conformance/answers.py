@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from methods import Method
 from modes import Mode, NotApplicable
@@ -32,6 +33,7 @@ from invariants import (
     observe,
     truth,
 )
+from plphp.hf import compat
 
 KEEP_ALL = plphp.PLPHP(r=1.0, delta_r=0.0)
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
@@ -196,6 +198,10 @@ def check_guessing(options: dict[str, Any], expected: Truth, method: Method) -> 
         raise NotApplicable("the unpruned model computes other logits in this mode")
     if off.any():
         raise NotApplicable("the unpruned model does not remove wrong guesses from its cache")
+    if compat.is_recurrent(compat.text_config(model)):
+        with plphp.prune(model), pytest.raises(plphp.UnsupportedModeError, match="recurrent"):
+            generate(model, expected.inputs, **options)
+        return
     check_truth(lambda model, inputs: new_tokens(model, inputs, **options), expected, method)
 
 

@@ -78,12 +78,18 @@ NORMAL = {
     *circumstances.normal_recalled(),
     *(cell for cell in DECODERS if cell[2] == "padded batch"),
 }
+# `make quick` takes one cell of every family: the one in which most can go wrong.
+QUICK = {cell for cell in (*WHOLE, *DECODERS) if cell[1:] == ("plphp", "padded batch")}
+
+
+def marks(cell: tuple[str, str, str]) -> list[pytest.MarkDecorator]:
+    found = [pytest.mark.cell]
+    found += [pytest.mark.quick] if cell in QUICK else []
+    return found + ([] if cell in NORMAL else [pytest.mark.slow])
+
+
 CELLS = [
-    pytest.param(
-        *cell,
-        marks=() if cell in NORMAL else pytest.mark.slow,
-        id="-".join(cell).replace(" ", "_"),
-    )
+    pytest.param(*cell, marks=marks(cell), id="-".join(cell).replace(" ", "_"))
     for cell in (*WHOLE, *DECODERS, *WAYS, *WITH_RECALL)
 ]
 
@@ -149,6 +155,10 @@ def test_a_sample_has_every_pair() -> None:
         assert {cell[2] for cell in SAMPLE if cell[0] == family} >= set(MUST_WORK[family])
     assert {cell[1:] for cell in SAMPLE} == {cell[1:] for cell in APPLICABLE}
     assert len(SAMPLE) < len(APPLICABLE) / 4
+
+
+def test_the_quick_run_has_every_family() -> None:
+    assert sorted(cell[0] for cell in QUICK) == sorted([*tiny.FAMILIES, *tiny.DECODERS])
 
 
 def test_every_way_meets_every_column() -> None:

@@ -300,9 +300,3 @@ def test_a_cache_follows_its_model_and_the_policy_in_force(model: torch.nn.Modul
     other = QWEN.build(0)
     with plphp.prune(other), pytest.raises(plphp.UnsupportedModeError, match="another model"):
         other.generate(**inputs, **GREEDY, cache=cache)
-
-
-def test_a_generation_config_that_brings_a_cache_is_refused(model: torch.nn.Module) -> None:
-    model.generation_config.cache_implementation = "dynamic"
-    with plphp.prune(model), pytest.raises(plphp.UnsupportedModeError, match="set it to None"):
-        model.generate(**prompt(model), **GREEDY)

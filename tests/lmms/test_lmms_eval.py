@@ -64,9 +64,9 @@ def test_scores_are_those_of_plphp_eval(
     right = sum(line["exact"] for line in expected) / len(expected)
     assert run.results["results"]["plphp_boards"]["exact,none"] == pytest.approx(right)
     if method == "method=none":
-        assert "method=none, the model ran untouched" in run.printed
+        assert "method=none, the model ran without plphp" in run.printed
     elif "downsample" in method:
-        assert "smaller pictures for the untouched model" in run.printed
+        assert "smaller images without pruning" in run.printed
     else:
         vision = {line["id"]: line["vision"] for line in evaluated if line["method"] == "full"}
         kept = sum(line["kept"] * vision[line["id"]] for line in expected) / sum(vision.values())

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import plphp
 from plphp._renamed import OLD
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -191,3 +193,22 @@ def test_policies_import_torch_only() -> None:
             for module in modules:
                 top = module.split(".")[0]
                 assert top in ("plphp", "torch") or top in sys.stdlib_module_names, module
+
+
+def test_no_public_name_hides_a_package() -> None:
+    """`import plphp.policy as P` gives the package, whatever else `plphp.policy` is."""
+    import plphp.policy as package
+
+    assert isinstance(package, ModuleType) and package.PLPHP is plphp.PLPHP
+    assert plphp.policy("plphp", r=0.3) == plphp.PLPHP(r=0.3)
+    assert plphp.policy is package
+    rooms = [".".join(path.parent.parts[-2:]) for path in PACKAGE.glob("*/__init__.py")]
+    for name in (*sorted(rooms), "plphp.hf.calibration"):
+        try:
+            found = importlib.import_module(name)
+        except ModuleNotFoundError:  # an extra that is not installed
+            continue
+        shown: object = plphp
+        for part in name.split(".")[1:]:
+            shown = getattr(shown, part)
+        assert shown is found, name

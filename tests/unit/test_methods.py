@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import plphp
-from plphp.policy import POLICIES, KeepPlan, LayerView, steps
+from plphp.policy import POLICIES, KeepPlan, LayerView, SequencePolicy, steps
 from plphp.policy.plphp import calibrated
 
 CACHE_METHODS = [n for n in POLICIES if POLICIES[n]().prunes_cache]
@@ -311,3 +312,55 @@ def test_novelty_keeps_what_differs_from_its_image(floor: float) -> None:
         rest = [j for c in images for j in c if j not in own]
         more = max(math.ceil(0.4 * 32 - 1e-6) - len(own), 0)
         assert vision_kept(plan, view, head) == sorted([*own, *top(scores, rest, more)])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("plphp-shared", {"gqa": "max"}, "gqa"),
+        ("plphp-global", {"budget": "image"}, "budget"),
+        ("fastv", {"keep": 0.5, "budget": 0.6}, "keep"),
+        ("vtw", {"layer": 1, "budget": 0.6}, "layer"),
+    ],
+)
+def test_an_option_without_effect_is_refused(name: str, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        plphp.policy(name, **options)
+
+
+# Options in pairs: the second changes what is kept wherever the first does not refuse it.
+CHANGES: dict[str, tuple[Any, Any]] = {
+    "r": (0.4, 0.6), "delta_r": (0.0, 0.3), "alpha": (0.05, 0.9), "beta": (0.0, 0.89),
+    "budget": (0.5, 0.8), "gqa": ("mean", "max"), "min_tokens": (0, 12), "round_to": (1, 16),
+    "seed": (0, 1), "window": (1, 6), "kernel": (1, 7), "slope": (1.0, 20.0),
+    "threshold": (0.001, 0.9), "floor": (0.0, 1.0), "keep": (0.2, 0.7), "layer": (1, 3),
+}  # fmt: skip
+FIXED = {"beta": {"alpha": 0.9, "r": 0.5, "delta_r": 0.3}, "alpha": {"beta": 0.0, "r": 0.5}}
+
+
+def options_of_methods() -> list[tuple[str, str]]:
+    """Every option of every method that prunes a cache or hidden states."""
+    names = [n for n in POLICIES if n not in ("full", "downsample")]
+    return [(n, o) for n in names for o in POLICIES[n].__dataclass_fields__]
+
+
+@pytest.mark.parametrize(("name", "option"), options_of_methods())
+def test_every_option_of_a_method_has_an_effect(name: str, option: str) -> None:
+    views = [layer(seed=seed, index=index) for seed in range(3) for index in range(4)]
+    found: list[list[Any]] = []
+    for value in CHANGES[option]:
+        try:
+            made = plphp.policy(name, **{**FIXED.get(option, {}), option: value})
+        except ValueError as error:
+            found.append([option in str(error)])
+            continue
+        last = [replace(v, window=v.window[:, :, -w:], asked=v.asked[:, -w:])
+                for v in views if (w := made.window)]  # fmt: skip
+        at = [made.leave_at(4)] if isinstance(made, SequencePolicy) else []
+        found.append([*at, *(plan.columns.tolist() for plan in plans(made, last))])
+    assert found[0] != found[1]
+
+
+def test_round_to_rounds_what_is_dropped() -> None:
+    view = layer()
+    assert (32 - len(vision_kept(plphp.PLPHP(round_to=8).plan(view), view))) % 8 == 0

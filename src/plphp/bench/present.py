@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plphp.errors import InputError
+from plphp.errors import InputError, how_to_install
 
 Shown = Mapping[str, Any]
 
@@ -125,7 +125,7 @@ def _draw(found: Shown, path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise InputError("--out draws a picture: pip install 'plphp[eval]'") from None
+        raise InputError(f"--out draws a picture: {how_to_install('eval')}") from None
     matplotlib.use("Agg")  # no window system needed
     from matplotlib import pyplot as plt
 

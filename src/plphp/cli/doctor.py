@@ -10,7 +10,7 @@ import typer
 
 from plphp.cli import options as o
 from plphp.cli.console import stdout
-from plphp.errors import PlphpError
+from plphp.errors import PlphpError, UnsupportedTransformersError
 from plphp.policy import PLPHP, steps
 
 
@@ -133,6 +133,8 @@ def _layers(config: Any, trust: bool) -> tuple[tuple[int, ...], str]:
     try:
         with prune(_shell(config, trust)) as pruning:
             return pruning.layers, ""
+    except UnsupportedTransformersError:
+        raise  # it says nothing of the model
     except PlphpError as error:
         return (), str(error)
 

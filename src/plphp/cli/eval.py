@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from plphp.cli import options as o
 from plphp.cli.console import stderr
-from plphp.errors import InputError
+from plphp.errors import InputError, how_to_install
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +50,7 @@ def evaluate(
     """Compare pruning methods by what they lose: task by task, at equal budgets. Resumable."""
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"{', '.join(missing)} not installed: pip install 'plphp[eval]'")
+        raise InputError(f"{', '.join(missing)} not installed: {how_to_install('eval')}")
     plan, added = _plan(
         out, tasks, methods, budgets, limit, seed, batch, max_new_tokens, images, prompt, shard
     )

@@ -1,4 +1,4 @@
-"""The vision tower reads a batch once: what it says does not depend on how the cache is pruned."""
+"""A cache of image features, which do not depend on how the KV cache is pruned."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ NAME = "get_image_features"
 
 @contextmanager
 def remembered(model: Any) -> Iterator[None]:
-    """Inside, the model computes the features of the same pixel tensors only once.
+    """Within this context the model computes the features of the same pixel tensors only once.
 
-    For runs without gradients that do not change the features in place. The model is as it was
-    afterwards; one without `get_image_features` is left alone.
+    The run must not use gradients or change the features in place. The model is restored
+    afterwards. A model without `get_image_features` is not changed.
     """
     owner = _owner(model)
     if owner is None:
@@ -47,13 +47,13 @@ def remembered(model: Any) -> Iterator[None]:
 
 
 def _owner(model: Any) -> Any:
-    """The innermost module whose forward asks for the features."""
+    """The innermost module whose forward calls `get_image_features`, or None."""
     inside = [m for m in (getattr(model, "model", None), model) if hasattr(m, NAME)]
     return inside[0] if inside else None
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal arguments; tensors are the same only if they are one object."""
+    """Whether two arguments are equal. Tensors are equal only if they are the same object."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
     if isinstance(one, tuple):

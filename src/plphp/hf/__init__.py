@@ -3,6 +3,6 @@
 from plphp.hf.attach import prune
 from plphp.hf.attached import Pruning
 from plphp.hf.cache import PrunedCache
-from plphp.hf.calibrate import calibrate
+from plphp.hf.calibration import calibrate
 
 __all__ = ["PrunedCache", "Pruning", "calibrate", "prune"]

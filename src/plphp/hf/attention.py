@@ -19,6 +19,7 @@ from plphp.errors import (
     UnsupportedTransformersError,
 )
 from plphp.hf import compat
+from plphp.hf.attached import COPIED, SAVED
 from plphp.hf.cache import PrunedCache
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.prefill import after_attention
@@ -40,9 +41,13 @@ class ConfigView:
         self.module_view = ModuleView(module, module.config)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("original", "module_view"):  # not set yet: a copy or an unpickling
-            raise AttributeError(name)
         return getattr(self.original, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise UnsupportedModeError(COPIED)
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedModeError(SAVED)
 
 
 class ModuleView:
@@ -53,8 +58,6 @@ class ModuleView:
         self.config = config
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("module", "config"):
-            raise AttributeError(name)
         return getattr(self.module, name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import weakref
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from plphp.hf import compat
 from plphp.hf.attached import Pruning, attached
 from plphp.hf.layer import PrunedLayer, Shared, spans_until
 from plphp.hf.prompt import Prefill, Prompt
+from plphp.policy.base import check_count
 from plphp.report import EarlierImage, Report
 
 
@@ -27,11 +29,17 @@ class PrunedCache(Cache):
     keyword had before transformers 5.24, `past_key_values`, is accepted too, by every version.
     max_len: columns (prompt and answer) to make room for at once; grows as needed without it.
     static: keep lengths on the device and buffers in place, for compiled decoding; needs max_len.
+    report: of the last prompt that was read into this cache, None before the first; exact where
+        several threads generate on one model
     Holds no gradients: a prompt's own forward can be differentiated, later tokens see constants.
+    It works with the attached model only, and under the `recall` that it was made for.
+    `copy.deepcopy` makes an independent conversation of it; `save` and `load` keep it in a file.
     Raises UnsupportedModeError for a model that is not attached.
     """
 
     def __init__(self, model: nn.Module, max_len: int | None = None, static: bool = False) -> None:
+        if max_len is not None:
+            check_count("max_len", max_len, 1)
         pruning = attached(model)
         if pruning is None:
             raise UnsupportedModeError(
@@ -52,12 +60,13 @@ class PrunedCache(Cache):
             over_ranks=pruning.over_ranks,
             recall=pruning.recall,
         )
-        self.model = weakref.ref(pruning.model)  # a file says which model it belongs to
-        self.generating = False  # inside generate(): forwards after the prompt are its steps
+        self._model = weakref.ref(pruning.model)  # a file says which model it belongs to
         self.report: Report | None = None
         self.shift: Tensor | None = None  # (B,) position minus column of what comes next
-        self.order: Tensor | None = None  # (B,) rows of the report that ours are, None as they were
-        self.found: tuple[EarlierImage, ...] = ()  # what a file said in place of a report
+        self._generating = False  # inside generate(): forwards after the prompt are its steps
+        self._in_forward = False  # inside a forward of the attached model: it may be written to
+        self._order: Tensor | None = None  # (B,) rows of the report that ours are, None: all
+        self._found: tuple[EarlierImage, ...] = ()  # what a file said in place of a report
         super().__init__(layers=self._layers(0))
 
     def _layers(self, prompt: int) -> list[Any]:
@@ -108,16 +117,16 @@ class PrunedCache(Cache):
                 "this cache was interrupted in the middle of a forward; start a new one"
             )
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """End a generate(): a prompt of which nothing was read, after a refusal, is forgotten."""
-        self.generating = False
+        self._generating = False
         if self.shared.prefill is None:
             return
         lengths = {int(layer.get_seq_length()) for _, layer in self.pruned_layers()}
         if lengths == {self.shared.prefill.prompt.begin}:
             self.shared.prefill = None
 
-    def begin(
+    def _begin(
         self, length: int, source: Mapping[str, Any], pruning: Pruning, generating: bool = False
     ) -> Prefill:
         """Announce a prompt of `length` columns; the forwards that follow bring them.
@@ -144,17 +153,64 @@ class PrunedCache(Cache):
                     "static=True needs every layer to be prunable; this model has others: "
                     "use static=False"
                 )
-        self.shared.prefill, self.generating = Prefill(prompt), generating
+        self.shared.prefill, self._generating = Prefill(prompt), generating
         return self.shared.prefill
 
-    def finish(self, report: Report) -> None:
+    def _finish(self, report: Report) -> None:
         """Take the report of the prompt that has just been read."""
         assert self.shared.prefill is not None
         where = self.shared.prefill.where
-        self.report, self.order = report, None
+        self.report, self._order = report, None
         self.shared.last_image = max(self.shared.last_image, where.last_image)
         self.shared.spans = where.spans if self.shared.recall is not None else None
         self.shared.prefill = None
+
+    def _written(self) -> None:
+        """Raise UnsupportedModeError for a model that would read what is held as it stands."""
+        if not self._in_forward:
+            raise UnsupportedModeError(
+                "this plphp.PrunedCache was given to a model that is not attached, or to a part of "
+                "a model: attach it with plphp.prune(model) and call the model itself; without "
+                "pruning, use a cache of transformers'"
+            )
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' interface: append keys and values of one layer."""
+        self._written()
+        return super().update(*args, **kwargs)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' interface: replace the state of a convolution."""
+        self._written()
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' interface: replace the state of a recurrent layer."""
+        self._written()
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedCache:
+        """A conversation of its own, for the same attached model."""
+        self.check()
+        shared, report = self.shared, self.report
+        # What belongs to the model, and what never changes, stays one object.
+        for one in (shared.config, shared.policy, shared.recall, shared.over_ranks):
+            memo[id(one)] = one
+        if report is not None:
+            memo[id(report.seen)] = report.seen
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy({**vars(self), "_in_forward": False}, memo)
+        return copied
+
+    def __copy__(self) -> PrunedCache:
+        raise UnsupportedModeError("two caches cannot share their layers: use copy.deepcopy")
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedModeError(
+            "a plphp.PrunedCache cannot be pickled: cache.save(path) writes it, and "
+            "plphp.PrunedCache.load(model, path) reads it"
+        )
 
     def pruned_layers(self) -> Iterator[tuple[int, PrunedLayer]]:
         for index, layer in enumerate(self.layers):
@@ -164,8 +220,8 @@ class PrunedCache(Cache):
     def reset(self) -> None:
         """Forget the conversation. A static cache keeps its buffers for the next one."""
         super().reset()
-        self.shift, self.report, self.generating = None, None, False
-        self.order, self.found = None, ()
+        self.shift, self.report, self._generating = None, None, False
+        self._order, self._found = None, ()
         self.shared.prefill, self.shared.last_image, self.shared.spans = None, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -188,7 +244,7 @@ class PrunedCache(Cache):
             self.shift = self.shift[rows.to(self.shift.device)]
         if self.shared.spans is not None:
             self.shared.spans = self.shared.spans[rows.to(self.shared.spans.device)]
-        self.order = rows if self.order is None else self.order[rows.to(self.order.device)]
+        self._order = rows if self._order is None else self._order[rows.to(self._order.device)]
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that the cache keeps allocated."""
@@ -237,17 +293,3 @@ def layer_tensors(layer: Any) -> Iterator[Tensor]:
     for store in (layer.store, layer.spare, layer.parked):
         if store is not None:
             yield from store.tensors()
-
-
-def own_cache(cache: Any, model: Any) -> PrunedCache:
-    """The cache that a call brought, or a new one. Raises UnsupportedModeError for any other."""
-    if cache is None:
-        return PrunedCache(model)
-    if not isinstance(cache, PrunedCache):
-        raise UnsupportedModeError(
-            f"an attached model cannot use a {type(cache).__name__}: pass "
-            "cache=plphp.PrunedCache(model), or none"
-        )
-    if cache.config is not compat.text_config(model):
-        raise UnsupportedModeError("this cache belongs to another model; make one for this model")
-    return cache

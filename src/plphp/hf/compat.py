@@ -19,6 +19,8 @@ from plphp.errors import UnsupportedModelError, UnsupportedTransformersError
 
 OLDEST = Version("5.16")
 TESTED = Version("5.24")  # the newest release line that the tests have seen
+# What pyproject.toml asks for. A newer release is tried; `check_seam` says if it cannot work.
+BOUNDS = f">={OLDEST},<{TESTED.major}.{TESTED.minor + 1}"
 ATTENTION = "plphp"  # our name in transformers' public registry of attention functions
 # The keyword that carries the cache was renamed in 5.24. An attached model accepts both names.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -30,7 +32,7 @@ def check_version() -> None:
     if found < OLDEST:
         raise UnsupportedTransformersError(
             f"plphp needs transformers {OLDEST} or newer, found {found}: "
-            "pip install -U transformers"
+            f"pip install 'transformers{BOUNDS}'"
         )
     for owner, name in (
         (AttentionInterface, "register"),
@@ -42,7 +44,7 @@ def check_version() -> None:
         if not hasattr(owner, name):
             raise UnsupportedTransformersError(
                 f"transformers {found} has no {owner.__name__}.{name}, which plphp attaches to; "
-                "install the newest version that plphp names in its README"
+                f"pip install 'transformers{BOUNDS}'"
             )
 
 
@@ -76,7 +78,7 @@ def check_seam() -> None:
     if not _has_seam(LlamaAttention):
         raise UnsupportedTransformersError(
             f"plphp knows transformers {OLDEST} to {TESTED}, and found no way to attach to "
-            f"attention in {transformers.__version__}: pip install 'transformers<={TESTED}'"
+            f"attention in {transformers.__version__}: pip install 'transformers{BOUNDS}'"
         )
 
 
@@ -170,6 +172,12 @@ def held_tensors(layer: Any) -> list[Tensor]:
     return found[::-1]
 
 
+def is_recurrent(config: Any) -> bool:
+    """Whether some layers keep a state in place of keys and values: no token can be taken back."""
+    kind = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
+    return kind is not None and any(isinstance(layer, kind) for layer in stock_layers(config))
+
+
 def stock_layers(config: Any) -> list[Any]:
     """The cache layers that transformers itself would use."""
     mapping = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
@@ -214,10 +222,28 @@ def text_config(model: nn.Module) -> Any:
     return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The config of every decoder layer; one for all where the layers do not differ.
+
+    Where layers differ (Gemma 4), such an attribute of `config` itself cannot be read.
+    """
+    return list(getattr(config, "per_layer_config", None) or [config])
+
+
 def head_dim(config: Any) -> int:
-    """Numbers of a key in one head, of a language model's config."""
-    given = getattr(config, "head_dim", None)
-    return int(given or config.hidden_size // config.num_attention_heads)
+    """Numbers of a key in one head, of a language model's or one layer's config; else the least."""
+    return min(
+        int(getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads)
+        for one in layer_configs(config)
+    )
+
+
+def kv_heads(config: Any) -> list[int]:
+    """KV heads of every decoder layer; one number where the layers do not differ."""
+    return [
+        int(getattr(one, "num_key_value_heads", None) or one.num_attention_heads)
+        for one in layer_configs(config)
+    ]
 
 
 def register_attention(function: Callable[..., Any]) -> None:

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from plphp.errors import UnsupportedModeError
+from plphp.errors import InputError
 from plphp.hf.remaining_tokens import RemainingTokens
+from plphp.hf.vision_mask import Mask, mask_columns
 from plphp.models import find_spans, processor_inputs
 from plphp.policy import KeepPlan
 
-Mask = Tensor | Callable[..., Tensor] | None
 Made = TypeVar("Made")
 
 
@@ -118,10 +118,11 @@ class Prefill:
 
 
 def locate(prompt: Prompt, batch: int, attention_mask: Tensor | None) -> Located:
-    """Find the images of a prompt. Raises UnsupportedModeError where the rows do not fit."""
+    """Find the images of a prompt. Raises InputError where the rows do not fit."""
     spans, notes = _found(prompt) if prompt.vision_mask is None else (_given(prompt), ())
     if batch % len(spans):
-        raise UnsupportedModeError(f"the prompt has {len(spans)} rows and the model sees {batch}")
+        what = "the prompt" if prompt.vision_mask is None else "vision_mask"
+        raise InputError(f"{what} has {len(spans)} rows and the model sees {batch}")
     spans = spans.repeat_interleave(batch // len(spans), dim=0)
     before = torch.full((batch,), prompt.begin, device=spans.device)
     mask = attention_mask if attention_mask is not None else prompt.source.get("attention_mask")
@@ -162,20 +163,10 @@ def _found(prompt: Prompt) -> tuple[Tensor, tuple[str, ...]]:
 
 
 def _given(prompt: Prompt) -> Tensor:
-    """Spans (B, length) from the caller's `vision_mask`. Raises ValueError for other shapes."""
-    given = prompt.vision_mask
-    if callable(given) and not isinstance(given, Tensor):
-        given = given(prompt.source.get("input_ids"))
-    assert isinstance(given, Tensor)
-    if given.dim() != 2 or given.shape[1] < prompt.length:
-        raise ValueError(
-            f"vision_mask must be (B, N) with N at least {prompt.length} columns, "
-            f"got {tuple(given.shape)}"
-        )
-    own = given[:, -prompt.length :].long()
-    if (most := int(own.max())) > prompt.length:
-        raise ValueError(f"vision_mask numbers an image {most}: number them 1, 2, ... a row")
-    return own
+    """Spans (B, length) from the caller's `vision_mask`."""
+    return mask_columns(
+        prompt.vision_mask, prompt.source.get("input_ids"), prompt.begin, prompt.length
+    )
 
 
 def _columns(prompt: Prompt, name: str) -> Tensor | None:

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from plphp.cache import KVStore, allocated
-from plphp.errors import UnsupportedModeError
+from plphp.errors import InputTypeError, UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer
 from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, policy
-from plphp.recall import Recall, as_recall, park
+from plphp.recall import HOMES, Recall, as_recall, park
 from plphp.report import RecallReport
 
 
@@ -22,6 +22,13 @@ def checked(given: Recall | str | None, chosen: Policy, model: Any) -> tuple[Rec
     Raises UnsupportedModeError for a policy that ranks no cache, ValueError for bad options and for
     a budget that codes of this model's keys and values do not fit.
     """
+    if isinstance(given, type) and issubclass(given, Recall):
+        given = given()
+    if given is not None and not isinstance(given, Recall | str):
+        raise InputTypeError(
+            f"recall must be a plphp.Recall, the name of its home ({', '.join(HOMES)}) or None, "
+            f"got {given!r}"
+        )
     recall = as_recall(given)
     if recall is None:
         return None, chosen

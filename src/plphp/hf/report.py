@@ -59,11 +59,11 @@ def images_found(cache: PrunedCache) -> tuple[EarlierImage, ...]:
     """The images of all turns so far, as the next prompt finds them."""
     if cache.shared.recall is not None and cache.shared.spans is not None:
         return images_of(cache.shared.spans.cpu())
-    found, report = cache.found, cache.report
+    found, report = cache._found, cache.report
     if report is not None:
         assert report.seen is not None
         found = images_left(report.seen, report.layers, report.earlier)
-    return found if cache.order is None else in_rows(found, cache.order.tolist())
+    return found if cache._order is None else in_rows(found, cache._order.tolist())
 
 
 def _layer(cache: PrunedCache, prefill: Prefill, index: int) -> LayerReport:

@@ -85,12 +85,12 @@ class SharedPrefill:
         for index, plan in planned.items():
             plan = adopt_view(cache.layers[index], views[index], plan)
             prefill.plans[index] = (plan, views[index].spans, slot_positions(prefill, self.columns))
-        cache.finish(replace(build_report(cache, prefill), seen=self.seen))
+        cache._finish(replace(build_report(cache, prefill), seen=self.seen))
         return cache
 
     def _begun(self, cache: PrunedCache, pruning: Pruning) -> Prefill:
         """The state of a prefill that has located its images already."""
-        prefill = cache.begin(self.columns, {}, pruning)
+        prefill = cache._begin(self.columns, {}, pruning)
         spans = [view.spans for view in self.views.values()]
         found = spans[0] if spans else torch.zeros(len(self.first), self.columns).long()
         before = torch.zeros(len(self.first), device=found.device).long()

@@ -57,7 +57,7 @@ def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
             tensors[name] = tensor
     header = {
         "model_type": cache.config.model_type,
-        "model": fingerprint(cache.config, cache.model()),
+        "model": fingerprint(cache.config, cache._model()),
         "last_image": cache.shared.last_image,
         "recall": _options(cache.shared.recall),
         "images": [asdict(image) for image in images_found(cache)],
@@ -106,7 +106,7 @@ def _checked_layers(cache: PrunedCache, header: dict[str, Any]) -> list[dict[str
             f"it belongs to a model of type {short(kind)}, this one is {cache.config.model_type!r}"
         )
     if header["format"] != 1:
-        saved, own = header.get("model"), fingerprint(cache.config, cache.model())
+        saved, own = header.get("model"), fingerprint(cache.config, cache._model())
         if not isinstance(saved, dict):
             raise InputError("it does not say which model it belongs to")
         for name in differences(saved, own):
@@ -118,8 +118,8 @@ def _checked_layers(cache: PrunedCache, header: dict[str, Any]) -> list[dict[str
     if recall != _options(cache.shared.recall):
         how = "without recall"
         if isinstance(recall, dict) and recall:
-            options = ", ".join(f"{name}={value!r}" for name, value in recall.items())
-            how = f"with recall=plphp.Recall({options})"
+            options = (f"{name[:20]}={short(value)}" for name, value in recall.items())
+            how = f"with recall=plphp.Recall({', '.join(options)})"
         how = how if len(how) < 200 else f"{how[:200]}..."
         raise InputError(f"it was saved {how}: attach the model like that to read it")
     layers = header.get("layers")

@@ -63,7 +63,7 @@ class Stored:
         images = self.header.get("images", MISSING)
         if not isinstance(images, list):
             raise ValueError("it does not list its images")
-        cache.found = tuple(self._image(image) for image in images)
+        cache._found = tuple(self._image(image) for image in images)
 
     def layer(self, index: int, layer: Any, parks: bool) -> None:
         """Give a layer what it holds. parks: whether it is one whose vision tokens are parked."""

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from plphp.errors import InputError
+from plphp.errors import InputError, how_to_install
 from plphp.inspector.data import Page
 from plphp.inspector.gather import page_of_report
 from plphp.inspector.pictures import Media
@@ -29,7 +29,7 @@ def render(page: Page) -> str:
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError:
-        raise InputError("the page needs jinja2: pip install 'plphp[report]'") from None
+        raise InputError(f"the page needs jinja2: {how_to_install('report')}") from None
     assets = files("plphp.inspector") / "assets"
     parts = {
         name: (assets / file).read_text(encoding="utf-8")

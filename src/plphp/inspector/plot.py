@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plphp.errors import InputError
+from plphp.errors import InputError, how_to_install
 from plphp.inspector.gather import pictures_of
 from plphp.inspector.pictures import Media, first_frame
 from plphp.report import Report
@@ -32,7 +32,7 @@ def plot(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("plots need matplotlib: pip install 'plphp[report]'") from None
+        raise InputError(f"plots need matplotlib: {how_to_install('report')}") from None
     shown = pictures_of(report, images, row=row) if images else ()
     figure: Any = Figure(figsize=(8, 5.4 if shown else 2.6), layout="constrained")
     above, below = figure.subfigures(2, 1) if shown else (figure, None)

@@ -126,7 +126,9 @@ def refusal(config: Any) -> str:
             "KV cache holds no vision tokens that could be pruned"
         )
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    if getattr(text, "kv_lora_rank", None):
+    # Where layers differ, transformers refuses to read such an attribute of the config itself.
+    layers = getattr(text, "per_layer_config", None) or [text]
+    if any(getattr(layer, "kv_lora_rank", None) for layer in layers):
         return (
             "its layers cache one compressed latent vector per token for all heads (multi-head "
             "latent attention), so that heads cannot keep different tokens"

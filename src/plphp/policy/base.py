@@ -86,7 +86,10 @@ class Look:
 
 
 class CachePolicy(Policy):
-    """Base class of policies that prune the cache. A subclass implements `look` only."""
+    """Base class of policies that prune the cache. A subclass implements `look` only.
+
+    min_tokens, round_to: options of the policies that declare them as fields, as `PLPHP` does
+    """
 
     scope: Scope = "image"  # the rate counts for each image, or for all images of a row together
     min_tokens: int = 0

@@ -22,22 +22,23 @@ class FastV(SequencePolicy):
     """A share of the vision tokens leaves the hidden states before layer K (arXiv 2403.06764).
 
     layer: K, the first layer that does not compute the dropped tokens, at least 1
-    keep: the share of vision tokens that stays from layer K on, 0 to 1
-    budget: the share of vision K/V kept over all layers, used instead of `keep` where it is given;
-        at least K / layers
+    keep: the share of vision tokens that stays from layer K on, 0 to 1; .5 by default
+    budget: the share of vision K/V kept over all layers, in place of `keep`; at least K / layers
     Raises ValueError, naming the field. A budget below K / layers is refused when a model is
     attached, because the number of layers is not known before.
     """
 
     layer: int = 2
-    keep: float = 0.5
+    keep: float | None = None
     budget: float | None = None
 
     def __post_init__(self) -> None:
         check_count("layer", self.layer, 1)
-        check_share("keep", self.keep)
-        if self.budget is not None:
-            check_share("budget", self.budget)
+        for name in ("keep", "budget"):
+            if getattr(self, name) is not None:
+                check_share(name, getattr(self, name))
+        if self.keep is not None and self.budget is not None:
+            raise ValueError("budget and keep say the same thing: give one of them")
 
     def leave_at(self, layers: int) -> int:
         if self.layer >= layers:
@@ -52,7 +53,7 @@ class FastV(SequencePolicy):
 
     def look(self, view: LayerView) -> Look:
         layers = view.layers
-        keep = self.keep
+        keep = 0.5 if self.keep is None else self.keep
         if self.budget is not None:
             keep = max(self.budget * layers - self.layer, 0.0) / (layers - self.layer)
         return flat_look(view, steps.shared_scores(view), keep)

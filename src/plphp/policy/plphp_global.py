@@ -16,7 +16,19 @@ from plphp.policy.plphp import PLPHP
 
 @dataclass(frozen=True)
 class PLPHPGlobal(PLPHP):
-    """PLPHP with one ranking over all images of a row. Options and errors are those of PLPHP."""
+    """PLPHP with one ranking over all images of a row. Options and errors are those of PLPHP.
+
+    budget: "global", or a number as PLPHP's; "image" is refused
+    """
+
+    budget: Scope | float = "global"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget == "image":
+            raise ValueError(
+                "budget='image' ranks every image by itself: take policy 'plphp' for that"
+            )
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]

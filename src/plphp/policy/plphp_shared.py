@@ -18,7 +18,18 @@ from plphp.policy.view import LayerView
 
 @dataclass(frozen=True)
 class PLPHPShared(PLPHP):
-    """PLPHP whose heads keep the same tokens. Options and errors as PLPHP's, without `gqa`."""
+    """PLPHP whose heads keep the same tokens. Options and errors as PLPHP's.
+
+    gqa: "mean" only: there is one vote of all heads
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gqa != "mean":
+            raise ValueError(
+                f"gqa={self.gqa!r} has no effect where all heads keep the same tokens: leave it "
+                "out, or take policy 'plphp'"
+            )
 
     def scores(self, view: LayerView) -> Tensor:
         return steps.shared_scores(view)

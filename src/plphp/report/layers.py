@@ -12,7 +12,7 @@ from torch import Tensor
 from plphp.policy import LAYER_CLASSES, KeepPlan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerReport:
     """One decoder layer; every field but `layer` and `pruned` has one entry per batch row.
 
@@ -42,7 +42,7 @@ class LayerReport:
         return ratio(int((self.kept >= 0).sum()), sum(self.vision) * self.kept.shape[1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seen:
     """Which tokens of a prompt are vision, for drawing them.
 

@@ -12,9 +12,11 @@ from plphp.report.layers import LayerReport, Seen, ratio
 from plphp.report.traffic import RecallReport
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
     """The last finished prefill.
+
+    Reports hold tensors: two are equal if they are one object; compare what `to_dict` returns.
 
     layers: one entry a decoder layer, in their order
     kv_bytes: bytes allocated for the cache after the prefill, slack and fillers included
@@ -108,7 +110,8 @@ class Report:
         return _drawing().notebook(self)
 
     def __str__(self) -> str:
-        rows = ["layer  gamma  class                rate  kept"]
+        held = "kept" if self.recall is None else "in full on the device"
+        rows = [f"layer  gamma  class                rate  {held}"]
         for a in self.layers:
             for row, gamma in enumerate(a.gamma):
                 name = a.layer_class[row] or ("-" if a.pruned else "left alone")
@@ -122,9 +125,12 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: what was kept, and bytes."""
+        """One line: what was kept, or what is where with recall, and bytes."""
+        share = f"{self.retention:.1%} of vision K/V kept"
+        if self.recall is not None:
+            share = f"nothing was dropped: {self.recall.whereabouts}"
         return (
-            f"{self.retention:.1%} of vision K/V kept; cache {self.kv_bytes:,} bytes allocated, "
+            f"{share}; cache {self.kv_bytes:,} bytes allocated, "
             f"{self.kv_bytes_full:,} for the full prompt"
         )
 

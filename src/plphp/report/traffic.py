@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RecallReport:
     """Bytes of the vision tokens of one conversation, over its layers, and the traffic since.
 
@@ -41,6 +41,15 @@ class RecallReport:
     def share(self) -> float:
         """Device bytes of vision tokens over those of the full cache; 1 without any."""
         return self.device / self.full if self.full else 1.0
+
+    @property
+    def whereabouts(self) -> str:
+        """What lies where: in full on the device, in main memory, or in codes on the device."""
+        share = self.resident / self.full if self.full else 1.0
+        rest = (
+            "all of it in main memory" if self.home == "host" else f"the rest there {self.where}"
+        )
+        return f"{share:.1%} of vision K/V in full on the device, {rest}"
 
     @property
     def steps(self) -> int:

@@ -1,4 +1,4 @@
-"""The tasks by name. A new one is a `draw` in a file of its own, and an entry here."""
+"""The tasks by name. A new task is a function `draw` in a file of its own, and an entry here."""
 
 from __future__ import annotations
 
