@@ -64,7 +64,7 @@ def page(folder: Path = FOLDER) -> str:
     text = environment.get_template("page.md.jinja").render(
         made=summary["made"],
         apart=f"{apart} of {sum(t['samples'] + t['one_token'] for t in tasks.values())} samples",
-        short=list(_short(tasks)),
+        short=_short(tasks),
         short_budget=SHORT,
         tally=_tally(tasks),
         tasks={name: _task(name, task, folder) for name, task in tasks.items()},
@@ -150,43 +150,33 @@ def _verdicts(task: Shown) -> Iterator[str]:
             yield f"PLPHP against `{other}`: {said}."
 
 
-def _short(tasks: Shown) -> Iterator[str]:
-    """One sentence per control and budget: the verdicts of PLPHP by task."""
+def _short(tasks: Shown) -> str:
+    """The number of tasks of each verdict of PLPHP, by control and budget."""
+    rows = []
     for other in COMPARED:
-        for budget in BUDGETS:
-            by: dict[str, list[str]] = {"loses": [], "wins": [], "no difference shown": []}
-            for name, task in tasks.items():
-                found = _cells(task).get((PLPHP, budget), {}).get("paired", {}).get(other)
-                if found:
-                    by[found["verdict"]].append(name)
-            if any(by.values()):
-                yield f"At {percent(budget)}, PLPHP against `{other}`: {_sorted_out(by)}."
-
-
-def _sorted_out(by: Mapping[str, Sequence[str]]) -> str:
-    """The tasks of each verdict. Tasks without a difference are named only if they are few."""
-    parts = [f"{verdict} on {_list(by[verdict])}" for verdict in ("loses", "wins") if by[verdict]]
-    if equal := by["no difference shown"]:
-        where = "the others" if parts else "any task"
-        parts.append(f"no difference shown on {_list(equal) if len(equal) < 3 else where}")
-    return "; ".join(parts)
+        counts = [_count(tasks, PLPHP, other, budget) for budget in BUDGETS]
+        if any(counts):
+            rows.append([other, *counts])
+    return table(["PLPHP against", *map(percent, BUDGETS)], rows)
 
 
 def _tally(tasks: Shown) -> str:
+    """The number of tasks of each verdict at the budget SHORT, by method and control."""
     methods = dict.fromkeys(name for task in tasks.values() for name in _names(task))
     rows = []
     for name in methods:
-        counts = [_count(tasks, name, other) for other in COMPARED]
+        counts = [_count(tasks, name, other, SHORT) for other in COMPARED]
         if any(counts):
             rows.append([name, *(counts)])
     return table(["method", *COMPARED], rows)
 
 
-def _count(tasks: Shown, name: str, other: str) -> str:
+def _count(tasks: Shown, name: str, other: str, budget: float) -> str:
+    """Tasks on which a method wins / shows no difference / loses; empty if it was not compared."""
     verdicts = []
     for task in tasks.values():
         cells = _cells(task)
-        row = cells.get((name, SHORT), cells.get((name, None), {}))
+        row = cells.get((name, budget), cells.get((name, None), {}))
         if found := row.get("paired", {}).get(other):
             verdicts.append(found["verdict"])
     kinds = ("wins", "no difference shown", "loses")

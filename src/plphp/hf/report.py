@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from plphp.cache import allocated
-from plphp.hf import compat
+from plphp.hf import stock
 from plphp.hf.cache import PrunedCache, layer_tensors
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.prompt import Prefill
@@ -106,9 +106,11 @@ def _pair(layer: Any) -> list[Tensor]:
 
 
 def _full_bytes(layer: Any, seen: int) -> int:
-    """Bytes of all columns seen, dropped ones included; a layer left alone counts as it is."""
+    """Bytes that transformers' own cache takes: what was dropped here included, and no slack."""
     if not isinstance(layer, PrunedLayer):
-        return allocated(compat.held_tensors(layer))
+        return stock.content_bytes(layer)
+    if layer.window is not None:  # transformers keeps what the next token can see
+        seen = min(seen, max(layer.window - 1, 1))
     total = 0
     for tensor in _pair(layer):
         batch, heads, _, dim = tensor.shape

@@ -1,5 +1,6 @@
 """Which tokens of a prompt are vision tokens. One small entry per model family."""
 
+from plphp.models.expected import image_tokens
 from plphp.models.families import FAMILIES, places, refusal, sequence_refusal
 from plphp.models.patches import Box, Patch, Places, Shown
 from plphp.models.spans import describes_vision, find_spans, processor_inputs, vision_spans
@@ -12,6 +13,7 @@ __all__ = [
     "Shown",
     "describes_vision",
     "find_spans",
+    "image_tokens",
     "places",
     "processor_inputs",
     "refusal",
