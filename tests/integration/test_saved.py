@@ -102,7 +102,7 @@ def check_damaged(name: str, data: st.DataObject) -> None:
         torch.testing.assert_close(found, logits)
 
 
-FEW = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+FEW = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 MANY = settings(FEW, max_examples=10_000, suppress_health_check=list(HealthCheck))
 
 

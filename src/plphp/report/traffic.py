@@ -46,9 +46,7 @@ class RecallReport:
     def whereabouts(self) -> str:
         """What lies where: in full on the device, in main memory, or in codes on the device."""
         share = self.resident / self.full if self.full else 1.0
-        rest = (
-            "all of it in main memory" if self.home == "host" else f"the rest there {self.where}"
-        )
+        rest = "all of it in main memory" if self.home == "host" else f"the rest there {self.where}"
         return f"{share:.1%} of vision K/V in full on the device, {rest}"
 
     @property
