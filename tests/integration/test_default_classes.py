@@ -51,6 +51,7 @@ KINDS = (
     "llava",
     "mistral4",  # latents
     "qwen3_5",  # linear layers
+    "unlimited_ocr",  # a prompt and a ring buffer behind it
 )
 
 

@@ -166,7 +166,8 @@ def _held(layer: Any) -> Footprint:
     for name, tensor in stock.named_tensors(layer):
         if stock.is_kv(name):
             kv += tensor.nbytes
-            token += tensor.nbytes // max(tensor.shape[-2], 1)
+            if tensor.dim() > 1:  # what nothing was written to has one dimension
+                token += tensor.nbytes // max(tensor.shape[-2], 1)
         else:
             other += tensor.nbytes
     return Footprint(kv, other, token)
