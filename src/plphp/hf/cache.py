@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -59,6 +60,7 @@ class PrunedCache(Cache):
             over_ranks=pruning.over_ranks,
             recall=pruning.recall,
         )
+        self._model = weakref.ref(pruning.model)  # a file says which model it belongs to
         self.report: Report | None = None
         self.shift: Tensor | None = None  # (B,) position minus column of what comes next
         self._generating = False  # inside generate(): forwards after the prompt are its steps

@@ -79,7 +79,7 @@ class PrunedLayer(CacheLayerMixin):
         self.parked: Home | None = None
         self.spare: StaticStore | None = None
         self.is_compileable = shared.static
-        self.home: torch.device | None = None
+        self.compute_device: torch.device | None = None
         self.recent: Tensor | None = None  # the last queries of a prompt that comes in chunks
 
     @property
@@ -200,15 +200,15 @@ class PrunedLayer(CacheLayerMixin):
         self.move(torch.device("cpu"))
 
     def prefetch(self) -> None:
-        if self.home is not None:
-            self.move(self.home)
+        if self.compute_device is not None:
+            self.move(self.compute_device)
 
     def move(self, device: torch.device) -> None:
         """Move what is held; `prefetch` brings it back to where it was computed."""
         if isinstance(self.store, StaticStore):
             raise UnsupportedModeError("a static cache stays on its device")
         if self.store is not None:
-            self.home = self.home or self.store.keys.device
+            self.compute_device = self.compute_device or self.store.keys.device
             self.store.to(device)
         if self.parked is not None:
             self.parked.move(device)

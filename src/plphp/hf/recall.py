@@ -79,6 +79,7 @@ def recall_report(cache: Any) -> RecallReport | None:
         parked=allocated(parked),
         index=allocated(every) - allocated(parked),
         token_bytes=found[0].token_bytes,
+        where=found[0].where,
         fetched=tuple(home.fetched for home in found),
         read=tuple(recalled(cache)),
     )
