@@ -18,6 +18,7 @@ from plphp.policy.view import pack
 
 pytest.importorskip("triton", reason="Triton is not to be had for this platform")
 from plphp.attention import flash_decode as fd
+from plphp.attention import launch
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -142,13 +143,13 @@ def test_on_a_gpu(
         check(0, lengths, kv, groups, queries, sizes, dtype, None, options)
 
 
-def step_graph(launch: Any) -> Any:
-    """A CUDA graph of what `launch` does, after a warm-up that compiles the kernels."""
-    launch()
+def step_graph(step: Any) -> Any:
+    """A CUDA graph of what `step` does, after a warm-up that compiles the kernels."""
+    step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch()
+        step()
     return graph
 
 
@@ -186,11 +187,11 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     original = fd._launch
 
-    def launch(q: Tensor, k: Tensor, *args: Any) -> Tensor:
+    def counted(q: Tensor, k: Tensor, *args: Any) -> Tensor:
         calls.append(k.shape[2])
         return original(q, k, *args)
 
-    monkeypatch.setattr(fd, "_launch", launch)
+    monkeypatch.setattr(fd, "_launch", counted)
     monkeypatch.setattr(choose, "has_kernel", lambda device: True)
     monkeypatch.setattr(choose, "KERNEL_FROM", {"plain": 0, "masked": 0})
     return calls
@@ -267,18 +268,18 @@ def test_splits_have_keys_and_shorten_the_reading(
     programs: int, blocks: int, multiprocessors: int
 ) -> None:
     def blocks_in_a_row(splits: int) -> int:
-        waves = math.ceil(programs * splits / (multiprocessors * fd.RESIDENT))
+        waves = math.ceil(programs * splits / (multiprocessors * launch.RESIDENT))
         return waves * math.ceil(blocks / splits)
 
-    splits = fd.split_count(programs, blocks, multiprocessors)
-    assert 1 <= splits <= min(blocks, fd.MOST_SPLITS)
+    splits = launch.split_count(programs, blocks, multiprocessors)
+    assert 1 <= splits <= min(blocks, launch.MOST_SPLITS)
     assert splits == 1 or blocks_in_a_row(splits) < blocks_in_a_row(1)
 
 
 def test_one_long_row_keeps_every_multiprocessor_busy() -> None:
-    assert fd.split_count(programs=4, blocks=1024, multiprocessors=132) == 64
-    assert fd.split_count(programs=32, blocks=512, multiprocessors=132) == 8
-    assert fd.split_count(programs=264, blocks=512, multiprocessors=132) == 1
+    assert launch.split_count(programs=4, blocks=1024, multiprocessors=132) == 64
+    assert launch.split_count(programs=32, blocks=512, multiprocessors=132) == 8
+    assert launch.split_count(programs=264, blocks=512, multiprocessors=132) == 1
 
 
 @pytest.mark.skipif(ON_GPU, reason="the tests above have compiled it")

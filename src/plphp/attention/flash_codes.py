@@ -15,15 +15,50 @@ NOT RUN ON A GPU YET: tested in Triton's interpreter, and compiled for compute c
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from plphp.attention import flash_decode
-from plphp.attention.flash_decode import INTERPRETED, NOWHERE, add, dot, store, tanh
+from plphp.attention.flash_decode import (
+    INTERPRETED,
+    NOWHERE,
+    add,
+    dot,
+    launch_splits,
+    reduce,
+    store,
+    tanh,
+)
+from plphp.attention.launch import (
+    Launch,
+    empty_output,
+    new_parts,
+    on_the_queries_device,
+    splits_of,
+    tile_of,
+    warps,
+)
 
 STAGES = 3  # as many rows of codes take a quarter of what keys in full take
 RANGE = tl.constexpr(4)  # bytes at a row's end
+
+
+class Codes(NamedTuple):
+    """What lies in codes, as `attend` takes it.
+
+    keys (B, Hkv, bytes), values (B, Hkv, P, bytes): uint8; valid: (B, P) bool or None for all
+    columns: (B, Hkv, P) int32, None without a sliding window
+    """
+
+    keys: Tensor
+    values: Tensor
+    tokens: int
+    bits: int
+    group: int
+    valid: Tensor | None
+    columns: Tensor | None
 
 
 @triton.jit(do_not_specialize=["logical", "window", "heads", "splits", "all_splits", "tokens"])
@@ -111,7 +146,7 @@ def _numbers(packed, range_ptr, mask, BITS: tl.constexpr):
     return codes.to(tl.float32) * step[:, None] + lowest[:, None]
 
 
-@flash_decode.on_the_queries_device
+@on_the_queries_device
 def attend(
     q: Tensor,
     k: Tensor,
@@ -138,28 +173,36 @@ def attend(
     columns, logical, window: (B, Hkv, C) and (B, Hkv, P) int32 columns of what is there in full and
         in codes, columns seen so far, and a sliding window over columns; none without columns
     """
-    (batch, heads, queries, dim), (kv_heads, value_dim) = q.shape, v.shape[1::2]
-    block = flash_decode.tile_of(q, kv_heads, value_dim)
-    own = flash_decode.splits_of(q, kv_heads, block, triton.cdiv(k.shape[2], block.keys))
-    coded = flash_decode.splits_of(q, kv_heads, block, triton.cdiv(tokens, group))
-    part, lse = flash_decode.new_parts(q, own + coded, value_dim)
-    flash_decode.launch_splits(
-        q, k, v, start, end, scale, softcap, None if columns is None else columns[0], logical,
-        window, None, part[..., :own, :], lse[..., :own],
-    )  # fmt: skip
-    keys, values = codes
+    block = tile_of(q, k.shape[1], v.shape[3])
+    own = splits_of(q, k.shape[1], block, triton.cdiv(k.shape[2], block.keys))
+    coded = splits_of(q, k.shape[1], block, triton.cdiv(tokens, group))
+    part, lse = new_parts(q, own + coded, v.shape[3])
+    positions, places = (None, None) if columns is None else columns
+    asked = Launch(start, end, scale, softcap, positions, logical, window, None)
+    launch_splits(q, k, v, asked, part[..., :own, :], lse[..., :own])
+    parked = Codes(*codes, tokens, bits, group, valid, places)
+    _launch_codes(q, parked, asked, part[..., own:, :], lse[..., own:])
+    return reduce(part, lse, empty_output(q, v.shape[3]))
+
+
+def _launch_codes(q: Tensor, codes: Codes, asked: Launch, part: Tensor, lse: Tensor) -> None:
+    """Write part (B, H, T, splits, Dv) and lse (B, H, T, splits) of what lies in codes."""
+    batch, heads, queries, dim = q.shape
+    kv_heads, value_dim, splits = codes.keys.shape[1], part.shape[4], part.shape[3]
+    block, groups = tile_of(q, kv_heads, value_dim), heads // kv_heads
     # Without a window or fillers, pointers to something else stand for what is not read.
-    count, place = keys if valid is None else valid, keys if columns is None else columns[1]
-    groups, rest = heads // kv_heads, part[..., own:, :]
-    _codes_kernel[batch * kv_heads, coded, triton.cdiv(groups * queries, block.rows)](
-        q, keys, values, rest, lse[..., own:], count, place,
-        scale, softcap or 0.0, logical, window, kv_heads, coded, own + coded, tokens,
-        *q.stride()[:3], *keys.stride()[:2], *values.stride()[:2], *rest.stride()[:4],
+    count = codes.keys if codes.valid is None else codes.valid
+    place = codes.keys if codes.columns is None else codes.columns
+    _codes_kernel[batch * kv_heads, splits, triton.cdiv(groups * queries, block.rows)](
+        q, codes.keys, codes.values, part, lse, count, place,
+        asked.scale, asked.softcap or 0.0, asked.logical, asked.window,
+        kv_heads, splits, lse.stride(2), codes.tokens,
+        *q.stride()[:3], *codes.keys.stride()[:2], *codes.values.stride()[:2], *part.stride()[:4],
         count.stride(0), *place.stride()[:2],
-        Q_D=q.stride(3), BITS=bits, GROUP=group, VALUE_ROW=values.shape[3],
+        Q_D=q.stride(3), BITS=codes.bits, GROUP=codes.group, VALUE_ROW=codes.values.shape[3],
         GROUPS=groups, QUERIES=queries, DIM=dim, VALUE_DIM=value_dim,
         BLOCK_M=block.rows, BLOCK_D=block.dim, BLOCK_V=block.value_dim,
-        SOFTCAP=softcap is not None, WINDOW=columns is not None, VALID=valid is not None,
-        FLOAT32_DOT=INTERPRETED, num_warps=flash_decode.warps(q.dtype), num_stages=STAGES,
+        SOFTCAP=asked.softcap is not None, WINDOW=codes.columns is not None,
+        VALID=codes.valid is not None, FLOAT32_DOT=INTERPRETED,
+        num_warps=warps(q.dtype), num_stages=STAGES,
     )  # fmt: skip
-    return flash_decode.reduce(part, lse, flash_decode.empty_output(q, value_dim))

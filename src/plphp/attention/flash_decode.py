@@ -17,26 +17,25 @@ Importing this module needs Triton; `plphp.attention.choose` imports it where it
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, wraps
-from typing import Any, TypeVar
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-Launch = TypeVar("Launch", bound=Callable[..., Tensor])
+from plphp.attention.launch import (
+    STAGES,
+    Launch,
+    empty_output,
+    new_parts,
+    on_the_queries_device,
+    splits_of,
+    tile_of,
+    warps,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NOWHERE = tl.constexpr(-1e30)  # finite, so that a block without visible keys yields no NaN
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-STAGE_BYTES = 32 * 1024  # keys and values in flight a pipeline stage
-STAGES = 3  # two in flight beside the one computed with: 70 to 98 KiB of shared memory a program
-RESIDENT = 2  # programs a multiprocessor runs at a time: 128 KiB in flight hide Hopper's latency
-MOST_ROWS, MOST_SPLITS = 32, 64
 
 
 # A length that grows by one a step would be compiled anew for its being 1 or a multiple of 16.
@@ -209,94 +208,52 @@ def attend(
     among: (B or 1, 1, T, T) bool, what the last T slots see of each other, by default all before
     splits: cuts along the keys, by default what `split_count` says for this device
     """
-    options = (softcap, positions, end if logical is None else logical, window, among)
+    logical = end if logical is None else logical
+    asked = Launch(start, end, scale, softcap, positions, logical, window, among)
     if isinstance(end, Tensor) and torch.compiler.is_compiling():
-        return _op(q, k, v, start, end, scale, *options, splits)  # type: ignore[no-any-return]
-    return _launch(q, k, v, start, end, scale, *options, splits)
-
-
-def on_the_queries_device(launch: Launch) -> Launch:
-    """Launch where the first argument lies: Triton's device is PyTorch's current one."""
-
-    @wraps(launch)
-    def launched(q: Tensor, *args: Any, **options: Any) -> Tensor:
-        with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-            return launch(q, *args, **options)
-
-    return launched  # type: ignore[return-value]
+        return _op(q, k, v, *asked, splits)  # type: ignore[no-any-return]
+    return _launch(q, k, v, asked, splits)
 
 
 @on_the_queries_device
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    end: int | Tensor,
-    scale: float,
-    softcap: float | None,
-    positions: Tensor | None,
-    logical: int | Tensor,
-    window: int,
-    among: Tensor | None,
-    splits: int | None,
-) -> Tensor:
+def _launch(q: Tensor, k: Tensor, v: Tensor, asked: Launch, splits: int | None) -> Tensor:
     if splits is None:
         block = tile_of(q, k.shape[1], v.shape[3])
         splits = splits_of(q, k.shape[1], block, triton.cdiv(k.shape[2], block.keys))
     out = empty_output(q, v.shape[3])
-    options = (scale, softcap, positions, logical, window, among)
     if splits == 1:
-        launch_splits(q, k, v, start, end, *options, out[..., None, :], None)
+        launch_splits(q, k, v, asked, out[..., None, :], None)
         return out
     part, lse = new_parts(q, splits, v.shape[3])
-    launch_splits(q, k, v, start, end, *options, part, lse)
+    launch_splits(q, k, v, asked, part, lse)
     return reduce(part, lse, out)
 
 
 def launch_splits(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    end: int | Tensor,
-    scale: float,
-    softcap: float | None,
-    positions: Tensor | None,
-    logical: int | Tensor,
-    window: int,
-    among: Tensor | None,
-    part: Tensor,
-    lse: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, asked: Launch, part: Tensor, lse: Tensor | None
 ) -> None:
     """Write part (B, H, T, splits, Dv) and lse (B, H, T, splits); without lse what is final."""
     (batch, heads, queries, dim), (kv_heads, value_dim) = q.shape, v.shape[1::2]
     groups = heads // kv_heads
     block = tile_of(q, kv_heads, value_dim)
     # Without a window or a mask, pointers to something else stand for what is not read.
-    columns = k if positions is None else positions
-    mask = k if among is None else among
+    columns = k if asked.positions is None else asked.positions
+    mask = k if asked.among is None else asked.among
     row_blocks = triton.cdiv(groups * queries, block.rows)
     _split_kernel[batch * kv_heads, part.shape[3], row_blocks](
-        q, k, v, part, part if lse is None else lse, start, end, columns, logical, mask,
-        scale, softcap or 0.0, window, kv_heads, part.shape[3], 1 if lse is None else lse.stride(2),
+        q, k, v, part, part if lse is None else lse, asked.start, asked.end, columns,
+        asked.logical, mask, asked.scale, asked.softcap or 0.0, asked.window,
+        kv_heads, part.shape[3], 1 if lse is None else lse.stride(2),
         *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *part.stride()[:4],
         *columns.stride()[:2], mask.stride(0) if len(mask) > 1 else 0, mask.stride(-2),
         K_S=k.stride(2), K_D=k.stride(3), V_S=v.stride(2), V_D=v.stride(3), Q_D=q.stride(3),
         P_S=columns.stride(2), A_S=mask.stride(-1),
         GROUPS=groups, QUERIES=queries, DIM=dim, VALUE_DIM=value_dim,
         BLOCK_M=block.rows, BLOCK_N=block.keys, BLOCK_D=block.dim, BLOCK_V=block.value_dim,
-        ON_DEVICE=isinstance(end, Tensor), SOFTCAP=softcap is not None, AMONG=among is not None,
-        WINDOW=positions is not None, SPLIT=lse is not None, FLOAT32_DOT=INTERPRETED,
-        num_warps=warps(q.dtype), num_stages=STAGES,
+        ON_DEVICE=isinstance(asked.end, Tensor), SOFTCAP=asked.softcap is not None,
+        AMONG=asked.among is not None, WINDOW=asked.positions is not None, SPLIT=lse is not None,
+        FLOAT32_DOT=INTERPRETED, num_warps=warps(q.dtype), num_stages=STAGES,
     )  # fmt: skip
-
-
-def new_parts(q: Tensor, splits: int, value_dim: int) -> tuple[Tensor, Tensor]:
-    """Room for the results of splits: (B, H, T, splits, Dv) and (B, H, T, splits), float32."""
-    rows = (*q.shape[:3], splits)
-    part = torch.empty(*rows, value_dim, dtype=torch.float32, device=q.device)
-    return part, torch.empty(rows, dtype=torch.float32, device=q.device)
 
 
 def reduce(part: Tensor, lse: Tensor, out: Tensor) -> Tensor:
@@ -308,18 +265,6 @@ def reduce(part: Tensor, lse: Tensor, out: Tensor) -> Tensor:
         BLOCK_S=triton.next_power_of_2(splits), BLOCK_V=slice_dim,
     )  # fmt: skip
     return out
-
-
-def empty_output(q: Tensor, value_dim: int) -> Tensor:
-    """(B, H, T, Dv) laid out as (B, T, H, Dv), which is what the model goes on with."""
-    batch, heads, queries, _ = q.shape
-    return q.new_empty(batch, queries, heads, value_dim).transpose(1, 2)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132  # of an H200: the interpreter takes the paths that a GPU would
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @torch.library.custom_op("plphp::flash_decode", mutates_args=())
@@ -338,62 +283,10 @@ def _op(
     splits: int | None,
 ) -> Tensor:
     """`attend` as one node of a compiled graph: capacities stay dynamic, nothing breaks it."""
-    return _launch(q, k, v, start, end, scale, softcap, positions, logical, window, among, splits)
+    asked = Launch(start, end, scale, softcap, positions, logical, window, among)
+    return _launch(q, k, v, asked, splits)
 
 
 @_op.register_fake
 def _op_shape(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
     return empty_output(q, v.shape[-1])
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Block sizes of a launch: query rows, keys, head sizes padded to powers of two."""
-
-    rows: int
-    keys: int
-    dim: int
-    value_dim: int
-
-
-def tile(rows: int, dim: int, value_dim: int, itemsize: int) -> Tile:
-    """Blocks for `rows` query rows of a KV head; as many keys as a pipeline stage holds."""
-    padded, value_padded = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
-    keys = STAGE_BYTES // (2 * max(padded, value_padded) * itemsize)
-    rows = min(max(16, triton.next_power_of_2(rows)), MOST_ROWS)
-    return Tile(rows, min(max(keys, 16), 128), padded, value_padded)
-
-
-def tile_of(q: Tensor, kv_heads: int, value_dim: int) -> Tile:
-    """The blocks that queries (B, H, T, D) take."""
-    _, heads, queries, dim = q.shape
-    return tile(heads // kv_heads * queries, dim, value_dim, q.element_size())
-
-
-def splits_of(q: Tensor, kv_heads: int, block: Tile, blocks: int) -> int:
-    """Into how many splits so many blocks of keys are cut for queries (B, H, T, D)."""
-    rows = q.shape[1] // kv_heads * q.shape[2]
-    programs = q.shape[0] * kv_heads * triton.cdiv(rows, block.rows)
-    return split_count(programs, blocks, _multiprocessors(q.device))
-
-
-def warps(dtype: torch.dtype) -> int:
-    """Warps of a program. Float32 products have no tensor cores: with 4 their registers spill."""
-    return 8 if dtype == torch.float32 else 4
-
-
-@lru_cache(maxsize=4096)
-def split_count(programs: int, blocks: int, multiprocessors: int) -> int:
-    """Into how many splits the keys of every program are cut, 1 to MOST_SPLITS.
-
-    programs: (row, KV head, query block) triples; blocks: of keys in the buffers' capacity.
-    The least time in units of a block's: waves of programs times what each of them reads, where
-    starting a program costs about two blocks and the second kernel about as much as four.
-    """
-    slots = multiprocessors * RESIDENT
-
-    def cost(splits: int) -> int:
-        waves = -(-programs * splits // slots)
-        return waves * (-(-blocks // splits) + 2) + (4 if splits > 1 else 0)
-
-    return min(range(1, max(1, min(blocks, MOST_SPLITS)) + 1), key=cost)

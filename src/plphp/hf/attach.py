@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from plphp.errors import UnsupportedModeError
-from plphp.hf import compat
+from plphp.hf import compat, stock
 from plphp.hf.attached import MARK, Pruning, base_model
 from plphp.hf.attention import ConfigView, pass_layer, pruned_attention
 from plphp.hf.cache import PrunedCache
@@ -169,6 +169,7 @@ def _finish(
         return
     drafts = int(cache.get_seq_length()) - prefill.prompt.end
     cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, prefill.located)
+    stock.release_views(cache.layers)
     report = build_report(cache, prefill)
     cache._finish(report)
     if cache._generating or not hasattr(pruning.calls, "left_out"):

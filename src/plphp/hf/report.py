@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from plphp.cache import allocated
-from plphp.hf import compat
+from plphp.hf import stock
 from plphp.hf.cache import PrunedCache
 from plphp.hf.layer import PrunedLayer, layer_tensors
 from plphp.hf.prompt import Prefill
@@ -108,9 +108,14 @@ def _pair(layer: Any) -> list[Tensor]:
 
 
 def _full_bytes(layer: Any, columns: int) -> int:
-    """Bytes of keys and values of `columns` columns; of a layer left alone what it allocates."""
+    """Bytes that transformers' own cache would take: with dropped columns and without slack.
+
+    columns: how many the layer has seen
+    """
     if not isinstance(layer, PrunedLayer):
-        return allocated(compat.held_tensors(layer))
+        return stock.content_bytes(layer)
+    if layer.window is not None:  # transformers keeps only what the next token attends to
+        columns = min(columns, max(layer.window - 1, 1))
     total = 0
     for tensor in _pair(layer):
         batch, heads, _, dim = tensor.shape

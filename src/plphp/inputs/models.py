@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from plphp.errors import InputError, UnsupportedModelError
+from plphp.errors import InputError, PlphpError, UnsupportedModelError
+from plphp.inputs.shell import check_depth
 
 EMBEDDED = "embedded"
 
@@ -133,7 +134,7 @@ def load(
 
 def load_config(name: str, trust: bool = False) -> Any:
     """The config of a model by name. Raises InputError for what is no model."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     if name == EMBEDDED:
         from plphp.demo.model import WEIGHTS
@@ -147,7 +148,16 @@ def load_config(name: str, trust: bool = False) -> Any:
     if name.startswith((".", "/", "~")) and not path.exists():
         raise InputError(f"{name}: no such directory")
     with _reading(name):
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        check_depth(name, PreTrainedConfig.get_config_dict(name)[0])
+        try:
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        except (OSError, ValueError, ImportError, RecursionError):
+            raise
+        except Exception as error:  # of all kinds: each config class checks its own fields
+            raise InputError(
+                f"cannot load {name}: its config.json says what its model does not take "
+                f"({_first_sentence(error)}); correct it"
+            ) from error
 
 
 @contextmanager
@@ -162,7 +172,17 @@ def _reading(name: str) -> Iterator[None]:
                 "directory, or unset HF_HUB_OFFLINE and check the network"
             ) from error
         raise InputError(f"cannot load {name}: {_first_sentence(error)}") from error
+    except PlphpError:
+        raise
+    except RecursionError as error:
+        raise InputError(
+            f"cannot load {name}: its config.json is nested too deeply to be read; correct it"
+        ) from error
     except (ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{name} comes with Python code of its own: --trust-remote-code runs it"
+            ) from error
         raise InputError(f"cannot load {name}: {_first_sentence(error)}") from error
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.bench import compare
+from plphp.bench import Comparison, compare
 from plphp.bench.compare import Run as Timed
 from plphp.bench.machine import describe
 from plphp.errors import InputError
 from plphp.hf.shared_prefill import read
 from plphp.inputs import Runnable
-from plphp.inspector.data import Answer, Page
+from plphp.inspector.data import Answer, Page, Run, Steps
 from plphp.inspector.gather import page_of, run_of
 from plphp.inspector.pictures import Media
 from plphp.inspector.steps import READ_BYTES, steps_of
@@ -59,22 +59,26 @@ def examine(
         compared = compare(loaded.model, inputs, policy, rounds, recall=recall, **generation)
         advance(f"{name}: step by step")
         decode = _text(loaded) if oracle else None
-        tokens = compared.pruned.tokens
         room = READ_BYTES // len(policies)
+        tokens = compared.pruned.tokens
         steps = steps_of(loaded.model, inputs, policy, whole, tokens, decode, recall, room)
-        run = replace(
-            run_of(compared.report, name, policy),
-            answer=_answer(loaded, compared.pruned),
-            full=_answer(loaded, compared.full),
-            differs=first_difference(compared.full.tokens, tokens),
-            steps=steps,
-        )
-        runs.append(run)
+        runs.append(_run(loaded, compared, name, policy, steps))
     processor = _image_processor(loaded)
     images = images if len(images) == found.images[0] else ()
     made = _made(str(loaded.model.device), rounds)
     return page_of(
         compared.report, runs, images, prompt, model=model, processor=processor, made=made
+    )
+
+
+def _run(loaded: Runnable, compared: Comparison, name: str, policy: Policy, steps: Steps) -> Run:
+    """What the page shows of one policy."""
+    return replace(
+        run_of(compared.report, name, policy),
+        answer=_answer(loaded, compared.pruned),
+        full=_answer(loaded, compared.full),
+        differs=first_difference(compared.full.tokens, compared.pruned.tokens),
+        steps=steps,
     )
 
 

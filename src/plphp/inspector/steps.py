@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plphp.bench.divergence import kl
 from plphp.hf import PrunedCache, Pruning, prune
 from plphp.hf.attention_probe import AttentionProbe, kept_and_dropped, kept_slots
 from plphp.hf.shared_prefill import SharedPrefill, read_into
@@ -67,13 +68,13 @@ def steps_of(
             prompt.cache.crop(-(len(tokens) - 1))
         full, pruned = (torch.cat([f, x]) for f, x in ((prompt.logits, full), (first, pruned)))
         full, pruned = full.float().log_softmax(-1), pruned.float().log_softmax(-1)
-        kl = (full.exp() * (full - pruned)).sum(-1).clamp(min=0)
+        divergence = kl(full, pruned)
     return replace(
         own,
         full_kept=_numbers(begin, attention, depth, 0),
         lost=_numbers(begin, attention, depth, 1),
         said=tuple(decode(token[None]) for token in full.argmax(-1)),
-        kl=tuple(round(float(value), 4) for value in kl),
+        kl=tuple(round(float(value), 4) for value in divergence),
     )
 
 

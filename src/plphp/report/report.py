@@ -20,7 +20,8 @@ class Report:
 
     layers: one entry a decoder layer, in their order
     kv_bytes: bytes allocated for the cache after the prefill, slack and fillers included
-    kv_bytes_full: bytes that keys and values of the unpruned prompt would take, padding included
+    kv_bytes_full: bytes that transformers' own cache takes for the unpruned prompt, padding
+        included: of a sliding layer its window, of a linear one its states
     prompt: (B,) prompt tokens of each row, padding not counted
     images: (B,) images and videos of each row
     notes: what a reader should know: layers left alone, images that could not be told apart
