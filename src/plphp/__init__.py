@@ -52,7 +52,7 @@ __all__ = [
     "vision_spans",
 ]
 
-# Loaded on first use, so that `import plphp` stays light: transformers takes seconds.
+# Imported on first use, because the import of transformers takes seconds.
 _LATER = {
     "PrunedCache": "plphp.hf",
     "Pruning": "plphp.hf",
@@ -62,12 +62,12 @@ _LATER = {
     "vision_spans": "plphp.models",
 }
 
-# One logger, silent until an application asks for it.
+# The one logger of plphp. Without a handler of the application it prints nothing.
 logging.getLogger("plphp").addHandler(logging.NullHandler())
 
 
 def _inspector() -> Drawing:
-    """What draws reports, imported when the first one is drawn."""
+    """The functions that draw reports, imported when the first report is drawn."""
     from plphp import inspector
 
     return inspector
@@ -77,7 +77,7 @@ draw_with(_inspector)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "vllm":  # a room that is imported with its first use
+    if name == "vllm":  # imported on first use
         return import_module("plphp.vllm")
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)

@@ -172,8 +172,8 @@ class PrunedCache(Cache):
         """Raise UnsupportedModeError unless the attached model runs: others need every column."""
         if not self._in_forward:
             raise UnsupportedModeError(
-                "this plphp.PrunedCache was given to a model that is not attached, or to a part of "
-                "one: call plphp.prune(model) and then the model itself; without pruning, use a "
+                "this plphp.PrunedCache was given to a model that is not attached, or to part of a "
+                "model: call plphp.prune(model) and then the model itself; without pruning, use a "
                 "cache of transformers"
             )
 
