@@ -51,7 +51,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as numbers, lists and strings, ready for JSON. NaN becomes None.
 
-        In place of `kept` it has `kept_per_head`: the vision tokens that each KV head of a row kept.
+        `kept` becomes `kept_per_head`: the number of vision tokens that each KV head of a row kept.
         """
         return {
             "retention": self.retention,
