@@ -201,8 +201,8 @@ def _launch_codes(q: Tensor, codes: Codes, launch: Launch, part: Tensor, lse: Te
     batch, heads, queries, dim = q.shape
     kv_heads, value_dim, splits = codes.keys.shape[1], part.shape[4], part.shape[3]
     block, groups = tile_of(q, kv_heads, value_dim), heads // kv_heads
-    # The kernel does not read `valid` without fillers or `columns` without a window. Then it is given
-    # the pointer of another tensor.
+    # The kernel does not read `valid` without fillers or `columns` without a window. It is given
+    # the pointer of another tensor then.
     valid = codes.keys if codes.valid is None else codes.valid
     columns = codes.keys if codes.columns is None else codes.columns
     _codes_kernel[batch * kv_heads, splits, triton.cdiv(groups * queries, block.rows)](

@@ -55,7 +55,7 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
         base, _, home = name.removesuffix(PAPER).partition(PARKED)
         right = base in POLICIES or name == f"plphp{CALIBRATED}"
         right = right and name != f"full{PARKED}host"
-        if not right or (home or HOMES[0]) not in HOMES or name.endswith(PARKED):
+        if not right or (home and home not in HOMES) or name.endswith(PARKED):
             known = ", ".join(known_methods())
             raise InputError(
                 f"--methods: unknown method {name!r}; known are {known}, and NAME+HOME with recall "

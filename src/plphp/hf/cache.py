@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -64,6 +65,7 @@ class PrunedCache(Cache):
             over_ranks=pruning.over_ranks,
             recall=pruning.recall,
         )
+        self._model = weakref.ref(pruning.model)  # a file says which model it belongs to
         self.report: Report | None = None
         self.shift: Tensor | None = None  # (B,) position id minus column of new text
         self._generating = False  # whether generate() runs: forwards after the prompt are its steps

@@ -84,6 +84,7 @@ def recall_report(cache: Any) -> RecallReport | None:
         parked=allocated(parked),
         index=allocated(tensors) - allocated(parked),
         token_bytes=homes[0].token_bytes,
+        where=homes[0].where,
         fetched=tuple(home.fetched for home in homes),
         read=tuple(recalled(cache)),
     )

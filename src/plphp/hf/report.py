@@ -15,6 +15,7 @@ from plphp.hf.prompt import Prefill
 from plphp.hf.recall import recall_report
 from plphp.models import processor_inputs
 from plphp.policy import SequencePolicy
+from plphp.recall import HOMES, Recall
 from plphp.report import (
     EarlierImage,
     LayerReport,
@@ -34,7 +35,7 @@ def build_report(cache: PrunedCache, prefill: Prefill) -> Report:
     where, recall = prefill.where, cache.shared.recall
     spans = where.spans.cpu()
     earlier = images_found(cache) if prefill.prompt.begin else ()
-    lost = [told(earlier, None if recall is None else recall.home)] if earlier else []
+    lost = [told(earlier, _rounds(recall))] if earlier else []
     layers = tuple(_layer(cache, prefill, index) for index in range(_depth(cache)))
     return Report(
         layers=layers,
@@ -47,6 +48,11 @@ def build_report(cache: PrunedCache, prefill: Prefill) -> Report:
         recall=recall_report(cache),
         earlier=earlier,
     )
+
+
+def _rounds(recall: Recall | None) -> str | None:
+    """The name of a home that parks rounded numbers, None for others."""
+    return None if recall is None or HOMES[recall.home].exact else recall.home
 
 
 def images_found(cache: PrunedCache) -> tuple[EarlierImage, ...]:

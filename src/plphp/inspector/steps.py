@@ -20,7 +20,7 @@ from plphp.hf.shared_prefill import SharedPrefill, read_into
 from plphp.inspector.data import Numbers, Steps
 from plphp.inspector.reads import all_read, looks, masks
 from plphp.policy import Policy, policy
-from plphp.recall import Recall
+from plphp.recall import HOMES, Recall
 from plphp.report import Report, Seen
 
 Groups = Mapping[int, Tensor]
@@ -43,7 +43,8 @@ def steps_of(
     decode: text of tokens, for what the full model would have said
     recall: as the answer was made with; room: bytes that masks of what it read may take
     """
-    if recall is not None and recall.home == "host":
+    chooses = recall is not None and "record" in HOMES[recall.home].options
+    if recall is not None and chooses:
         recall = replace(recall, record=True)
     parts = 1 if recall is None else len(tokens) - 1
     with torch.inference_mode():
@@ -54,7 +55,7 @@ def steps_of(
             groups = {a.layer: kept_slots(a, seen) for a in report.layers if a.kept.shape[1]}
             pruned, attention = _read(model, cache, tokens, [groups] * parts, parts)
             log = cache.recalled()
-        if recall is not None and recall.home != "host":
+        if recall is not None and not chooses:
             report = all_read(report, seen)
         depth = len(report.layers)
         begin = _first(prompt, report, seen)

@@ -5,20 +5,28 @@ from __future__ import annotations
 from plphp.cache import KVStore
 from plphp.policy import Look
 from plphp.recall.budget import Place
+from plphp.recall.home import HOMES, Home, Recall, as_recall
 from plphp.recall.host import HostHome
-from plphp.recall.options import HOMES, Recall, as_recall
-from plphp.recall.quantised import QuantisedHome
-from plphp.recall.state import restored, state
+from plphp.recall.quantised import Int2Home, Int4Home, QuantisedHome
+from plphp.recall.serialize import Saved, from_format_1
 
-Home = HostHome | QuantisedHome
+HOMES["host"] = HostHome
+HOMES["int4"] = Int4Home
+HOMES["int2"] = Int2Home
 
-__all__ = ["HOMES", "Home", "Recall", "as_recall", "park", "restored", "state"]
+__all__ = [
+    "HOMES",
+    "Home",
+    "HostHome",
+    "QuantisedHome",
+    "Recall",
+    "Saved",
+    "as_recall",
+    "from_format_1",
+    "park",
+]
 
 
 def park(store: KVStore, look: Look, recall: Recall, place: Place = (0, 1)) -> Home:
-    """The home of one layer's vision tokens, whose `plan` says what the store may keep.
-
-    place: the layer's number among those that park, from 0, and how many there are
-    """
-    kind = HostHome if recall.home == "host" else QuantisedHome
-    return kind(store, look, recall, place)
+    """Park the vision tokens of one layer; see `Home.park`."""
+    return HOMES[recall.home].park(store, look, recall, place)

@@ -1,13 +1,14 @@
 """Parked in main memory: every KV head has its k best tokens at hand and changes them as it goes.
 
 What is at hand lies in the layer's own buffers among the text, so that attention reads one piece of
-memory and knows nothing of this. A token that is fetched takes the slot of one that is not asked
-for any more; only what is new crosses the bus.
+memory and does not know of parked tokens. A fetched token takes the slot of one that is not asked
+for any more; only new tokens cross the bus.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from typing import ClassVar, Self
+
 import torch
 from torch import Tensor
 
@@ -15,9 +16,12 @@ from plphp.attention import attend, decode_attention
 from plphp.cache import KVStore, take
 from plphp.policy import KeepPlan, Look
 from plphp.recall.budget import Place, affordable, plan_within
-from plphp.recall.index import build, index_bytes
-from plphp.recall.options import Recall
-from plphp.recall.slots import at_hand, first_slots, places, positions, vision_first
+from plphp.recall.codes import row_bytes
+from plphp.recall.home import Recall
+from plphp.recall.index import BITS, KeyIndex, build, index_bytes
+from plphp.recall.serialize import Saved
+from plphp.recall.slot_order import Vision, at_hand, first_slots, positions, vision_first
+from plphp.recall.transfer import fetch, largest, to_host, whole_rows
 
 
 class HostHome:
@@ -25,63 +29,104 @@ class HostHome:
 
     keys, values: (B, Hkv, V, D) and (B, Hkv, V, Dv) in main memory, rows of fewer end in fillers
     index: on the device
-    valid: (B, V) bool on the device, which are no fillers; None where all count
-    columns: (B, V) int32 on the device, a token's column, for sliding windows only
-    plan: what the store should be compacted to: k vision tokens a KV head, then all text; to be
-        taken off then, because it is as long as the store
     held: (B, Hkv, k) int16 or int32, which token each of a row's first k slots holds; V in rows
         that have fewer than k
-    full, resident, device: bytes of vision tokens in the full cache, in full on the device, and in
-        all on the device; fillers of unequal rows and what a sliding window needs not counted
-    fetched: tokens fetched at each step, all rows and KV heads together
+    valid: (B, V) bool on the device, which tokens are no fillers; None where all count
+    columns: (B, V) int32 on the device, a token's column, for sliding windows only
+    begin: column of the first token after the prompt
+    origin: (B,) row of the prompt that each row is a copy of
+    places: (B, V + 1) as `Vision.places`, on the CPU; None unless recorded
     chosen: with `every` above 1, (column, `held`) of the choices that guesses may go back to
-    log: (B, Hkv, k) int64 in main memory for each token since the prompt, the row-logical positions
-        that it read, ascending, -1 pads; empty unless recorded
+    plan, full, resident, device, fetched, log: as in `Home`
     """
 
-    def __init__(self, store: KVStore, look: Look, recall: Recall, place: Place) -> None:
-        """Park the vision tokens of a store that holds the whole prompt.
+    where: ClassVar[str] = "in main memory"
+    exact: ClassVar[bool] = True
+    options: ClassVar[frozenset[str]] = frozenset(("rank", "every", "record"))
 
-        look: whom the policy would keep
-        """
-        vision = look.spans > 0
-        tokens = vision.sum(-1)
-        order = vision.int().argsort(dim=-1, descending=True, stable=True)
-        order = order[:, : int(tokens.max())]
-        valid = vision.gather(1, order)
-        self.origin = torch.arange(len(vision), device=vision.device)
-        self.held = self.origin.new_empty(0)
-        every_head = order[:, None].expand(-1, store.keys.shape[1], -1)
-        keys, values = (take(x, every_head) for x in store.held())
-        self.valid = None if bool(valid.all()) else valid
-        self.columns = order.int() if store.window is not None else None
-        dim = keys.shape[-1]
-        rank = min(recall.rank or dim // 4, dim)
-        self.index = build(keys, valid, rank)
-        self.keys, self.values = to_host(keys), to_host(values)
-        number = torch.int16 if keys.shape[2] < 2**15 else torch.int32
-        unit = self.token_bytes
-        fixed = index_bytes(tokens, dim, rank)
-        most = affordable(
-            recall.budget, tokens, unit, unit + number.itemsize, fixed, least=1, place=place
-        )
-        plan = vision_first(plan_within(look, most), look.spans)
-        self.held = at_hand(plan, look.spans, most).to(number)
-        self.plan: KeepPlan | None = plan
-        heads = keys.shape[1]
-        self.resident, self.full = (int(x.sum()) * heads * unit for x in (most, tokens))
-        numbers = int((fixed + most * number.itemsize).sum()) * heads
+    def __init__(
+        self,
+        recall: Recall,
+        vision: Vision,
+        parked: tuple[Tensor, Tensor],
+        index: KeyIndex,
+        held: Tensor,
+        begin: int,
+        windowed: bool,
+    ) -> None:
+        """A home of the parked keys and values; `park` and `restored` make one."""
+        self.keys, self.values = map(to_host, parked)
+        self.index, self.held, self.begin, self.every = index, held, begin, recall.every
+        self.valid = None if bool(vision.valid.all()) else vision.valid
+        self.columns = vision.order.int() if windowed else None
+        self.origin = torch.arange(len(held), device=held.device)
+        self.places = vision.places().cpu() if recall.record else None
+        heads, unit = held.shape[1], self.token_bytes
+        most = (held[:, 0] != vision.most).sum(-1)
+        self.resident, self.full = (int(x.sum()) * heads * unit for x in (most, vision.tokens))
+        fixed = index_bytes(vision.tokens, self.keys.shape[-1], index.basis.shape[2])
+        numbers = int((fixed + most * held.element_size()).sum()) * heads
         self.device = self.resident + numbers
-        self.every, self.begin = recall.every, store.logical
+        self.plan: KeepPlan | None = None
         self.chosen: list[tuple[int, Tensor]] = []
-        self.places = places(look.spans, order, valid).cpu() if recall.record else None
         self.fetched: list[int] = []
         self.log: list[Tensor] = []
 
-    @property
-    def tokens_a_row(self) -> int:
-        """V."""
-        return self.keys.shape[2]
+    @classmethod
+    def check(cls, recall: Recall) -> None:
+        """A step reads what the device holds: that cannot be nothing."""
+        if recall.budget == 0:
+            raise ValueError("budget must be above 0: a step reads what the device holds")
+
+    @classmethod
+    def least_share(cls, dim: int, itemsize: int) -> float:
+        """0: a budget that is too small for the index is exceeded by one token a head."""
+        return 0.0
+
+    @classmethod
+    def park(cls, store: KVStore, look: Look, recall: Recall, place: Place) -> Self:
+        """Park all vision tokens, and plan to hold the policy's best in full at first."""
+        vision = Vision.of(look.spans)
+        every_head = vision.order[:, None].expand(-1, store.keys.shape[1], -1)
+        keys, values = (take(x, every_head) for x in store.held())
+        dim, number = keys.shape[-1], number_type(vision)
+        rank = rank_of(recall, dim)
+        unit = dim * keys.element_size() + values.shape[-1] * values.element_size()
+        fixed, each = index_bytes(vision.tokens, dim, rank), unit + number.itemsize
+        most = affordable(recall.budget, vision.tokens, unit, each, fixed, least=1, place=place)
+        plan = vision_first(plan_within(look, most), look.spans)
+        held = at_hand(plan, look.spans, most).to(number)
+        index = build(keys, vision.valid, rank)
+        windowed = store.window is not None
+        home = cls(recall, vision, (keys, values), index, held, store.logical, windowed)
+        home.plan = plan
+        return home
+
+    @classmethod
+    def restored(cls, saved: Saved, recall: Recall, store: KVStore, spans: Tensor) -> Self:
+        """The home that `saved` described; see `Home.restored`."""
+        saved.only(("keys", "values", "held", "index.codes", "index.basis"), ("begin",))
+        vision = Vision.of(spans)
+        lead, dim, dtype = store.keys.shape[:2], store.keys.shape[-1], store.keys.dtype
+        rank = rank_of(recall, dim)
+        keys, values = (
+            saved.tensor(name, (*lead, vision.most, own.shape[-1]), dtype)
+            for name, own in (("keys", store.keys), ("values", store.values))
+        )
+        codes, basis = (
+            saved.tensor(f"index.{name}", (*lead, rank, row_bytes(numbers, BITS)), torch.uint8)
+            for name, numbers in (("codes", vision.most), ("basis", dim))
+        )
+        held = saved.held(number_type(vision), store, vision, ascending=False)
+        begin = saved.number("begin", 0, store.logical)
+        index = KeyIndex(codes, basis, vision.most)
+        return cls(recall, vision, (keys, values), index, held, begin, store.window is not None)
+
+    def saved(self) -> Saved:
+        """keys, values: as parked; index.codes, index.basis; held; and the number begin."""
+        index = {"index.codes": self.index.codes, "index.basis": self.index.basis}
+        own = {"keys": self.keys, "values": self.values, "held": self.held}
+        return Saved({**own, **index}, {"begin": self.begin})
 
     @property
     def token_bytes(self) -> int:
@@ -165,6 +210,13 @@ class HostHome:
         """(B, Hkv, end) bool: which of a store's slots hold vision tokens."""
         return first_slots(self.held, self.keys.shape[2], store)
 
+    def slot_columns(self, store: KVStore, row: int) -> Tensor:
+        """(Hkv, k) int64: the columns of the vision tokens in a row's first slots."""
+        held = self.held[row].long()
+        held = held[:, held[0] != self.keys.shape[2]]
+        assert self.columns is not None
+        return self.columns[row].long()[held]
+
     def tokens(self, store: KVStore) -> tuple[Tensor, Tensor]:
         """Keys and values (tokens of all rows and heads, D) of every vision token, in order."""
         heads, device = self.keys.shape[1], self.held.device
@@ -211,38 +263,11 @@ class HostHome:
             setattr(self, name, None if found is None else found.to(device))
 
 
-def largest(scores: Tensor, k: int, ordered: bool) -> Tensor:
-    """Where the k largest of scores (..., V) float32 are, (..., k) int64; largest first if asked.
-
-    On the CPU numpy finds them in a quarter of the time of topk.
-    """
-    if ordered or scores.device.type != "cpu":
-        return scores.topk(k, sorted=ordered).indices
-    rest = scores.shape[-1] - k
-    return torch.from_numpy(np.argpartition(scores.detach().numpy(), rest, -1)[..., rest:])
+def rank_of(recall: Recall, dim: int) -> int:
+    """Directions of the index of keys of `dim` numbers."""
+    return min(recall.rank or max(dim // 4, 1), dim)
 
 
-def to_host(x: Tensor) -> Tensor:
-    """In main memory, pinned where a GPU copies from there."""
-    if x.device.type != "cuda":
-        return x.cpu()
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
-
-
-def whole_rows(x: Tensor) -> Tensor:
-    """(..., D) contiguous as a matrix of rows, in pieces of 16 bytes where that is possible.
-
-    What copies rows by their numbers goes piece by piece on the CPU.
-    """
-    rows = x.view(-1, x.shape[-1])
-    wide = rows.shape[1] * x.element_size() % 16 == 0
-    return rows.view(torch.complex128) if wide else rows
-
-
-def fetch(parked: Tensor, lines: Tensor, device: torch.device) -> Tensor:
-    """Lines of a matrix in main memory, on the device."""
-    if device.type != "cuda":
-        return parked.index_select(0, lines).to(device)
-    staged = torch.empty(len(lines), parked.shape[1], dtype=parked.dtype, pin_memory=True)
-    torch.index_select(parked, 0, lines, out=staged)
-    return staged.to(device, non_blocking=True)
+def number_type(vision: Vision) -> torch.dtype:
+    """The dtype of a token's number."""
+    return torch.int16 if vision.most < 2**15 else torch.int32

@@ -7,66 +7,129 @@ reads them, keys first and then values, so that a whole layer is never dense at 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from plphp.attention import coded_attention, side_by_side
+from plphp.attention import coded_attention, decode_attention, side_by_side
 from plphp.cache import KVStore, take
 from plphp.policy import KeepPlan, Look
 from plphp.recall.budget import Place, affordable, plan_within
-from plphp.recall.codes import code_bytes, keys_to_codes, values_to_codes
-from plphp.recall.options import RANGE_BYTES, Recall
-from plphp.recall.slots import at_hand, first_slots, vision_first
+from plphp.recall.codes import (
+    KeyCodes,
+    ValueCodes,
+    code_bytes,
+    code_share,
+    key_bytes,
+    keys_to_codes,
+    one_more,
+    row_bytes,
+    values_to_codes,
+)
+from plphp.recall.home import Recall
+from plphp.recall.serialize import Saved
+from plphp.recall.slot_order import Vision, at_hand, first_slots, vision_first
 
 
 class QuantisedHome:
     """The vision tokens of one layer that are not kept in full: P of a row's V in a KV head.
 
     keys, values: their codes, rows of fewer tokens end in fillers
-    valid: (B, P) bool, which are no fillers; None where all count
+    held: (B, Hkv, k) int64 in main memory, which token of its row each of the first k slots holds,
+        ascending; V where none
+    valid: (B, P) bool, which tokens are no fillers; None where all count
     columns: (B, Hkv, P) int32, a token's column, for sliding windows only
-    plan: as in `HostHome`
-    held: (B, Hkv, k) int64 in main memory, which token of its row each of the first k slots holds
+    first: (B, V) int64 in main memory, the column of every token, for sliding windows only
     count: (B,) int64 in main memory, vision tokens of each row
-    full, resident, device: as in `HostHome`
+    most: V
+    plan, full, resident, device, fetched, log: as in `Home`
     """
 
-    def __init__(self, store: KVStore, look: Look, recall: Recall, place: Place) -> None:
-        """Park the vision tokens of a store that holds the whole prompt.
+    bits: ClassVar[int]
+    where: ClassVar[str]
+    exact: ClassVar[bool] = False
+    options: ClassVar[frozenset[str]] = frozenset()
 
-        look: whom the policy would keep in full
-        """
-        assert recall.bits is not None
-        keys, values = store.held()
-        vision = look.spans > 0
-        tokens = vision.sum(-1)
-        unit = sum(x.shape[-1] * x.element_size() for x in (keys, values))
-        dims = (keys.shape[-1], values.shape[-1])
-        filled = 2 * dims[0]  # bytes that the last tokens' rows may be filled up with
-        small = code_bytes(tokens, dims, recall.bits) + filled
-        each = unit - sum(dims) * recall.bits / 8 - RANGE_BYTES
-        most = affordable(recall.budget, tokens, unit, each, small, least=0, place=place)
-        plan = plan_within(look, most)
-        ordered = vision_first(plan, look.spans)
-        self.plan: KeepPlan | None = ordered
-        self.held = at_hand(ordered, look.spans, most).cpu()
-        order, valid = left_over(plan, vision)
+    def __init__(
+        self, vision: Vision, keys: KeyCodes, values: ValueCodes, held: Tensor, store: KVStore
+    ) -> None:
+        """A home of codes; `park` and `restored` make one. held: on the device of `vision`."""
+        order, valid = vision.left_over(held)
+        windowed = store.window is not None
+        self.keys, self.values, self.held = keys, values, held.cpu()
         self.valid = None if bool(valid.all()) else valid
-        self.columns = order.int() if store.window is not None else None
-        self.keys = keys_to_codes(take(keys, order), recall.bits)
-        self.values = values_to_codes(take(values, order), recall.bits)
-        self.token_bytes = unit
-        heads = keys.shape[1]
-        self.resident, self.full = (int(x.sum()) * heads * unit for x in (most, tokens))
-        parked = code_bytes(tokens - most, dims, recall.bits)
+        self.columns = order.int() if windowed else None
+        self.first = vision.order.cpu() if windowed else None
+        self.count, self.most = vision.tokens.cpu(), vision.most
+        self.token_bytes = unit_of(store)
+        heads, dims = held.shape[1], (keys.dim, values.dim)
+        most = (held[:, 0] != vision.most).sum(-1)
+        self.resident, self.full = (
+            int(x.sum()) * heads * self.token_bytes for x in (most, vision.tokens)
+        )
+        parked = code_bytes(vision.tokens - most, dims, self.bits)
         self.device = self.resident + int(parked.sum()) * heads
-        self.count, self.tokens_a_row = tokens.cpu(), int(tokens.max())
+        self.plan: KeepPlan | None = None
         self.fetched: list[int] = []
         self.log: list[Tensor] = []
 
+    @classmethod
+    def check(cls, recall: Recall) -> None:
+        """Every budget goes: 0 holds nothing in full."""
+
+    @classmethod
+    def least_share(cls, dim: int, itemsize: int) -> float:
+        """What codes take of full keys and values, as the prompt grows."""
+        return code_share(dim, cls.bits, itemsize)
+
+    @classmethod
+    def park(cls, store: KVStore, look: Look, recall: Recall, place: Place) -> Self:
+        """Park what the policy ranks lowest, and plan to hold the rest in full."""
+        keys, values = store.held()
+        vision, dims = Vision.of(look.spans), (keys.shape[-1], values.shape[-1])
+        unit = unit_of(store)
+        filled = 2 * dims[0]  # bytes that the last tokens' rows may be filled up with
+        small = code_bytes(vision.tokens, dims, cls.bits) + filled
+        each = unit - one_more(dims, cls.bits)
+        most = affordable(recall.budget, vision.tokens, unit, each, small, least=0, place=place)
+        plan = vision_first(plan_within(look, most), look.spans)
+        held = at_hand(plan, look.spans, most)
+        order, _ = vision.left_over(held)
+        coded_keys = keys_to_codes(take(keys, order), cls.bits)
+        coded_values = values_to_codes(take(values, order), cls.bits)
+        home = cls(vision, coded_keys, coded_values, held, store)
+        home.plan = plan
+        return home
+
+    @classmethod
+    def restored(cls, saved: Saved, recall: Recall, store: KVStore, spans: Tensor) -> Self:
+        """The home that `saved` described; see `Home.restored`."""
+        saved.only(("keys.codes", "values.codes", "held"))
+        vision, lead = Vision.of(spans), store.keys.shape[:2]
+        dim, value_dim = store.keys.shape[-1], store.values.shape[-1]
+        held = saved.held(torch.int64, store, vision, ascending=True)
+        parked = vision.left_over(held)[0].shape[2]
+        keys = saved.tensor("keys.codes", (*lead, key_bytes(parked, dim, cls.bits)), torch.uint8)
+        row = row_bytes(value_dim, cls.bits)
+        values = saved.tensor("values.codes", (*lead, parked, row), torch.uint8)
+        return cls(
+            vision,
+            KeyCodes(keys, cls.bits, parked, dim),
+            ValueCodes(values, cls.bits, value_dim),
+            held,
+            store,
+        )
+
+    def saved(self) -> Saved:
+        """keys.codes, values.codes: as `plphp.recall.codes` packs them; held."""
+        codes = {"keys.codes": self.keys.packed, "values.codes": self.values.packed}
+        return Saved({**codes, "held": self.held})
+
     def attend(self, query: Tensor, store: KVStore, scale: float, softcap: float | None) -> Tensor:
         """Attention output (B, H, T, Dv) of the last T columns over what is held and parked."""
+        if not self.keys.tokens:  # an early layer that holds everything in full
+            return decode_attention(query, store, scale, softcap)
         return coded_attention(query, store, self, scale, softcap)
 
     def visible(self, store: KVStore, queries: int) -> Tensor | None:
@@ -97,12 +160,18 @@ class QuantisedHome:
 
     def vision_slots(self, store: KVStore) -> Tensor:
         """(B, Hkv, end) bool: which of a store's slots hold vision tokens."""
-        return first_slots(self.held.to(store.start.device), self.tokens_a_row, store)
+        return first_slots(self.held.to(store.start.device), self.most, store)
+
+    def slot_columns(self, store: KVStore, row: int) -> Tensor:
+        """(Hkv, k) int64: the columns of the vision tokens in a row's first slots."""
+        held = self.held[row]
+        assert self.first is not None
+        return self.first[row][held[:, held[0] != self.most]]
 
     def tokens(self, store: KVStore) -> tuple[Tensor, Tensor]:
         """Keys and values (tokens of all rows and heads, D) of every vision token, in order."""
         batch, heads = self.held.shape[:2]
-        most = self.tokens_a_row
+        most = self.most
         parked = torch.ones(batch, heads, most + 1, dtype=torch.bool)
         parked.scatter_(2, self.held, False)
         real = torch.arange(most) < self.count[:, None]
@@ -135,7 +204,9 @@ class QuantisedHome:
 
     def reorder(self, rows: Tensor) -> None:
         """Rows (B',) of the batch."""
-        self.held, self.count = (x[rows.cpu()] for x in (self.held, self.count))
+        own = rows.cpu()
+        self.held, self.count = self.held[own], self.count[own]
+        self.first = None if self.first is None else self.first[own]
         self._through(lambda x: x[rows.to(x.device)])
 
     def move(self, device: torch.device) -> None:
@@ -147,19 +218,20 @@ class QuantisedHome:
         self.columns = None if self.columns is None else change(self.columns)
 
 
-def left_over(plan: KeepPlan, vision: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns (B, Hkv, P) of the vision tokens that a plan does not keep, and (B, P) which count.
+class Int4Home(QuantisedHome):
+    """Parked in 4 bits a number."""
 
-    A row's last such token stands in for what it has not.
-    """
-    heads, longest = plan.columns.shape[1:]
-    used = torch.arange(longest, device=vision.device) >= longest - plan.lengths[:, None]
-    gone = vision[:, None].repeat(1, heads, 1)
-    gone &= ~torch.zeros_like(gone).scatter(2, plan.columns, used[:, None].expand_as(plan.columns))
-    count = gone[:, 0].sum(-1)
-    most = int(count.max())
-    places = torch.arange(most, device=vision.device)
-    order = gone.int().argsort(dim=-1, descending=True, stable=True)
-    last = (count - 1).clamp(min=0)[:, None]
-    near = torch.minimum(places, last)[:, None].expand(-1, heads, -1)
-    return order.gather(2, near), places < count[:, None]
+    bits = 4
+    where = "in int4"
+
+
+class Int2Home(QuantisedHome):
+    """Parked in 2 bits a number."""
+
+    bits = 2
+    where = "in int2"
+
+
+def unit_of(store: KVStore) -> int:
+    """Bytes of one token's key and value in full."""
+    return sum(x.shape[-1] * x.element_size() for x in (store.keys, store.values))

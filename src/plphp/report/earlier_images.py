@@ -81,13 +81,16 @@ def in_rows(images: Sequence[EarlierImage], rows: Sequence[int]) -> tuple[Earlie
 
 
 def told(images: Sequence[EarlierImage], home: str | None = None) -> str:
-    """What a reader should know of earlier images, in one line. home: where they were parked."""
+    """What a reader should know of earlier images, in one line.
+
+    home: the name of a home that parks rounded numbers, None for others
+    """
     tokens = sum(image.tokens for image in images)
     left = sum(image.tokens * image.kept for image in images)
     numbers = sorted({image.image for image in images})
     which = f"image {numbers[0]}" if len(numbers) == 1 else f"images 1 to {numbers[-1]}"
     if round(left) == tokens:
-        how = "" if home in (None, "host") else f", what was parked as {home} numbers"
+        how = "" if home is None else f", what was parked as {home} numbers"
         return f"{which} of earlier turns: all {tokens} vision tokens were there{how}"
     return (
         f"{which} of earlier turns: {1 - left / tokens:.1%} of their K/V is gone, "
