@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from plphp._drawing import drawing
 from plphp.report.earlier_images import EarlierImage
 from plphp.report.layers import LayerReport, Seen, ratio
 from plphp.report.traffic import RecallReport
@@ -173,16 +174,7 @@ class Drawing(Protocol):
         """HTML for a notebook, None if it cannot be made."""
 
 
-_drawing: Callable[[], Drawing]
-
-
-def draw_with(drawing: Callable[[], Drawing]) -> None:
-    """Set the functions that draw reports.
-
-    drawing: returns them. It is called whenever a report is drawn, so it may import them then
-
-    The code that draws depends on packages above this one, so this package must not import it.
-    `plphp/__init__.py`, which is above all packages, connects the two.
-    """
-    global _drawing
-    _drawing = drawing
+def _drawing() -> Drawing:
+    """The functions that draw reports, imported when a report is drawn."""
+    functions: Drawing = drawing()
+    return functions
