@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from plphp._drawing import drawing
 from plphp.report.earlier_images import EarlierImage
 from plphp.report.layers import LayerReport, Seen, ratio
 from plphp.report.traffic import RecallReport
@@ -168,14 +169,6 @@ class Drawing(Protocol):
         """HTML for a notebook, None where it cannot be made."""
 
 
-_drawing: Callable[[], Drawing]
-
-
-def draw_with(drawing: Callable[[], Drawing]) -> None:
-    """Set what draws reports. It is called when a report is first drawn, so it may import late.
-
-    The code that draws needs the models and measurements above this package, so this package does
-    not import it: `plphp/__init__.py`, which stands above all packages, connects the two.
-    """
-    global _drawing
-    _drawing = drawing
+def _drawing() -> Drawing:
+    found: Drawing = drawing()
+    return found
