@@ -52,7 +52,7 @@ __all__ = [
     "vision_spans",
 ]
 
-# Loaded on first use, so that `import plphp` stays light: torch and transformers take seconds.
+# Imported on first use, because the imports of torch and transformers take seconds.
 _LATER = {
     "LayerReport": "plphp.report",
     "PLPHP": "plphp.policy",
@@ -66,12 +66,12 @@ _LATER = {
     "vision_spans": "plphp.models",
 }
 
-# One logger, silent until an application asks for it.
+# The one logger of plphp. Without a handler of the application it prints nothing.
 logging.getLogger("plphp").addHandler(logging.NullHandler())
 
 
 def _inspector() -> Drawing:
-    """What draws reports, imported when the first one is drawn."""
+    """The functions that draw reports, imported when the first report is drawn."""
     from plphp import inspector
 
     return inspector
@@ -81,7 +81,7 @@ draw_with(_inspector)
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("policy", "vllm"):  # packages; that of the policies can be called
+    if name in ("policy", "vllm"):  # packages; `plphp.policy` can also be called
         return import_module(f"plphp.{name}")
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)

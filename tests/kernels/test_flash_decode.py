@@ -81,11 +81,11 @@ def check(
         )
         more |= {"positions": columns.int().to(DEVICE), "window": window}
         more["logical"] = torch.tensor(logical, device=DEVICE) if on_device else logical
-    if "among" in options:
-        among = torch.rand(len(starts), 1, queries, queries, generator=generator) > 0.5
+    if "new_mask" in options:
+        new_mask = torch.rand(len(starts), 1, queries, queries, generator=generator) > 0.5
         visible = visible.expand(-1, visible.shape[1], -1, -1).clone()
-        visible[..., end - queries :] = among
-        more["among"] = among.to(DEVICE)
+        visible[..., end - queries :] = new_mask
+        more["new_mask"] = new_mask.to(DEVICE)
     clean = [x[:, :, :end].float().cpu().nan_to_num(0.0) for x in (k, v)]
     wanted = reference.attend(q.float().cpu(), *clean, visible, 0.3, more["softcap"])
     out = fd.attend(
@@ -99,7 +99,7 @@ def check(
     assert error(out.cpu(), wanted.nan_to_num(0.0)) < CLOSE[dtype]
 
 
-FLAGS = st.sets(st.sampled_from(["softcap", "window", "among", "on device"]))
+FLAGS = st.sets(st.sampled_from(["softcap", "window", "new_mask", "on device"]))
 
 
 @settings(deadline=None, max_examples=40)
@@ -116,7 +116,9 @@ FLAGS = st.sets(st.sampled_from(["softcap", "window", "among", "on device"]))
 )
 @example(0, [1], 1, 1, 1, (64, 64), torch.float32, None, set())  # the one new key
 @example(0, [1, 60], 2, 3, 1, (64, 64), torch.bfloat16, 3, {"on device"})  # splits without keys
-@example(0, [40], 1, 7, 16, (32, 32), torch.float32, 2, {"among"})  # several blocks of query rows
+@example(
+    0, [40], 1, 7, 16, (32, 32), torch.float32, 2, {"new_mask"}
+)  # several blocks of query rows
 def test_the_kernel_equals_the_reference(
     seed: int,
     lengths: list[int],
@@ -135,7 +137,7 @@ def test_the_kernel_equals_the_reference(
 @pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("queries", [1, 5, 16])
-@pytest.mark.parametrize("options", [set(), {"on device"}, {"softcap", "window", "among"}])
+@pytest.mark.parametrize("options", [set(), {"on device"}, {"softcap", "window", "new_mask"}])
 def test_on_a_gpu(
     dtype: torch.dtype, sizes: tuple[int, int], queries: int, options: set[str]
 ) -> None:
@@ -221,11 +223,11 @@ def test_what_a_turn_sees_of_itself_is_its_own_mask(kernel: list[int]) -> None:
     store = held(None, False)
     q = torch.randn(2, 6, 3, 16, device=DEVICE)
     store.append(*(torch.randn(2, 2, 3, size, device=DEVICE) for size in (16, 24)))
-    among = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 1]], device=DEVICE).bool()[None, None]
-    out = decode_attention(q, store, 0.3, among=among)
+    new_mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 1]], device=DEVICE).bool()[None, None]
+    out = decode_attention(q, store, 0.3, new_mask=new_mask)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "has_kernel", lambda device: False)
-        wanted = decode_attention(q, store, 0.3, among=among)
+        wanted = decode_attention(q, store, 0.3, new_mask=new_mask)
     assert error(out, wanted) < 1e-5
     assert len(kernel) == 1
 

@@ -76,6 +76,7 @@ PLAIN: dict[str, Change] = {
     },
     "an image of no row": header(images=[{**IMAGE, "row": 9}]),
     "an image that is more than kept": header(images=[{**IMAGE, "kept": 1.5}]),
+    "an image that is kept beyond all floats": header(images=[{**IMAGE, "kept": 10**400}]),
     "an image that is kept NaN": header(images=[{**IMAGE, "kept": float("nan")}]),
     "an image of minus one token": header(images=[{**IMAGE, "tokens": -1}]),
     "an image with more to say": header(images=[{**IMAGE, "path": "x"}]),

@@ -1,12 +1,13 @@
-"""Attention of a few new tokens over a layer of which a part lies in codes: a fused Triton kernel.
+"""Attention of a few new tokens over a layer whose tokens are partly in codes: a Triton kernel.
 
-What is there in full is attended by the kernel of `flash_decode`, in splits; what lies in codes by
-the one below, which makes numbers of codes in registers, in more splits of the same kind. Their
-log-sum-exps say what each counts when all are added up.
+The kernel of `flash_decode` attends to the tokens that are stored in full, in splits. The kernel
+below attends to the tokens in codes, in further splits, and decodes the codes in registers. The
+results of all splits are added up, weighted by their log-sum-exp.
 
-A row of codes has their bits, the first number in the lowest, and then step and lowest number in
-float16. Of keys a row is 32 tokens of one channel; their last tokens, where they are no whole
-group, have shorter rows. Of values a row is a token (`plphp.recall.codes`).
+A row of codes consists of their bits, the first number in the lowest bits of a byte, and then the
+step and the lowest number as float16. For keys a row is 32 tokens of one channel; if the number of
+tokens is no multiple of 32, the last rows are shorter. For values a row is one token
+(`plphp.recall.codes`).
 
 NOT RUN ON A GPU YET: tested in Triton's interpreter, and compiled for compute capability 8.0, 9.0.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from plphp.attention.flash_decode import (
     INTERPRETED,
-    NOWHERE,
+    LOWEST,
     add,
     dot,
     launch_splits,
@@ -41,14 +42,15 @@ from plphp.attention.launch import (
     warps,
 )
 
-STAGES = 3  # as many rows of codes take a quarter of what keys in full take
-RANGE = tl.constexpr(4)  # bytes at a row's end
+STAGES = 3  # a stage takes a quarter of the bytes that it takes with keys stored in full
+RANGE = tl.constexpr(4)  # bytes at the end of a row: step and lowest number
 
 
 class Codes(NamedTuple):
-    """What lies in codes, as `attend` takes it.
+    """The tokens in codes. The fields are arguments of `attend` with the same names.
 
-    keys (B, Hkv, bytes), values (B, Hkv, P, bytes): uint8; valid: (B, P) bool or None for all
+    keys, values: (B, Hkv, bytes) and (B, Hkv, P, bytes), uint8
+    valid: (B, P) bool, None if all tokens count
     columns: (B, Hkv, P) int32, None without a sliding window
     """
 
@@ -71,7 +73,10 @@ def _codes_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, VALID: tl.constexpr, FLOAT32_DOT: tl.constexpr,
 ):  # fmt: skip
-    """One split of one KV head of one row, a group of tokens at a time; out and lse as there."""
+    """One split of one KV head of one row. A step of the loop reads one group of tokens.
+
+    The output and lse are those of `flash_decode._split_kernel` with SPLIT.
+    """
     pair, split = tl.program_id(0), tl.program_id(1)
     row, kv_head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     share = tl.cdiv(tl.cdiv(tokens, GROUP), splits)
@@ -94,7 +99,7 @@ def _codes_kernel(
     whole = tokens // GROUP
     last_row = tl.cdiv(tokens % GROUP, 2 * PER) * 2 + RANGE
 
-    top = tl.full([BLOCK_M], NOWHERE, tl.float32)
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for group in range(low, high):
@@ -114,10 +119,10 @@ def _codes_kernel(
         inside = n < tokens
         if VALID:
             inside = inside & (tl.load(valid_ptr + row * n_b + n, mask=inside, other=0) != 0)
-        seen = inside[None, :]
+        visible = inside[None, :]
         if WINDOW:
             column = tl.load(columns_ptr + row * c_b + kv_head * c_h + n, mask=inside, other=0)
-            seen = seen & (column[None, :] > (logical - QUERIES + token - window)[:, None])
+            visible = visible & (column[None, :] > (logical - QUERIES + token - window)[:, None])
         at = v_at + n * VALUE_ROW
         packed = tl.load(
             at[:, None] + value_byte[None, :],
@@ -125,7 +130,7 @@ def _codes_kernel(
             other=0,
         )
         v = _numbers(packed, at + VALUE_ROW - RANGE, inside, BITS).to(q.dtype)
-        top, mass, total = add(top, mass, total, logits, seen, v, FLOAT32_DOT)
+        top, mass, total = add(top, mass, total, logits, visible, v, FLOAT32_DOT)
 
     o_at = out_ptr + row * o_b + (head * o_h + token * o_t)[:, None] + split * o_s + dv[None, :]
     at = lse_ptr + ((row * heads * GROUPS + head) * QUERIES + token) * all_splits + split
@@ -134,7 +139,7 @@ def _codes_kernel(
 
 @triton.jit
 def _numbers(packed, range_ptr, mask, BITS: tl.constexpr):
-    """Codes (N, M) uint8 and where the range of each of N rows is -> (N, M * 8 / BITS) float32."""
+    """Decode packed (N, M) uint8, whose N ranges are at range_ptr, to (N, M * 8 / BITS) float32."""
     if BITS == 4:
         codes = tl.interleave(packed & 15, packed >> 4)
     else:
@@ -164,45 +169,52 @@ def attend(
     logical: int = 0,
     window: int = 0,
 ) -> Tensor:
-    """Attention output (B, H, T, Dv) in q's dtype of the last T columns of k and v.
+    """Attention output (B, H, T, Dv), in the dtype of q, of the last T columns of k and v.
 
-    q, k, v, start, end, softcap: as in `flash_decode.attend`
-    codes: of P `tokens`' keys (B, Hkv, bytes) and values (B, Hkv, P, bytes), uint8, contiguous but
-        for B and Hkv, in 4 or 2 `bits`; `group` tokens of a channel share a range
-    valid: (B, P) bool, which of the P count, by default all
-    columns, logical, window: (B, Hkv, C) and (B, Hkv, P) int32 columns of what is there in full and
-        in codes, columns seen so far, and a sliding window over columns; none without columns
+    q, k, v, start, end, scale, softcap, logical, window: as in `flash_decode.attend`
+    codes: of the keys (B, Hkv, bytes) and values (B, Hkv, P, bytes) of P tokens, uint8, contiguous
+        except along B and Hkv
+    tokens: P
+    bits: 4 or 2, of a number
+    group: how many tokens of a channel of keys share a range
+    valid: (B, P) bool, the tokens in codes that count; by default all
+    columns: (B, Hkv, C) and (B, Hkv, P) int32, the columns of the slots and of the tokens in codes;
+        without them there is no sliding window
     """
     block = tile_of(q, k.shape[1], v.shape[3])
-    own = splits_of(q, k.shape[1], block, triton.cdiv(k.shape[2], block.keys))
-    coded = splits_of(q, k.shape[1], block, triton.cdiv(tokens, group))
-    part, lse = new_parts(q, own + coded, v.shape[3])
-    positions, places = (None, None) if columns is None else columns
-    asked = Launch(start, end, scale, softcap, positions, logical, window, None)
-    launch_splits(q, k, v, asked, part[..., :own, :], lse[..., :own])
-    parked = Codes(*codes, tokens, bits, group, valid, places)
-    _launch_codes(q, parked, asked, part[..., own:, :], lse[..., own:])
+    full_splits = splits_of(q, k.shape[1], block, triton.cdiv(k.shape[2], block.keys))
+    code_splits = splits_of(q, k.shape[1], block, triton.cdiv(tokens, group))
+    part, lse = new_parts(q, full_splits + code_splits, v.shape[3])
+    slot_columns, code_columns = (None, None) if columns is None else columns
+    launch = Launch(start, end, scale, softcap, slot_columns, logical, window, None)
+    launch_splits(q, k, v, launch, part[..., :full_splits, :], lse[..., :full_splits])
+    parked = Codes(*codes, tokens, bits, group, valid, code_columns)
+    _launch_codes(q, parked, launch, part[..., full_splits:, :], lse[..., full_splits:])
     return reduce(part, lse, empty_output(q, v.shape[3]))
 
 
-def _launch_codes(q: Tensor, codes: Codes, asked: Launch, part: Tensor, lse: Tensor) -> None:
-    """Write part (B, H, T, splits, Dv) and lse (B, H, T, splits) of what lies in codes."""
+def _launch_codes(q: Tensor, codes: Codes, launch: Launch, part: Tensor, lse: Tensor) -> None:
+    """Launch the kernel for the tokens in codes.
+
+    It writes part (B, H, T, splits, Dv) and lse (B, H, T, splits).
+    """
     batch, heads, queries, dim = q.shape
     kv_heads, value_dim, splits = codes.keys.shape[1], part.shape[4], part.shape[3]
     block, groups = tile_of(q, kv_heads, value_dim), heads // kv_heads
-    # Without a window or fillers, pointers to something else stand for what is not read.
-    count = codes.keys if codes.valid is None else codes.valid
-    place = codes.keys if codes.columns is None else codes.columns
+    # The kernel does not read `valid` without fillers or `columns` without a window. It is given
+    # the pointer of another tensor then.
+    valid = codes.keys if codes.valid is None else codes.valid
+    columns = codes.keys if codes.columns is None else codes.columns
     _codes_kernel[batch * kv_heads, splits, triton.cdiv(groups * queries, block.rows)](
-        q, codes.keys, codes.values, part, lse, count, place,
-        asked.scale, asked.softcap or 0.0, asked.logical, asked.window,
+        q, codes.keys, codes.values, part, lse, valid, columns,
+        launch.scale, launch.softcap or 0.0, launch.logical, launch.window,
         kv_heads, splits, lse.stride(2), codes.tokens,
         *q.stride()[:3], *codes.keys.stride()[:2], *codes.values.stride()[:2], *part.stride()[:4],
-        count.stride(0), *place.stride()[:2],
+        valid.stride(0), *columns.stride()[:2],
         Q_D=q.stride(3), BITS=codes.bits, GROUP=codes.group, VALUE_ROW=codes.values.shape[3],
         GROUPS=groups, QUERIES=queries, DIM=dim, VALUE_DIM=value_dim,
         BLOCK_M=block.rows, BLOCK_D=block.dim, BLOCK_V=block.value_dim,
-        SOFTCAP=asked.softcap is not None, WINDOW=codes.columns is not None,
+        SOFTCAP=launch.softcap is not None, WINDOW=codes.columns is not None,
         VALID=codes.valid is not None, FLOAT32_DOT=INTERPRETED,
         num_warps=warps(q.dtype), num_stages=STAGES,
     )  # fmt: skip

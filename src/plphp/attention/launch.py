@@ -1,6 +1,6 @@
-"""What a launch of the attention kernels needs: its arguments, block sizes, splits and buffers.
+"""The arguments, block sizes, splits and buffers of a launch of the attention kernels.
 
-Importing this module needs Triton, as importing the kernels does.
+To import this module, Triton must be installed.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from torch import Tensor
 
 Launching = TypeVar("Launching", bound=Callable[..., Tensor])
 
-STAGE_BYTES = 32 * 1024  # keys and values in flight a pipeline stage
-STAGES = 3  # two in flight beside the one computed with: 70 to 98 KiB of shared memory a program
-RESIDENT = 2  # programs a multiprocessor runs at a time: 128 KiB in flight hide Hopper's latency
+STAGE_BYTES = 32 * 1024  # bytes of keys and values that a pipeline stage loads
+# Two stages are loaded while one is computed with. A program takes 70 to 98 KiB of shared memory.
+STAGES = 3
+# Programs that a multiprocessor runs at a time. They load 128 KiB at once, which hides the memory
+# latency of Hopper GPUs.
+RESIDENT = 2
 MOST_ROWS, MOST_SPLITS = 32, 64
 
 
 class Launch(NamedTuple):
-    """Which slots a launch attends to, and how. The fields are those of `flash_decode.attend`.
+    """Which slots a launch attends to, and how.
 
-    start: (B,) int64; end and logical: an int, or a 0-dim integer tensor that kernels read
-    positions: (B, Hkv, C) int32, None without a sliding window; among: (B or 1, 1, T, T) bool
+    The fields are the arguments of `flash_decode.attend` with the same names.
     """
 
     start: Tensor
@@ -36,11 +38,11 @@ class Launch(NamedTuple):
     positions: Tensor | None
     logical: int | Tensor
     window: int
-    among: Tensor | None
+    new_mask: Tensor | None
 
 
 def on_the_queries_device(launch: Launching) -> Launching:
-    """Launch where the first argument lies: Triton's device is PyTorch's current one."""
+    """Decorator that makes the device of the first argument current, where Triton launches."""
 
     @wraps(launch)
     def launched(q: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -61,7 +63,11 @@ class Tile:
 
 
 def tile(rows: int, dim: int, value_dim: int, itemsize: int) -> Tile:
-    """Blocks for `rows` query rows of a KV head; as many keys as a pipeline stage holds."""
+    """The block sizes of a launch.
+
+    rows: query heads of a KV head times new tokens; dim, value_dim: D and Dv
+    itemsize: bytes of a number
+    """
     padded, value_padded = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     keys = STAGE_BYTES // (2 * max(padded, value_padded) * itemsize)
     rows = min(max(16, triton.next_power_of_2(rows)), MOST_ROWS)
@@ -69,55 +75,58 @@ def tile(rows: int, dim: int, value_dim: int, itemsize: int) -> Tile:
 
 
 def tile_of(q: Tensor, kv_heads: int, value_dim: int) -> Tile:
-    """The blocks that queries (B, H, T, D) take."""
+    """The block sizes for queries (B, H, T, D)."""
     _, heads, queries, dim = q.shape
     return tile(heads // kv_heads * queries, dim, value_dim, q.element_size())
 
 
 def splits_of(q: Tensor, kv_heads: int, block: Tile, blocks: int) -> int:
-    """Into how many splits so many blocks of keys are cut for queries (B, H, T, D)."""
+    """The number of splits for queries (B, H, T, D) and a number of blocks of keys."""
     rows = q.shape[1] // kv_heads * q.shape[2]
     programs = q.shape[0] * kv_heads * triton.cdiv(rows, block.rows)
     return split_count(programs, blocks, multiprocessors_of(q.device))
 
 
 def warps(dtype: torch.dtype) -> int:
-    """Warps of a program. Float32 products have no tensor cores: with 4 their registers spill."""
+    """Warps of a program. Float32 products use no tensor cores: with 4 warps registers spill."""
     return 8 if dtype == torch.float32 else 4
 
 
 @lru_cache(maxsize=4096)
 def split_count(programs: int, blocks: int, multiprocessors: int) -> int:
-    """Into how many splits the keys of every program are cut, 1 to MOST_SPLITS.
+    """The number of splits into which the keys of every program are cut, 1 to MOST_SPLITS.
 
-    programs: (row, KV head, query block) triples; blocks: of keys in the buffers' capacity.
-    The least time in units of a block's: waves of programs times what each of them reads, where
-    starting a program costs about two blocks and the second kernel about as much as four.
+    programs: number of (row, KV head, query block) triples
+    blocks: blocks of keys in the capacity of the buffers
+
+    It minimises an estimate of the time, in units of the time that a block takes: the number of
+    waves of programs times the blocks that each program reads. Starting a program costs about two
+    blocks, and the second kernel about four.
     """
-    slots = multiprocessors * RESIDENT
+    concurrent = multiprocessors * RESIDENT
 
     def cost(splits: int) -> int:
-        waves = -(-programs * splits // slots)
+        waves = -(-programs * splits // concurrent)
         return waves * (-(-blocks // splits) + 2) + (4 if splits > 1 else 0)
 
     return min(range(1, max(1, min(blocks, MOST_SPLITS)) + 1), key=cost)
 
 
 def multiprocessors_of(device: torch.device) -> int:
-    """How many multiprocessors a device has."""
+    """The number of multiprocessors of a device."""
     if device.type != "cuda":
-        return 132  # of an H200: the interpreter takes the paths that a GPU would
+        return 132  # those of an H200, so that the interpreter tests the paths of a GPU
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def new_parts(q: Tensor, splits: int, value_dim: int) -> tuple[Tensor, Tensor]:
-    """Room for the results of splits: (B, H, T, splits, Dv) and (B, H, T, splits), float32."""
+    """Buffers for the results of splits, float32: (B, H, T, splits, Dv) and (B, H, T, splits)."""
     rows = (*q.shape[:3], splits)
     part = torch.empty(*rows, value_dim, dtype=torch.float32, device=q.device)
     return part, torch.empty(rows, dtype=torch.float32, device=q.device)
 
 
 def empty_output(q: Tensor, value_dim: int) -> Tensor:
-    """(B, H, T, Dv) laid out as (B, T, H, Dv), which is what the model goes on with."""
+    """(B, H, T, Dv), in memory as (B, T, H, Dv), the layout that the model uses next."""
     batch, heads, queries, _ = q.shape
     return q.new_empty(batch, queries, heads, value_dim).transpose(1, 2)

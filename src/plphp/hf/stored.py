@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -122,8 +121,7 @@ class Stored:
                 and whole(image["image"], 1, FARTHEST)
                 and whole(image["tokens"], 1, FARTHEST)
                 and share
-                and math.isfinite(kept)
-                and 0 <= kept <= 1
+                and 0 <= kept <= 1  # neither NaN nor a number too large for a float
             ):
                 return EarlierImage(**image)
         raise ValueError("its list of images makes no sense")

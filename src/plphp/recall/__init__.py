@@ -1,4 +1,4 @@
-"""RECALL: what a policy drops is parked, and read again when a later token looks for it."""
+"""Recall: vision tokens that a policy drops are parked, and read again when they are needed."""
 
 from __future__ import annotations
 
@@ -28,5 +28,8 @@ __all__ = [
 
 
 def park(store: KVStore, look: Look, recall: Recall, place: Place = (0, 1)) -> Home:
-    """Park the vision tokens of one layer; see `Home.park`."""
+    """Park the vision tokens of one layer in the kind of home that `recall` names.
+
+    The arguments are those of `Home.park`.
+    """
     return HOMES[recall.home].park(store, look, recall, place)

@@ -1,7 +1,8 @@
-"""The options of recall, what a home is, and the registry of homes.
+"""The options of recall, the interface of a home, and the registry of homes.
 
-A home holds the vision tokens of one layer that a policy would have dropped. A new kind of home is
-one file with a class that has what `Home` names, and one line in `plphp.recall.HOMES`.
+A home holds the vision tokens of one layer that a policy would have dropped. To add a kind of home,
+write one file with a class that has the attributes and methods of `Home`, and add one line to
+`plphp.recall`, where `HOMES` is filled.
 """
 
 from __future__ import annotations
@@ -21,20 +22,26 @@ from plphp.recall.serialize import Saved
 
 @dataclass(frozen=True)
 class Recall:
-    """Park what a policy drops instead of destroying it.
+    """Options of recall, which parks the vision tokens that a policy drops.
 
-    home: the kind of home that holds the parked tokens, a name in `plphp.recall.HOMES`.
-        "host": keys and values lie in main memory; a small index of the keys stays on the device,
-        and at every step each KV head fetches the tokens that its query looks for.
-        "int4", "int2": they stay on the device in 4 or 2 bits and are all read at every step
-    budget: device bytes of the vision tokens, index and codes included, over those of the full
-        cache in the model's dtype, above 0 to 1, of all layers together: the first third hold
-        twice as many tokens in full. 1 parks nothing; with "int4" and "int2", 0 holds nothing in
-        full
-    rank: host only: components of a key in the index, 4 bits each; a quarter of the head by default
-    every: host only: choose at every so many-th token. 1 is what accuracy wants (docs/recall.md)
-    record: keep which tokens every head read at every step, on the CPU, in `PrunedCache.recalled()`
-    Raises ValueError.
+    home: where parked tokens are, a name in `plphp.recall.HOMES`.
+        "host": keys and values are in main memory. A small index of the keys is on the device, and
+        at every step each KV head fetches the tokens whose keys fit its query best.
+        "int4", "int2": keys and values are on the device, in 4 or 2 bits a number. All of them are
+        read at every step
+    budget: device bytes of the vision tokens, index and codes included, as a share of those of the
+        full cache in the model's dtype, over all layers, 0 to 1. The first third of the layers
+        stores twice as many tokens in full as the others. With 1 nothing is parked. With 0 nothing
+        is stored in full, which "host" does not allow
+    rank: only for "host": components of a key in the index, 4 bits each; by default a quarter of
+        the size of a head
+    every: only for "host": tokens are chosen at every `every`-th step. Accuracy falls above 1
+        (docs/recall.md)
+    record: only for "host": record on the CPU which tokens each KV head reads at every step, for
+        `PrunedCache.recalled()`
+
+    Raises ValueError for a value out of range, an unknown home, and an option that the home does
+    not have.
     """
 
     home: str = "host"
@@ -60,31 +67,32 @@ class Recall:
         kind.check(self)
 
     def least_share(self, dim: int, itemsize: int) -> float:
-        """The share of the full bytes that nothing fits below, as `Home.least_share` says."""
+        """As `Home.least_share`, for the home of these options."""
         return HOMES[self.home].least_share(dim, itemsize)
 
     @property
     def bits(self) -> int | None:
-        """Bits of a parked number on the device, None where numbers are parked as they are."""
+        """Bits of a number in codes; None if parked numbers are not rounded."""
         bits: int | None = getattr(HOMES[self.home], "bits", None)
         return bits
 
 
 class Home(Protocol):
-    """The vision tokens of one layer, parked, and what the layer needs of them.
+    """Holds the parked vision tokens of one layer, and computes attention to them.
 
-    where: the place of the parked tokens as a reader is told it, such as "in main memory"
-    exact: whether parked numbers come back as they were, not rounded
-    options: the options of `Recall` that the kind takes besides `home` and `budget`
-    plan: what the store should be compacted to after `park`: the vision tokens held in full, then
-        all text. It is as long as the prompt, so the caller takes it off
-    full, resident, device: bytes of the vision tokens in the full cache, of those held in full, and
-        of all that lies on the device for them; fillers of unequal rows and what a sliding window
-        needs are not counted
+    where: the place of the parked tokens in the words of a report, such as "in main memory"
+    exact: whether parked numbers are read as they were, without rounding
+    options: the options of `Recall` that this kind of home has, besides `home` and `budget`
+    plan: the plan to which the store must be compacted after `park`: the resident vision tokens,
+        then all text. The caller sets it to None afterwards, since it is as large as the prompt
+    full: bytes of the vision tokens in the full cache
+    resident: bytes of the vision tokens that are stored in full on the device
+    device: device bytes of the vision tokens; fillers and the columns that a sliding window needs
+        are not counted
     token_bytes: bytes of one token's key and value in the model's dtype
-    fetched: tokens fetched at each step since the prompt, all rows and KV heads together
-    log: (B, Hkv, k) int64 in main memory for each token since the prompt, the row-logical positions
-        that it read, ascending, -1 pads; empty unless recorded
+    fetched: tokens fetched at each step since the prompt, over all rows and KV heads
+    log: with `record`, a tensor (B, Hkv, k) int64 in main memory for each token since the prompt:
+        the row-logical positions that it read, ascending, filled up with -1
     """
 
     where: ClassVar[str]
@@ -102,13 +110,13 @@ class Home(Protocol):
 
     @classmethod
     def check(cls, recall: Recall) -> None:
-        """Raise ValueError for options that this kind cannot serve."""
+        """Raise ValueError for values of options that this kind of home does not support."""
 
     @classmethod
     def least_share(cls, dim: int, itemsize: int) -> float:
-        """What parked tokens take on the device at least, over full keys and values.
+        """The smallest share of the full bytes that parked tokens can take on the device.
 
-        dim: numbers of a key and of a value in one head, of `itemsize` bytes each
+        dim: D, for keys and values; itemsize: bytes of a number in the model's dtype
         """
         ...
 
@@ -116,32 +124,37 @@ class Home(Protocol):
     def park(cls, store: KVStore, look: Look, recall: Recall, place: Place) -> Self:
         """Park the vision tokens of a store that holds every column of the prompt.
 
-        look: how the policy ranks them; place: the layer's number among those that park, from 0,
-            and how many there are
+        look: the scores of the policy
+        place: number of the layer among those that park tokens, from 0, and their count
         """
         ...
 
     @classmethod
     def restored(cls, saved: Saved, recall: Recall, store: KVStore, spans: Tensor) -> Self:
-        """The home that `saved` described, of a layer that holds `store`.
+        """Make a home from its saved form.
 
+        store: keys and values of the layer, already read from the file
         spans: (B, columns) int64 of the conversation, with at least one vision token
-        Raises ValueError for what does not fit the store, the spans or the options.
+        Raises ValueError if `saved` does not fit the store, the spans or the options.
         """
         ...
 
     def saved(self) -> Saved:
-        """The tensors and numbers that `restored` needs. The history of the steps is left out."""
+        """The tensors and numbers that `restored` needs. `fetched` and `log` are not saved."""
         ...
 
     def attend(self, query: Tensor, store: KVStore, scale: float, softcap: float | None) -> Tensor:
-        """Attention output (B, H, T, Dv) of the last T columns over the store and this home."""
+        """Attention output (B, H, T, Dv) of the last T columns to the store and this home.
+
+        query: (B, H, T, D); scale, softcap: as in `plphp.attention.decode_attention`
+        """
         ...
 
     def looked_at(self, store: KVStore, queries: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """What the last queries read: keys (B, Hkv, S, D), who sees them, and which are vision's.
+        """What the last queries attended to, for `plphp.hf.attention_probe`.
 
-        The second is as `KVStore.visible`, the third (B, Hkv, S) bool.
+        Returns the keys (B, Hkv, S, D), a mask as `KVStore.visible` returns it, and (B, Hkv, S)
+        bool, True for vision tokens.
         """
         ...
 
@@ -150,34 +163,37 @@ class Home(Protocol):
         ...
 
     def slot_columns(self, store: KVStore, row: int) -> Tensor:
-        """(Hkv, k) int64: the columns of the vision tokens in a row's first slots."""
+        """(Hkv, k) int64: the columns of the vision tokens in the first slots of a row."""
         ...
 
     def tokens(self, store: KVStore) -> tuple[Tensor, Tensor]:
-        """Keys and values (tokens of all rows and heads, D) of every vision token, in order."""
+        """Keys (n, D) and values (n, Dv) of every vision token, on the device.
+
+        They are in the order of rows, KV heads and columns.
+        """
         ...
 
     def tensors(self) -> list[Tensor]:
-        """What lies on the device besides the layer's own buffers."""
+        """The tensors on the device, besides those of the layer's store."""
         ...
 
     def parked(self) -> list[Tensor]:
-        """Keys and values as they are parked, wherever that is."""
+        """The tensors of the parked keys and values, in main memory or on the device."""
         ...
 
     def crop(self, store: KVStore, columns: int) -> None:
-        """Follow a store that has forgotten its last columns."""
+        """Adapt to a store whose last `columns` columns have been removed."""
 
     def reorder(self, rows: Tensor) -> None:
-        """Take rows (B',) of the batch, in a new order or repeated."""
+        """Select rows (B',) int64 of the batch, in any order and also repeated."""
 
     def move(self, device: torch.device) -> None:
-        """Move what lies on the device to another one."""
+        """Move the tensors that are on the device to another device."""
 
 
-HOMES: dict[str, type[Home]] = {}  # filled in `plphp.recall`
+HOMES: dict[str, type[Home]] = {}  # name -> class; filled in `plphp.recall`
 
 
 def as_recall(given: Recall | str | None) -> Recall | None:
-    """The options behind a home's name. Raises ValueError."""
+    """The options with which recall was given: the name of a home stands for its defaults."""
     return Recall(home=given) if isinstance(given, str) else given

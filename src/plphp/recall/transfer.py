@@ -1,4 +1,4 @@
-"""Rows of numbers between main memory and the device, and which of them to bring."""
+"""Copies of rows between main memory and the device, and the choice of the best rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 def largest(scores: Tensor, k: int, ordered: bool) -> Tensor:
-    """Where the k largest of scores (..., V) float32 are, (..., k) int64; largest first if asked.
+    """The indices (..., k) int64 of the k largest scores (..., V) float32.
 
-    On the CPU numpy finds them in a quarter of the time of topk.
+    ordered: whether the largest comes first. If not, numpy is used on the CPU, which takes a
+        quarter of the time of topk
     """
     if ordered or scores.device.type != "cpu":
         return scores.topk(k, sorted=ordered).indices
@@ -19,16 +20,16 @@ def largest(scores: Tensor, k: int, ordered: bool) -> Tensor:
 
 
 def to_host(x: Tensor) -> Tensor:
-    """In main memory, pinned where a GPU copies from there."""
+    """A tensor in main memory; pinned if it comes from a GPU, which can then copy from it."""
     if x.device.type != "cuda":
         return x.cpu()
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
 
 
 def whole_rows(x: Tensor) -> Tensor:
-    """(..., D) contiguous as a matrix of rows, in pieces of 16 bytes where that is possible.
+    """A contiguous tensor (..., D) as a matrix, with elements of 16 bytes if its rows allow that.
 
-    What copies rows by their numbers goes piece by piece on the CPU.
+    PyTorch's indexed copies work element by element on the CPU, so large elements are faster.
     """
     rows = x.view(-1, x.shape[-1])
     wide = rows.shape[1] * x.element_size() % 16 == 0
@@ -36,7 +37,7 @@ def whole_rows(x: Tensor) -> Tensor:
 
 
 def fetch(parked: Tensor, lines: Tensor, device: torch.device) -> Tensor:
-    """Lines of a matrix in main memory, on the device."""
+    """Copy rows of a matrix in main memory to the device. lines: (n,) int64, their indices."""
     if device.type != "cuda":
         return parked.index_select(0, lines).to(device)
     staged = torch.empty(len(lines), parked.shape[1], dtype=parked.dtype, pin_memory=True)

@@ -1,4 +1,4 @@
-"""What a prefill kept and what it cost, as plain data. `plphp.inspector` draws it."""
+"""Reports: what a prefill kept and the bytes it takes, as data. `plphp.inspector` draws them."""
 
 from typing import TYPE_CHECKING
 
