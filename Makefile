@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-gpu soak-vllm lint support \
+.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-gpu soak-vllm fuzz-saved lint support \
 	support-recall docs figures screenshot accuracy accuracy-page bench bench-gpu bench-page bench-vllm wheel release-check retrain clean
 
 demo: $(VENV)/.installed
@@ -81,6 +81,10 @@ support-recall: $(VENV)/.installed-dev
 # Everything but what needs a GPU: the full matrix, long random runs, compiled modes.
 test-all: $(VENV)/.installed-dev lint
 	cd $(ROOT) && $(BIN)/python -m pytest -m "not gpu"
+
+# 10,000 damaged files of saved conversations: refused, or the same answers (about 20 minutes).
+fuzz-saved: $(VENV)/.installed-dev
+	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/integration/test_saved.py -k ten_thousand
 
 # The quick tests and a few more on the oldest transformers that is supported; OLDEST=5.19.0 for another.
 SAMPLE := $(QUICK) tests/integration/test_attach.py tests/integration/test_conversation.py \

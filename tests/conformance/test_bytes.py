@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from transformers import (
+    DynamicCache,
     PreTrainedConfig,
 )
 
@@ -22,6 +23,7 @@ from invariants import (
     generate,
     truth,
 )
+from versions import CACHE
 
 every_family = pytest.mark.parametrize("name", tiny.CORE)
 
@@ -109,3 +111,29 @@ def test_a_report_keeps_no_cache_tensor_alive(name: str) -> None:
     gc.collect()
     assert [ref().shape for ref in tensors if ref() is not None] == []
     assert str(report)
+
+
+HYBRID = ["gemma3", "cohere2_vision", "idefics2_window", "qwen3_5", *tiny.DECODERS]
+
+
+@pytest.mark.parametrize("rows", ["one", "batch"])
+@pytest.mark.parametrize("name", [name for name in HYBRID if name in EVERY])
+def test_bytes_of_hybrid_models_are_those_of_caches(name: str, rows: str) -> None:
+    """Full is what transformers' own cache holds; ours is what is allocated, views of it included.
+
+    A sliding layer holds its window, though it is a slice of the whole prompt for a moment.
+    """
+    expected = truth(name, 0, rows)
+    model = EVERY[name].build(0)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    with torch.no_grad():
+        model(**expected.inputs, **{CACHE: cache}, use_cache=True)
+    stock = [t for layer in cache.layers for t in reachable_tensors(layer, None) if t.dim() > 0]
+    with attach(model, expected.numbers):
+        kv = cache_for(model)
+        generate(model, expected.inputs, steps=1, cache=kv)
+    assert kv.report.kv_bytes_full == sum(t.numel() * t.element_size() for t in stock)
+    tensors = reachable_tensors(kv, kv.report)
+    assert kv.report.kv_bytes == sum(bytes_of_storages(tensors).values())
+    assert sum(a.kv_bytes_full for a in kv.report.layers) == kv.report.kv_bytes_full
+    assert kv.report.kv_bytes < kv.report.kv_bytes_full

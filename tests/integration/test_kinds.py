@@ -106,9 +106,9 @@ def test_a_cache_is_freed_with_its_last_reference(expected: Any, name: str) -> N
         gc.enable()
 
 
-def test_smaller_pictures_are_not_the_models_business() -> None:
+def test_a_method_that_makes_images_smaller_is_refused() -> None:
     model = tiny.FAMILIES["llava"].build(0)
-    with pytest.raises(plphp.UnsupportedModeError, match="makes pictures smaller"):
+    with pytest.raises(plphp.UnsupportedModeError, match="makes the images smaller"):
         plphp.prune(model, plphp.policy("downsample"))
 
 

@@ -3,6 +3,7 @@
 Against the oracle step by step, in every way of generating: tests/conformance/test_matrix.py.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import tiny
 from invariants import EVERY, LOGITS, ROWS, generate, state_of, truth
 from plphp.cache import allocated
 from plphp.errors import UnsupportedModeError
+from plphp.recall import HOMES
 
 FAMILIES = ("qwen2_vl", "llava", "idefics2", "gemma3", "internvl")
 EVERY_HOME = (plphp.Recall("host", 0.4), plphp.Recall("int4", 0.4), plphp.Recall("int2", 0.4))
@@ -138,3 +140,49 @@ def test_what_recall_cannot_do_is_refused() -> None:
     assert state_of(model) == before
     with plphp.prune(model, recall="host"), pytest.raises(UnsupportedModeError, match="static"):
         plphp.PrunedCache(model, max_len=300, static=True)
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("home", ["int4", "int2"])
+def test_every_budget_of_codes_goes(home: str, budget: float) -> None:
+    """With a large one the first layers hold all tokens in full, and have nothing in codes."""
+    model = tiny.FAMILIES["llava"].build(0)
+    inputs, _ = EVERY["llava"].make_inputs(model, ROWS["batch"], 0)
+    with plphp.prune(model, SOME, recall=plphp.Recall(home, budget)):
+        cache = plphp.PrunedCache(model)
+        tokens, _ = generate(model, inputs, 4, cache=cache)
+        first = next(cache.pruned_layers())[1].parked
+        assert (first.keys.tokens == 0) == (budget >= 0.9)
+        ids = torch.cat([inputs["input_ids"], tokens], 1)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
+        generate(model, {"input_ids": ids, "attention_mask": mask}, 4, cache=cache)
+
+
+# --- a home of another kind -----------------------------------------------------------------------
+
+
+class Attic(HOMES["host"]):  # type: ignore[misc]
+    """A home that somebody adds: main memory under another name, with one option less."""
+
+    where = "in the attic"
+    options = frozenset(("record",))
+
+
+def test_a_new_home_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(HOMES, "attic", Attic)
+    with pytest.raises(ValueError, match=r"every has no effect with home='attic'"):
+        plphp.Recall("attic", every=2)
+    model = tiny.FAMILIES["qwen2_vl"].build(0)
+    inputs, _ = EVERY["qwen2_vl"].make_inputs(model, ROWS["one"], 0)
+    answers = []
+    for home in ("host", "attic"):
+        with plphp.prune(model, SOME, recall=plphp.Recall(home, record=True)) as pruning:
+            cache = plphp.PrunedCache(model)
+            answers.append(generate(model, inputs, 6, cache=cache)[0])
+            cache.save(tmp_path / home)
+            plphp.PrunedCache.load(model, tmp_path / home)
+    assert torch.equal(*answers)
+    assert isinstance(next(cache.pruned_layers())[1].parked, Attic)
+    assert "parked in the attic" in str(pruning.report)
+    with plphp.prune(model, SOME, recall="attic"), pytest.raises(plphp.InputError, match="like"):
+        plphp.PrunedCache.load(model, tmp_path / "host")

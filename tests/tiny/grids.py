@@ -41,9 +41,6 @@ IDS = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
-ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
-# transformers always interleaves; vLLM does where the config says so, as published ones do
-INTERLEAVED = {"rope_parameters": ROPE["rope_parameters"] | {"mrope_interleaved": True}}
 TOWER = {
     "depth": 2,
     "num_heads": 4,
@@ -53,9 +50,19 @@ TOWER = {
 }
 
 
+def rope(**more: object) -> dict[str, Any]:
+    """Options of M-RoPE, new for every config: transformers writes the class's theta into them."""
+    return {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], **more}}
+
+
+def interleaved() -> dict[str, Any]:
+    """transformers always interleaves; vLLM does where the config says so, as published ones do."""
+    return rope(mrope_interleaved=True)
+
+
 def qwen2_vl_config() -> PreTrainedConfig:
     return transformers.Qwen2VLConfig(
-        text_config=TEXT | ROPE,
+        text_config=TEXT | rope(),
         vision_config=TOWER | {"embed_dim": 64, "hidden_size": TEXT["hidden_size"], "mlp_ratio": 2},
         **IDS,
     )
@@ -63,7 +70,7 @@ def qwen2_vl_config() -> PreTrainedConfig:
 
 def qwen2_5_vl_config() -> PreTrainedConfig:
     return transformers.Qwen2_5_VLConfig(
-        text_config=TEXT | ROPE,
+        text_config=TEXT | rope(),
         vision_config=TOWER
         | {
             "hidden_size": 64,
@@ -88,14 +95,14 @@ QWEN3_TOWER = TOWER | {
 
 def qwen3_vl_config() -> PreTrainedConfig:
     return transformers.Qwen3VLConfig(
-        text_config=TEXT | INTERLEAVED | {"head_dim": 16}, vision_config=QWEN3_TOWER, **IDS
+        text_config=TEXT | interleaved() | {"head_dim": 16}, vision_config=QWEN3_TOWER, **IDS
     )
 
 
 def qwen3_vl_moe_config() -> PreTrainedConfig:
     return transformers.Qwen3VLMoeConfig(
         text_config=TEXT
-        | INTERLEAVED
+        | interleaved()
         | {
             "head_dim": 16,
             "moe_intermediate_size": 64,
@@ -133,7 +140,7 @@ def qwen3_5_config() -> PreTrainedConfig:
 
 def glm4v_config() -> PreTrainedConfig:
     return transformers.Glm4vConfig(
-        text_config=TEXT | ROPE,
+        text_config=TEXT | rope(),
         vision_config=TOWER
         | {
             "hidden_size": 64,

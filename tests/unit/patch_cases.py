@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from plphp.models.patches import TILES, WHOLE
+from plphp.models.boxes import TILES, WHOLE
 
 
 @dataclass(frozen=True)

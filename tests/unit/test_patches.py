@@ -13,7 +13,7 @@ from patch_cases import CASES, Case
 from PIL import Image
 
 from plphp.models import Patch, Shown, places
-from plphp.models.patches import TILES, WHOLE
+from plphp.models.boxes import TILES, WHOLE
 
 SPOT = 3  # pixels a side
 SIZES = [(120, 120), (200, 90), (90, 210), (331, 247), (64, 300)]

@@ -9,7 +9,7 @@ from plphp.attention import reference
 from plphp.cache import KVStore, allocated
 from plphp.policy import Look
 from plphp.recall import Home, codes, park
-from plphp.recall.budget import dealt
+from plphp.recall.budget import share_of_layer
 from plphp.recall.codes import (
     code_bytes,
     from_rows,
@@ -246,7 +246,7 @@ def test_early_layers_hold_twice_as_much_up_to_everything() -> None:
     tokens = torch.tensor([100, 100, 100, 30])
     mean = torch.tensor([10.0, 60.0, 90.0, 30.0]).double()
     for layers, early in ((1, 1), (2, 1), (4, 2), (6, 2), (28, 10)):
-        parts = torch.stack([dealt(mean, tokens, (i, layers)) for i in range(layers)])
+        parts = torch.stack([share_of_layer(mean, tokens, (i, layers)) for i in range(layers)])
         torch.testing.assert_close(parts.mean(0), mean)
         first, last = parts[0], parts[-1]
         assert torch.equal(parts[:early], first.expand(early, -1))

@@ -1,4 +1,4 @@
-"""WHERE kept tokens live: buffers of one layer, byte accounting."""
+"""Where kept tokens are stored: the buffers of one layer, and the bytes that they take."""
 
 from typing import TYPE_CHECKING
 

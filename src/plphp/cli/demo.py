@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from plphp.cli import options as o
-from plphp.cli.console import stderr, stdout
+from plphp.cli.console import shown, stderr, stdout
 from plphp.policy import Policy
 
 if TYPE_CHECKING:
@@ -99,9 +100,10 @@ def demo(
     console.print(_layers(max(answers, key=lambda a: sum(a.compared.report.prompt))))
     console.print(_costs(answers))
     console.print(table(others))
-    for line in (*_words(answers), f"[dim]{NOTE}[/dim]"):
+    for line in _words(answers):
         console.print(line)
-    console.print(f"See what question 1 kept: {_command()} inspect, then open report.html.")
+    console.print(NOTE, style="dim")
+    console.print(shown(f"See what question 1 kept: {_command()} inspect, then open report.html."))
 
 
 def _command() -> str:
@@ -119,7 +121,7 @@ def ask(policy: Policy, device: str, dtype: str, rounds: int, quiet: bool) -> li
     from plphp.inputs import load, open_image
 
     root = Path(str(files("plphp.demo")))
-    questions = json.loads((root / "questions.json").read_text())
+    questions = json.loads((root / "questions.json").read_text(encoding="utf-8"))
     embedded = load("embedded", dtype, device)
     answers = []
     for q in track(questions, "asking", console=stderr(), disable=quiet, transient=True):
@@ -162,10 +164,10 @@ def _answers(answers: Sequence[Answer]) -> Table:
     for name in ("question", "expected", "full cache", "pruned cache"):
         table.add_column(name, overflow="fold")
     for number, a in enumerate(answers, start=1):
-        pictures = f"[dim]({len(a.images)} picture{'s' if len(a.images) > 1 else ''})[/dim]"
+        pictures = f"({len(a.images)} picture{'s' if len(a.images) > 1 else ''})"
         table.add_row(
             str(number),
-            f"{a.question} {pictures}",
+            Text.assemble(a.question, " ", (pictures, "dim")),
             a.expected,
             _mark(a.full, a.expected),
             _mark(a.pruned, a.expected),
@@ -173,16 +175,18 @@ def _answers(answers: Sequence[Answer]) -> Table:
     return table
 
 
-def _mark(answer: str, expected: str) -> str:
+def _mark(answer: str, expected: str) -> Text:
     """The answer, green where it is right; else red, each word that is wrong underlined."""
     if answer == expected:
-        return f"[green]{answer}[/green]"
+        return Text(shown(answer), style="green")
     wanted = expected.split()
     words = [
-        word if i < len(wanted) and wanted[i] == word else f"[underline]{word}[/underline]"
+        Text(shown(word), style="" if wanted[i : i + 1] == [word] else "underline")
         for i, word in enumerate(answer.split())
     ]
-    return f"[red]{' '.join(words)}[/red]"
+    marked = Text(" ").join(words)
+    marked.stylize("red")
+    return marked
 
 
 def _layers(answer: Answer) -> Table:

@@ -49,7 +49,7 @@ def _ask(embedded: Any, name: str, chosen: Policy, recall: Recall | None) -> Bes
     from plphp.inputs import open_image
 
     root = Path(str(files("plphp.demo")))
-    questions = json.loads((root / "questions.json").read_text())
+    questions = json.loads((root / "questions.json").read_text(encoding="utf-8"))
     right, shares = 0, []
     with torch.inference_mode(), prune(embedded.model, chosen, recall=recall) as pruning:
         for q in questions:

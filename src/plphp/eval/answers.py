@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from plphp.bench.divergence import kl
 from plphp.eval.batches import TEXT, Batch
 from plphp.hf import PrunedCache, compat, prune
 from plphp.hf.shared_prefill import SharedPrefill, read_into
@@ -185,12 +186,11 @@ def compare(reference: Reference, logits: Tensor) -> tuple[Any, Any]:
     """
     full = reference.logits.log_softmax(-1)
     pruned = logits.to(full.device).log_softmax(-1)
-    # Rounding errors can make the sum slightly negative where both distributions are equal.
-    kl = (full.exp() * (full - pruned)).sum(-1).clamp(min=0)
+    divergence = kl(full, pruned)
     agree = full.argmax(-1) == pruned.argmax(-1)
     lengths = reference.lengths
     return (
-        tuple(tuple(row[:n]) for row, n in zip(kl.tolist(), lengths, strict=True)),
+        tuple(tuple(row[:n]) for row, n in zip(divergence.tolist(), lengths, strict=True)),
         tuple(tuple(row[:n]) for row, n in zip(agree.tolist(), lengths, strict=True)),
     )
 

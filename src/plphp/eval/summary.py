@@ -6,7 +6,6 @@ resamples, so that ratios and differences are paired.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from plphp.eval.cider import cider
 from plphp.eval.methods import CONTROLS, FULL, Setting, known_methods
 from plphp.eval.metrics import TEXT_METRICS
-from plphp.eval.store import Line, read_lines, read_tasks
+from plphp.eval.store import Line, read_json, read_lines, read_tasks
 from plphp.eval.tasks import TASKS
 
 Floats = NDArray[np.float64]
@@ -61,8 +60,8 @@ class Rows:
 
 def summarize(out: Path) -> dict[str, Any]:
     """The summary of a run in the directory `out`, as JSON values. No model is needed."""
-    found: dict[str, Any] = {"about": json.loads((out / "run.json").read_text())}
-    found["policies"] = json.loads((out / "policies.json").read_text())
+    found: dict[str, Any] = {"about": read_json(out / "run.json")}
+    found["policies"] = read_json(out / "policies.json")
     tasks = {task["task"]: task for task in read_tasks(out)}
     ordered = sorted(tasks, key=lambda name: (list(TASKS) + list(tasks)).index(name))
     found["tasks"] = {name: _task(tasks[name], list(read_lines(out, name))) for name in ordered}

@@ -1,4 +1,4 @@
-"""The transformers integration: attach, detach, and what runs in between."""
+"""The transformers integration: attaches pruning to a model, and runs it there."""
 
 from plphp.hf.attach import prune
 from plphp.hf.attached import Pruning

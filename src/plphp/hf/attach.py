@@ -1,4 +1,4 @@
-"""Attach pruning to a model and take it off again."""
+"""`plphp.prune`: attaches pruning to a model, and the hooks that run in its forwards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from plphp.errors import UnsupportedModeError
-from plphp.hf import compat
+from plphp.hf import compat, stock
 from plphp.hf.attached import MARK, Pruning, base_model
 from plphp.hf.attention import ConfigView, pass_layer, pruned_attention
 from plphp.hf.cache import PrunedCache
@@ -22,7 +22,7 @@ from plphp.hf.generate import (
     wrap,
 )
 from plphp.hf.positions import later_positions, position_shift
-from plphp.hf.recall import checked
+from plphp.hf.recall import checked_recall
 from plphp.hf.report import build_report
 from plphp.hf.sequence import decoder_layers, refuse_prompt
 from plphp.hf.targets import attach_kind, chosen_policy, prunable
@@ -40,29 +40,32 @@ def prune(
     vision_mask: Any = None,
     recall: Recall | str | None = None,
 ) -> Pruning:
-    """Prune the vision tokens of everything that `model` generates until `remove()`.
+    """Attach a pruning to a model: every prompt that it reads is pruned until `remove()`.
 
     model: a transformers vision-language model, or a PEFT or torch.compile wrapper around one
-    policy: by default PLPHP(), the paper's; also the name of one, for its defaults
-    vision_mask: (B, N) integers coded as `vision_spans` returns them (a tensor, an array or nested
-        lists), or a function from input_ids to them, for models whose vision tokens cannot be found
-    recall: park what the policy drops and read it again when a later token looks for it, a
-        `plphp.Recall` or the name of its home; by default dropped tokens are gone
+    policy: what to keep: a policy, a policy class or the name of a policy, the last two with their
+        default options. By default PLPHP() with the options of the paper
+    vision_mask: which tokens are vision tokens, for models where plphp cannot find them: (B, N)
+        integers coded as `vision_spans` returns them (a tensor, an array or nested lists), or a
+        function from input_ids (B, N) to such a tensor
+    recall: a `plphp.Recall`, or the name of its home with default options: vision tokens that the
+        policy drops are parked, and read again when a later token attends to them. By default
+        dropped tokens are lost
 
-    Raises UnsupportedModelError, UnsupportedModeError (the model is attached already),
-    UnsupportedTransformersError or InputError (a ValueError, and a TypeError for wrong types), with
-    what to do, before anything is changed.
+    Raises UnsupportedModelError, UnsupportedModeError (such as for a model that is attached
+    already), UnsupportedTransformersError, InputError (a ValueError) or InputTypeError (also a
+    TypeError). The message says what to do, and the model has not been changed.
     """
     compat.check_version()
     model = base_model(model)
     mask = checked_mask(vision_mask)
     prunable(model, mask)
-    recall, chosen = checked(recall, chosen_policy(policy), model)
+    recall, chosen = checked_recall(recall, chosen_policy(policy), model)
     return Pruning(model, chosen, mask, recall, _attach)
 
 
 def _attach(pruning: Pruning) -> None:
-    """Hook everything. Raises what `prune` raises, before anything is changed."""
+    """Set all hooks and attributes. Raises as `prune` does, before anything is changed."""
     model = pruning.model
     modules = prunable(model, pruning.vision_mask)
     pruning._undo += attach_kind(model, pruning.policy, modules)
@@ -73,13 +76,14 @@ def _attach(pruning: Pruning) -> None:
         pruning._set(module, "config", ConfigView(module))
         handle = module.register_forward_pre_hook(pass_layer, with_kwargs=True)
         pruning._undo.append(handle.remove)
-    # Not closures: whoever pickles or copies the model meets `pruning`, which says what to do.
+    # Partials, not closures: pickling or copying the model then reaches `pruning`, which raises
+    # an error that says what to do.
     begin, finish = partial(_begin, pruning), partial(_finish, pruning)
     before = model.register_forward_pre_hook(begin, with_kwargs=True)
     after = model.register_forward_hook(finish, with_kwargs=True, always_call=True)
     pruning._undo += [before.remove, after.remove]
     if vars(model).get("_compiled_call_impl") is not None:
-        # model.compile() has compiled a call without these hooks, and torch does not look again.
+        # model.compile() has compiled a call without these hooks, and torch would go on using it.
         pruning._set(model, "_compiled_call_impl", None)
     if hasattr(model, "generate"):
         pruning._set(model, "generate", wrap(pruning, model.generate))
@@ -94,7 +98,10 @@ def _attach(pruning: Pruning) -> None:
 def _begin(
     pruning: Pruning, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Model pre-hook: every forward gets a pruned cache, and a prompt's last one its spans."""
+    """Forward pre-hook of the model: give it a pruned cache, and begin a prompt where one begins.
+
+    The images are located in the forward that brings the prompt's last column.
+    """
     cache = _cache_of(pruning, kwargs)
     keyword = compat.cache_keyword(type(model).forward) or compat.CACHE
     kwargs = compat.with_cache(kwargs, keyword, cache)
@@ -107,7 +114,7 @@ def _begin(
     if not cache._generating:
         cache.check()
         past = int(cache.get_seq_length())
-        if columns > 1 or past == 0:  # a bare forward: what it brings is the prompt
+        if columns > 1 or past == 0:  # a forward outside generate(): its input is a prompt
             refuse_checkpointing(pruning)
             cache._begin(columns, source, pruning)
         positions = later_positions(model, cache.shift, past, columns, source)
@@ -122,7 +129,10 @@ def _begin(
 
 
 def _cache_of(pruning: Pruning, kwargs: dict[str, Any]) -> PrunedCache:
-    """The cache of a forward, made if there is none. Raises for what pruning cannot serve."""
+    """The cache of a forward; a new one if the call has none.
+
+    Raises UnsupportedModeError for options and caches that pruning cannot be combined with.
+    """
     cache = compat.given_cache(kwargs)
     if kwargs.get("output_attentions"):
         raise UnsupportedModeError(
@@ -133,7 +143,7 @@ def _cache_of(pruning: Pruning, kwargs: dict[str, Any]) -> PrunedCache:
             "a forward without a cache cannot be pruned: use_cache=True, or remove()"
         )
     if isinstance(cache, PrunedCache) and cache._generating:
-        return cache  # generate() has looked at it, and a compiled step should not again
+        return cache  # generate() has checked it; a compiled step must not check again
     if getattr(pruning.model.config, "output_attentions", False):
         raise UnsupportedModeError(
             "model.config.output_attentions is set, and dropped tokens have no attention to "
@@ -146,19 +156,24 @@ def _cache_of(pruning: Pruning, kwargs: dict[str, Any]) -> PrunedCache:
 def _finish(
     pruning: Pruning, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    """Model hook: a prompt that has been read becomes a report. Without an output it failed."""
+    """Forward hook of the model: make the report once a prompt has been read.
+
+    output: None where the forward raised an exception
+    """
     cache = compat.given_cache(kwargs)
     if not isinstance(cache, PrunedCache):
-        return  # it has been refused
+        return  # `_begin` has refused the call
     cache._in_forward = False
     prefill = cache.shared.prefill
     if output is None or prefill is None or prefill.located is None:
         return
     drafts = int(cache.get_seq_length()) - prefill.prompt.end
     cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, prefill.located)
+    stock.release_views(cache.layers)
     report = build_report(cache, prefill)
     cache._finish(report)
     if cache._generating or not hasattr(pruning.calls, "left_out"):
-        pruning.report = report  # else a forward beside a generate(), of its negative prompt
+        # Otherwise it is a forward that generate() adds for a negative prompt, with its own cache.
+        pruning.report = report
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("%s", report.summary)

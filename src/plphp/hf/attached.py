@@ -1,4 +1,4 @@
-"""Pruning that is attached to a model, and the mark by which it is found."""
+"""`Pruning`, the object that is attached to a model, and how to find it on a model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from plphp.policy import Policy
 from plphp.recall import Recall
 from plphp.report import Report
 
-MARK = "_plphp"  # attribute of an attached model that holds its Pruning
+MARK = "_plphp"  # name of the attribute of an attached model that holds its Pruning
 COPIED = "an attached model cannot be copied: remove() the pruning first"
 SAVED = "an attached model cannot be saved: remove() the pruning first"
 
 
 class Pruning:
-    """Pruning attached to one model object; `remove()` or leaving the `with` takes it off.
+    """What `plphp.prune` returns: a pruning that is attached to one model object.
 
-    Entering a `with` after `remove()` attaches it again.
+    `remove()`, or leaving the `with` block, detaches it. Entering a `with` block after `remove()`
+    attaches it again.
 
-    report: of the last finished prefill; `cache.report` of a `PrunedCache` is exact where several
-        threads generate on one model
+    report: `Report` of the last finished prefill on this model, None before the first. Where
+        several threads generate on one model, read `PrunedCache.report`: each cache has its own
+
+    Entering raises UnsupportedModeError while another `with` block has entered the same pruning.
     """
 
     def __init__(
@@ -43,10 +46,11 @@ class Pruning:
         self.recall = recall
         self.vision_mask = vision_mask
         self.report: Report | None = None
-        self.layers: tuple[int, ...] = ()  # decoder layers that are attached
+        self.layers: tuple[int, ...] = ()  # indices of the attached decoder layers
         self.decoder: list[nn.Module] = []  # the modules of those layers
         self.over_ranks = compat.over_ranks(model)
-        self.calls = threading.local()  # `left_out` while a generate() runs in this thread
+        # Has the attribute `left_out` in a thread while a generate() runs in it.
+        self.calls = threading.local()
         self._undo: list[Callable[[], None]] = []
         self._entered = False
         self._attach = attach
@@ -70,7 +74,7 @@ class Pruning:
         self.remove()
 
     def remove(self) -> None:
-        """Leave the model as it was. Safe to call twice."""
+        """Detach, so that the model is as it was before. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
 
@@ -81,7 +85,7 @@ class Pruning:
         raise UnsupportedModeError(SAVED)
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an instance attribute; undone by restoring what the instance itself held."""
+        """Set an attribute of an instance. `remove` restores the instance's own value, or none."""
         before = vars(owner).get(name)
         had = name in vars(owner)
         setattr(owner, name, value)
@@ -90,9 +94,9 @@ class Pruning:
 
 
 def attached(model: Any) -> Pruning | None:
-    """The pruning attached to a model, if any."""
-    found: Pruning | None = getattr(base_model(model), "__dict__", {}).get(MARK)
-    return found
+    """The pruning that is attached to a model, or None."""
+    pruning: Pruning | None = getattr(base_model(model), "__dict__", {}).get(MARK)
+    return pruning
 
 
 def base_model(model: Any) -> Any:

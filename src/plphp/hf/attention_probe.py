@@ -1,6 +1,7 @@
-"""How much attention decoding pays to chosen slots of the cache, seen beside the model's own.
+"""Measures how much attention each decoded token pays to chosen slots of the cache.
 
-Set as `cache.shared.watch` once the prompt is read, for conversations of one row.
+The probe is set as `cache.shared.watch` after the prefill. It computes the attention
+probabilities a second time, next to the model's own attention, for conversations of one row.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from plphp.report import LayerReport, Seen
 
 @dataclass
 class AttentionProbe:
-    """Sums up, layer by layer, what every new token reads from groups of slots.
+    """Measures, in every layer, the attention of each new token to groups of slots.
 
-    groups: layer -> (n, Hkv, S) bool, which of the first S slots belong to each group; with recall
-        the one group is the vision tokens that were read, of a single token with `home="host"`
-    seen: layer -> (n, T) float32, mean over heads of the attention to each group, 0 to 1
+    groups: layer -> (n, Hkv, S) bool, which of the first S slots belong to each of n groups. With
+        recall these masks are not used: the one group is the vision tokens that the step reads,
+        and with `home="host"` only steps of a single token can be measured
+    seen: layer -> (n, T) float32 on the CPU, mean over the query heads of the attention to each
+        group, 0 to 1, for all T tokens since the probe was set
     """
 
     groups: Mapping[int, Tensor]
@@ -34,35 +37,40 @@ class AttentionProbe:
     def __call__(
         self, module: nn.Module, query: Tensor, layer: PrunedLayer, kwargs: dict[str, Any]
     ) -> None:
-        """query (1, H, T, D) of T new columns, whose keys the layer holds already."""
+        """Add the attention of query (1, H, T, D), T new columns whose keys the layer holds."""
         index, store = int(module.layer_idx), layer.store  # type: ignore[arg-type]
         if index not in self.groups or store is None:
             return
         if layer.parked is None:
-            held, visible, own = store.held()[0], store.visible(query.shape[2]), self.groups[index]
+            stored, visible = store.held()[0], store.visible(query.shape[2])
+            groups = self.groups[index]
         else:
             assert isinstance(store, KVStore)
-            held, visible, own = layer.parked.looked_at(store, query.shape[2])
-        keys = held[0]  # (Hkv, S, D): KV heads take the place of rows
+            stored, visible, groups = layer.parked.looked_at(store, query.shape[2])
+        keys = stored[0]  # (Hkv, S, D): `window_probabilities` takes the KV heads as rows
         grouped = query[0].reshape(keys.shape[0], -1, *query.shape[2:])
         if visible is None:
             visible = torch.ones(1, device=keys.device, dtype=torch.bool)
         shape = keys.shape[0], query.shape[2], keys.shape[1]
         scale, softcap = compat.scale(query, kwargs), compat.softcap(module.config, kwargs)
-        seen = visible.expand(1, *shape)[0]
-        probs = window_probabilities(grouped, keys[:, None], seen, scale, softcap)
-        probs, groups = probs[..., : own.shape[-1]], own.to(probs)
-        found = torch.einsum("hgts,nhs->nt", probs, groups) / query.shape[1]
+        visible = visible.expand(1, *shape)[0]
+        probs = window_probabilities(grouped, keys[:, None], visible, scale, softcap)
+        probs, groups = probs[..., : groups.shape[-1]], groups.to(probs)
+        new = (torch.einsum("hgts,nhs->nt", probs, groups) / query.shape[1]).cpu()
         before = self.seen.get(index)
-        self.seen[index] = found.cpu() if before is None else torch.cat([before, found.cpu()], -1)
+        self.seen[index] = new if before is None else torch.cat([before, new], -1)
 
 
 def kept_slots(layer: LayerReport, seen: Seen) -> Tensor:
-    """(1, Hkv, S) bool: which slots of a pruned layer hold vision tokens. One row, no padding."""
+    """(1, Hkv, S) bool: which slots of a pruned layer hold vision tokens.
+
+    layer, seen: of a report of one row without padding
+    """
     kept, _ = _masks(layer, seen)
     text = (seen.spans[0] == 0).expand_as(kept)
-    held = kept | text
-    return torch.stack([k[h] for k, h in zip(kept, held, strict=True)])[None]
+    stays = kept | text
+    # Slots hold the columns that stay, in ascending order.
+    return torch.stack([head[mask] for head, mask in zip(kept, stays, strict=True)])[None]
 
 
 def kept_and_dropped(layer: LayerReport, seen: Seen) -> Tensor:
@@ -71,6 +79,7 @@ def kept_and_dropped(layer: LayerReport, seen: Seen) -> Tensor:
 
 
 def _masks(layer: LayerReport, seen: Seen) -> tuple[Tensor, Tensor]:
+    """Two masks (Hkv, N) bool: the vision tokens that each KV head kept, and that it dropped."""
     vision = seen.spans[0] > 0
     kept = torch.stack([torch.isin(seen.positions[0], head) & vision for head in layer.kept[0]])
     return kept, vision & ~kept

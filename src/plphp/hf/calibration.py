@@ -1,4 +1,4 @@
-"""Thresholds that fit a model: alpha and beta from its own vision attention."""
+"""Finds the thresholds alpha and beta that fit a model, from its own vision attention."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from plphp.policy import PLPHP, calibrated
 def calibrate(
     model: Any, samples: Iterable[Mapping[str, Any]], budget: float = 0.4, spread: float = 0.75
 ) -> PLPHP:
-    """PLPHP whose layers fall into three equal classes on these prompts and keep `budget` together.
+    """Make a PLPHP policy whose thresholds and rates are fitted to a model.
 
-    model: one that `plphp.prune` takes and that is not attached
-    samples: keyword arguments of `model.generate` for a prompt with images each, such as a
-        processor's output; a few dozen are enough
-    budget: mean share of vision K/V kept over layers and samples, 0 to 1
-    spread: delta_r as a share of r, where r + delta_r leaves room for it
+    model: a model that `plphp.prune` accepts and that is not attached
+    samples: keyword arguments of `model.generate`, one mapping a prompt with images, such as a
+        processor's output. A few dozen prompts are enough
+    budget: share of vision K/V to keep, in the mean over layers and samples, 0 to 1
+    spread: delta_r as a share of r. delta_r is smaller where r + delta_r would be above 1
 
-    alpha and beta are the 2/3 and 1/3 quantiles of gamma over all layers and samples: the paper's
-    .25 and .1 put all layers of some models into one class. Which share a single prompt keeps
-    still depends on it. Raises InputError without vision tokens, otherwise as `plphp.prune`.
+    alpha and beta are the 2/3 and 1/3 quantiles of gamma over all layers and samples, so that a
+    third of the layers falls into each class. With the paper's thresholds .25 and .1 all layers of
+    some models are in one class. The share that a single prompt keeps still depends on its gammas.
+
+    Raises InputError if no sample has vision tokens, ValueError for a budget or a spread out of
+    range, and otherwise as `plphp.prune`.
+    Source: plphp's own; the paper gives fixed thresholds.
     """
     gammas: list[float] = []
     with prune(model, PLPHP(r=1.0, delta_r=0.0)) as pruning, torch.inference_mode():

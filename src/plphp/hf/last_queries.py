@@ -31,34 +31,38 @@ class LastQueries:
 def last_queries(
     prefill: Prefill, store: KVStore, queries: int, first: int, window: int
 ) -> LastQueries:
-    """The last `window` tokens of each row.
+    """The queries of the last `window` prompt tokens of each row, at most as many as there are.
 
-    queries: how many queries were computed; first: column of the first of them
+    queries: how many queries this forward computed
+    first: the column of the first of them
     """
 
-    def made() -> LastQueries:
+    def compute() -> LastQueries:
         spans = slot_spans(prefill, store.start, store.end)
         slots = last_columns(spans, min(window, queries))
-        place = slots + (store.logical - store.end) - first  # slots end where columns end
+        place = slots + (store.logical - store.end) - first  # the last slot is the last column
         slots = slots.masked_fill((place < 0) | (place >= queries), -1)
-        every = torch.arange(store.end, device=spans.device)
-        visible = (every <= slots[..., None]) & (spans >= 0)[:, None]
+        all_slots = torch.arange(store.end, device=spans.device)
+        visible = (all_slots <= slots[..., None]) & (spans >= 0)[:, None]
         return LastQueries(spans, slots, place.clamp(0, queries - 1), visible)
 
     key = ("last queries", store.end, queries, first, window, store.start.device)
-    return prefill.once(key, made)
+    return prefill.once(key, compute)
 
 
 def slot_spans(prefill: Prefill, start: Tensor, end: int) -> Tensor:
-    """Spans (B, end) of a layer's slots: earlier turns count as text, fillers as padding."""
+    """Spans (B, end) int64 of a layer's slots: earlier turns count as text, fillers as padding.
+
+    start: (B,) int64 first slot of each row; end: number of slots in use
+    """
     spans = prefill.where.spans.to(start.device)
-    held = torch.zeros(len(spans), end - spans.shape[1], dtype=spans.dtype, device=start.device)
-    slots = torch.cat([held, spans], -1)
+    earlier = torch.zeros(len(spans), end - spans.shape[1], dtype=spans.dtype, device=start.device)
+    slots = torch.cat([earlier, spans], -1)
     return slots.masked_fill(torch.arange(end, device=start.device) < start[:, None], -1)
 
 
 def slot_positions(prefill: Prefill, end: int) -> Tensor:
-    """Row-logical position (B, end) of each slot of the prompt; meaningless for earlier slots."""
+    """Position (B, end) int64 of the token in each slot; 0 in the slots of earlier turns."""
 
     def padded() -> Tensor:
         positions = prefill.where.positions()
@@ -68,10 +72,10 @@ def slot_positions(prefill: Prefill, end: int) -> Tensor:
 
 
 def last_columns(spans: Tensor, count: int) -> Tensor:
-    """(B, count) int64: the slots of each row's last tokens, ascending, -1 where it has fewer.
+    """(B, count) int64: the slots of the last tokens of each row, ascending.
 
-    spans (B, N), -1 for padding.
+    spans: (B, N) int64, -1 for padding. A row with fewer tokens than `count` begins with -1.
     """
     slots = torch.arange(spans.shape[1], device=spans.device)
-    found = torch.where(spans >= 0, slots, -1).topk(min(count, spans.shape[1]), sorted=True)
-    return found.values.flip(-1)
+    last = torch.where(spans >= 0, slots, -1).topk(min(count, spans.shape[1]), sorted=True)
+    return last.values.flip(-1)

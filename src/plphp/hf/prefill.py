@@ -1,8 +1,9 @@
-"""What happens in a layer once the prompt's attention has run: it is scored, planned, compacted.
+"""Scores, plans and compacts a layer after the prompt's attention has run in it.
 
-There is one function for each kind of policy. A policy that decides layer by layer compacts at
-once. Where the layers share a budget, they wait for the last one. A sequence method only plans
-here; `sequence` takes its tokens out of the hidden states. With recall, dropped tokens are parked.
+There is one function for each kind of policy. With a policy that decides layer by layer, the layer
+is compacted at once. With a policy whose layers share a budget, the layers wait for the last one.
+A sequence method only plans here; the tokens are removed in `sequence`. With recall, dropped
+tokens are parked.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from plphp.hf.recall import park_layer
 from plphp.hf.remaining_tokens import RemainingTokens
 from plphp.policy import CachePolicy, KeepPlan, LayerView, Look
 
+# Keyword arguments of attention functions whose effect on the probabilities is not computed here.
 REFUSED = {"s_aux": "attention sinks", "position_bias": "position biases"}
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A layer that holds a whole prompt, with what a policy sees of it.
+    """A layer that has read the whole prompt, with the scores of its tokens.
 
+    store: keys and values of the prompt, without drafts
+    view: the input of the policy
     drafts: keys and values (B, Hkv, T, D) of the tokens that assisted decoding guessed after the
         prompt; they are kept
     """
@@ -42,7 +46,7 @@ class Scored:
     drafts: tuple[Tensor, Tensor]
 
     def compact(self, plan: KeepPlan, prefill: Prefill) -> None:
-        """Keep what the plan says, and remember it for the report."""
+        """Compact the layer to the columns of a plan, and record the plan for the report."""
         positions = slot_positions(prefill, self.store.end)
         prefill.plans[self.view.layer] = (plan, self.view.spans, positions)
         self.layer.compact(plan, self.drafts)
@@ -50,7 +54,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A scored layer that waits for the plan of all layers. It keeps no attention probabilities."""
+    """A scored layer that waits for the plan of all layers. It holds no attention probabilities.
+
+    positions: (B, slots) int64, row-logical position of each slot
+    drafts: as in `Scored`
+    """
 
     layer: PrunedLayer
     look: Look
@@ -61,9 +69,11 @@ class Waiting:
 def after_attention(
     module: nn.Module, query: Tensor, layer: PrunedLayer, prefill: Prefill, kwargs: dict[str, Any]
 ) -> None:
-    """Score the prompt's last tokens and act on it, once the layer holds the whole prompt.
+    """Score the last prompt tokens, and plan or compact, if the layer holds the whole prompt now.
 
-    query (B, H, T, D) of this forward.
+    query: (B, H, T, D) of this forward
+    kwargs: the keyword arguments of the attention function
+    Raises UnsupportedModelError for attention whose probabilities cannot be computed here.
     """
     store, policy, shared = layer.store, layer.shared.policy, layer.shared
     if not isinstance(store, KVStore):
@@ -72,7 +82,7 @@ def after_attention(
     if prefill.remaining is not None:
         return adopt_remaining(layer, store, prefill, index)
     query = layer.with_recent(query)
-    if store.logical < end:  # a chunk of the prompt; its images are known with the last one
+    if store.logical < end:  # a chunk that is not the last one
         layer.recent = query[:, :, -policy.window :].clone() if policy.window > 1 else None
         return
     layer.recent = None
@@ -89,17 +99,17 @@ def after_attention(
 
 
 def plan_now(scored: Scored, prefill: Prefill) -> None:
-    """A policy that decides layer by layer: compact at once."""
+    """For a policy that decides layer by layer: plan and compact at once."""
     scored.compact(scored.layer.shared.policy.plan(scored.view), prefill)
 
 
 def park(scored: Scored, prefill: Prefill) -> None:
-    """Recall: the tokens that the layer does not hold are parked."""
+    """For any policy with recall: park the vision tokens and compact the layer at once."""
     scored.compact(park_layer(scored.layer, scored.view), prefill)
 
 
 def plan_together(scored: Scored, prefill: Prefill) -> None:
-    """A policy whose layers share a budget: the last layer plans and compacts all of them."""
+    """For a policy whose layers share a budget: plan and compact all layers in the last one."""
     layer, policy = scored.layer, scored.layer.shared.policy
     assert isinstance(policy, CachePolicy)
     positions = slot_positions(prefill, scored.store.end)
@@ -110,13 +120,13 @@ def plan_together(scored: Scored, prefill: Prefill) -> None:
     indices = sorted(prefill.waiting)
     plans = policy.plan_all([prefill.waiting[index].look for index in indices])
     for index, plan in zip(indices, plans, strict=True):
-        one = prefill.waiting.pop(index)
-        prefill.plans[index] = (plan, one.look.spans, one.positions)
-        one.layer.compact(plan, one.drafts)
+        ready = prefill.waiting.pop(index)
+        prefill.plans[index] = (plan, ready.look.spans, ready.positions)
+        ready.layer.compact(plan, ready.drafts)
 
 
 def plan_hidden_states(scored: Scored, prefill: Prefill) -> None:
-    """A sequence method: plan which tokens stay in the hidden states of the next layers."""
+    """For a sequence method: plan which tokens stay in the hidden states of the next layers."""
     shared = scored.layer.shared
     plan = shared.policy.plan(replace(scored.view, kv_heads=1))
     flash = "flash" in shared.config._attn_implementation
@@ -131,7 +141,7 @@ BY_KIND: dict[str, Callable[[Scored, Prefill], None]] = {
 
 
 def adopt_remaining(layer: PrunedLayer, store: KVStore, prefill: Prefill, index: int) -> None:
-    """A layer behind the one where tokens left: the columns that it was given are all it holds."""
+    """Record what a layer holds that was only given the tokens remaining in the hidden states."""
     assert prefill.remaining is not None
     plan, where = prefill.remaining.plan, prefill.where
     store.name_columns(plan, prefill.prompt.end)
@@ -149,18 +159,21 @@ def _view(
     window: int,
     kwargs: dict[str, Any],
 ) -> LayerView:
-    """What a policy sees of a layer.
+    """The input of a policy for one layer, without the fields that `after_attention` adds.
 
-    query (B, H, T, D): of the columns from `first` on; the last `window` tokens of each row are
-    scored. Raises UnsupportedModelError for attention that cannot be computed again.
+    query: (B, H, T, D), of the columns from `first` on
+    window: how many last tokens of each row are scored
+    Raises UnsupportedModelError for attention whose probabilities cannot be computed here.
     """
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} uses {what}; it cannot be scored")
+            raise UnsupportedModelError(
+                f"{type(module).__name__} uses {what}, so its tokens cannot be scored"
+            )
     keys, values = store.held()
     last = last_queries(prefill, store, query.shape[2], first, window)
     rows = torch.arange(len(query), device=query.device)[:, None]
-    seen = window_probabilities(
+    probs = window_probabilities(
         query[rows, :, last.place].transpose(1, 2),
         keys,
         last.visible,
@@ -168,10 +181,10 @@ def _view(
         compat.softcap(module.config, kwargs),
     )
     return LayerView(
-        probs=seen[:, :, -1],
+        probs=probs[:, :, -1],
         spans=last.spans,
         kv_heads=keys.shape[1],
-        window=seen,
+        window=probs,
         asked=last.slots,
         keys=keys,
         values=values,

@@ -1,4 +1,4 @@
-"""A prompt on its way into a cache: its columns, its images, and what its layers have decided."""
+"""One prompt: its columns, where its images are, and the state while the model reads it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plphp.hf.vision_mask import Mask, mask_columns
 from plphp.models import find_spans, processor_inputs
 from plphp.policy import KeepPlan
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -91,35 +91,44 @@ class Prefill:
     remaining: RemainingTokens | None = None
     waiting: dict[int, Any] = field(default_factory=dict)
     plans: dict[int, tuple[KeepPlan, Tensor, Tensor]] = field(default_factory=dict)
-    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
+    _results: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     @property
     def where(self) -> Located:
-        """Where the images are. It is known once the prompt's last column has been seen."""
+        """Where the images are. Only available once the prompt's last column has been read."""
         assert self.located is not None, "the prompt has not been read to its end"
         return self.located
 
     def locate(self, batch: int, attention_mask: Tensor | None) -> None:
-        """Find the images, for a forward of `batch` rows: beams repeat the prompt's rows."""
-        self._made.clear()
+        """Find the images, for a forward of `batch` rows: beams repeat the prompt's rows.
+
+        attention_mask: that of the forward, None if the prompt has its own or none
+        """
+        self._results.clear()
         self.located = locate(self.prompt, batch, attention_mask)
 
-    def once(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
-        """The result of `make`, computed once for all layers of a first prompt.
+    def once(self, key: tuple[Any, ...], compute: Callable[[], Result]) -> Result:
+        """The result of `compute`, called once for all layers of a first prompt.
 
-        The layers of a first prompt hold the same slots. In later turns each layer holds others.
+        key: names the result; layers with equal keys share it
+
+        The layers of a first prompt hold the same columns, so the result is the same in all of
+        them. In later turns each layer holds other columns, and `compute` is called in each.
         """
         if self.prompt.begin:
-            return make()
-        if key not in self._made:
-            self._made[key] = make()
-        found: Made = self._made[key]
-        return found
+            return compute()
+        if key not in self._results:
+            self._results[key] = compute()
+        result: Result = self._results[key]
+        return result
 
 
 def locate(prompt: Prompt, batch: int, attention_mask: Tensor | None) -> Located:
-    """Find the images of a prompt. Raises InputError where the rows do not fit."""
-    spans, notes = _found(prompt) if prompt.vision_mask is None else (_given(prompt), ())
+    """Find the images of a prompt, for a forward of `batch` rows.
+
+    Raises InputError if the rows of the prompt or of `vision_mask` cannot be repeated to `batch`.
+    """
+    spans, notes = _spans(prompt)
     if batch % len(spans):
         what = "the prompt" if prompt.vision_mask is None else "vision_mask"
         raise InputError(f"{what} has {len(spans)} rows and the model sees {batch}")
@@ -134,14 +143,18 @@ def locate(prompt: Prompt, batch: int, attention_mask: Tensor | None) -> Located
         if mask.shape[1] >= prompt.end:
             before = mask[:, : prompt.begin].sum(-1)
     if prompt.earlier is not None:
-        spans, before = _whole(prompt, spans, mask), torch.zeros_like(before)
-    least, images = torch.stack(spans.aminmax()).tolist()
-    prunes = prompt.static or least != 0 or images > 0
+        spans, before = _with_earlier(prompt, spans, mask), torch.zeros_like(before)
+    lowest, images = torch.stack(spans.aminmax()).tolist()
+    prunes = prompt.static or lowest != 0 or images > 0
     return Located(spans, prompt.end, before, images, prunes, notes)
 
 
-def _whole(prompt: Prompt, spans: Tensor, mask: Tensor | None) -> Tensor:
-    """Spans (B, end) of the whole conversation. spans: of the new columns, images from 1."""
+def _with_earlier(prompt: Prompt, spans: Tensor, mask: Tensor | None) -> Tensor:
+    """Spans (B, end) of the whole conversation, images numbered on from those of earlier turns.
+
+    spans: (B, length) of the prompt, images numbered from 1
+    mask: (B, columns), 0 for padding
+    """
     assert prompt.earlier is not None
     earlier = prompt.earlier.to(spans.device)
     earlier = earlier.repeat_interleave(len(spans) // len(earlier), dim=0)
@@ -151,21 +164,20 @@ def _whole(prompt: Prompt, spans: Tensor, mask: Tensor | None) -> Tensor:
     return torch.cat([earlier, torch.where(spans > 0, spans + before, spans)], -1)
 
 
-def _found(prompt: Prompt) -> tuple[Tensor, tuple[str, ...]]:
-    """Spans (B, length) from the model's inputs, and remarks on them."""
+def _spans(prompt: Prompt) -> tuple[Tensor, tuple[str, ...]]:
+    """Spans (B, length) of the prompt, and remarks on them.
+
+    They come from the caller's `vision_mask` if there is one, else from the model's inputs.
+    """
+    if prompt.vision_mask is not None:
+        ids = prompt.source.get("input_ids")
+        return mask_columns(prompt.vision_mask, ids, prompt.begin, prompt.length), ()
     return find_spans(
         prompt.config,
         _columns(prompt, "input_ids"),
         None,
         _columns(prompt, "mm_token_type_ids"),
         processor_inputs(prompt.source),
-    )
-
-
-def _given(prompt: Prompt) -> Tensor:
-    """Spans (B, length) from the caller's `vision_mask`."""
-    return mask_columns(
-        prompt.vision_mask, prompt.source.get("input_ids"), prompt.begin, prompt.length
     )
 
 
@@ -176,12 +188,15 @@ def _columns(prompt: Prompt, name: str) -> Tensor | None:
 
 
 def _padding(mask: Any, end: int) -> Tensor | None:
-    """(B, columns) 0 for padding, of a 2D mask or of the 4D masks that static caches get."""
+    """(B, columns), 0 for padding, from a 2D mask or from the 4D masks of static caches.
+
+    end: the column after the prompt's last one
+    """
     if isinstance(mask, dict):
         mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
     if not isinstance(mask, Tensor):
         return None
     if mask.dim() == 2:
         return mask
-    row = mask[:, 0, -1, :end]  # what the last token of the prompt may see
+    row = mask[:, 0, -1, :end]  # what the last prompt token may attend to
     return row if row.dtype == torch.bool else row == 0

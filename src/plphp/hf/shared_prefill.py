@@ -1,8 +1,9 @@
-"""One prefill, many policies: for comparing methods, whose prompts are read alike.
+"""Reads a prompt once and makes the caches of many policies from it, to compare methods.
 
-A prompt's own forward does not depend on what is kept of it afterwards. So it is run once, with a
-policy that keeps everything and remembers what every layer looked like; any number of pruned caches
-are then made of it by the same policies and the same compaction as in a run of their own.
+The prefill itself does not depend on what is kept afterwards. So it runs once, with a policy that
+keeps everything and records the input that a policy gets in each layer. Any number of pruned caches
+are then made from the record, with the same policies and the same compaction as in runs of their
+own.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ from plphp.report import Seen
 
 
 @dataclass
-class Witness(Policy):
-    """Keeps everything, and what each layer looked like. window: the largest of those to come."""
+class Recorder(Policy):
+    """A policy that keeps everything and records the view of every layer.
+
+    window: how many last prompt tokens are scored
+    views: layer -> its view
+    """
 
     window: int = 64
     views: dict[int, LayerView] = field(default_factory=dict)
@@ -43,14 +48,15 @@ class Witness(Policy):
 
 @dataclass(frozen=True)
 class SharedPrefill:
-    """A prompt that has been read once; holds its whole, unpruned cache.
+    """A batch of prompts that has been read once, with its unpruned cache.
 
-    first: (B, 1) int64, the greedy first token of the answer, which is the same for all policies
-    logits: (B, vocabulary) that it was chosen from
-    columns: N, of the prompt
-    cache, views: everything that its layers hold, and what they looked like to a policy
-    window: how many last prompt tokens that policy saw
-    seen: where its images stand, for the reports of the caches made of it
+    first: (B, 1) int64, the greedy first token of the answer, the same for all policies
+    logits: (B, vocabulary), from which `first` was chosen
+    columns: N, number of columns of the prompt
+    cache: the unpruned cache
+    views: layer -> the input that a policy gets; empty if a policy read the prompt that prunes
+    window: how many last prompt tokens were scored
+    seen: where the images are, for the reports of the caches that are made
     """
 
     first: Tensor
@@ -62,26 +68,26 @@ class SharedPrefill:
     seen: Seen | None = None
 
     def pruned(self, pruning: Pruning) -> PrunedCache:
-        """The cache that a prefill under `pruning` would have left, with its report.
+        """The cache that a prefill under another pruning would have left, with its report.
 
-        pruning: of the model that read the prompt, with a policy that prunes the cache and looks
-            at no more last tokens than were kept in mind
+        pruning: attached to the same model, with a policy that prunes the cache and whose `window`
+            is at most that of this object
         Raises UnsupportedModeError for other policies.
         """
-        made = pruning.policy
-        if not made.prunes_cache or made.window > self.window:
+        policy = pruning.policy
+        if not policy.prunes_cache or policy.window > self.window:
             raise UnsupportedModeError(
-                f"{type(made).__name__} cannot be planned afterwards: it changes the prompt's "
-                "forward, or looks at more tokens than were remembered"
+                f"{type(policy).__name__} cannot be planned afterwards: it changes the prefill "
+                f"itself, or scores more than the last {self.window} prompt tokens"
             )
         cache = PrunedCache(pruning.model)
         cache.shift = copy.copy(self.cache.shift)
         prefill = self._begun(cache, pruning)
         cache.layers = [self._layer(index, cache) for index in range(len(self.cache.layers))]
-        views = {index: _narrow(view, made.window) for index, view in self.views.items()}
-        parks = cache.shared.recall is not None
-        cache.shared.spans = prefill.where.spans if parks else None
-        planned = dict.fromkeys(views) if parks else plan_views(made, views)
+        views = {index: _narrow(view, policy.window) for index, view in self.views.items()}
+        recalls = cache.shared.recall is not None
+        cache.shared.spans = prefill.where.spans if recalls else None
+        planned = dict.fromkeys(views) if recalls else plan_views(policy, views)
         for index, plan in planned.items():
             plan = adopt_view(cache.layers[index], views[index], plan)
             prefill.plans[index] = (plan, views[index].spans, slot_positions(prefill, self.columns))
@@ -89,41 +95,48 @@ class SharedPrefill:
         return cache
 
     def _begun(self, cache: PrunedCache, pruning: Pruning) -> Prefill:
-        """The state of a prefill that has located its images already."""
+        """The state of the prefill, with its images located."""
         prefill = cache._begin(self.columns, {}, pruning)
         spans = [view.spans for view in self.views.values()]
-        found = spans[0] if spans else torch.zeros(len(self.first), self.columns).long()
-        before = torch.zeros(len(self.first), device=found.device).long()
-        images = int(found.max())
-        prefill.located = Located(found, self.columns, before, images, bool(spans))
+        where = spans[0] if spans else torch.zeros(len(self.first), self.columns).long()
+        before = torch.zeros(len(self.first), device=where.device).long()
+        images = int(where.max())
+        prefill.located = Located(where, self.columns, before, images, bool(spans))
         return prefill
 
     def _layer(self, index: int, cache: PrunedCache) -> Any:
+        """An empty layer for `cache`, or a copy of a layer that is not pruned."""
         layer = self.cache.layers[index]
         if not isinstance(layer, PrunedLayer):
             return copy.deepcopy(layer)
-        own = PrunedLayer(layer.window, cache.shared)
-        if index not in self.views:  # a prompt without images and padding
-            own.store = copy.deepcopy(layer.store)
-        own.is_initialized = True
-        return own
+        new = PrunedLayer(layer.window, cache.shared)
+        if index not in self.views:  # no layer of a prompt without images and padding has a view
+            new.store = copy.deepcopy(layer.store)
+        new.is_initialized = True
+        return new
 
 
 def read(model: Any, inputs: Mapping[str, Tensor], window: int = 64) -> SharedPrefill:
-    """Read a batch of prompts once. inputs: keyword arguments of `model.generate`.
+    """Read a batch of prompts once, for any number of policies.
 
-    window: how many last prompt tokens the policies to come may look at, at most
+    model: one that is not attached
+    inputs: keyword arguments of `model.generate`
+    window: how many last prompt tokens to score; policies with a larger `window` are refused later
+    Raises as `plphp.prune`.
     """
-    witness = Witness(window)
-    with prune(model, witness):
+    recorder = Recorder(window)
+    with prune(model, recorder):
         prompt = read_into(PrunedCache(model), model, inputs)
     report = prompt.cache.report
     seen = None if report is None else report.seen
-    return replace(prompt, views=witness.views, window=window, seen=seen)
+    return replace(prompt, views=recorder.views, window=window, seen=seen)
 
 
 def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> SharedPrefill:
-    """Read a batch of prompts with whatever is attached; nothing can be planned of it again."""
+    """Read a batch of prompts into a cache, under the pruning that is attached to the model.
+
+    The result has no views, so that no other cache can be made from it.
+    """
     out = model.generate(
         **inputs,
         cache=cache,
@@ -137,14 +150,17 @@ def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> S
 
 
 def adopt(layer: PrunedLayer, keys: Tensor, values: Tensor, plan: KeepPlan) -> None:
-    """Make a layer hold what a plan keeps of a prompt's keys and values (B, Hkv, N, D)."""
+    """Store in a layer what a plan keeps of the keys and values (B, Hkv, N, D) of a prompt."""
     layer.is_initialized = True
     layer.store = KVStore(keys, values, layer.window)
     layer.compact(plan)
 
 
 def adopt_view(layer: PrunedLayer, view: LayerView, plan: KeepPlan | None) -> KeepPlan:
-    """Make a layer hold what a plan keeps of a view; without one, what recall lets it hold."""
+    """Store in a layer what a plan keeps of a view, and return the plan.
+
+    plan: None with recall, which parks the vision tokens and makes the plan
+    """
     assert view.keys is not None and view.values is not None
     if plan is None:
         layer.store = KVStore(view.keys, view.values, layer.window)
@@ -154,7 +170,7 @@ def adopt_view(layer: PrunedLayer, view: LayerView, plan: KeepPlan | None) -> Ke
 
 
 def _narrow(view: LayerView, window: int) -> LayerView:
-    """The view of a policy that asks for the last `window` tokens only."""
+    """The same view with the scores of the last `window` prompt tokens only."""
     if view.window is None or view.asked is None:
         return view
     last = min(window, view.window.shape[2])

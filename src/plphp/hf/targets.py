@@ -1,4 +1,4 @@
-"""What `prune` accepts: which model, which of its layers, which policy."""
+"""The models, layers and policies that `plphp.prune` accepts, and why it refuses others."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from plphp.policy import PLPHP, Policy, SequencePolicy, policy
 
 
 def chosen_policy(given: Any) -> Policy:
-    """The policy that a user means: an instance, a name, a class with its defaults, None.
+    """The policy that the caller of `plphp.prune` gave, as an object.
 
-    Raises InputTypeError for anything else, and what `policy` raises for an unknown name.
+    given: a policy, the name or the class of one (with its default options), or None for PLPHP()
+    Raises InputTypeError for any other type, and as `policy` does for an unknown name.
     """
     if given is None:
         return PLPHP()
@@ -36,11 +37,15 @@ def chosen_policy(given: Any) -> Policy:
 
 
 def attach_kind(model: Any, policy: Policy, modules: list[Any]) -> list[Callable[[], None]]:
-    """Hooks of a method that works on hidden states, none for others. Raises what `prune` does."""
+    """Check that a policy fits the model, and set the hooks that its kind needs.
+
+    modules: the attention modules to attach to
+    Returns functions that remove the hooks; only sequence methods have any. Raises as `prune`.
+    """
     if policy.kind == "images":
         raise UnsupportedModeError(
-            f"{type(policy).__name__} makes pictures smaller, before the model: resize them to "
-            "policy.size(width, height, multiple) and leave the model as it is"
+            f"{type(policy).__name__} makes the images smaller before the model sees them: resize "
+            "them to policy.size(width, height, multiple), and do not attach the model"
         )
     policy.check(len(modules))
     if not isinstance(policy, SequencePolicy):
@@ -51,25 +56,29 @@ def attach_kind(model: Any, policy: Policy, modules: list[Any]) -> list[Callable
     if len(layers) < len(compat.layer_windows(compat.text_config(model))):
         raise UnsupportedModelError(
             f"{type(policy).__name__} drops hidden states, and some layers of this decoder have no "
-            "ordinary attention: what they need would be missing"
+            "ordinary attention: they need the states of all tokens"
         )
     return attach_sequence(policy, layers)
 
 
 def prunable(model: Any, vision_mask: Mask) -> list[Any]:
-    """The attention modules to attach to, or the reason why there are none."""
+    """The attention modules of the layers that can be pruned.
+
+    Raises UnsupportedModelError if the model has none or plphp cannot find its vision tokens, and
+    UnsupportedModeError if it is attached already.
+    """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        inside = ": pass the model inside it" if hasattr(model, "module") else ""
+        hint = ": pass the model inside it" if hasattr(model, "module") else ""
         raise UnsupportedModelError(
-            f"plphp.prune needs a transformers model, got {type(model).__name__}{inside}"
+            f"plphp.prune needs a transformers model, got {type(model).__name__}{hint}"
         )
     kind = getattr(model.config, "model_type", "unknown")
     if reason := refusal(model.config):
         raise UnsupportedModelError(f"{kind}: {reason}")
     if vision_mask is None and not describes_vision(model.config):
         raise UnsupportedModelError(
-            f"{kind} names no image or video tokens in its config: either it is not a "
-            "vision-language model, or pass vision_mask=..., coded as plphp.vision_spans returns it"
+            f"{kind} names no image or video tokens in its config: if it is a vision-language "
+            "model, pass vision_mask=..., coded as plphp.vision_spans returns it"
         )
     config = compat.text_config(model)
     windows = compat.layer_windows(config)
@@ -88,6 +97,8 @@ def prunable(model: Any, vision_mask: Mask) -> list[Any]:
                 "this model is attached already: remove() that pruning first"
             )
         if hasattr(module, "sinks"):
-            raise UnsupportedModelError(f"{kind} uses attention sinks; it cannot be scored")
+            raise UnsupportedModelError(
+                f"{kind} uses attention sinks, so its tokens cannot be scored"
+            )
         compat.original_attention(module, module.config)
     return chosen

@@ -1,4 +1,4 @@
-"""The vision mask that a caller gives where the vision tokens cannot be found."""
+"""Checks the `vision_mask` that a caller gives if plphp cannot find the vision tokens."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ WANTED = (
 
 
 def checked_mask(given: Any) -> Mask:
-    """What `prune` was given, checked as far as it can be before there is a prompt.
+    """The `vision_mask` of `plphp.prune`: a function as it is, anything else as spans (B, N).
 
-    Raises InputTypeError, a TypeError, or InputError, a ValueError.
+    Raises InputTypeError (a TypeError) for a wrong type, and InputError (a ValueError) for a wrong
+    shape or number.
     """
     if given is None or (callable(given) and not isinstance(given, Tensor)):
         return given  # type: ignore[no-any-return]
@@ -30,27 +31,28 @@ def checked_mask(given: Any) -> Mask:
 
 
 def as_spans(given: Any) -> Tensor:
-    """(B, N) int64 of a tensor, an array or nested lists. Raises as `checked_mask`."""
+    """Spans (B, N) int64 from a tensor, an array or nested lists. Raises as `checked_mask`."""
     try:
         spans = torch.as_tensor(given)
     except ValueError as error:
         raise InputError(f"{WANTED}; got a {type(given).__name__}: {error}") from error
-    except Exception as error:  # whatever reading a foreign type raises
+    except Exception as error:  # reading a foreign type may raise any exception
         raise InputTypeError(f"{WANTED}; got {_named(given)}") from error
     if spans.is_floating_point() or spans.is_complex():
         raise InputTypeError(f"{WANTED}; got {spans.dtype}")
     if spans.dim() != 2:
         raise InputError(f"{WANTED}; got the shape {tuple(spans.shape)}")
     spans = spans.long()
-    if spans.numel() and (least := int(spans.min())) < -1:
-        raise InputError(f"{WANTED}; got the number {least}")
+    if spans.numel() and (lowest := int(spans.min())) < -1:
+        raise InputError(f"{WANTED}; got the number {lowest}")
     return spans
 
 
 def mask_columns(mask: Mask, input_ids: Tensor | None, begin: int, length: int) -> Tensor:
-    """(B, length) int64: what a mask says of the prompt that adds columns `begin` and later.
+    """Spans (B, length) int64 of the prompt with the columns [begin, begin + length).
 
-    A mask covers those columns, or the whole conversation. Raises as `checked_mask`.
+    mask: covers these columns only, or the whole conversation
+    Raises as `checked_mask`, and InputError for another length or image numbers above `length`.
     """
     spans = as_spans(mask(input_ids)) if callable(mask) else as_spans(mask)
     if spans.shape[1] not in (length, begin + length):
@@ -59,11 +61,14 @@ def mask_columns(mask: Mask, input_ids: Tensor | None, begin: int, length: int) 
             f"vision_mask must be (B, N) with N = {length}{whole} for this prompt, got the shape "
             f"{tuple(spans.shape)}; for prompts of different lengths give a function from input_ids"
         )
-    own = spans[:, -length:]
-    if (most := int(own.max())) > length:
-        raise InputError(f"vision_mask numbers an image {most}: number them 1, 2, ... in every row")
-    return own
+    spans = spans[:, -length:]
+    if (highest := int(spans.max())) > length:
+        raise InputError(
+            f"vision_mask numbers an image {highest}: number them 1, 2, ... in every row"
+        )
+    return spans
 
 
 def _named(given: Any) -> str:
+    """How a message names a value: text and None as they are, others by their type."""
     return repr(given) if isinstance(given, str) or given is None else type(given).__name__

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from plphp.models import layouts, patches, sizes
+from plphp.models.boxes import Places
 from plphp.models.layouts import Layout
-from plphp.models.patches import Patches, Places, Shown
+from plphp.models.patches import Patches, Shown
 from plphp.models.sizes import Sizes
 
 

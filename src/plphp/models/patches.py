@@ -10,45 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from plphp.models import sizes
+from plphp.models.boxes import TILES, Box, Patch, Places, cells, clip, grid_cells, padded
 from plphp.models.layouts import Run
-
-WHOLE, TILES = 0, 1  # views: a model may see an image twice, as a whole and cut into tiles
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle, in pixels of the original image."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    @property
-    def width(self) -> float:
-        return self.right - self.left
-
-    @property
-    def height(self) -> float:
-        return self.bottom - self.top
-
-
-@dataclass(frozen=True)
-class Patch:
-    """The part of an image or video that one vision token shows.
-
-    box: the rectangle
-    view: WHOLE, or TILES for a token of a tile
-    frame: index among the sampled frames of a video, 0 for an image
-    """
-
-    box: Box
-    view: int = WHOLE
-    frame: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +47,6 @@ class Shown:
         return Box(0, 0, *self.size)
 
 
-Places = list[Patch | None]
 Patches = Callable[[Shown], Places]
 
 
@@ -190,7 +155,7 @@ def anyres(shown: Shown) -> Places:
     class_tokens: Places = [None] * sizes.classes(config)
     base = class_tokens + _square(shown.whole, config, shown.whole)
     if shown.tokens == len(base) + 1:
-        return [*class_tokens, *_square(_padded(shown.whole), config, shown.whole), None]
+        return [*class_tokens, *_square(padded(shown.whole), config, shown.whole), None]
     found = sizes.tiling(config, height, width)
     scale = min(found.canvas[1] / width, found.canvas[0] / height)
     tops, lefts = (
@@ -200,7 +165,7 @@ def anyres(shown: Shown) -> Places:
         )
     )
     tiles: Places = []
-    for row in _grid_cells(tops, lefts, shown.whole, TILES, 0):
+    for row in grid_cells(tops, lefts, shown.whole, TILES, 0):
         tiles += [*row, None]
     return base + tiles
 
@@ -213,42 +178,10 @@ def pooled_frames(shown: Shown) -> Places:
     return [*(p for f in frames for p in cells(seen, side, side, frame=f)), None]
 
 
-def cells(box: Box, rows: int, columns: int, view: int = WHOLE, frame: int = 0) -> Places:
-    """A box that is cut into rows and columns of equal cells, listed row by row."""
-    tops = [box.top + i * box.height / rows for i in range(rows + 1)]
-    lefts = [box.left + i * box.width / columns for i in range(columns + 1)]
-    return [p for row in _grid_cells(tops, lefts, None, view, frame) for p in row]
-
-
-def _grid_cells(
-    tops: list[float], lefts: list[float], within: Box | None, view: int, frame: int
-) -> list[Places]:
-    """Cells between edges, row by row; what lies outside of `within` is cut off."""
-    return [
-        [
-            _clip(Patch(Box(left, top, right, bottom), view, frame), within)
-            for left, right in pairwise(lefts)
-        ]
-        for top, bottom in pairwise(tops)
-    ]
-
-
-def _clip(patch: Patch, within: Box | None) -> Patch | None:
-    if within is None:
-        return patch
-    box = Box(
-        max(patch.box.left, within.left),
-        max(patch.box.top, within.top),
-        min(patch.box.right, within.right),
-        min(patch.box.bottom, within.bottom),
-    )
-    return Patch(box, patch.view, patch.frame) if box.width > 0 and box.height > 0 else None
-
-
 def _square(box: Box, config: Any, within: Box) -> Places:
     """The patches of the vision tower's square input, which shows `box`, clipped to `within`."""
     side = sizes.side(config)
-    return [_clip(patch, within) for patch in cells(_covered(box, config), side, side) if patch]
+    return [clip(patch, within) for patch in cells(_covered(box, config), side, side) if patch]
 
 
 def _covered(box: Box, config: Any) -> Box:
@@ -257,18 +190,11 @@ def _covered(box: Box, config: Any) -> Box:
     return Box(box.left, box.top, box.left + share * box.width, box.top + share * box.height)
 
 
-def _padded(box: Box) -> Box:
-    """The smallest square that contains a box and has the same centre."""
-    more = abs(box.width - box.height) / 2
-    across, down = (0.0, more) if box.width > box.height else (more, 0.0)
-    return Box(box.left - across, box.top - down, box.right + across, box.bottom + down)
-
-
 def _shown_part(shown: Shown) -> Box:
     """The part of the image that LLaVA's square input shows: CLIP crops it, SigLIP stretches it."""
     processor, box = shown.processor, shown.whole
     if getattr(processor, "do_pad", False):
-        box = _padded(box)
+        box = padded(box)
     kind = shown.config.vision_config.model_type
     crops = getattr(processor, "do_center_crop", "clip" in kind and "siglip" not in kind)
     if not crops:

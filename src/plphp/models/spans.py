@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise, repeat
 from typing import Any
 
@@ -16,6 +16,7 @@ from plphp.models.sizes import NEEDED, Inputs
 from plphp.policy.view import PADDING
 
 IMAGE, VIDEO = 1, 2  # codes of mm_token_type_ids
+DEEPEST = 4  # configs inside configs
 FRAMES = (
     "adjacent images of one size may be frames of a video, which this family marks as images: each "
     "counts as an image of its own unless vision_mask=... says otherwise"
@@ -70,19 +71,49 @@ def find_spans(
     return spans.to(kinds.device), tuple(notes)
 
 
+NAMES = {
+    IMAGE: ("image_token_id", "image_token_index", "image_patch_id", "img_context_token_id"),
+    VIDEO: ("video_token_id", "video_token_index"),
+}
+
+
 def vision_token_ids(config: Any) -> dict[int, int]:
-    """The config's image and video token ids. Maps a token id to IMAGE or VIDEO."""
-    names = {
-        IMAGE: ("image_token_id", "image_token_index", "image_patch_id"),
-        VIDEO: ("video_token_id", "video_token_index"),
-    }
+    """The config's image and video token ids. Maps a token id to IMAGE or VIDEO.
+
+    What the config does not name itself is looked up in its sub-configs, the outer ones first.
+    """
     found: dict[int, int] = {}
-    for kind, keys in names.items():
-        for key in keys:
-            value = getattr(config, key, None)
-            if isinstance(value, int):
-                found.setdefault(value, kind)
+    for kind, keys in NAMES.items():
+        for level in _levels(config):
+            named = [value for part in level for key in keys if _is_id(value := _get(part, key))]
+            if named:
+                found |= {value: kind for value in named if value not in found}
+                break
     return found
+
+
+def _levels(config: Any) -> Iterator[list[Any]]:
+    """The config, then the configs inside it, then those inside these."""
+    level = [config]
+    for _ in range(DEEPEST):
+        yield level
+        level = [inner for part in level for inner in _parts(part) if _is_config(inner)]
+
+
+def _parts(config: Any) -> list[Any]:
+    return list((config if isinstance(config, Mapping) else vars(config)).values())
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, Mapping) or hasattr(value, "model_type")
+
+
+def _get(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _kinds(config: Any, input_ids: Tensor | None, mm_token_type_ids: Tensor | None) -> Tensor:

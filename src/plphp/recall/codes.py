@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plphp.recall.options import GROUP, RANGE_BYTES
-
 Count = TypeVar("Count", int, Tensor)
 
+GROUP = 32  # tokens of a channel of the keys that share a range
+RANGE_BYTES = 4  # of a range: step and lowest number in float16
 BLOCK = 2**19  # numbers that are there again at a time: 2 MiB, what two cores' caches hold
 
 
@@ -46,7 +46,8 @@ class KeyCodes:
 
     def dense(self) -> Tensor:
         """(B, Hkv, P, D) float32."""
-        return torch.cat([block.mT for block in self._blocks()], 2)
+        none = self.packed.new_empty(*self.packed.shape[:2], 0, self.dim, dtype=torch.float32)
+        return torch.cat([none, *(block.mT for block in self._blocks())], 2)
 
     def _blocks(self) -> Iterator[Tensor]:
         """(B, Hkv, D, tokens) float32, in order."""
@@ -83,10 +84,13 @@ class ValueCodes:
 
     def dense(self) -> Tensor:
         """(B, Hkv, P, Dv) float32."""
-        return torch.cat(list(self._blocks()), 2)
+        none = self.packed.new_empty(*self.packed.shape[:2], 0, self.dim, dtype=torch.float32)
+        return torch.cat([none, *self._blocks()], 2)
 
     def _blocks(self) -> Iterator[Tensor]:
         for part in torch.split(self.packed, self._length(), 2):
+            if not part.shape[2]:
+                return
             yield from_rows(part, self.bits)[..., : self.dim]
 
     def _length(self) -> int:
@@ -100,7 +104,7 @@ class ValueCodes:
 def keys_to_codes(keys: Tensor, bits: int) -> KeyCodes:
     """(B, Hkv, P, D) per channel in groups of tokens; the last group may be short."""
     channels, whole = keys.mT, keys.shape[2] // GROUP * GROUP
-    packed = []
+    packed = [keys.new_empty(*keys.shape[:2], 0, dtype=torch.uint8)]
     if whole:
         groups = channels[..., :whole].reshape(*channels.shape[:3], -1, GROUP)
         packed.append(to_rows(groups, bits).flatten(2))
@@ -121,7 +125,7 @@ def to_rows(x: Tensor, bits: int) -> Tensor:
     step = ((wide.amax(-1, keepdim=True) - low) / most).clamp(min=1e-6).half()
     codes = ((wide - low) / step).round().clamp(0, most).to(torch.uint8)
     codes = F.pad(codes, (0, -x.shape[-1] % (16 // bits)))
-    codes = codes.view(*x.shape[:-1], -1, 8 // bits)
+    codes = codes.view(*x.shape[:-1], codes.shape[-1] * bits // 8, 8 // bits)
     packed = reduce(torch.bitwise_or, (codes[..., i] << bits * i for i in range(8 // bits)))
     return torch.cat([packed, torch.cat([step, low], -1).view(torch.uint8)], -1)
 
@@ -149,11 +153,26 @@ def row_bytes(numbers: Count, bits: int) -> Count:
     return 2 * ((numbers * bits + 15) // 16) + RANGE_BYTES
 
 
+def key_bytes(tokens: Count, dim: int, bits: int) -> Count:
+    """Bytes of the keys of so many tokens in a KV head, `dim` numbers each."""
+    whole, rest = tokens // GROUP, tokens % GROUP
+    return dim * (whole * row_bytes(GROUP, bits) + row_bytes(rest, bits) * (rest > 0))
+
+
 def code_bytes(tokens: Tensor, dims: tuple[int, int], bits: int) -> Tensor:
     """Bytes of the keys and values of so many tokens (B,) in a KV head."""
-    whole, rest = tokens // GROUP, tokens % GROUP
-    channel = whole * row_bytes(GROUP, bits) + row_bytes(rest, bits) * (rest > 0)
-    return dims[0] * channel + tokens * row_bytes(dims[1], bits)
+    return key_bytes(tokens, dims[0], bits) + tokens * row_bytes(dims[1], bits)
+
+
+def one_more(dims: tuple[int, int], bits: int) -> float:
+    """Bytes that one more token's key and value take, where its group has a range already."""
+    return sum(dims) * bits / 8 + RANGE_BYTES
+
+
+def code_share(dim: int, bits: int, itemsize: int) -> float:
+    """Bytes of codes over those of full keys and values of `dim` numbers each, of many tokens."""
+    ranges = RANGE_BYTES * (1 / GROUP + 1 / dim) / 2
+    return (bits / 8 + ranges) / itemsize
 
 
 def _share(numbers: int) -> int:

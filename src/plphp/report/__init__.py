@@ -1,11 +1,11 @@
-"""What a prefill kept and what it cost, as plain data. `plphp.inspector` draws it."""
+"""Reports: what a prefill kept and the bytes it takes, as data. `plphp.inspector` draws them."""
 
 from typing import TYPE_CHECKING
 
 from plphp._renamed import old_names
 from plphp.report.earlier_images import EarlierImage, images_left, images_of, in_rows, told
 from plphp.report.layers import LayerReport, Seen, layer_report, untouched_report
-from plphp.report.report import Drawing, Report, draw_with
+from plphp.report.report import Drawing, Report
 from plphp.report.traffic import RecallReport
 
 if not TYPE_CHECKING:  # a type checker is to see the new names only
@@ -18,7 +18,6 @@ __all__ = [
     "RecallReport",
     "Report",
     "Seen",
-    "draw_with",
     "images_left",
     "images_of",
     "in_rows",

@@ -1,4 +1,4 @@
-"""What a later turn still finds of the images of earlier ones."""
+"""The share of the images of earlier turns that a later turn finds in the cache."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from plphp.report.layers import LayerReport, Seen
 
 @dataclass(frozen=True)
 class EarlierImage:
-    """An image or video of an earlier turn, as a prompt found it.
+    """An image or video of an earlier turn, and the share of it that a prompt found.
 
-    row: of the batch
-    image: its number in the row's conversation, from 1
-    tokens: its vision tokens
-    kept: the share of its K/V entries that is still there, over layers and KV heads, 0 to 1
+    row: row of the batch
+    image: number of the image in the row's conversation, from 1
+    tokens: number of its vision tokens
+    kept: share of its keys and values that the cache still has, over layers and KV heads, 0 to 1
     """
 
     row: int
@@ -30,12 +30,12 @@ class EarlierImage:
 def images_left(
     seen: Seen, layers: Sequence[LayerReport], earlier: Sequence[EarlierImage]
 ) -> tuple[EarlierImage, ...]:
-    """The images of a prompt and of those before it, as the next prompt finds them.
+    """The images of a prompt and of the turns before it, as the next prompt finds them.
 
-    seen, layers, earlier: of the prompt's `Report`
+    seen, layers, earlier: these fields of the prompt's `Report`
     """
     heads = sum(layer.kept.shape[1] for layer in layers)
-    found = list(earlier)
+    images = list(earlier)
     for row, (spans, positions) in enumerate(zip(seen.spans, seen.positions, strict=True)):
         before = sum(image.row == row for image in earlier)
         vision = spans > 0
@@ -45,27 +45,33 @@ def images_left(
         counts = torch.bincount(image_at[kept[kept >= 0]], minlength=int(spans.max()) + 1)
         for number, (image, size) in enumerate(_sizes(spans), start=before + 1):
             share = float(counts[image]) / (size * heads) if heads else 1.0
-            found.append(EarlierImage(row, number, size, share))
-    return tuple(found)
+            images.append(EarlierImage(row, number, size, share))
+    return tuple(images)
 
 
 def images_of(spans: Tensor) -> tuple[EarlierImage, ...]:
-    """The images of a conversation of which nothing is lost. spans (B, columns), on the CPU."""
+    """The images of a conversation that has lost no token.
+
+    spans: (B, columns) int64 on the CPU, of the whole conversation
+    """
     return tuple(
         EarlierImage(row, number, size, 1.0)
-        for row, own in enumerate(spans)
-        for number, (_, size) in enumerate(_sizes(own), start=1)
+        for row, row_spans in enumerate(spans)
+        for number, (_, size) in enumerate(_sizes(row_spans), start=1)
     )
 
 
 def _sizes(spans: Tensor) -> list[tuple[int, int]]:
-    """(image, its tokens) of a row, in their order."""
+    """The code of every image in the spans (N,) of a row and its number of tokens, in order."""
     counts = torch.bincount(spans[spans > 0]).tolist()
     return [(image, size) for image, size in enumerate(counts) if size]
 
 
 def in_rows(images: Sequence[EarlierImage], rows: Sequence[int]) -> tuple[EarlierImage, ...]:
-    """The images of rows of a batch that have been put in another order, or repeated."""
+    """The images of a batch whose rows have been put in another order, or repeated.
+
+    rows: for each row of the new batch, its index in the old one
+    """
     return tuple(
         replace(image, row=new)
         for new, old in enumerate(rows)
@@ -75,13 +81,16 @@ def in_rows(images: Sequence[EarlierImage], rows: Sequence[int]) -> tuple[Earlie
 
 
 def told(images: Sequence[EarlierImage], home: str | None = None) -> str:
-    """What a reader should know of earlier images, in one line. home: where they were parked."""
+    """What a reader should know of earlier images, in one line.
+
+    home: the name of a home that parks rounded numbers, None for others
+    """
     tokens = sum(image.tokens for image in images)
     left = sum(image.tokens * image.kept for image in images)
     numbers = sorted({image.image for image in images})
     which = f"image {numbers[0]}" if len(numbers) == 1 else f"images 1 to {numbers[-1]}"
     if round(left) == tokens:
-        how = "" if home in (None, "host") else f", what was parked as {home} numbers"
+        how = "" if home is None else f", what was parked as {home} numbers"
         return f"{which} of earlier turns: all {tokens} vision tokens were there{how}"
     return (
         f"{which} of earlier turns: {1 - left / tokens:.1%} of their K/V is gone, "

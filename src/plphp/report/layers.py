@@ -1,4 +1,4 @@
-"""What a prefill kept of each layer, as numbers. Holds no cache tensor alive."""
+"""What a prefill kept of each layer, as numbers. No tensor of the cache stays allocated."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from plphp.policy import LAYER_CLASSES, KeepPlan
 
 @dataclass(frozen=True, eq=False)
 class LayerReport:
-    """One decoder layer; every field but `layer` and `pruned` has one entry per batch row.
+    """What a prefill kept of one decoder layer.
 
-    layer: its index in the decoder, from 0
-    gamma: vision attention, 0 to 1 (PLPHP, section 3), NaN where a row has no vision tokens
-    layer_class: "vision-attentive", "vision-balanced", "vision-indifferent", or None
-    rate: the retention rate asked for, NaN where a row has no vision tokens
-    kept: (B, Hkv, K) int64 on the CPU, row-logical positions of kept vision tokens, -1 pads
-    vision: (B,) vision tokens of the prompt
+    The tuples and `kept` have one entry for each row of the batch. Two reports are equal only if
+    they are the same object.
+
+    layer: index of the layer in the decoder, from 0
+    gamma: vision attention, 0 to 1 (PLPHP, section 3); NaN where a row has no vision tokens
+    layer_class: "vision-attentive", "vision-balanced" or "vision-indifferent"; None where a row has
+        no vision tokens or the policy has no layer classes
+    rate: retention rate that the policy asked for, 0 to 1; NaN where a row has no vision tokens
+    kept: (B, Hkv, K) int64 on the CPU, row-logical positions of the kept vision tokens, ascending,
+        filled up with -1 on the right
+    vision: number of vision tokens in the prompt
     pruned: False for a layer that was left alone; `Report.notes` says why
-    kv_bytes, kv_bytes_full: as in `Report`, of this layer
+    kv_bytes, kv_bytes_full: as in `Report`, for this layer
     """
 
     layer: int
@@ -38,20 +43,22 @@ class LayerReport:
 
     @property
     def retention(self) -> float:
-        """Kept vision entries over all vision entries of this layer; 1 without vision tokens."""
+        """The share of this layer's vision K/V that was kept, 0 to 1; 1 without vision tokens."""
         return ratio(int((self.kept >= 0).sum()), sum(self.vision) * self.kept.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Which tokens of a prompt are vision, for drawing them.
+    """Which tokens of a prompt are vision tokens, and what the inspector needs to draw them.
 
-    What only drawing asks for stays on the device where it came.
+    `inputs` and `ids` are the caller's own tensors, on their device: copies would cost time in
+    every prefill, and only the inspector reads them.
 
     spans: (B, N) int64 on the CPU, as `vision_spans` returns them
     positions: (B, N) int64 on the CPU, row-logical position of each column
-    config: the model's; inputs: what its processor said of the images, pixels left out
-    ids: (B, N) int64, None for a prompt that came as embeddings
+    config: configuration of the model
+    inputs: the processor's description of the images, such as grids, without pixels
+    ids: (B, N) int64, None for a prompt that was given as embeddings
     """
 
     spans: Tensor
@@ -62,45 +69,53 @@ class Seen:
 
 
 def layer_report(layer: int, plan: KeepPlan, spans: Tensor, positions: Tensor) -> LayerReport:
-    """Read a plan against the slots (B, C) that it chose from: their spans and positions."""
+    """The report of a layer from its plan.
+
+    spans, positions: (B, C) int64, span and row-logical position of each slot that the plan chose
+        from
+    """
     spans, positions, columns = spans.cpu(), positions.cpu(), plan.columns.cpu()
-    used = torch.arange(columns.shape[-1]) >= columns.shape[-1] - plan.lengths.cpu()[:, None]
     rows = torch.arange(len(spans))[:, None, None]
-    vision = used[:, None] & (spans[rows, columns] > 0)
+    vision = plan.valid.cpu()[:, None] & (spans[rows, columns] > 0)
     kept = positions[rows, columns].masked_fill(~vision, -1)
     return LayerReport(
         layer=layer,
         gamma=tuple(plan.gamma.tolist()),
         layer_class=tuple(LAYER_CLASSES[c] if c >= 0 else None for c in plan.classes.tolist()),
         rate=tuple(plan.rate.tolist()),
-        kept=_close_ranks(kept),
+        kept=_left_aligned(kept),
         vision=tuple((spans > 0).sum(-1).tolist()),
     )
 
 
 def untouched_report(layer: int, spans: Tensor, positions: Tensor, kv_heads: int) -> LayerReport:
-    """A layer that was left alone, or a prompt without images: every vision token is kept."""
+    """The report of a layer where nothing was dropped, with every vision token kept.
+
+    Such a layer was left alone, or the prompt has no images.
+
+    spans, positions: (B, N) int64, span and row-logical position of each column
+    """
     spans, positions = spans.cpu(), positions.cpu()
-    nothing = (float("nan"),) * len(spans)
+    no_number = (float("nan"),) * len(spans)
     kept = positions.masked_fill(spans <= 0, -1)[:, None].expand(-1, kv_heads, -1)
     return LayerReport(
         layer=layer,
-        gamma=nothing,
+        gamma=no_number,
         layer_class=(None,) * len(spans),
-        rate=nothing,
-        kept=_close_ranks(kept),
+        rate=no_number,
+        kept=_left_aligned(kept),
         vision=tuple((spans > 0).sum(-1).tolist()),
         pruned=False,
     )
 
 
-def _close_ranks(kept: Tensor) -> Tensor:
-    """Move -1 to the right, positions still ascending, and cut what is -1 for every head."""
+def _left_aligned(kept: Tensor) -> Tensor:
+    """Positions (B, Hkv, K), ascending, with the -1 on the right and no entry that is -1 in all."""
     order = (kept < 0).to(torch.uint8).argsort(dim=-1, stable=True)
-    most = int((kept >= 0).sum(-1).max()) if kept.numel() else 0
-    return kept.gather(-1, order)[..., :most].clone()
+    longest = int((kept >= 0).sum(-1).max()) if kept.numel() else 0
+    return kept.gather(-1, order)[..., :longest].clone()
 
 
 def ratio(part: int, whole: int) -> float:
-    """part / whole; 1 where the whole is nothing."""
+    """part / whole, and 1 if the whole is 0."""
     return part / whole if whole else 1.0

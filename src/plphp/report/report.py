@@ -1,12 +1,13 @@
-"""What a prefill kept and what it takes, as numbers. Holds no cache tensor alive."""
+"""`Report`: what a prefill kept and the bytes it takes. No cache tensor stays allocated."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from plphp._drawing import drawing
 from plphp.report.earlier_images import EarlierImage
 from plphp.report.layers import LayerReport, Seen, ratio
 from plphp.report.traffic import RecallReport
@@ -14,19 +15,21 @@ from plphp.report.traffic import RecallReport
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """The last finished prefill.
+    """What a finished prefill kept, and the bytes that the cache takes.
 
-    Reports hold tensors: two are equal if they are one object; compare what `to_dict` returns.
+    Two reports are equal only if they are the same object, since they hold tensors. To compare
+    them, compare what `to_dict` returns.
 
-    layers: one entry a decoder layer, in their order
+    layers: one entry for each decoder layer, in order
     kv_bytes: bytes allocated for the cache after the prefill, slack and fillers included
-    kv_bytes_full: bytes that keys and values of the unpruned prompt would take, padding included
-    prompt: (B,) prompt tokens of each row, padding not counted
-    images: (B,) images and videos of each row
-    notes: what a reader should know: layers left alone, images that could not be told apart
-    seen: where the images stand in the prompt
-    recall: what was parked where, None where dropped tokens are gone
-    earlier: images of earlier turns, and what of them this prompt found
+    kv_bytes_full: bytes that transformers' own cache takes for the unpruned prompt, padding
+        included: of a sliding layer its window, of a linear one its states
+    prompt: number of prompt tokens in each row, padding not counted
+    images: number of images and videos in each row
+    notes: remarks, such as on layers left alone or images that could not be told apart
+    seen: where the images are in the prompt
+    recall: where the vision tokens are, None without recall
+    earlier: images of earlier turns, with the share of each that this prompt found
     """
 
     layers: tuple[LayerReport, ...]
@@ -41,14 +44,15 @@ class Report:
 
     @property
     def retention(self) -> float:
-        """Kept vision K/V entries over all, over layers, 0 to 1; 1 without vision tokens."""
+        """The share of vision K/V that all layers kept, 0 to 1; 1 without vision tokens."""
         kept = sum(int((layer.kept >= 0).sum()) for layer in self.layers)
-        return ratio(kept, sum(sum(a.vision) * a.kept.shape[1] for a in self.layers))
+        every = sum(sum(layer.vision) * layer.kept.shape[1] for layer in self.layers)
+        return ratio(kept, every)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and strings, ready for JSON; NaN becomes None.
+        """The report as numbers, lists and strings, ready for JSON. NaN becomes None.
 
-        `kept` becomes `kept_per_head`, how many vision tokens each KV head of a row kept.
+        `kept` becomes `kept_per_head`: the number of vision tokens that each KV head of a row kept.
         """
         return {
             "retention": self.retention,
@@ -77,11 +81,13 @@ class Report:
         }
 
     def plot(self, images: Sequence[Any] = (), *, layer: int | None = None, row: int = 0) -> Any:
-        """A matplotlib figure: vision attention, rates, and what a layer kept of each image.
+        """Draw vision attention, rates, and what a layer kept of each image.
 
         images: the row's images and videos in prompt order: PIL images, files, or lists of frames
-        layer: which to draw over the images, by default the one that keeps fewest
-        Raises InputError where matplotlib is missing, or images do not fit the report.
+        layer: the layer to draw over the images, by default the one that keeps the fewest tokens
+        row: row of the batch
+        Returns a matplotlib figure. Raises InputError if matplotlib is missing, or the images do
+        not fit the report.
         """
         return _drawing().plot(self, images, layer=layer, row=row)
 
@@ -95,37 +101,38 @@ class Report:
         processor: Any = None,
         row: int = 0,
     ) -> None:
-        """Write the inspector's page of one row: a single file that needs no network.
+        """Write the inspector's page of one row: a single HTML file that needs no network.
 
-        images: as for `plot`; prompt, answer: shown as they are
-        processor: the model's image processor, where it may crop other than its family does
-        Raises InputError where jinja2 is missing, or images do not fit the report.
+        images: as for `plot`
+        prompt, answer: text that the page shows
+        processor: the model's image processor, needed if it crops images in its own way
+        Raises InputError if jinja2 is missing, or the images do not fit the report.
         """
         _drawing().write_report(
             self, path, images, prompt=prompt, answer=answer, processor=processor, row=row
         )
 
     def _repr_html_(self) -> str | None:
-        """The page in a notebook; plain text where jinja2 is missing."""
+        """The page in a notebook; None, so that plain text is shown, if jinja2 is missing."""
         return _drawing().notebook(self)
 
     def __str__(self) -> str:
-        held = "kept" if self.recall is None else "in full on the device"
-        rows = [f"layer  gamma  class                rate  {held}"]
-        for a in self.layers:
-            for row, gamma in enumerate(a.gamma):
-                name = a.layer_class[row] or ("-" if a.pruned else "left alone")
-                name = name if a.vision[row] else "no vision tokens"
-                kept = int((a.kept[row] >= 0).sum()) // max(a.kept.shape[1], 1)
-                rows.append(
-                    f"{a.layer:5d}  {gamma:5.3f}  {name:19s}  {a.rate[row]:4.2f}  "
-                    f"{kept}/{a.vision[row]}"
+        column = "kept" if self.recall is None else "in full on the device"
+        lines = [f"layer  gamma  class                rate  {column}"]
+        for layer in self.layers:
+            for row, gamma in enumerate(layer.gamma):
+                name = layer.layer_class[row] or ("-" if layer.pruned else "left alone")
+                name = name if layer.vision[row] else "no vision tokens"
+                kept = int((layer.kept[row] >= 0).sum()) // max(layer.kept.shape[1], 1)
+                lines.append(
+                    f"{layer.layer:5d}  {gamma:5.3f}  {name:19s}  {layer.rate[row]:4.2f}  "
+                    f"{kept}/{layer.vision[row]}"
                 )
-        return "\n".join([*rows, self.summary, *self.remarks])
+        return "\n".join([*lines, self.summary, *self.remarks])
 
     @property
     def summary(self) -> str:
-        """One line: what was kept, or what is where with recall, and bytes."""
+        """One line: the share that was kept, or with recall where the tokens are, and the bytes."""
         share = f"{self.retention:.1%} of vision K/V kept"
         if self.recall is not None:
             share = f"nothing was dropped: {self.recall.whereabouts}"
@@ -136,7 +143,7 @@ class Report:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Lines that go with it: recall, and the notes."""
+        """The lines after the summary: the bytes of recall, and the notes."""
         return (*([] if self.recall is None else [str(self.recall)]), *self.notes)
 
 
@@ -145,7 +152,7 @@ def _number(value: float) -> float | None:
 
 
 class Drawing(Protocol):
-    """What draws a report: `plot`, `to_html` and the display in a notebook call it."""
+    """The functions that draw a report, for `plot`, `to_html` and the display in a notebook."""
 
     def plot(self, report: Report, images: Sequence[Any], *, layer: int | None, row: int) -> Any:
         """A matplotlib figure, as `Report.plot` describes it."""
@@ -164,17 +171,10 @@ class Drawing(Protocol):
         """Write a page, as `Report.to_html` describes it."""
 
     def notebook(self, report: Report) -> str | None:
-        """HTML for a notebook, None where it cannot be made."""
+        """HTML for a notebook, None if it cannot be made."""
 
 
-_drawing: Callable[[], Drawing]
-
-
-def draw_with(drawing: Callable[[], Drawing]) -> None:
-    """Set what draws reports. It is called when a report is first drawn, so it may import late.
-
-    The code that draws needs the models and measurements above this package, so this package does
-    not import it: `plphp/__init__.py`, which stands above all packages, connects the two.
-    """
-    global _drawing
-    _drawing = drawing
+def _drawing() -> Drawing:
+    """The functions that draw reports, imported when a report is drawn."""
+    functions: Drawing = drawing()
+    return functions

@@ -21,6 +21,7 @@ class RecallReport:
     fetched: tokens that each layer fetched at each step since, all rows and KV heads together; the
         lists go on growing while the answer is written
     token_bytes: what one fetched token moves
+    where: the place of the parked tokens, such as "in main memory"
     read: as `PrunedCache.recalled()` returns it; these lists go on growing too
     """
 
@@ -32,6 +33,7 @@ class RecallReport:
     parked: int
     index: int
     token_bytes: int = 0
+    where: str = ""
     fetched: tuple[list[int], ...] = field(default=(), repr=False)
     read: tuple[list[Tensor], ...] = field(default=(), repr=False, compare=False)
 
@@ -44,9 +46,7 @@ class RecallReport:
     def whereabouts(self) -> str:
         """What lies where: in full on the device, in main memory, or in codes on the device."""
         share = self.resident / self.full if self.full else 1.0
-        rest = (
-            "all of it in main memory" if self.home == "host" else f"the rest there in {self.home}"
-        )
+        rest = "all of it in main memory" if self.home == "host" else f"the rest there {self.where}"
         return f"{share:.1%} of vision K/V in full on the device, {rest}"
 
     @property
@@ -66,8 +66,7 @@ class RecallReport:
         return {**numbers, "share": self.share, "transferred_per_token": self.transferred}
 
     def __str__(self) -> str:
-        where = "in main memory" if self.home == "host" else f"in {self.home}"
         return (
             f"recall: {self.resident:,} bytes of vision K/V in full, {self.index:,} of index, "
-            f"{self.parked:,} parked {where}: {self.share:.1%} of the full bytes on the device"
+            f"{self.parked:,} parked {self.where}: {self.share:.1%} of the full bytes on the device"
         )
