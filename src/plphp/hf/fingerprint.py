@@ -34,7 +34,7 @@ def fingerprint(config: Any, model: Any | None) -> dict[str, Any]:
     "weights" is a CRC-32 of 1,024 numbers of the input embeddings. It and "dtype" are None, and
     then not compared, where these are not at hand: offloaded, sharded, quantised.
     """
-    found = {name: getattr(config, name, None) for name in NAMES}
+    found = {name: compat.config_value(config, name) for name in NAMES}
     found["windows"] = compat.layer_windows(config)
     table = None if model is None else _embeddings(model)
     found["dtype"] = None if table is None else name_of(table.dtype)
@@ -75,12 +75,12 @@ def layer_shapes(model: Any) -> dict[int, Shape]:
 
     Layers of one model may differ, so each attention module is asked, not the config.
     """
-    config = compat.text_config(model)
-    found = {}
+    config, found = compat.text_config(model), {}
+    layers = compat.layer_configs(config)
     for index, module in compat.attention_modules(model, config).items():
         groups, heads = getattr(module, "num_key_value_groups", None), None
         if isinstance(groups, int) and groups > 0 and compat.over_ranks(model) is None:
-            heads = config.num_attention_heads // groups
+            heads = layers[index % len(layers)].num_attention_heads // groups
         latent, dim = getattr(module, "qk_head_dim", None), getattr(module, "head_dim", None)
         value = getattr(module, "v_head_dim", None if latent else dim)
         found[index] = (heads, latent or dim, value)
