@@ -421,7 +421,7 @@ def test_a_policy_by_name_or_class_is_its_defaults(model: Any) -> None:
         ({"vision_mask": [[0, 1], [1]]}, r"\(B, N\)"),
         ({"vision_mask": [0, 1, 1]}, r"\(B, N\)"),
         ({"vision_mask": np.zeros((1, 2, 3), int)}, r"\(B, N\)"),
-        ({"vision_mask": torch.rand(1, 9)}, "float32"),
+        ({"vision_mask": torch.full((1, 9), 0.5)}, "float32"),
         ({"vision_mask": torch.full((1, 9), -3)}, "-3"),
     ],
     ids=str,
