@@ -124,7 +124,7 @@ def test_a_frozen_store_is_the_same_store(
     other = KVStore(store.keys.clone(), store.values.clone())
     other.window, other.start, other.ragged = store.window, store.start, store.ragged
     other.end, other.logical = store.end, store.logical
-    other.positions = None if store.positions is None else store.positions.clone()
+    other.columns = None if store.columns is None else store.columns.clone()
     frozen = StaticStore(other)
     for step in steps:
         keys, values = torch.randn(2, 3, step, 4), torch.randn(2, 3, step, 5)
