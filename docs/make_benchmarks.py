@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 
 from plphp.bench.capacity import fits
-from plphp.bench.present import room, sections, title
+from plphp.bench.present import capacity_table, sections, title
 from plphp.bench.run import MEMORIES
 from plphp.bench.shapes import SHAPES
 
@@ -89,7 +89,7 @@ def page() -> str:
         over=over,
         sections=sections,
         title=title,
-        fits=[_room("qwen2-vl-2b"), _room("qwen2-vl-7b")],
+        fits=[_capacity("qwen2-vl-2b"), _capacity("qwen2-vl-7b")],
     )
 
 
@@ -131,9 +131,9 @@ def draw(found: Mapping[str, Shown], path: Path) -> None:
     plt.close(figure)
 
 
-def _room(name: str, context: int = 32768, rate: float = 0.4) -> Shown:
+def _capacity(name: str, context: int = 32768, rate: float = 0.4) -> Shown:
     rows = [fits(SHAPES[name], memory, rate, 2, context, 1) for memory in MEMORIES]
-    header, cells = room(rows, context, 1)
+    header, cells = capacity_table(rows, context, 1)
     return {"title": f"{name}, bfloat16, 40 % kept", "header": header, "cells": cells}
 
 

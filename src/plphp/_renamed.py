@@ -15,8 +15,8 @@ from importlib import import_module
 from typing import Any
 
 _INSPECTOR = (
-    "Answer Layer Page Picture Run Steps examine notebook page_of page_of_report plot render "
-    "run_of shown_videos write_html"
+    "Answer Layer Page Picture Steps examine notebook page_of page_of_report plot render "
+    "shown_videos write_html"
 )
 _REPORT = (
     "EarlierImage LayerReport RecallReport Report Seen images_left images_of in_rows "
@@ -27,7 +27,9 @@ _REPORT = (
 OLD: dict[str, dict[str, str]] = {
     "plphp.cache": {name: f"plphp.report.{name}" for name in _REPORT.split()}
     | {"told": "plphp.report.earlier_images_note"},
-    "plphp.report": {name: f"plphp.inspector.{name}" for name in _INSPECTOR.split()},
+    "plphp.report": {name: f"plphp.inspector.{name}" for name in _INSPECTOR.split()}
+    | {"Run": "plphp.inspector.PolicyResult", "run_of": "plphp.inspector.result_of"},
+    "plphp.bench": {"Run": "plphp.bench.Timing"},
 }
 
 

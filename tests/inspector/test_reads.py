@@ -69,8 +69,8 @@ def test_reads_of_a_long_answer_are_cut_where_the_page_would_grow(embedded: Embe
     answer = torch.full((9,), int(prompt.first))
     recall = plphp.Recall("host")
     every, some = (
-        steps_of(model, inputs, plphp.PLPHP(), prompt, answer, recall=recall, room=room)
-        for room in (10**6, 2000)
+        steps_of(model, inputs, plphp.PLPHP(), prompt, answer, recall=recall, byte_limit=byte_limit)
+        for byte_limit in (10**6, 2000)
     )
     assert len(every.read) == 8 and len(every.fetched) == 9
     assert 0 < len(some.read) < 8 and some.read == every.read[: len(some.read)]

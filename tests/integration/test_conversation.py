@@ -49,7 +49,7 @@ class Talk:
             yield self.family.make_inputs(self.model, [spec], number)[0]
 
     def hold(self, cache: Any) -> list[Tensor]:
-        """The tokens of every answer. Each turn repeats the conversation, with its own pixels only."""
+        """The tokens of every answer. Turns repeat the conversation, with their own pixels only."""
         said = torch.empty(1, 0, dtype=torch.long)
         kinds = torch.empty(1, 0, dtype=torch.int)
         answers = []

@@ -1,4 +1,4 @@
-"""What fits into a memory: the longest context and the largest batch, pruned and not."""
+"""The longest context and the largest batch that fit into memory, with and without pruning."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any
 from plphp.bench.shapes import Shape
 from plphp.cache import slack
 
-WHOLE = 2  # layers that may hold the whole prompt at once while it is read
+WHOLE = 2  # layers that may hold the whole prompt at the same time during the prefill
 
 
 def fits(
     shape: Shape, memory: int, rate: float, size: int, context: int, batch: int
 ) -> dict[str, Any]:
-    """Tokens of context for `batch` rows, and rows of `context` tokens, beside the weights.
+    """The context that fits for `batch` rows, and the rows that fit with `context` columns.
 
-    memory: bytes; rate: mean kept share of the prompt; size: bytes of a number. A pruned prompt
-    holds the kept share of all layers with its slack, and up to two layers whole while it is read.
-    What a forward itself needs (hidden states, logits) is left out, the same for both.
+    memory: bytes, which hold the weights too
+    rate: share of the prompt that is kept, averaged over the layers
+    size: bytes of one number
+
+    A pruned prompt takes the kept share of all layers with its slack and, during the prefill, up to
+    two layers in full. Hidden states and logits are equal for both and are left out.
     """
     left = memory - size * (shape.parameters + shape.vocabulary * shape.hidden)
     token = shape.kv_bytes(1, size)

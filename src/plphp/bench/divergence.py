@@ -1,4 +1,4 @@
-"""How far the next-token distributions of two models are apart."""
+"""The divergence of two models' next-token distributions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from torch import Tensor
 
 
 def kl(full: Tensor, pruned: Tensor) -> Tensor:
-    """KL(full || pruned) in nats (...), from log-probabilities (..., vocabulary), float32."""
+    """KL(full || pruned) in nats, shape (...).
+
+    full, pruned: log-probabilities (..., vocabulary) float32
+    """
     # Rounding errors can make the sum slightly negative where both distributions are equal.
     return (full.exp() * (full - pruned)).sum(-1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""What is measured: each way of keeping a prompt while an answer is written, by name."""
+"""The variants of the cache that a benchmark compares, by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from plphp.policy import POLICIES, CachePolicy, policy
 
 DEFAULT = ("short",)
 WORDS = {
-    "short": "transformers' own growing cache of a prompt as short as what is kept",
+    "short": "transformers' DynamicCache of a prompt that is as short as the pruned one",
     "static": "transformers' StaticCache, compiled",
     "pruned-static": "a static PrunedCache, compiled",
     "int4": "transformers' QuantizedCache of the whole prompt, 4 bits (optimum-quanto)",
@@ -29,10 +29,13 @@ METHODS = [name for name in POLICIES if policy(name).prunes_cache and name != "f
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of decoding: what to attach, how to make its cache, whether a step is compiled.
+class Variant:
+    """One variant of decoding.
 
-    policy: what prunes a prompt that is read this way, None for transformers' own
+    make: makes its cache, with a prompt in it
+    attach: makes the context in which it runs
+    compiled: whether its steps are compiled
+    policy: the policy that prunes its prompts, None for transformers' caches
     """
 
     name: str
@@ -42,36 +45,43 @@ class Way:
     policy: CachePolicy | None = None
 
 
-def ways(
-    model: Any, setting: Setting, rates: tuple[float, ...], room: int, against: Sequence[str]
-) -> list[Way]:
-    """The full stock cache, the pruned one, and whatever else was asked for.
+def variants(
+    model: Any,
+    setting: Setting,
+    rates: tuple[float, ...],
+    answer_columns: int,
+    against: Sequence[str],
+) -> list[Variant]:
+    """The variants "stock" and "pruned", and those that `against` names.
 
-    room: columns that an answer may take.
+    answer_columns: columns that an answer may take
     """
-    return [_named(name, model, setting, rates, room) for name in ("stock", "pruned", *against)]
+    names = ("stock", "pruned", *against)
+    return [_named(name, model, setting, rates, answer_columns) for name in names]
 
 
-def _named(name: str, model: Any, setting: Setting, rates: tuple[float, ...], room: int) -> Way:
+def _named(
+    name: str, model: Any, setting: Setting, rates: tuple[float, ...], answer_columns: int
+) -> Variant:
     if name == "stock":
-        return Way(name, lambda: caches.dynamic(model, setting, setting.context))
+        return Variant(name, lambda: caches.dynamic(model, setting, setting.context))
     if name == "short":
         kept = setting.kept(sum(rates) / len(rates))
-        return Way(name, lambda: caches.dynamic(model, setting, kept))
+        return Variant(name, lambda: caches.dynamic(model, setting, kept))
     if name == "static":
-        return Way(name, caches.static(model, setting, room), compiled=True)
+        return Variant(name, caches.static(model, setting, answer_columns), compiled=True)
     if name in ("int4", "fp8"):
-        return Way(name, lambda: caches.quantized(model, setting, name))
+        return Variant(name, lambda: caches.quantized(model, setting, name))
     made = _policy(name, rates)
     if name == "pruned-static":
-        make = caches.pruned_static(model, setting, made, room)
-        return Way(name, make, _attached(model, setting, made), True, made)
+        make = caches.pruned_static(model, setting, made, answer_columns)
+        return Variant(name, make, _attached(model, setting, made), True, made)
     make = lambda: caches.pruned(model, setting, made)  # noqa: E731
-    return Way(name, make, _attached(model, setting, made), False, made)
+    return Variant(name, make, _attached(model, setting, made), False, made)
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise InputError for a way that does not exist, or not on this machine."""
+    """Raise InputError for a variant that is unknown or that this machine cannot run."""
     for name in names:
         if name not in WORDS and name not in METHODS:
             known = ", ".join([*WORDS, *METHODS])
@@ -96,9 +106,9 @@ def _attached(
     return lambda: prune(model, made, vision_mask=setting.spans())
 
 
-def stepper(model: Any, way: Way, setting: Setting) -> Callable[..., Any]:
-    """The forward of a way's steps; a compiled one replays a graph, on CUDA a captured one."""
-    if not way.compiled:
+def stepper(model: Any, variant: Variant, setting: Setting) -> Callable[..., Any]:
+    """The forward of a variant's decoding steps, compiled (on CUDA with CUDA graphs) if it is."""
+    if not variant.compiled:
         return model  # type: ignore[no-any-return]
     mode = "reduce-overhead" if setting.device.startswith("cuda") else "default"
     step: Callable[..., Any] = torch.compile(model.__call__, mode=mode, fullgraph=True)

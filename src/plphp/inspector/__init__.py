@@ -1,8 +1,8 @@
-"""The inspector: what was kept, where, and what it cost, as one page or a few figures."""
+"""The inspector: an HTML page or a figure that shows what pruning kept and what it cost."""
 
-from plphp.inspector.data import Answer, Layer, Page, Picture, Run, Steps
+from plphp.inspector.data import Answer, Layer, Page, Picture, PolicyResult, Steps
 from plphp.inspector.examine import examine
-from plphp.inspector.gather import page_of, page_of_report, run_of
+from plphp.inspector.gather import page_of, page_of_report, result_of
 from plphp.inspector.html import notebook, render, write_html, write_report
 from plphp.inspector.plot import plot
 from plphp.inspector.videos import shown_videos
@@ -12,7 +12,7 @@ __all__ = [
     "Layer",
     "Page",
     "Picture",
-    "Run",
+    "PolicyResult",
     "Steps",
     "examine",
     "notebook",
@@ -20,7 +20,7 @@ __all__ = [
     "page_of_report",
     "plot",
     "render",
-    "run_of",
+    "result_of",
     "shown_videos",
     "write_html",
     "write_report",

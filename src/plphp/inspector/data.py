@@ -1,6 +1,7 @@
-"""What the inspector's page shows, as plain frozen data: `to_json` is all that the page is given.
+"""The data of the inspector's page, as frozen data classes.
 
-A new view is a new field here, what fills it, and a section of the template.
+The page is drawn from `Page.to_json` alone. A new view needs a field here, code in `gather` or
+`examine` that fills it, and a section of the template.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ Numbers = tuple[float | None, ...]
 
 @dataclass(frozen=True)
 class Picture:
-    """An image or a video of the prompt, and where its tokens lie in it.
+    """An image or a video of the prompt, and the places of its tokens.
 
-    width, height: in pixels, as given
-    frames: data URIs, one for an image; none where only positions are known
-    first, tokens: its vision tokens among all of the prompt's, counted from 0
-    boxes: left, top, right, bottom of each token in pixels, None for one without a place; empty
-        where the family's geometry is not known
-    views: 0 for tokens of the whole picture, 1 for tokens of its tiles; frame: of each token
-    shared: whether tokens have no place of their own (Idefics2's latents): several share a box
+    width, height: size of the given image in pixels
+    frames: data URIs, one for an image; empty if no image was given
+    first: index of its first token among the vision tokens of the prompt
+    tokens: number of its tokens
+    boxes: left, top, right, bottom of each token in pixels, None for a token without a place; empty
+        if the geometry of the model family is unknown
+    views: for each token 0 if it shows a part of the whole picture, 1 if it shows a part of a tile
+    frame: for each token the frame that it shows
+    shared: whether several tokens share a box, as the latents of Idefics2 do
     """
 
     name: str
@@ -38,11 +41,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer of a run.
+    """One decoder layer of one policy's result.
 
     kept: for each KV head a bit mask over the prompt's vision tokens, base64, lowest bit first
-    share: of its vision tokens that each KV head kept, 0 to 1
-    agreement: mean over the other heads of tokens kept by both over tokens kept by either
+    share: for each KV head the share of the vision tokens that it kept, 0 to 1
+    agreement: for each KV head the mean, over the other heads, of the tokens that both kept
+        divided by the tokens that either kept
     """
 
     gamma: float | None
@@ -58,9 +62,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated. text: as shown; tokens: the same, token by token
+    """A generated answer.
 
-    first_ms, ms_per_token: medians, measured in turn with the other side; None if not measured
+    text: the answer without special tokens
+    tokens: the same text, token by token
+    first_ms: median milliseconds until the first token
+    ms_per_token: median milliseconds of a later token
+
+    Times are None if they were not measured. The full and the pruned side take turns.
     """
 
     text: str
@@ -71,19 +80,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class Steps:
-    """The pruned answer, token by token; each list has one entry a token.
+    """The pruned answer, token by token. Each tuple has one entry per token.
 
-    kept: attention that each layer paid to the vision tokens it kept, 0 to 1, mean over heads;
-        None for layers that were not watched
-    lost: what the full model, reading the same answer, pays to the tokens dropped here
-    full_kept: what it pays to those kept
-    said: the full model's own choice at this place; kl: KL(full || pruned) in nats
-    fetched: with recall from main memory: tokens that all layers and KV heads fetched for it
-    read: and which they read, for every token after the first: layer by layer masks as
-        `Layer.kept`, none for a layer that was left alone. The last tokens of long answers have
-        none: a page stays small
+    kept: the attention of each layer to the vision tokens that it kept, 0 to 1, averaged over the
+        query heads; None for a layer whose attention was not recorded
+    lost: the full model's attention, for the same answer, to the tokens that were dropped
+    full_kept: the full model's attention to the tokens that were kept
+    said: the token that the full model would generate here
+    kl: KL(full || pruned) in nats
+    fetched: with the home `host`, how many tokens all layers and KV heads fetched
+    read: with the home `host`, which tokens they read: for every token after the first and every
+        layer, masks as in `Layer.kept`. It is empty for layers that are not pruned, and has no
+        entries for the last tokens of long answers, so that the page stays small
 
-    With recall, "kept" is what was read at a token, and "dropped" what was not.
+    With recall, a token counts as kept where it was read at a step, and as dropped otherwise.
     """
 
     kept: tuple[Numbers, ...]
@@ -96,12 +106,15 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One policy on the prompt.
+class PolicyResult:
+    """The result of one policy on the prompt.
 
-    settings: its options; differs: first token that is not the full model's, None if none is
-    kv_bytes, kv_bytes_full: as in `plphp.Report`; full_ms: the full side of the measurement
-    recall: `plphp.report.RecallReport` as a dict, None where dropped tokens are gone
+    settings: options of the policy
+    kv_bytes, kv_bytes_full: as in `plphp.Report`
+    answer: the answer with the pruned cache, with its times
+    full: the answer with the full cache, measured in turn with it
+    differs: index of the first token that differs between the two, None if all are equal
+    recall: `plphp.report.RecallReport` as a dict, None without recall
     """
 
     policy: str
@@ -120,16 +133,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Page:
-    """A prompt, and one run a policy. made: machine, versions and date, for a reader of the page"""
+    """A prompt and the result of each policy.
+
+    model: name of the model
+    tokens: columns of the prompt without padding
+    vision: vision tokens of the prompt
+    made: machine, versions and date, for the reader of the page
+    """
 
     prompt: str
     model: str
     tokens: int
     vision: int
     pictures: tuple[Picture, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[PolicyResult, ...]
     made: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and strings."""
+        """The page as dicts, lists, numbers and strings."""
         return asdict(self)

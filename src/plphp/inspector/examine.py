@@ -1,4 +1,4 @@
-"""Everything that the inspector's page shows of one prompt, from running it."""
+"""Run one prompt with every policy and collect the data of the inspector's page."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from plphp.bench import Comparison, compare
-from plphp.bench.compare import Run as Timed
+from plphp.bench.compare import Timing
 from plphp.bench.machine import describe
 from plphp.errors import InputError
 from plphp.hf.shared_prefill import read
 from plphp.inputs import Runnable
-from plphp.inspector.data import Answer, Page, Run, Steps
-from plphp.inspector.gather import page_of, run_of
+from plphp.inspector.data import Answer, Page, PolicyResult, Steps
+from plphp.inspector.gather import page_of, result_of
 from plphp.inspector.pictures import Media
 from plphp.inspector.steps import READ_BYTES, steps_of
 from plphp.policy import Policy
@@ -37,14 +37,17 @@ def examine(
     recall: Recall | None = None,
     advance: Callable[[str], None] = lambda stage: None,
 ) -> Page:
-    """Answer one prompt with the full cache and with every policy's; measure, and look inside.
+    """Answer one prompt with the full cache and with every policy, and measure both.
 
-    images: as the user gave them, in prompt order, left out of the page where the model counts
-        others than these (crops, frames); inputs: what the model is given, one row
-    rounds: how often full and pruned are timed in turn; oracle: also ask the full model
-    recall: what becomes of tokens that policies drop, None to destroy them
-    advance: called with a line for people before every stage
-    Raises InputError for a prompt without images, and what `plphp.prune` raises.
+    inputs: arguments of the model's generate(), one row
+    images: the images in the order of the prompt. The page leaves them out if the model counts
+        another number of images, as some do for crops and frames
+    rounds: how often the full and the pruned side are timed in turn
+    oracle: whether the full model also reads the pruned answer, for `Steps.lost` and `Steps.kl`
+    recall: where dropped tokens are parked; None frees them
+    advance: called before every stage with a line for the user
+
+    Raises InputError for a prompt without images, and the errors of `plphp.prune`.
     """
     advance("reading the prompt")
     with torch.inference_mode():
@@ -59,10 +62,10 @@ def examine(
         compared = compare(loaded.model, inputs, policy, rounds, recall=recall, **generation)
         advance(f"{name}: step by step")
         decode = _text(loaded) if oracle else None
-        room = READ_BYTES // len(policies)
+        byte_limit = READ_BYTES // len(policies)
         tokens = compared.pruned.tokens
-        steps = steps_of(loaded.model, inputs, policy, whole, tokens, decode, recall, room)
-        runs.append(_run(loaded, compared, name, policy, steps))
+        steps = steps_of(loaded.model, inputs, policy, whole, tokens, decode, recall, byte_limit)
+        runs.append(_result(loaded, compared, name, policy, steps))
     processor = _image_processor(loaded)
     images = images if len(images) == found.images[0] else ()
     made = _made(str(loaded.model.device), rounds)
@@ -71,10 +74,12 @@ def examine(
     )
 
 
-def _run(loaded: Runnable, compared: Comparison, name: str, policy: Policy, steps: Steps) -> Run:
-    """What the page shows of one policy."""
+def _result(
+    loaded: Runnable, compared: Comparison, name: str, policy: Policy, steps: Steps
+) -> PolicyResult:
+    """The result of one policy with its answers and times."""
     return replace(
-        run_of(compared.report, name, policy),
+        result_of(compared.report, name, policy),
         answer=_answer(loaded, compared.pruned),
         full=_answer(loaded, compared.full),
         differs=first_difference(compared.full.tokens, compared.pruned.tokens),
@@ -83,13 +88,13 @@ def _run(loaded: Runnable, compared: Comparison, name: str, policy: Policy, step
 
 
 def _image_processor(loaded: Runnable) -> Any:
-    """What cut the pictures up: the embedded model's own, or part of a processor."""
+    """The image processor of the embedded model, or that of a processor."""
     owner = loaded if hasattr(loaded, "image_processor") else getattr(loaded, "processor", None)
     return getattr(owner, "image_processor", None)
 
 
 def first_difference(full: Tensor, pruned: Tensor) -> int | None:
-    """Index of the first token (T,) that is not the same; None where none is."""
+    """Index of the first token that differs between two answers (T,); None if all are equal."""
     one, other = full.tolist(), pruned.tolist()
     for index, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
@@ -98,7 +103,10 @@ def first_difference(full: Tensor, pruned: Tensor) -> int | None:
 
 
 def pieces(decode: Callable[[Tensor], str], tokens: Tensor) -> tuple[str, ...]:
-    """What each token (T,) adds to the text; a character in parts comes with its last part."""
+    """The text that each token (T,) adds.
+
+    A character that consists of several tokens belongs to the last of them.
+    """
     found, before = [], ""
     for count in range(1, len(tokens) + 1):
         text = decode(tokens[:count])
@@ -110,18 +118,18 @@ def pieces(decode: Callable[[Tensor], str], tokens: Tensor) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _answer(loaded: Runnable, run: Timed) -> Answer:
-    step = run.step_ms
+def _answer(loaded: Runnable, timing: Timing) -> Answer:
+    step = timing.step_ms
     return Answer(
-        text=loaded.decode(run.tokens),
-        tokens=pieces(loaded.decode, run.tokens),
-        first_ms=round(run.first_ms, 2),
+        text=loaded.decode(timing.tokens),
+        tokens=pieces(loaded.decode, timing.tokens),
+        first_ms=round(timing.first_ms, 2),
         ms_per_token=None if step != step else round(step, 3),
     )
 
 
 def _text(loaded: Runnable) -> Callable[[Tensor], str]:
-    """The text of a token by itself, special tokens shown by name."""
+    """A function that decodes single tokens; special tokens are shown by their names."""
     return lambda token: str(loaded.tokenizer.decode(token))
 
 

@@ -1,4 +1,4 @@
-"""From a report to what the page shows of it."""
+"""Make the data of the inspector's page from a report."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from plphp.errors import InputError
-from plphp.inspector.data import Answer, Layer, Page, Picture, Run
-from plphp.inspector.pictures import Media, look, name_of, size_of
+from plphp.inspector.data import Answer, Layer, Page, Picture, PolicyResult
+from plphp.inspector.pictures import Media, data_uris, name_of, size_of
 from plphp.models import Shown, places
 from plphp.models.layouts import Run as Columns
 from plphp.policy import Policy
@@ -27,16 +27,16 @@ def page_of_report(
     processor: Any = None,
     row: int = 0,
 ) -> Page:
-    """A page of what a report alone knows: no times, nothing of the full model's answer."""
-    run = run_of(report, "pruned", None, row)
+    """The page of a report alone, without times and without the full model's answer."""
+    result = result_of(report, "pruned", None, row)
     if answer:
-        run = _with_answer(run, answer)
-    return page_of(report, [run], images, prompt, processor=processor, row=row)
+        result = replace(result, answer=Answer(answer, (answer,)))
+    return page_of(report, [result], images, prompt, processor=processor, row=row)
 
 
 def page_of(
     report: Report,
-    runs: Sequence[Run],
+    runs: Sequence[PolicyResult],
     images: Sequence[Media],
     prompt: str,
     *,
@@ -45,7 +45,10 @@ def page_of(
     row: int = 0,
     made: dict[str, str] | None = None,
 ) -> Page:
-    """A page of several runs on one prompt. report: of any of them; all saw the same images."""
+    """The page of several policies' results on one prompt.
+
+    report: the report of any of them, since all have read the same images
+    """
     seen = _seen(report)
     return Page(
         prompt=prompt,
@@ -58,11 +61,11 @@ def page_of(
     )
 
 
-def run_of(report: Report, name: str, policy: Policy | None, row: int = 0) -> Run:
-    """What one policy kept of one row."""
+def result_of(report: Report, name: str, policy: Policy | None, row: int = 0) -> PolicyResult:
+    """The result of one policy for one row of its report, without answers."""
     seen = _seen(report)
     vision = seen.positions[row][seen.spans[row] > 0]
-    return Run(
+    return PolicyResult(
         policy=name,
         settings=asdict(policy) if is_dataclass(policy) else {},
         layers=tuple(_layer(layer, vision, row) for layer in report.layers),
@@ -77,9 +80,11 @@ def run_of(report: Report, name: str, policy: Policy | None, row: int = 0) -> Ru
 def pictures_of(
     report: Report, images: Sequence[Media], processor: Any = None, row: int = 0
 ) -> tuple[Picture, ...]:
-    """The row's images and videos with their tokens' places; without pictures, their tokens only.
+    """The images and videos of a row with the places of their tokens.
 
-    Raises InputError where the images given are not as many as the prompt has.
+    images: all images and videos of the row, or none, in which case the places are unknown
+
+    Raises InputError if another number of images is given than the prompt has.
     """
     seen, count = _seen(report), report.images[row]
     if images and len(images) != count:
@@ -89,7 +94,7 @@ def pictures_of(
         )
     earlier = sum(report.images[:row])
     found, first = [], 0
-    kinds = {False: earlier, True: 0}  # images and videos are numbered apart
+    kinds = {False: earlier, True: 0}  # images and videos are numbered separately
     for number in range(1, count + 1):
         media = images[number - 1] if images else None
         runs = _runs(seen.spans[row] == number)
@@ -111,7 +116,7 @@ def pictures_of(
 
 
 def mask_bits(mask: Tensor) -> str:
-    """(V,) bool as base64, eight tokens a byte, the lowest bit first."""
+    """A mask (V,) bool as base64, with eight tokens in a byte and the lowest bit first."""
     bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -len(mask) % 8)).view(-1, 8)
     weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
     packed = (bits * weights).sum(-1).to(torch.uint8)
@@ -134,7 +139,10 @@ def _layer(report: LayerReport, vision: Tensor, row: int) -> Layer:
 
 
 def _agreement(kept: Tensor) -> tuple[float, ...]:
-    """For each head (Hkv, V) the mean Jaccard index with the others; 1 for a single head."""
+    """The mean Jaccard index of each head with the others; 1 for a single head.
+
+    kept: (Hkv, V) float, 1 for a kept token
+    """
     both = kept @ kept.T
     sizes = kept.sum(-1)
     either = sizes[:, None] + sizes - both
@@ -154,7 +162,7 @@ def _picture(media: Media | None, shown: Shown, number: int, first: int, video: 
         name=name_of(media, number),
         width=shown.size[0],
         height=shown.size[1],
-        frames=look(media, frames) if media is not None else (),
+        frames=data_uris(media, frames) if media is not None else (),
         first=first,
         tokens=shown.tokens,
         boxes=tuple(boxes) if named else (),
@@ -187,14 +195,10 @@ def _after(seen: Seen, runs: Sequence[Columns], row: int) -> tuple[int, ...]:
 
 def _seen(report: Report) -> Seen:
     if report.seen is None:
-        raise InputError("this report does not say where its images stand")
+        raise InputError("this report does not hold the spans of its prompt")
     seen = report.seen
     ids = None if seen.ids is None else seen.ids.cpu()
     return replace(seen, ids=ids, inputs={name: t.cpu() for name, t in seen.inputs.items()})
-
-
-def _with_answer(run: Run, text: str) -> Run:
-    return Run(**{**vars(run), "answer": Answer(text, (text,))})
 
 
 def _number(value: float) -> float | None:

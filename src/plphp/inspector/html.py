@@ -1,4 +1,4 @@
-"""The page as one HTML file: template, style and script are ours and travel inside it."""
+"""The page as one HTML file, which contains its style and its scripts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ FRAME = (
 
 
 def render(page: Page) -> str:
-    """The file's text. Raises InputError where jinja2 is missing.
+    """The text of the HTML file. Raises InputError if jinja2 is not installed.
 
-    Prompts and names are escaped by the template; in the data, `tojson` leaves no "<" that could
-    end the script element.
+    The template escapes prompts and names. In the data, `tojson` escapes every "<", so that no text
+    can end the script element.
     """
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError:
-        raise InputError(f"the page needs jinja2: {how_to_install('report')}") from None
+        raise InputError(f"the page needs jinja2: {how_to_install('inspector')}") from None
     assets = files("plphp.inspector") / "assets"
     parts = {
         name: (assets / file).read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ def render(page: Page) -> str:
 
 
 def write_html(page: Page, path: str | os.PathLike[str]) -> None:
-    """Write the page. Raises InputError for a place that cannot be written to."""
+    """Write the page to a file. Raises InputError if the file cannot be written."""
     text = render(page)
     try:
         Path(path).write_text(text, encoding="utf-8")
@@ -64,12 +64,12 @@ def write_report(
     processor: Any,
     row: int,
 ) -> None:
-    """Write the page of one row of a report; see `Report.to_html`."""
+    """Write the page of one row of a report to a file; see `Report.to_html`."""
     write_html(page_of_report(report, images, prompt, answer, processor, row), path)
 
 
 def notebook(report: Report) -> str | None:
-    """The page of a report's first row in a frame of its own; None where it cannot be drawn."""
+    """The page of a report's first row as an iframe; None if it cannot be drawn."""
     try:
         from jinja2 import Environment
 

@@ -1,4 +1,4 @@
-"""Images and videos as the page holds them: shrunk, and inside the file."""
+"""Images and videos of the page: scaled down and encoded as data URIs."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ from plphp.inputs import open_image
 Still = Image.Image | str | os.PathLike[str]
 Media = Still | Sequence[Image.Image]  # an image, or the frames of a video
 
-SIDE = 1024  # most pixels a side that the page holds of an image
-STRIP = 320  # and of a frame of a video
-BYTES = 900_000  # of one picture, so that four and their data stay under 5 MB
+SIDE = 1024  # the longest side of an image on the page, in pixels
+STRIP = 320  # the longest side of a video frame
+BYTES = 900_000  # base64 bytes of one picture, so that a page of four stays below 5 MB
 
 
 def size_of(media: Media) -> tuple[int, int]:
-    """(width, height) in pixels of the original."""
+    """Width and height of the original in pixels."""
     return first_frame(media).size
 
 
 def first_frame(media: Media) -> Image.Image:
-    """The image itself, or a video's first frame."""
+    """The image, or the first frame of a video."""
     return _frames(media)[0]
 
 
 def name_of(media: Media | None, number: int) -> str:
-    """A file's name; pictures without one are numbered."""
+    """The name of the image file, or "picture" or "video" with its number."""
     if isinstance(media, (str, os.PathLike)):
         return Path(media).name
     kind = "video" if isinstance(media, (list, tuple)) else "picture"
     return f"{kind} {number}"
 
 
-def look(media: Media, frames: int) -> tuple[str, ...]:
-    """Data URIs: the picture, or as many frames of a video as its tokens tell apart."""
+def data_uris(media: Media, frames: int) -> tuple[str, ...]:
+    """The data URI of an image, or those of a video.
+
+    frames: how many frames the tokens of a video distinguish
+    """
     every = _frames(media)
     if len(every) == 1:
         return (data_uri(every[0], SIDE),)
@@ -48,7 +51,7 @@ def look(media: Media, frames: int) -> tuple[str, ...]:
 
 
 def data_uri(image: Image.Image, side: int) -> str:
-    """The image inside a URI: PNG where that is small, as of drawings, else JPEG."""
+    """The image as a data URI: PNG if that is small, as for drawings, otherwise JPEG."""
     shown = image.convert("RGB")
     shown.thumbnail((side, side))
     png = _encoded(shown, "PNG", optimize=True)

@@ -1,4 +1,4 @@
-"""A report as a matplotlib figure, for papers and notebooks."""
+"""A matplotlib figure of a report, for papers and notebooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plphp.inspector.gather import pictures_of
 from plphp.inspector.pictures import Media, first_frame
 from plphp.report import Report
 
-# Okabe and Ito's colours, as on the page
+# Colours of Okabe and Ito, the same as on the page.
 COLORS = {
     "vision-attentive": "#0072b2",
     "vision-balanced": "#d99a00",
@@ -25,14 +25,17 @@ VEIL = "#59636e"
 def plot(
     report: Report, images: Sequence[Media] = (), *, layer: int | None = None, row: int = 0
 ) -> Any:
-    """Vision attention and rates by layer; below, the share of heads that kept each token.
+    """Draw the vision attention and the kept share of every layer.
 
-    Raises InputError where matplotlib is missing, or images do not fit the report.
+    images: draw below them the share of heads of one layer that kept each token
+    layer: the layer of these pictures; None for the one that kept the fewest tokens
+
+    Raises InputError if matplotlib is not installed or the images do not fit the report.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError(f"plots need matplotlib: {how_to_install('report')}") from None
+        raise InputError(f"plots need matplotlib: {how_to_install('inspector')}") from None
     shown = pictures_of(report, images, row=row) if images else ()
     figure: Any = Figure(figsize=(8, 5.4 if shown else 2.6), layout="constrained")
     above, below = figure.subfigures(2, 1) if shown else (figure, None)
@@ -64,7 +67,7 @@ def _fewest(report: Report) -> int:
 
 
 def _kept(report: Report, layer: int, row: int) -> Tensor:
-    """(V,) share of a layer's heads that kept each vision token."""
+    """The share (V,) of a layer's KV heads that kept each vision token."""
     assert report.seen is not None
     vision = report.seen.positions[row][report.seen.spans[row] > 0]
     heads = report.layers[layer].kept[row]
@@ -72,13 +75,13 @@ def _kept(report: Report, layer: int, row: int) -> Tensor:
 
 
 def _overlay(axes: Any, media: Media, picture: Any, kept: Tensor) -> None:
-    """The picture, its first frame of a video, veiled where heads dropped it."""
+    """Draw the picture, or a video's first frame, and cover the tokens that heads dropped."""
     from matplotlib.patches import Rectangle
 
     axes.imshow(first_frame(media), extent=(0, picture.width, picture.height, 0))
     views = set(picture.views)
     for token, box in enumerate(picture.boxes):
-        # Where a model sees tiles and the whole, the tiles are the finer ones.
+        # If a model reads tiles and the whole picture, show the tiles: they are finer.
         if box is None or picture.frame[token] or picture.views[token] != max(views):
             continue
         left, top, right, bottom = box

@@ -1,4 +1,4 @@
-"""What recall read of the images while an answer was written, as the page shows it."""
+"""The vision tokens that recall read at each step of an answer."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from plphp.inspector.gather import mask_bits
 from plphp.report import Report, Seen
 
 Log = Sequence[Sequence[Tensor]]  # as `PrunedCache.recalled()`
-PUNCTUATION = len('[""], ')  # of a mask in JSON, where every layer had one head only
+PUNCTUATION = len('[""], ')  # the most that JSON adds to a mask: a layer with a single head
 
 
 def all_read(report: Report, seen: Seen) -> Report:
-    """The report of a prompt that is read as a whole at every step: codes on the device."""
+    """The report with all vision tokens as kept, for homes that read everything at every step."""
     every = seen.positions[0][seen.spans[0] > 0]
     layers = (replace(a, kept=every.expand(1, a.kept.shape[1], -1)) for a in report.layers)
     return replace(report, layers=tuple(layers))
 
 
 def looks(report: Report, seen: Seen, log: Log, steps: int) -> Iterator[dict[int, Tensor]]:
-    """Step by step, layer -> (2, Hkv, N) bool: the columns that were read, and those that were not.
+    """For each step, layer -> (2, Hkv, N) bool: the columns that were read, and the others.
 
-    What the report kept, where the log has nothing of a layer.
+    For a layer without a log, these are the columns that the report says were kept.
     """
     layers = [a for a in report.layers if a.kept.shape[1]]
     for step in range(steps):
@@ -34,14 +34,14 @@ def looks(report: Report, seen: Seen, log: Log, steps: int) -> Iterator[dict[int
         yield {a.layer: kept_and_dropped(a, seen) for a in now}
 
 
-def masks(log: Log, seen: Seen, room: int) -> tuple[tuple[tuple[str, ...], ...], ...]:
-    """Masks of every step, layer and KV head, for as many steps as take up to `room` bytes."""
+def masks(log: Log, seen: Seen, byte_limit: int) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """Masks of every step, layer and KV head, for the first steps that fit into `byte_limit`."""
     vision = seen.positions[0][seen.spans[0] > 0]
     heads = sum(layer[0].shape[1] for layer in log if layer)
     if not heads:
         return ()
     each = heads * (len(mask_bits(torch.zeros(len(vision)))) + PUNCTUATION)
-    steps = min(max(map(len, log)), room // each)
+    steps = min(max(map(len, log)), byte_limit // each)
     return tuple(
         tuple(_masks(layer[step][0], vision) if layer else () for layer in log)
         for step in range(steps)
@@ -49,5 +49,5 @@ def masks(log: Log, seen: Seen, room: int) -> tuple[tuple[tuple[str, ...], ...],
 
 
 def _masks(read: Tensor, vision: Tensor) -> tuple[str, ...]:
-    """read (Hkv, k), vision (V,): positions."""
+    """One mask per KV head. read (Hkv, k) and vision (V,) are positions."""
     return tuple(mask_bits(torch.isin(vision, head)) for head in read)

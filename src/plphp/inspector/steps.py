@@ -1,7 +1,8 @@
-"""Where an answer's tokens look, one after the other, and what pruning took away from them.
+"""The attention of each token of a pruned answer to kept and to dropped vision tokens.
 
-The answer that the pruned model gave is read again, once on the pruned cache and, as the oracle,
-on the full one. The first token is the last prompt token's, which saw everything either way.
+The model reads the pruned answer again on the pruned cache and, if the oracle is asked, on the full
+cache. The first token follows from the last prompt token, which attended to the whole prompt in
+both cases.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from plphp.recall import HOMES, Recall
 from plphp.report import Report, Seen
 
 Groups = Mapping[int, Tensor]
-READ_BYTES = 2_000_000  # of a page's masks of what recall read: a page stays below 5 MB
+READ_BYTES = 2_000_000  # for the masks of what recall read, so that a page stays below 5 MB
 
 
 def steps_of(
@@ -35,13 +36,13 @@ def steps_of(
     tokens: Tensor,
     decode: Callable[[Tensor], str] | None = None,
     recall: Recall | None = None,
-    room: int = READ_BYTES,
+    byte_limit: int = READ_BYTES,
 ) -> Steps:
-    """Attention of an answer's tokens to what was kept; with `decode` also the oracle's.
+    """The attention of an answer's tokens to the kept vision tokens.
 
-    prompt: of `inputs`, read once and unpruned; tokens (T,) int64, what the pruned model said
-    decode: text of tokens, for what the full model would have said
-    recall: as the answer was made with; room: bytes that masks of what it read may take
+    prompt: the unpruned prefill of `inputs`; tokens: (T,) int64, the answer of the pruned model
+    decode: the text of tokens; with it, the full model reads the answer too
+    recall: as for the answer; byte_limit: bytes that the masks of what recall read may take
     """
     chooses = recall is not None and "record" in HOMES[recall.home].options
     if recall is not None and chooses:
@@ -60,7 +61,7 @@ def steps_of(
         depth = len(report.layers)
         begin = _first(prompt, report, seen)
         kept = _numbers({i: m[:1] for i, m in begin.items()}, attention, depth, 0)
-        own = Steps(kept, fetched=_fetched(report), read=masks(log, seen, room))
+        own = Steps(kept, fetched=_fetched(report), read=masks(log, seen, byte_limit))
         if decode is None:
             return own
         with prune(model, policy("full")):
@@ -82,7 +83,7 @@ def steps_of(
 def _begun(
     pruning: Pruning, inputs: Mapping[str, Tensor], prompt: SharedPrefill
 ) -> tuple[PrunedCache, Tensor]:
-    """The pruned prompt, planned of what was read of it where that will do, and its logits."""
+    """The cache of the pruned prompt, from the shared prefill if the policy allows, and logits."""
     if pruning.policy.prunes_cache:
         return prompt.pruned(pruning), prompt.logits
     cache = PrunedCache(pruning.model)
@@ -92,9 +93,10 @@ def _begun(
 def _read(
     model: Any, cache: PrunedCache, tokens: Tensor, groups: Iterable[Groups], parts: int
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits (T-1, vocabulary) behind each token but the last, and their attention to groups.
+    """Logits (T-1, vocabulary) after each token except the last, and their attention to groups.
 
-    groups: of each of the `parts` in which the tokens are read: one, or one a token
+    parts: in how many forwards the tokens are read, one or T-1
+    groups: for each part, layer -> groups of tokens
     """
     watch, logits = AttentionProbe({}), []
     ids = tokens[None, :-1].to(model.device)
@@ -110,13 +112,13 @@ def _read(
 
 
 def _fetched(report: Report) -> tuple[int, ...]:
-    """Tokens that all layers and KV heads fetched for each token; nothing for the first."""
+    """How many tokens all layers and KV heads fetched for each token; 0 for the first."""
     found = () if report.recall is None else report.recall.fetched
     return (0, *map(sum, zip(*found, strict=True))) if any(found) else ()
 
 
 def _first(prompt: SharedPrefill, report: Report, seen: Seen) -> dict[int, Tensor]:
-    """Layer -> (2, 1): what the prompt's last token paid to tokens kept and dropped later."""
+    """Layer -> (2, 1): the last prompt token's attention to kept and to dropped tokens."""
     found = {}
     for index, view in prompt.views.items():
         groups = kept_and_dropped(report.layers[index], seen).to(view.probs)
@@ -129,7 +131,7 @@ def _first(prompt: SharedPrefill, report: Report, seen: Seen) -> dict[int, Tenso
 def _numbers(
     first: Mapping[int, Tensor], then: Mapping[int, Tensor], depth: int, group: int
 ) -> tuple[Numbers, ...]:
-    """One tuple a token, with one number a layer."""
+    """The attention to one group: for each token a tuple with one number per layer."""
     layers: list[list[float | None]] = []
     length = 1 + max((m.shape[1] for m in then.values()), default=0)
     for index in range(depth):

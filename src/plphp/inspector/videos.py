@@ -1,4 +1,4 @@
-"""Frames of videos as the model was shown them: whichever a processor samples, these are they."""
+"""The frames of videos that the model read, whichever the processor sampled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def shown_videos(config: Any, inputs: Mapping[str, Any]) -> list[list[Image.Image]]:
-    """Each video's frames, as many as its tokens tell apart, read back from the model's inputs."""
+    """The frames of each video, as many as its tokens distinguish, from the model's inputs."""
     pixels, grids = inputs.get("pixel_values_videos"), inputs.get("video_grid_thw")
     if pixels is None:
         return []
@@ -21,7 +21,7 @@ def shown_videos(config: Any, inputs: Mapping[str, Any]) -> list[list[Image.Imag
 
 
 def frames_of(pixels: Tensor) -> list[Image.Image]:
-    """Normalized frames (F, 3, H, W) stretched back to 0 to 255."""
+    """Images of normalized frames (F, 3, H, W), scaled to the range 0 to 255."""
     pixels = pixels.float()
     low, high = pixels.amin(), pixels.amax()
     scaled = ((pixels - low) / (high - low).clamp(min=1e-6) * 255).round().to(torch.uint8)
@@ -29,10 +29,11 @@ def frames_of(pixels: Tensor) -> list[Image.Image]:
 
 
 def _unpatched(vision: Any, pixels: Tensor, grids: Tensor) -> Iterator[Tensor]:
-    """Frames (t, 3, H, W) of every video from Qwen-VL's rows of patches.
+    """Frames (t, 3, H, W) of every video, from the rows of patches of Qwen-VL.
 
-    pixels (patches, 3 * times * patch^2): squares of merged patches stand together; of the `times`
-    frames that share tokens the first is taken. grids (videos, 3): t, h, w in patches.
+    pixels: (patches, 3 * times * patch^2); the patches of a merged square are adjacent. Of the
+        `times` frames that share tokens the first is used
+    grids: (videos, 3), t, h, w in patches
     """
     merge, patch = int(vision.spatial_merge_size), int(vision.patch_size)
     start = 0
