@@ -268,8 +268,8 @@ def test_damaged_and_foreign_parked_tokens_are_refused(
         key = next(n for n in tensors if n.startswith("1.parked.keys"))
         for damage, says in (
             ({"1.parked.held": held + 999}, "a number is out of range"),
-            ({"1.parked.held": held[:, :1].contiguous()}, "does not fit"),
-            ({key: torch.cat([tensors[key]] * 2)}, "does not fit"),
+            ({"1.parked.held": held[:, :1].contiguous()}, "do not fit"),
+            ({key: torch.cat([tensors[key]] * 2)}, "do not fit"),
         ):
             save_file({**tensors, **damage}, file, metadata)
             with pytest.raises(plphp.InputError, match=says):

@@ -112,8 +112,8 @@ class StaticStore:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the layer keeps allocated."""
-        every = [self.keys, self.values, self.start, self.end, self.logical]
-        return every if self.columns is None else [*every, self.columns]
+        tensors = [self.keys, self.values, self.start, self.end, self.logical]
+        return tensors if self.columns is None else [*tensors, self.columns]
 
 
 def bucketed(length: int) -> int:

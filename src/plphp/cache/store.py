@@ -137,8 +137,8 @@ class KVStore:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the layer keeps allocated."""
-        every = [self.keys, self.values, self.start]
-        return every if self.columns is None else [*every, self.columns]
+        tensors = [self.keys, self.values, self.start]
+        return tensors if self.columns is None else [*tensors, self.columns]
 
     def _grow(self, length: int) -> None:
         """Make the buffers large enough for `length` slots."""
