@@ -1,8 +1,8 @@
-"""The quick tests on the newest transformers of the package index: `make test-newest`.
+"""Run the quick tests with the newest transformers of the package index: `make test-newest`.
 
-pyproject.toml bounds transformers and torch by what was tested. This run ignores the upper bounds,
-so that it fails on the day on which a release breaks plphp. Its environment is made once for every
-combination of versions and kept in the folder that is given.
+pyproject.toml has upper bounds for transformers and torch. This run ignores them, so that it fails
+as soon as a new release breaks plphp. It makes one environment for each combination of versions,
+and keeps it in a given folder.
 
 torch is the pinned one, since a newer one from PyPI brings gigabytes of CUDA libraries;
 `--torch-index URL` (make ... TORCH_INDEX=URL) takes the newest torch of another index, and
@@ -28,7 +28,7 @@ DONE = ".installed"
 
 
 def main() -> int:
-    """Ask, install, run. The exit code is that of the tests."""
+    """Find the versions, install them and run the tests. The exit code is that of the tests."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--environments", type=Path, required=True, help="where they are kept")
     parser.add_argument("--torch", default="", help="a requirement, such as torch==2.14.1")
@@ -46,7 +46,10 @@ def main() -> int:
 
 
 def environment(parent: Path, torch: str, index: str) -> Path | None:
-    """The environment of the newest versions, made if need be. None where nothing can be asked."""
+    """The environment of the newest versions, which is made if it does not exist.
+
+    If the package index does not answer, the latest environment, or None without one.
+    """
     asked = torch or ("torch" if index else pinned_torch())
     from_index = ["--index-url", index] if index else []
     transformers, found_torch = newest("transformers"), newest(asked, *from_index)
@@ -77,7 +80,7 @@ def environment(parent: Path, torch: str, index: str) -> Path | None:
 
 
 def newest(requirement: str, *options: str) -> str | None:
-    """The version that pip would install today, None where the index does not answer."""
+    """The version that pip would install today, None if the index does not answer."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps"]
     command += ["--ignore-installed", "--report", "-", *options, requirement]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -88,20 +91,20 @@ def newest(requirement: str, *options: str) -> str | None:
 
 
 def pinned_torch() -> str:
-    """torch as constraints.txt has it."""
+    """The requirement of torch in constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return next(line for line in lines if line.startswith("torch=="))
 
 
 def requirements() -> list[str]:
-    """What plphp and its tests need besides, unbounded as pip would resolve them today."""
+    """The other requirements of plphp and its tests."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     everything = [*project["dependencies"], *project["optional-dependencies"]["test"]]
     return [line for line in everything if re.split(r"[^\w-]", line)[0] not in BOUNDED]
 
 
 def pip(place: Path, *arguments: str) -> None:
-    """Install into an environment."""
+    """Install packages into an environment."""
     command = [place / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install"]
     done = subprocess.run([*command, "-q", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -334,6 +334,7 @@ def test_configs_whose_layers_differ_are_read_layer_by_layer() -> None:
     config = Differs()
     assert compat.head_dim(config) == 16
     assert compat.kv_heads(config) == [2, 1]
+    assert compat.config_value(config, "num_key_value_heads") == [2, 1]
     assert refusal(config) == ""
 
 

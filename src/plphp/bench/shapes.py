@@ -82,8 +82,15 @@ def shape_of(name: str, layers: int | None) -> Shape:
 
 
 def shape_of_model(name: str, model: Any) -> Shape:
-    """The shape of a loaded model's decoder."""
+    """The shape of a loaded model's decoder.
+
+    Raises InputError for a decoder whose layers differ in size: one shape cannot describe it.
+    """
     config = compat.text_config(model)
+    sizes = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    hidden, heads, kv_heads, inner = (compat.config_value(config, size) for size in sizes)
+    if any(isinstance(value, list) for value in (hidden, heads, kv_heads, inner)):
+        raise InputError(f"{name}: the sizes of its layers differ, which bench cannot describe")
     decoder = model.get_decoder()
     read = (
         sum(p.numel() for p in decoder.parameters()) - decoder.get_input_embeddings().weight.numel()
@@ -92,13 +99,13 @@ def shape_of_model(name: str, model: Any) -> Shape:
         name,
         None,
         config.num_hidden_layers,
-        config.hidden_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.intermediate_size,
+        hidden,
+        heads,
+        kv_heads,
+        inner,
         config.vocab_size,
         compat.head_dim(config),
-        read + config.hidden_size * config.vocab_size,
+        read + hidden * config.vocab_size,
     )
 
 

@@ -242,6 +242,15 @@ def layer_configs(config: Any) -> list[Any]:
     return list(getattr(config, "per_layer_config", None) or [config])
 
 
+def config_value(config: Any, name: str) -> Any:
+    """An attribute of a language model's config, None where it has none.
+
+    The list of one value a layer where the layers differ in it (Gemma 4).
+    """
+    values = [getattr(layer, name, None) for layer in layer_configs(config)]
+    return values[0] if all(value == values[0] for value in values) else values
+
+
 def head_dim(config: Any) -> int:
     """D, the size of a key in one head; the smallest if layers differ.
 

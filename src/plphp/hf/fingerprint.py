@@ -36,7 +36,7 @@ def fingerprint(config: Any, model: Any | None) -> dict[str, Any]:
     "weights" is a CRC-32 of 1,024 numbers of the input embeddings. "weights" and "dtype" are None,
     and are not compared then, if the embeddings are offloaded, sharded or quantised.
     """
-    values = {name: getattr(config, name, None) for name in NAMES}
+    values = {name: compat.config_value(config, name) for name in NAMES}
     values["windows"] = compat.layer_windows(config)
     table = None if model is None else _embeddings(model)
     values["dtype"] = None if table is None else name_of(table.dtype)
@@ -77,12 +77,12 @@ def layer_shapes(model: Any) -> dict[int, Shape]:
 
     They are read from the attention modules and not from the config, since layers may differ.
     """
-    config = compat.text_config(model)
-    shapes = {}
+    config, shapes = compat.text_config(model), {}
+    layers = compat.layer_configs(config)
     for index, module in compat.attention_modules(model, config).items():
         groups, heads = getattr(module, "num_key_value_groups", None), None
         if isinstance(groups, int) and groups > 0 and compat.over_ranks(model) is None:
-            heads = config.num_attention_heads // groups
+            heads = layers[index % len(layers)].num_attention_heads // groups
         latent, dim = getattr(module, "qk_head_dim", None), getattr(module, "head_dim", None)
         value = getattr(module, "v_head_dim", None if latent else dim)
         shapes[index] = (heads, latent or dim, value)
