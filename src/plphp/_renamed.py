@@ -20,12 +20,13 @@ _INSPECTOR = (
 )
 _REPORT = (
     "EarlierImage LayerReport RecallReport Report Seen images_left images_of in_rows "
-    "layer_report told untouched_report"
+    "layer_report untouched_report"
 )
 
 # package -> old name -> new path
 OLD: dict[str, dict[str, str]] = {
-    "plphp.cache": {name: f"plphp.report.{name}" for name in _REPORT.split()},
+    "plphp.cache": {name: f"plphp.report.{name}" for name in _REPORT.split()}
+    | {"told": "plphp.report.earlier_images_note"},
     "plphp.report": {name: f"plphp.inspector.{name}" for name in _INSPECTOR.split()}
     | {"Run": "plphp.inspector.PolicyResult", "run_of": "plphp.inspector.result_of"},
     "plphp.bench": {"Run": "plphp.bench.Timing"},

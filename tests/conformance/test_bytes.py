@@ -32,9 +32,9 @@ CODE = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.M
 
 
 def reachable_tensors(root: object, report: object) -> Iterator[Tensor]:
-    """All tensors that an object leads to; not through its report, a model, a config or code.
+    """All tensors that an object leads to, except through reports, models, configs and code.
 
-    Found by the garbage collector: nothing is assumed of how the package lays its cache out.
+    The garbage collector finds them, so that no layout of the cache is assumed.
     """
     outside = (torch.nn.Module, PreTrainedConfig, type(report), type, weakref.ref, *CODE)
     todo, seen = [root], set()
@@ -50,7 +50,7 @@ def reachable_tensors(root: object, report: object) -> Iterator[Tensor]:
 
 
 def bytes_of_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address: size. Views share a storage, which counts once and whole."""
+    """Address -> size. Views share a storage, which counts once, with its full size."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
@@ -74,12 +74,12 @@ def test_reported_bytes_are_allocated_bytes(name: str, rows: str) -> None:
 
 @every_family
 def test_what_is_dropped_is_freed(name: str) -> None:
-    """Beside the cache nothing new is alive that could be a layer's keys of the whole prompt."""
+    """Besides the cache no new tensor exists that could be a layer's keys of the whole prompt."""
     expected = truth(name, 0, "three")
     model = EVERY[name].build(0)
     with attach(model, expected.numbers):
         generate(model, expected.inputs)
-        older = live_tensors()  # held, so that no address is used again
+        older = live_tensors()  # kept alive, so that no address is used again
         kv = cache_for(model)
         generate(model, expected.inputs, steps=1, cache=kv)
         own = bytes_of_storages([*older, *reachable_tensors(kv, kv.report)])
@@ -91,7 +91,7 @@ def test_what_is_dropped_is_freed(name: str) -> None:
 
 
 def live_tensors() -> list[Tensor]:
-    """Tensors with memory of their own: those that a compiler left behind have none."""
+    """Tensors that own memory; those that a compiler left behind own none."""
     gc.collect()
     found = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
     return [tensor for tensor in found if not isinstance(tensor, FakeTensor)]
@@ -119,9 +119,9 @@ HYBRID = ["gemma3", "cohere2_vision", "idefics2_window", "qwen3_5", *tiny.DECODE
 @pytest.mark.parametrize("rows", ["one", "batch"])
 @pytest.mark.parametrize("name", [name for name in HYBRID if name in EVERY])
 def test_bytes_of_hybrid_models_are_those_of_caches(name: str, rows: str) -> None:
-    """Full is what transformers' own cache holds; ours is what is allocated, views of it included.
+    """Full bytes are those of transformers' own cache; plphp's are those allocated, views included.
 
-    A sliding layer holds its window, though it is a slice of the whole prompt for a moment.
+    A sliding layer holds its window, though for a moment it is a slice of the whole prompt.
     """
     expected = truth(name, 0, rows)
     model = EVERY[name].build(0)

@@ -1,4 +1,4 @@
-"""What a later turn's report says of the images of earlier ones."""
+"""The entries for images of earlier turns in a later turn's report."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Attaching: what is refused and when, what is left behind, how much memory a prefill holds."""
+"""Attaching: what is refused and when, what remains afterwards, and the memory of a prefill."""
 
 import copy
 import gc
@@ -222,20 +222,20 @@ def test_two_models_in_two_threads_do_not_meet() -> None:
 
 @dataclass
 class Watching(Policy):
-    """A policy that notes how many bytes of keys and values are alive whenever it is asked."""
+    """A policy that records the bytes of keys and values that are allocated when it is called."""
 
     inner: plphp.PLPHP
     heads: int
     dim: int
     seen: list[int] = field(default_factory=list)
-    others: set[int] = field(default_factory=set)  # storages that were alive before
+    others: set[int] = field(default_factory=set)  # storages that existed before
 
     def plan(self, view: LayerView) -> KeepPlan:
         self.seen.append(self.alive())
         return self.inner.plan(view)
 
     def alive(self) -> int:
-        # type(), not isinstance: some lazy modules of other libraries dislike being asked
+        # type() and not isinstance, which makes some lazy modules of other libraries import things
         tensors = [o for o in gc.get_objects() if type(o) is Tensor]
         kv = [t for t in tensors if t.dim() == 4 and t.shape[1::2] == (self.heads, self.dim)]
         return allocated(t for t in kv if t.untyped_storage().data_ptr() not in self.others)

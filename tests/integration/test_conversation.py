@@ -1,6 +1,7 @@
-"""Later turns on a kept cache: positions, masks and what is pruned, against the unpruned model.
+"""Later turns with a cache that is kept: positions, masks and pruning, against the unpruned model.
 
-The reference of a keep-all conversation is the untouched model reading all of it from scratch.
+The reference of a conversation that keeps everything is the untouched model, which reads all of it
+from the start.
 """
 
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ TURNS = {
 
 @dataclass
 class Talk:
-    """A conversation of one row: what was said so far, turn by turn."""
+    """A conversation of one row: all its text so far, turn by turn."""
 
     model: Any
     family: tiny.Family
@@ -48,7 +49,7 @@ class Talk:
             yield self.family.make_inputs(self.model, [spec], number)[0]
 
     def hold(self, cache: Any) -> list[Tensor]:
-        """Tokens of every answer; each turn repeats the conversation and adds its own pixels."""
+        """The tokens of every answer. Turns repeat the conversation, with their own pixels only."""
         said = torch.empty(1, 0, dtype=torch.long)
         kinds = torch.empty(1, 0, dtype=torch.int)
         answers = []
@@ -63,7 +64,7 @@ class Talk:
         return answers
 
     def from_scratch(self, answers: list[Tensor]) -> list[Tensor]:
-        """What the untouched model answers to each turn after reading everything before it."""
+        """The answers of the untouched model to each turn, if it reads the whole conversation."""
         found, said, pixels = [], torch.empty(1, 0, dtype=torch.long), {}
         for turn, answer in zip(self.turns(), answers, strict=True):
             said = torch.cat([said, turn["input_ids"]], 1)
@@ -105,7 +106,7 @@ def test_a_keep_all_conversation_is_the_unpruned_one(name: str, turns: str) -> N
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_conversations_on_one_model_do_not_mix(name: str) -> None:
-    """Interleaved turn by turn, each of two conversations is what it is alone."""
+    """The turns of two conversations alternate; each is answered as if it were alone."""
     family = tiny.FAMILIES[name]
     model = family.build(0)
     talks = [Talk(model, family, TURNS[which]) for which in ("text", "image")]
@@ -148,7 +149,7 @@ def test_a_later_turn_prunes_its_own_images_only(name: str) -> None:
         kept = report.kept[0, 0]
         assert set(kept.tolist()) <= set(vision.tolist())
         assert len(kept) == -(-3 * len(vision) // 10)
-        # what the first turn kept is there still, with all text and the new kept tokens
+        # the tokens that the first turn kept, all text, and the tokens that this turn kept
         held = cache.layers[layer].store
         text = sum(int((t["input_ids"] != tiny.IMAGE).sum()) for t in turns)
         answers = 2 * talk.steps - 1  # the last token of an answer is read by the next turn
@@ -225,7 +226,7 @@ def test_a_saved_conversation_goes_on_as_if_it_had_stayed(
         wanted = talk.hold(plphp.PrunedCache(talk.model))
 
         class Stored:
-            """Hands on a cache that has been to the disk before every turn after the first."""
+            """Passes on a cache that is saved and loaded before every turn after the first."""
 
             cache = plphp.PrunedCache(talk.model)
 
@@ -267,8 +268,8 @@ def test_damaged_and_foreign_parked_tokens_are_refused(
         key = next(n for n in tensors if n.startswith("1.parked.keys"))
         for damage, says in (
             ({"1.parked.held": held + 999}, "a number is out of range"),
-            ({"1.parked.held": held[:, :1].contiguous()}, "does not fit"),
-            ({key: torch.cat([tensors[key]] * 2)}, "does not fit"),
+            ({"1.parked.held": held[:, :1].contiguous()}, "do not fit"),
+            ({key: torch.cat([tensors[key]] * 2)}, "do not fit"),
         ):
             save_file({**tensors, **damage}, file, metadata)
             with pytest.raises(plphp.InputError, match=says):

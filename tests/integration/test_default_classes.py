@@ -1,4 +1,4 @@
-"""doctor's bytes over every image-text class of transformers, against transformers' own cache.
+"""The bytes of `plphp doctor` for every image-text class, against transformers' own caches.
 
 docs/doctor.md is made from the default configs: PLPHP_WRITE_DOCS=1 rewrites it.
 """
@@ -12,7 +12,7 @@ import transformers
 import defaults
 
 PAGE = Path(__file__).parents[2] / "docs" / "doctor.md"
-LENGTH = 5000  # tokens: beyond the windows of all classes that have some
+LENGTH = 5000  # tokens, more than the windows of all classes
 HEAD = f"""# What doctor says
 
 `plphp doctor` builds a model without its weights, on torch's meta device, and fills transformers'
@@ -30,7 +30,7 @@ COLUMNS = "| class | layers | bytes | beside them | ratio |\n|---|---|---|---|--
 
 
 def problems(held: defaults.Held) -> list[str]:
-    """What doctor got wrong; nothing is asked of classes without a cache to hold it against."""
+    """Wrong results of doctor. Classes without a cache to compare with are not checked."""
     if held.real is None:
         return []
     if held.found is None:
@@ -51,7 +51,7 @@ KINDS = (
     "llava",
     "mistral4",  # latents
     "qwen3_5",  # linear layers
-    "unlimited_ocr",  # a prompt and a ring buffer behind it
+    "unlimited_ocr",  # a prompt and a ring buffer after it
 )
 
 
@@ -74,7 +74,7 @@ def test_bytes_of_every_class_are_those_of_its_cache() -> None:
             wrong[name] = found
         elif held.real is None:
             unread[name] = held.unread
-            # doctor says why as well, or measures what a prompt without images leaves
+            # doctor also says why, or measures the cache of a prompt without images
             assert held.refused or held.found is not None
         else:
             right.append(name)
@@ -85,7 +85,7 @@ def test_bytes_of_every_class_are_those_of_its_cache() -> None:
 
 @pytest.mark.slow
 def test_the_page_shows_every_class() -> None:
-    """Default configs as they are: about three minutes."""
+    """The default configs themselves. This takes about three minutes."""
     table, unread = "", ""
     for name in defaults.names():
         held = defaults.held(name, transformers.AutoConfig.for_model(name), LENGTH)

@@ -1,6 +1,6 @@
-"""What a day of use found at the edges: options, wrappers, copies, caches that meet another model.
+"""Edge cases found in use: options, wrappers, copies, caches that are given to another model.
 
-Every kind of fault that was found in one place is asked for in the others here.
+Each kind of fault that was found in one place is also tested in similar places.
 """
 
 import copy
@@ -41,7 +41,7 @@ def prompt(model: Any, rows: list[tiny.RowSpec] = ONE) -> dict[str, Tensor]:
 
 
 def later(model: Any, cache: Any) -> dict[str, Tensor]:
-    """A first turn on a cache, and the text-only prompt that comes after it."""
+    """A first turn with a cache, and a text-only prompt after it."""
     inputs = prompt(model)
     said = model.generate(**inputs, **GREEDY, cache=cache)
     ids = torch.cat([said, torch.full((1, 3), tiny.SPECIAL)], 1)
@@ -144,12 +144,12 @@ def test_prompt_lookup_in_a_later_turn_is_refused(model: Any, where: str) -> Non
         more = later(model, cache)
         with pytest.raises(plphp.UnsupportedModeError, match="prompt_lookup_num_tokens"):
             model.generate(**more, **options, cache=cache)
-        model.generate(**more, **GREEDY, cache=cache)  # which is still usable
+        model.generate(**more, **GREEDY, cache=cache)  # the cache can still be used
 
 
 @pytest.mark.parametrize("method", ["plphp", "vtw"])
 def test_prompt_lookup_by_default_is_left_out_where_it_cannot_be(model: Any, method: str) -> None:
-    """It is about speed only; a sequence method cannot have it in a first turn either."""
+    """It only changes the speed. With a sequence method it is left out of a first turn too."""
     with plphp.prune(model, method):
         cache = plphp.PrunedCache(model)
         wanted = model.generate(**later(model, cache), **GREEDY, cache=cache)
@@ -311,7 +311,7 @@ def test_a_call_compiled_in_place_is_not_used_while_attached(model: Any) -> None
     def compiled(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("it was compiled without the hooks")
 
-    model._compiled_call_impl = compiled  # what model.compile() leaves behind
+    model._compiled_call_impl = compiled  # the attribute that model.compile() sets
     with plphp.prune(model, SOME) as pruning, torch.no_grad():
         model(**prompt(model))
         assert pruning.report.retention < 1
@@ -322,7 +322,7 @@ def test_configs_whose_layers_differ_are_read_layer_by_layer() -> None:
     layers = [SimpleNamespace(head_dim=d, num_key_value_heads=h) for d, h in ((16, 2), (32, 1))]
 
     class Differs:
-        """As transformers' own: an ambiguous attribute raises, and no AttributeError."""
+        """Like transformers' own configs: an ambiguous attribute raises, but no AttributeError."""
 
         per_layer_config = layers
 
@@ -421,7 +421,7 @@ def test_a_policy_by_name_or_class_is_its_defaults(model: Any) -> None:
         ({"vision_mask": [[0, 1], [1]]}, r"\(B, N\)"),
         ({"vision_mask": [0, 1, 1]}, r"\(B, N\)"),
         ({"vision_mask": np.zeros((1, 2, 3), int)}, r"\(B, N\)"),
-        ({"vision_mask": torch.rand(1, 9)}, "float32"),
+        ({"vision_mask": torch.full((1, 9), 0.5)}, "float32"),
         ({"vision_mask": torch.full((1, 9), -3)}, "-3"),
     ],
     ids=str,
@@ -459,7 +459,7 @@ def test_a_vision_mask_that_does_not_fit_the_prompt_is_refused(model: Any) -> No
     mask = (inputs["input_ids"] == tiny.IMAGE).long()
     wrong: list[tuple[Any, str]] = [
         (mask[:, 1:], "N = "),
-        (torch.cat([mask, mask], 1), "N = "),  # not silently its last columns
+        (torch.cat([mask, mask], 1), "N = "),  # the last columns are not silently used
         (mask.repeat(2, 1), "2 rows"),
         (lambda ids: None, "None"),
         (lambda ids: -3 * mask, "-3"),
@@ -481,7 +481,7 @@ def test_a_cache_has_room_for_a_number_of_columns(model: Any) -> None:
 
 
 def test_a_plain_cache_stays_what_it_was(model: Any) -> None:
-    """The guard is in our cache: an unattached model with its own is not asked."""
+    """The check is in PrunedCache, so an unattached model with its own cache is not affected."""
     inputs = prompt(model)
     with plphp.prune(model):
         pass

@@ -1,4 +1,4 @@
-"""Methods that look at more than the last token or at more than one layer, on a real model."""
+"""Methods that use more than the last token or more than one layer, on a real model."""
 
 import gc
 import weakref
@@ -32,7 +32,7 @@ def expected() -> Any:
 @pytest.mark.parametrize("name", WINDOWED)
 @pytest.mark.parametrize("size", [7, 16, 500])
 def test_a_prompt_in_chunks_is_pruned_as_the_whole(expected: Any, name: str, size: int) -> None:
-    """Chunks of 7 cut the window of 32 last tokens into five forwards."""
+    """Chunks of 7 split the window of 32 last tokens over five forwards."""
     model = expected.build()
     with plphp.prune(model, plphp.policy(name)) as pruning:
         tokens, _ = generate(model, expected.inputs)
@@ -91,7 +91,7 @@ def test_an_exception_between_layers_leaves_a_cache_that_says_so(expected: Any) 
 
 @pytest.mark.parametrize("name", ["plphp", "vl-cache", "fastv"])
 def test_a_cache_is_freed_with_its_last_reference(expected: Any, name: str) -> None:
-    """Not when Python's collector of cycles comes round: on a GPU that is gigabytes too late."""
+    """It must not wait for Python's garbage collector, which would keep gigabytes on a GPU."""
     model = expected.build()
     gc.collect()
     gc.disable()

@@ -1,6 +1,6 @@
-"""Recall on whole models: with all at hand it is the untouched model, and its bytes are told.
+"""Recall on whole models: its bytes, and with everything resident the untouched model's answers.
 
-Against the oracle step by step, in every way of generating: tests/conformance/test_matrix.py.
+tests/conformance/test_matrix.py compares it with the oracle at each step, in every mode.
 """
 
 from pathlib import Path
@@ -24,9 +24,9 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
 def everything_at_hand() -> plphp.Recall:
-    """All the machinery, and nothing that is not read: equal to the untouched model."""
+    """Recall that reads every token, so that it equals the untouched model."""
     recall = plphp.Recall("host")
-    object.__setattr__(recall, "budget", 3.0)  # room for the index and for every token
+    object.__setattr__(recall, "budget", 3.0)  # a budget for the index and every token
     return recall
 
 
@@ -145,7 +145,7 @@ def test_what_recall_cannot_do_is_refused() -> None:
 @pytest.mark.parametrize("budget", [0.0, 0.6, 0.9, 0.99])
 @pytest.mark.parametrize("home", ["int4", "int2"])
 def test_every_budget_of_codes_goes(home: str, budget: float) -> None:
-    """With a large one the first layers hold all tokens in full, and have nothing in codes."""
+    """With a large budget all tokens of the first layers are resident, and none are in codes."""
     model = tiny.FAMILIES["llava"].build(0)
     inputs, _ = EVERY["llava"].make_inputs(model, ROWS["batch"], 0)
     with plphp.prune(model, SOME, recall=plphp.Recall(home, budget)):
@@ -162,7 +162,7 @@ def test_every_budget_of_codes_goes(home: str, budget: float) -> None:
 
 
 class Attic(HOMES["host"]):  # type: ignore[misc]
-    """A home that somebody adds: main memory under another name, with one option less."""
+    """A new kind of home: main memory under another name, with one option less."""
 
     where = "in the attic"
     options = frozenset(("record",))

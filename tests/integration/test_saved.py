@@ -1,4 +1,4 @@
-"""Conversations in files: those of earlier versions go on, and damaged ones are refused."""
+"""Saved conversations: files of earlier versions can be continued, and damaged ones are refused."""
 
 import atexit
 import copy
@@ -26,14 +26,14 @@ from saved.damage import damaged, packed, parts
 
 
 def continued(kind: saved.Kind, file: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and tokens of what follows a conversation that a file holds."""
+    """Logits and tokens that follow a conversation loaded from a file."""
     with saved.attached(kind) as model:
         _, said = saved.held(kind, model)
         return saved.goes_on(model, plphp.PrunedCache.load(model, file), said)
 
 
 def stayed(kind: saved.Kind) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of a conversation that never was in a file."""
+    """The same as `continued`, for a conversation that was never saved."""
     with saved.attached(kind) as model:
         return saved.goes_on(model, *saved.held(kind, model))
 
@@ -74,7 +74,7 @@ def folder() -> Path:
 
 @cache
 def whole(name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, SearchStrategy]:
-    """What was said, logits and tokens of what follows, and damaged files of a kind."""
+    """The conversation, its next logits and tokens, and damaged files of one kind."""
     file = folder() / f"{name}.safetensors"
     with saved.attached(KINDS[name]) as model:
         _, said = saved.held(KINDS[name], model)
@@ -83,7 +83,7 @@ def whole(name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tenso
 
 
 def check_damaged(name: str, data: st.DataObject) -> None:
-    """InputError or equal answers, nothing else; answers under a foreign checksum at least come."""
+    """Expect InputError or equal answers; other answers if the checksum fits the changed data."""
     said, logits, tokens, ways = whole(name)
     case = data.draw(ways)
     file = folder() / "damaged.safetensors"
@@ -171,7 +171,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "host_record"])
 def test_a_file_that_is_cut_later_does_not_matter(kind: str, tmp_path: Path) -> None:
-    """What has been read is not mapped from the file."""
+    """Loaded tensors are not mapped from the file."""
     file = tmp_path / "talk"
     file.write_bytes((folder() / f"{kind}.safetensors").read_bytes())
     said, logits, *_ = whole(kind)
@@ -207,7 +207,7 @@ def test_another_model_is_named(make: Callable[[], Any], says: str) -> None:
 
 
 def test_saving_leaves_other_files_alone(tmp_path: Path) -> None:
-    """A file called like the target with .part behind it is somebody's; long names are allowed."""
+    """A file named like the target plus .part is not overwritten, and long names work."""
     long = tmp_path / ("x" * 250)
     (tmp_path / "talk.part").write_text("mine")
     with saved.attached(KINDS["plain"]) as model:

@@ -1,4 +1,4 @@
-"""A cache that was planned afterwards is the one that a run of its own leaves."""
+"""A cache that is planned after a shared prefill equals the cache of a run of its own."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def test_planned_afterwards_equals_pruned_at_once(family: str, rows: str) -> Non
             tokens, logits = generate(model, expected.inputs)
             wanted = pruning.report
             cache = prompt.pruned(pruning)
-            report = cache.report  # of the prompt; what follows is a turn with another
+            report = cache.report  # of the prompt; the next turn has another one
             rest, rest_logits = follow(model, expected.inputs, prompt, cache)
         assert torch.equal(torch.cat([prompt.first, rest], 1), tokens), name
         assert (rest_logits - logits[:, 1:]).abs().max() < 1e-4
@@ -39,7 +39,7 @@ def test_planned_afterwards_equals_pruned_at_once(family: str, rows: str) -> Non
 
 
 def follow(model: Any, inputs: dict[str, Any], prompt: Any, cache: Any) -> Any:
-    """The rest of the answer, after the first token that all policies share."""
+    """The rest of the answer, after the first token, which all policies share."""
     ids = torch.cat([inputs["input_ids"], prompt.first], 1)
     more = {}
     if "attention_mask" in inputs:

@@ -68,7 +68,7 @@ def test_a_reset_cache_fills_its_buffers_again(name: str) -> None:
         for turn, inputs in enumerate([*prompts, *prompts]):
             wanted = model.generate(**inputs, **GREEDY, cache=static(model))
             assert torch.equal(model.generate(**inputs, **GREEDY, cache=kept), wanted)
-            if turn >= len(prompts):  # they have grown as far as these prompts need
+            if turn >= len(prompts):  # the buffers are as large as these prompts need
                 places.add(tuple(t.data_ptr() for t in kept.tensors() if t.dim() != 1))
             size = kept.kv_bytes()
             kept.reset()

@@ -79,7 +79,7 @@ def check(
         visible = visible & (
             columns[:, :, None, :end] > torch.arange(logical - queries, logical)[:, None] - window
         )
-        more |= {"positions": columns.int().to(DEVICE), "window": window}
+        more |= {"columns": columns.int().to(DEVICE), "window": window}
         more["logical"] = torch.tensor(logical, device=DEVICE) if on_device else logical
     if "new_mask" in options:
         new_mask = torch.rand(len(starts), 1, queries, queries, generator=generator) > 0.5

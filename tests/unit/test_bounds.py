@@ -1,4 +1,4 @@
-"""pyproject.toml is bounded by the versions that the tests have seen, and the pages say which."""
+"""The bounds in pyproject.toml are the tested versions, and the pages name the same ones."""
 
 import re
 import tomllib
@@ -23,7 +23,7 @@ PINS = {
 
 
 def bounds(name: str) -> tuple[Version, Version]:
-    """The oldest version that is allowed, and the first that is not."""
+    """The oldest version that is allowed, and the first one that is not."""
     by_operator = {s.operator: Version(s.version) for s in NEEDS[name]}
     return by_operator[">="], by_operator["<"]
 

@@ -1,4 +1,4 @@
-"""The package stays light, its imports go one way, and no two of its files need each other."""
+"""The package is light to import, its imports go one way, and no two files need each other."""
 
 import ast
 import importlib
@@ -38,7 +38,7 @@ LEVELS = {
     "inspector": 7,
     "cli": 8,
 }
-# Files that import by a name they compute, so that the graph below cannot show what.
+# Files that import a computed name, which the graph below cannot show.
 COMPUTED = {
     "plphp": "the public names, loaded with their first use; no other file imports this one",
     "plphp._renamed": "old names of moved things, for one release",
@@ -58,10 +58,10 @@ FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports(tree: ast.AST) -> Iterator[str | None]:
-    """Every module of plphp that a file imports, anywhere in it; None for one not spelled out.
+    """Every module of plphp that a file imports anywhere. None stands for a computed name.
 
-    `from package import name` is the module `package.name` where there is one. Type checkers'
-    imports count too, and `import_module` and `__import__` with a literal.
+    `from package import name` is the module `package.name` if there is one. Imports for type
+    checkers count too, and `import_module` and `__import__` with a literal.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -80,13 +80,13 @@ def imports(tree: ast.AST) -> Iterator[str | None]:
 
 
 def edges(module: str) -> set[str]:
-    """Files of the package that a file imports. `import a.b` counts as the file `a.b`."""
+    """The files of the package that a file imports. `import a.b` counts as the file `a.b`."""
     found = imports(ast.parse(FILES[module].read_text()))
     return {name for name in found if name in FILES and name != module}
 
 
 def circles(graph: dict[str, set[str]]) -> list[frozenset[str]]:
-    """The groups of two files and more that can all be reached from each other."""
+    """The groups of two or more files that can all be reached from each other."""
     reached = {start: _reached(graph, start) for start in graph}
     groups = {
         frozenset(other for other in graph if other in reached[start] and start in reached[other])

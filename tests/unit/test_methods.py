@@ -1,4 +1,4 @@
-"""Each method against its formula, written out again in loops."""
+"""Each method against its formula, which is written again in loops here."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ HEADS, KV_HEADS, WINDOW = 4, 2, 6
 
 
 def layer(seed: int = 0, padding: int = 0, index: int = 0, layers: int = 4) -> LayerView:
-    """One row: text, image of 12, text, image of 20, 9 columns of text; padding on the left."""
+    """One row, left-padded: text, image of 12, text, image of 20, 9 columns of text."""
     generator = torch.Generator().manual_seed(100 * index + seed)
     row = [0] * 3 + [1] * 12 + [0] * 2 + [2] * 20 + [0] * 9
     spans = torch.tensor([[-1] * padding + row])
@@ -68,7 +68,9 @@ def test_every_method_keeps_its_budget_over_all_layers(name: str, budget: float)
     views = [layer(index=index) for index in range(4)]
     made = plans(plphp.policy(name, budget=budget), views)
     share = sum(len(vision_kept(p, v)) for p, v in zip(made, views, strict=True)) / (4 * 32)
-    assert budget - 1e-6 <= share <= budget + 2 / 32  # a token more a layer and image, at most
+    assert (
+        budget - 1e-6 <= share <= budget + 2 / 32
+    )  # at most one token more for each layer and image
     for plan, view in zip(made, views, strict=True):
         text = {j for j, s in enumerate(view.spans[0].tolist()) if s == 0}
         assert text <= set(kept(plan))
@@ -218,7 +220,7 @@ def test_vl_cache_gives_dense_layers_more() -> None:
     vision = (views[0].spans[0] > 0).nonzero()[:, 0].tolist()
     window = views[0].window
     assert window is not None
-    scores = window[0].sum(1)  # every asked token is after the last image
+    scores = window[0].sum(1)  # every scored token is after the last image
     for group in range(KV_HEADS):
         wanted = top(
             scores[2 * group : 2 * group + 2].mean(0), vision, math.ceil(rates[0] * 32 - 1e-6)
@@ -328,7 +330,7 @@ def test_an_option_without_effect_is_refused(name: str, options: dict[str, Any],
         plphp.policy(name, **options)
 
 
-# Options in pairs: the second changes what is kept wherever the first does not refuse it.
+# Pairs of options. The second changes what is kept, unless the first refuses it.
 CHANGES: dict[str, tuple[Any, Any]] = {
     "r": (0.4, 0.6), "delta_r": (0.0, 0.3), "alpha": (0.05, 0.9), "beta": (0.0, 0.89),
     "budget": (0.5, 0.8), "gqa": ("mean", "max"), "min_tokens": (0, 12), "round_to": (1, 16),

@@ -1,4 +1,4 @@
-"""Which tokens belong to which image, on layouts that are easy to get wrong."""
+"""The spans of layouts that are easy to read wrongly."""
 
 from types import SimpleNamespace
 
@@ -76,7 +76,7 @@ def test_unknown_families_fall_back_to_their_config_or_refuse() -> None:
 
 
 def test_token_ids_are_found_in_configs_inside_the_config() -> None:
-    """The outermost config that names any counts: what lies deeper may be another model's."""
+    """The outermost config with such ids counts. Deeper ones may belong to other models."""
     inner = SimpleNamespace(model_type="inner", image_token_id=9)
     deep = SimpleNamespace(model_type="middle", vlm_config=inner)
     for outer in (

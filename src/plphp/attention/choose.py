@@ -35,7 +35,7 @@ class Held(Protocol):
     keys: Tensor
     values: Tensor
     start: Tensor
-    positions: Tensor | None
+    columns: Tensor | None
     window: int | None
     ragged: bool
 
@@ -88,7 +88,7 @@ def decode_attention(
 
         return flash_decode.attend(
             q, held.keys, held.values, held.start, held.end, scale, softcap,
-            None if window is None else held.positions, held.logical, window or 0, new_mask,
+            None if window is None else held.columns, held.logical, window or 0, new_mask,
         )  # fmt: skip
     visible = held.visible(q.shape[2])
     if new_mask is not None and visible is not None:
@@ -111,8 +111,8 @@ def coded_attention(
             held.logical, int
         )  # a static cache has no recall
         window, columns = _window(held), None
-        if window is not None and held.positions is not None and parked.columns is not None:
-            columns = (held.positions, parked.columns)
+        if window is not None and held.columns is not None and parked.columns is not None:
+            columns = (held.columns, parked.columns)
         return flash_codes.attend(
             q, held.keys, held.values, held.start, held.end,
             (parked.keys.packed, parked.values.packed), parked.keys.tokens, parked.keys.bits,
@@ -176,6 +176,6 @@ def has_kernel(device: torch.device) -> bool:
 def _window(held: Held) -> int | None:
     """The size of the sliding window; None if every column is inside it, or without a window."""
     logical = held.logical
-    if held.positions is None or held.window is None:
+    if held.columns is None or held.window is None:
         return None
     return None if isinstance(logical, int) and logical <= held.window else held.window

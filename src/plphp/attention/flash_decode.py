@@ -44,7 +44,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
     do_not_specialize=["end_or_ptr", "logical_or_ptr", "window", "heads", "splits", "all_splits"]
 )
 def _split_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, end_or_ptr, positions_ptr, logical_or_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, end_or_ptr, columns_ptr, logical_or_ptr,
     new_mask_ptr, scale, softcap, window, heads, splits, all_splits,
     q_b, q_h, q_t, k_b, k_h, v_b, v_h, o_b, o_h, o_t, o_s, p_b, p_h, a_b, a_t,
     K_S: tl.constexpr, K_D: tl.constexpr, V_S: tl.constexpr, V_D: tl.constexpr, Q_D: tl.constexpr,
@@ -84,7 +84,7 @@ def _split_kernel(
     )
     k_at = k_ptr + row * k_b + kv_head * k_h + d[None, :] * K_D
     v_at = v_ptr + row * v_b + kv_head * v_h + dv[None, :] * V_D
-    p_at = positions_ptr
+    p_at = columns_ptr
     if WINDOW:
         p_at += row * p_b + kv_head * p_h
 
@@ -197,7 +197,7 @@ def attend(
     end: int | Tensor,
     scale: float,
     softcap: float | None = None,
-    positions: Tensor | None = None,
+    columns: Tensor | None = None,
     logical: int | Tensor | None = None,
     window: int = 0,
     new_mask: Tensor | None = None,
@@ -211,7 +211,7 @@ def attend(
         [start[b], end), and no other slot is read. A query attends to all of them up to its own
     scale: factor of the logits
     softcap: logits x become softcap * tanh(x / softcap)
-    positions: (B, Hkv, C) int32, the column in each slot; without it there is no sliding window
+    columns: (B, Hkv, C) int32, the column in each slot; without it there is no sliding window
     logical: logical length, an int or a 0-dim integer tensor; by default `end`
     window: size of the sliding window in columns
     new_mask: (B or 1, 1, T, T) bool, which of the last T slots attend to which of them; by default
@@ -221,7 +221,7 @@ def attend(
     The output of a query that attends to no slot is 0.
     """
     logical = end if logical is None else logical
-    launch = Launch(start, end, scale, softcap, positions, logical, window, new_mask)
+    launch = Launch(start, end, scale, softcap, columns, logical, window, new_mask)
     if isinstance(end, Tensor) and torch.compiler.is_compiling():
         return _op(q, k, v, *launch, splits)  # type: ignore[no-any-return]
     return _launch(q, k, v, launch, splits)
@@ -255,7 +255,7 @@ def launch_splits(
     block = tile_of(q, kv_heads, value_dim)
     # The kernel does not read `columns` without a window or `mask` without a mask. Then it is given
     # the pointer of another tensor.
-    columns = k if launch.positions is None else launch.positions
+    columns = k if launch.columns is None else launch.columns
     mask = k if launch.new_mask is None else launch.new_mask
     row_blocks = triton.cdiv(groups * queries, block.rows)
     _split_kernel[batch * kv_heads, part.shape[3], row_blocks](
@@ -269,7 +269,7 @@ def launch_splits(
         GROUPS=groups, QUERIES=queries, DIM=dim, VALUE_DIM=value_dim,
         BLOCK_M=block.rows, BLOCK_N=block.keys, BLOCK_D=block.dim, BLOCK_V=block.value_dim,
         ON_DEVICE=isinstance(launch.end, Tensor), SOFTCAP=launch.softcap is not None,
-        NEW_MASK=launch.new_mask is not None, WINDOW=launch.positions is not None,
+        NEW_MASK=launch.new_mask is not None, WINDOW=launch.columns is not None,
         SPLIT=lse is not None, FLOAT32_DOT=INTERPRETED, num_warps=warps(q.dtype), num_stages=STAGES,
     )  # fmt: skip
 
@@ -294,14 +294,14 @@ def _op(
     end: Tensor,
     scale: float,
     softcap: float | None,
-    positions: Tensor | None,
+    columns: Tensor | None,
     logical: Tensor,
     window: int,
     new_mask: Tensor | None,
     splits: int | None,
 ) -> Tensor:
     """`attend` as a custom op: one node of a compiled graph, for any capacity of the buffers."""
-    launch = Launch(start, end, scale, softcap, positions, logical, window, new_mask)
+    launch = Launch(start, end, scale, softcap, columns, logical, window, new_mask)
     return _launch(q, k, v, launch, splits)
 
 

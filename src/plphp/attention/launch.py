@@ -35,7 +35,7 @@ class Launch(NamedTuple):
     end: int | Tensor
     scale: float
     softcap: float | None
-    positions: Tensor | None
+    columns: Tensor | None
     logical: int | Tensor
     window: int
     new_mask: Tensor | None

@@ -17,7 +17,7 @@ BUCKET = 64  # capacities are multiples of it, so that prompts of similar length
 class StaticStore:
     """A `KVStore` whose lengths are on the device and whose buffers are never replaced.
 
-    keys, values, start, positions: as in `KVStore`
+    keys, values, start, columns: as in `KVStore`
     end, logical: 0-dim int64 tensors
     ragged: always True, because the host does not know whether rows differ in length
 
@@ -29,7 +29,7 @@ class StaticStore:
     def __init__(self, store: KVStore) -> None:
         """Take over the buffers of a compacted store, and fill their unused slots with zeros."""
         self.keys, self.values, self.window = store.keys, store.values, store.window
-        self.start, self.positions = store.start, store.positions
+        self.start, self.columns = store.start, store.columns
         self.keys[:, :, store.end :] = 0
         self.values[:, :, store.end :] = 0
         device = self.keys.device
@@ -44,8 +44,8 @@ class StaticStore:
     def refill(self, store: KVStore) -> bool:
         """Copy a compacted store into these buffers. Returns False if it does not fit into them."""
         pairs = [(self.keys, store.keys), (self.values, store.values)]
-        if self.positions is not None and store.positions is not None:
-            pairs.append((self.positions, store.positions))
+        if self.columns is not None and store.columns is not None:
+            pairs.append((self.columns, store.columns))
         rows = self.keys.shape[:2] == store.keys.shape[:2]
         if not rows or self.keys.shape[2] < store.keys.shape[2] or self.window != store.window:
             return False
@@ -63,7 +63,7 @@ class StaticStore:
         The host reads the lengths from the device, which waits for it.
         """
         store = KVStore(self.keys, self.values)
-        store.window, store.start, store.positions = self.window, self.start, self.positions
+        store.window, store.start, store.columns = self.window, self.start, self.columns
         store.end, store.logical = int(self.end), int(self.logical)
         store.ragged = bool((self.start > 0).any())
         return store
@@ -74,9 +74,9 @@ class StaticStore:
         slots = steps + self.end
         self.keys.index_copy_(2, slots, keys.detach())
         self.values.index_copy_(2, slots, values.detach())
-        if self.positions is not None:
-            columns = (steps + self.logical).to(self.positions.dtype)
-            self.positions.index_copy_(2, slots, columns.expand(*keys.shape[:2], -1))
+        if self.columns is not None:
+            columns = (steps + self.logical).to(self.columns.dtype)
+            self.columns.index_copy_(2, slots, columns.expand(*keys.shape[:2], -1))
         self.end.add_(keys.shape[2])
         self.logical.add_(keys.shape[2])
 
@@ -91,9 +91,9 @@ class StaticStore:
         steps = torch.arange(queries, device=device) - queries
         mask = (slots <= (self.end + steps)[:, None]) & (slots >= self.start[:, None, None])
         mask = mask[:, None]
-        if self.positions is not None and self.window is not None:
+        if self.columns is not None and self.window is not None:
             query_columns = (self.logical + steps)[:, None]
-            mask = mask & (self.positions[:, :, None] > query_columns - self.window)
+            mask = mask & (self.columns[:, :, None] > query_columns - self.window)
         return mask
 
     def reorder(self, rows: Tensor) -> None:
@@ -112,8 +112,8 @@ class StaticStore:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the layer keeps allocated."""
-        every = [self.keys, self.values, self.start, self.end, self.logical]
-        return every if self.positions is None else [*every, self.positions]
+        tensors = [self.keys, self.values, self.start, self.end, self.logical]
+        return tensors if self.columns is None else [*tensors, self.columns]
 
 
 def bucketed(length: int) -> int:

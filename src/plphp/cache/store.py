@@ -22,7 +22,7 @@ class KVStore:
     end: physical length, the number of slots in use, fillers included
     logical: logical length, the number of columns seen; also the column of the next token
     window: size of the sliding window in columns, None for full attention
-    positions: (B, Hkv, C) int32, the column in each slot; None without a sliding window
+    columns: (B, Hkv, C) int32, the column in each slot; None without a sliding window
 
     No gradient passes through the stored tensors.
     """
@@ -33,10 +33,10 @@ class KVStore:
         self.keys, self.values = keys.detach(), values.detach()
         self.window = window
         self.start = torch.zeros(batch, dtype=torch.int64, device=keys.device)
-        self.positions: Tensor | None = None
+        self.columns: Tensor | None = None
         if window is not None:
             columns = torch.arange(length, dtype=torch.int32, device=keys.device)
-            self.positions = columns.expand(batch, heads, length).contiguous()
+            self.columns = columns.expand(batch, heads, length).contiguous()
         self.ragged = False
         self.end = self.logical = length
 
@@ -46,9 +46,9 @@ class KVStore:
         self._grow(self.end + added)
         self.keys[:, :, self.end : self.end + added] = keys.detach()
         self.values[:, :, self.end : self.end + added] = values.detach()
-        if self.positions is not None:
+        if self.columns is not None:
             columns = torch.arange(self.logical, self.logical + added, device=keys.device)
-            self.positions[:, :, self.end : self.end + added] = columns
+            self.columns[:, :, self.end : self.end + added] = columns
         self.end += added
         self.logical += added
 
@@ -70,8 +70,8 @@ class KVStore:
         capacity = longest + spare
         self.keys = take(self.keys, plan.columns, capacity)
         self.values = take(self.values, plan.columns, capacity)
-        if self.positions is not None:
-            self.positions = take(self.positions[..., None], plan.columns, capacity)[..., 0]
+        if self.columns is not None:
+            self.columns = take(self.columns[..., None], plan.columns, capacity)[..., 0]
         self.start = plan.start
         self.ragged = plan.ragged
         self.end = longest
@@ -85,8 +85,8 @@ class KVStore:
         self.start = plan.start
         self.ragged = plan.ragged
         self.logical = logical
-        if self.positions is not None:
-            self.positions = plan.columns.to(torch.int32).expand_as(self.positions).contiguous()
+        if self.columns is not None:
+            self.columns = plan.columns.to(torch.int32).expand_as(self.columns).contiguous()
 
     def visible(self, queries: int) -> Tensor | None:
         """The mask of the last `queries` columns, True where one attends to a slot.
@@ -102,9 +102,9 @@ class KVStore:
             last = torch.arange(self.end - queries, self.end, device=device)
             causal = (slots <= last[:, None])[None, None]
             mask = causal if mask is None else mask & causal
-        if self.window is not None and self.logical > self.window and self.positions is not None:
+        if self.window is not None and self.logical > self.window and self.columns is not None:
             query_columns = torch.arange(self.logical - queries, self.logical, device=device)
-            columns = self.positions[:, :, None, : self.end]
+            columns = self.columns[:, :, None, : self.end]
             in_window = columns > query_columns[:, None] - self.window
             mask = in_window if mask is None else mask & in_window
         return mask
@@ -114,8 +114,8 @@ class KVStore:
         rows = rows.to(self.keys.device)
         self.keys, self.values = self.keys[rows], self.values[rows]
         self.start = self.start[rows]
-        if self.positions is not None:
-            self.positions = self.positions[rows]
+        if self.columns is not None:
+            self.columns = self.columns[rows]
 
     def crop(self, columns: int) -> None:
         """Remove the last `columns` columns, which must be text after the last image."""
@@ -132,13 +132,13 @@ class KVStore:
         """Move every buffer to a device."""
         self.keys, self.values = self.keys.to(device), self.values.to(device)
         self.start = self.start.to(device)
-        if self.positions is not None:
-            self.positions = self.positions.to(device)
+        if self.columns is not None:
+            self.columns = self.columns.to(device)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the layer keeps allocated."""
-        every = [self.keys, self.values, self.start]
-        return every if self.positions is None else [*every, self.positions]
+        tensors = [self.keys, self.values, self.start]
+        return tensors if self.columns is None else [*tensors, self.columns]
 
     def _grow(self, length: int) -> None:
         """Make the buffers large enough for `length` slots."""
@@ -147,8 +147,8 @@ class KVStore:
         capacity = length + slack(length)
         self.keys = _extend(self.keys, self.end, capacity)
         self.values = _extend(self.values, self.end, capacity)
-        if self.positions is not None:
-            self.positions = _extend(self.positions[..., None], self.end, capacity)[..., 0]
+        if self.columns is not None:
+            self.columns = _extend(self.columns[..., None], self.end, capacity)[..., 0]
 
 
 def slack(length: int) -> int:

@@ -1,11 +1,9 @@
-"""Beside PLPHP in the demo: what other policies and recall answer to the same questions."""
+"""The demo's second comparison: the recommended policy and recall on the same questions."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -15,10 +13,17 @@ from plphp.policy import Policy, policy
 if TYPE_CHECKING:
     from plphp.recall import Recall
 
+Prompt = tuple[dict[str, Any], dict[str, Any]]  # an entry of questions.json, inputs of the model
+
 
 @dataclass(frozen=True)
-class Beside:
-    """right: answers, of so many questions; share: of the vision K/V's bytes, on the device"""
+class Variant:
+    """The answers of one variant of pruning to all questions.
+
+    right: number of right answers
+    questions: number of questions
+    share: share of the bytes of the vision K/V that is on the device, averaged over the questions
+    """
 
     name: str
     right: int
@@ -29,42 +34,40 @@ class Beside:
         return {"name": self.name, "right": self.right, "vision_kv_on_device": self.share}
 
 
-def beside(embedded: Any) -> list[Beside]:
-    """Ask every question of the demo once more, with the recommended policy and with recall."""
+def answers_of_variants(embedded: Any, prompts: Sequence[Prompt]) -> list[Variant]:
+    """Answer every question with the recommended policy, without recall and with both homes."""
     from plphp.recall import Recall
 
     chosen = policy("recommended")
-    ways = {
-        'policy("recommended", budget=.4)': (chosen, None),
-        'recall=Recall("int4", .4)': (chosen, Recall("int4", 0.4)),
-        'recall=Recall("host", .2)': (chosen, Recall("host", 0.2)),
+    variants = {
+        'policy("recommended", budget=.4)': None,
+        'recall=Recall("int4", .4)': Recall("int4", 0.4),
+        'recall=Recall("host", .2)': Recall("host", 0.2),
     }
-    return [_ask(embedded, name, *way) for name, way in ways.items()]
+    return [_ask(embedded, prompts, name, chosen, recall) for name, recall in variants.items()]
 
 
-def _ask(embedded: Any, name: str, chosen: Policy, recall: Recall | None) -> Beside:
+def _ask(
+    embedded: Any, prompts: Sequence[Prompt], name: str, chosen: Policy, recall: Recall | None
+) -> Variant:
     import torch
 
     from plphp.hf import prune
-    from plphp.inputs import open_image
 
-    root = Path(str(files("plphp.demo")))
-    questions = json.loads((root / "questions.json").read_text(encoding="utf-8"))
     right, shares = 0, []
     with torch.inference_mode(), prune(embedded.model, chosen, recall=recall) as pruning:
-        for q in questions:
-            pictures = [open_image(root / "pictures" / name) for name in q["images"]]
-            inputs = embedded.inputs(pictures, q["question"])
+        for question, inputs in prompts:
             tokens = embedded.model.generate(**inputs, do_sample=False)
-            right += embedded.decode(tokens[0, inputs["input_ids"].shape[1] :]) == q["expected"]
+            answer = embedded.decode(tokens[0, inputs["input_ids"].shape[1] :])
+            right += answer == question["expected"]
             report = pruning.report
             assert report is not None
             shares.append(report.retention if report.recall is None else report.recall.share)
-    return Beside(name, right, len(questions), sum(shares) / len(shares))
+    return Variant(name, right, len(prompts), sum(shares) / len(shares))
 
 
-def table(found: list[Beside]) -> Table:
-    shown = Table(title="Beside it: one recommended policy, and recall of what it drops")
+def table(found: Sequence[Variant]) -> Table:
+    shown = Table(title="The same questions with the recommended policy, and with recall")
     shown.add_column("")
     shown.add_column("right", justify="right")
     shown.add_column("vision K/V on the device", justify="right")

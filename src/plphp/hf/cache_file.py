@@ -1,7 +1,7 @@
-"""The file of a saved conversation: safetensors whose metadata hold a JSON header, never pickle.
+"""The file of a saved conversation: safetensors with a JSON header in its metadata.
 
-The header says the format's version and a checksum, CRC-32 over the header without it and over
-every tensor's name, dtype, shape and bytes. A checksum finds damage; it is no signature.
+The header has the version of the format and a checksum: CRC-32 of the header without the checksum
+and of the name, dtype, shape and bytes of every tensor. It detects damage. It is no signature.
 """
 
 from __future__ import annotations
@@ -23,24 +23,27 @@ from torch import Tensor
 from plphp.errors import InputError
 
 FORMAT = 2
-READABLE = (1, FORMAT)  # 1 is plphp 0.1.0's: without a checksum, homes by their attributes' names
-KEY = "plphp"  # of the metadata
-LONGEST = 2**24  # characters of a header that is parsed at all
+# Format 1 is that of plphp 0.1.0. It has no checksum, and names the attributes of homes.
+READABLE = (1, FORMAT)
+KEY = "plphp"  # key of the header in the metadata
+MAX_HEADER = 2**24  # characters; a longer header is not parsed
 
 
 def write_file(
     path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write a file that appears only when it is whole. Raises InputError where that fails.
+    """Write a file. It appears under its name only when it is complete.
 
+    header: without the format and the checksum
     tensors: contiguous, on the CPU
+    Raises InputError if the file cannot be written.
     """
-    whole = {"format": FORMAT, **header}
-    whole["checksum"] = checksum(whole, tensors)
+    complete = {"format": FORMAT, **header}
+    complete["checksum"] = checksum(complete, tensors)
     target = Path(path)
     part = target.with_name(f".plphp-{uuid4().hex}.part")
     try:
-        save_file(dict(tensors), part, metadata={KEY: json.dumps(whole)})
+        save_file(dict(tensors), part, metadata={KEY: json.dumps(complete)})
         os.replace(part, target)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be written: {error}") from error
@@ -49,10 +52,12 @@ def write_file(
 
 
 def read_file(path: str | os.PathLike[str], most: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors, on the CPU. most: how many tensors there can be.
+    """Read the header and the tensors of a file, onto the CPU.
 
-    What is allocated is bounded by the length of the file, whatever its header says. Raises
-    InputError for what is no file of this kind, or of a format that this version cannot read.
+    most: the largest number of tensors that the file may have
+
+    The memory allocated is bounded by the length of the file, whatever its header says. Raises
+    InputError if it is no such file, or has a format that this version cannot read.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -62,7 +67,7 @@ def read_file(path: str | os.PathLike[str], most: int) -> tuple[dict[str, Any], 
             names = list(file.keys())
             if len(names) > most:
                 raise InputError(f"it has {len(names)} tensors, such a model's at most {most}")
-            # Copies: a mapped file that somebody shortens later would end the process.
+            # Copies: the process would crash if a file that is mapped were shortened later.
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{path} is not a saved plphp cache: {error}") from error
@@ -75,53 +80,54 @@ def read_file(path: str | os.PathLike[str], most: int) -> tuple[dict[str, Any], 
 
 
 def check_whole(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise InputError where a header's checksum is not that of what was read."""
+    """Raise InputError if the checksum in the header is not that of the content."""
     if header["format"] == 1:
         return
     try:
-        found = checksum(header, tensors)
+        expected = checksum(header, tensors)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"its header is too deep: {error}") from error
-    if header.get("checksum") != found:
+        raise InputError(f"its header is nested too deeply: {error}") from error
+    if header.get("checksum") != expected:
         raise InputError("its checksum does not match: the file is damaged")
 
 
 def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 of a header, its own checksum left out, and of tensors; 8 hexadecimal digits."""
-    said = {name: value for name, value in header.items() if name != "checksum"}
-    found = zlib.crc32(json.dumps(said, sort_keys=True).encode())
+    """CRC-32 of a header without its checksum, and of tensors, as 8 hexadecimal digits."""
+    content = {name: value for name, value in header.items() if name != "checksum"}
+    crc = zlib.crc32(json.dumps(content, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        about = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
-        found = zlib.crc32(about.encode(), found)
-        found = crc_of(tensor, found)
-    return f"{found:08x}"
+        description = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
+        crc = zlib.crc32(description.encode(), crc)
+        crc = crc_of(tensor, crc)
+    return f"{crc:08x}"
 
 
 def crc_of(tensor: Tensor, before: int = 0) -> int:
-    """CRC-32 of a tensor's bytes, on the CPU, after those that gave `before`."""
+    """CRC-32 of the bytes of a tensor on the CPU, continued from the CRC-32 `before`."""
     if not tensor.numel():
         return before
-    plain: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return zlib.crc32(plain, before)
+    content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(content, before)
 
 
 def short(value: Any) -> str:
-    """A value of a file for a message: as Python writes it, and not longer than a line."""
+    """The repr of a value, for a message, cut to 60 characters."""
     try:
-        said = repr(value)
+        text = repr(value)
     except RecursionError:
-        said = "something deep"
-    return said if len(said) <= 60 else f"{said[:57]}..."
+        text = "a value nested too deeply"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _header(text: Any) -> dict[str, Any]:
-    if not isinstance(text, str) or len(text) > LONGEST:
+    """Parse a header. Raises InputError."""
+    if not isinstance(text, str) or len(text) > MAX_HEADER:
         raise InputError("it has no header in plphp's format")
     try:
-        found = json.loads(text)
+        header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"its header is no JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(header, dict):
         raise InputError("its header is no JSON object")
-    return found
+    return header

@@ -243,9 +243,9 @@ def layer_configs(config: Any) -> list[Any]:
 
 
 def config_value(config: Any, name: str) -> Any:
-    """An attribute of a language model's config, None where it has none.
+    """An attribute of a language model's config, None if the config does not have it.
 
-    The list of one value a layer where the layers differ in it (Gemma 4).
+    If it differs between layers (Gemma 4), the list of the values of all layers.
     """
     values = [getattr(layer, name, None) for layer in layer_configs(config)]
     return values[0] if all(value == values[0] for value in values) else values

@@ -1,4 +1,4 @@
-"""Which model a saved conversation belongs to: what its keys and values depend on."""
+"""Identifies the model of a saved conversation, by what its keys and values depend on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from plphp.hf import compat
 from plphp.hf.cache_file import crc_of
 
-# Of the language model's config; what a config lacks is None.
+# Attributes of the language model's config. None stands for one that a config does not have.
 NAMES = (
     "model_type",
     "num_hidden_layers",
@@ -24,46 +24,48 @@ NAMES = (
     "rope_theta",
     "rope_parameters",
 )
-ROWS, NUMBERS = 64, 16  # of the input embeddings, spread over the vocabulary
+ROWS, NUMBERS = 64, 16  # sample of the input embeddings: rows of the vocabulary, numbers of each
 
 
 def fingerprint(config: Any, model: Any | None) -> dict[str, Any]:
-    """JSON values by name: the config's, the attention windows, the dtype, a sample of the weights.
+    """The properties of a model as JSON values: config, attention windows, dtype and weights.
 
-    config: of the language model; model: the whole one, None where it is gone
-    "weights" is a CRC-32 of 1,024 numbers of the input embeddings. It and "dtype" are None, and
-    then not compared, where these are not at hand: offloaded, sharded, quantised.
+    config: of the language model
+    model: the whole model, None if it does not exist any more
+
+    "weights" is a CRC-32 of 1,024 numbers of the input embeddings. "weights" and "dtype" are None,
+    and are not compared then, if the embeddings are offloaded, sharded or quantised.
     """
-    found = {name: compat.config_value(config, name) for name in NAMES}
-    found["windows"] = compat.layer_windows(config)
+    values = {name: compat.config_value(config, name) for name in NAMES}
+    values["windows"] = compat.layer_windows(config)
     table = None if model is None else _embeddings(model)
-    found["dtype"] = None if table is None else name_of(table.dtype)
-    found["weights"] = None if table is None else _sample(table)
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str, sort_keys=True))
-    return plain
+    values["dtype"] = None if table is None else name_of(table.dtype)
+    values["weights"] = None if table is None else _sample(table)
+    in_json: dict[str, Any] = json.loads(json.dumps(values, default=str, sort_keys=True))
+    return in_json
 
 
 def differences(saved: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
-    """The names of what is not the same in both."""
-    for name, own in model.items():
-        if name in ("dtype", "weights") and (own is None or saved.get(name) is None):
+    """The names of the properties in which two fingerprints differ."""
+    for name, value in model.items():
+        if name in ("dtype", "weights") and (value is None or saved.get(name) is None):
             continue
-        if name not in saved or saved[name] != own:
+        if name not in saved or saved[name] != value:
             yield name
 
 
 def dtypes_of(model: Any) -> set[torch.dtype]:
-    """The dtypes that a model's keys and values may have, autocast as it is now."""
+    """The dtypes that the keys and values of a model may have, with the present autocast."""
     table = _embeddings(model)
-    found = {model.dtype if table is None else table.dtype, model.dtype}
+    dtypes = {model.dtype if table is None else table.dtype, model.dtype}
     device = model.device.type
     if torch.is_autocast_enabled(device):
-        found.add(torch.get_autocast_dtype(device))
-    return found
+        dtypes.add(torch.get_autocast_dtype(device))
+    return dtypes
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Such as "bfloat16"."""
+    """The name of a dtype, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -71,11 +73,11 @@ Shape = tuple[int | None, int | None, int | None]
 
 
 def layer_shapes(model: Any) -> dict[int, Shape]:
-    """KV heads and the numbers of a key and of a value of every layer, None where unknown.
+    """Hkv, D and Dv of every layer, None where unknown.
 
-    Layers of one model may differ, so each attention module is asked, not the config.
+    They are read from the attention modules and not from the config, since layers may differ.
     """
-    config, found = compat.text_config(model), {}
+    config, shapes = compat.text_config(model), {}
     layers = compat.layer_configs(config)
     for index, module in compat.attention_modules(model, config).items():
         groups, heads = getattr(module, "num_key_value_groups", None), None
@@ -83,12 +85,12 @@ def layer_shapes(model: Any) -> dict[int, Shape]:
             heads = layers[index % len(layers)].num_attention_heads // groups
         latent, dim = getattr(module, "qk_head_dim", None), getattr(module, "head_dim", None)
         value = getattr(module, "v_head_dim", None if latent else dim)
-        found[index] = (heads, latent or dim, value)
-    return found
+        shapes[index] = (heads, latent or dim, value)
+    return shapes
 
 
 def _embeddings(model: Any) -> Tensor | None:
-    """The input embeddings (vocabulary, D), None where they are no plain tensor at hand."""
+    """The input embeddings (vocabulary, hidden size), None if they are no ordinary tensor."""
     table = getattr(model.get_input_embeddings(), "weight", None)
     table = table.detach() if isinstance(table, Tensor) else None
     plain = type(table) is Tensor and not table.is_meta and table.is_floating_point()
@@ -96,5 +98,6 @@ def _embeddings(model: Any) -> Tensor | None:
 
 
 def _sample(table: Tensor) -> str:
+    """CRC-32 of a few numbers from rows spread over the vocabulary, as 8 hexadecimal digits."""
     step = max(len(table) // ROWS, 1)
     return f"{crc_of(table[::step, :NUMBERS].contiguous().cpu()):08x}"

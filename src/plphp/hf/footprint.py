@@ -1,4 +1,4 @@
-"""What transformers' own cache takes for a prompt, measured without memory on the meta device."""
+"""Measures the bytes of transformers' own cache for a prompt, on the meta device without memory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from plphp.errors import InputError, UnsupportedModelError
 from plphp.hf import compat, stock
 
-PROBE = 8  # tokens of the prompt that shows the shapes of keys and values
-# Layers whose content after any prompt follows from the shapes of keys and values alone
+PROBE = 8  # tokens of the short prompt from which the shapes of keys and values are taken
+# Layers whose size after any prompt follows from the shapes of keys and values alone.
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 STATES = ("conv_states", "recurrent_states")
 PROJECTIONS = ("k_proj", "v_proj")
@@ -26,10 +26,11 @@ PROJECTIONS = ("k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one layer of transformers' own cache holds after a prompt of one row, in bytes.
+    """Bytes of one layer of transformers' own cache after a prompt of one row.
 
-    kv: keys and values; other: what it keeps beside them, such as the states of a linear layer
-    token: keys and values of one token
+    kv: bytes of keys and values
+    other: bytes of other tensors, such as the states of a linear layer
+    token: bytes of the keys and values of one token
     """
 
     kv: int = 0
@@ -38,7 +39,7 @@ class Footprint:
 
 
 class Deadline(TorchFunctionMode):
-    """Inside, no torch call is made after so many seconds: InputError is raised instead."""
+    """Raises InputError in the first torch call after a number of seconds."""
 
     def __init__(self, seconds: float, what: str) -> None:
         super().__init__()
@@ -57,11 +58,14 @@ class Deadline(TorchFunctionMode):
 
 
 def footprint(model: nn.Module, length: int) -> tuple[Footprint, ...]:
-    """The layers of transformers' own cache after `length` tokens, for a model on meta.
+    """The bytes of each layer of transformers' own cache after a prompt of one row.
 
-    A short prompt shows what every layer hands to its cache, and a fresh cache layer takes as much
-    of it as the asked length has. Where a layer is of another kind, the model reads it all.
-    Raises UnsupportedModelError where the model's forward does not run on the meta device.
+    model: on the meta device
+    length: number of tokens in the prompt
+
+    The model reads a short prompt, and new cache layers are given keys and values of the same
+    shapes for `length` tokens. If some layer is of a kind where that is not enough, the model reads
+    the whole prompt. Raises UnsupportedModelError if its forward does not run on the meta device.
     """
     if length < 1:
         return tuple(Footprint() for _ in compat.layer_windows(compat.text_config(model)))
@@ -78,7 +82,7 @@ def footprint(model: nn.Module, length: int) -> tuple[Footprint, ...]:
 
 
 def _read(model: nn.Module, tokens: int) -> Any:
-    """transformers' own cache after a prompt of so many tokens."""
+    """transformers' own cache after a prompt of this many tokens."""
     refused = ""
     for call in _ways(model, tokens):
         cache = DynamicCache(config=compat.text_config(model))
@@ -89,7 +93,8 @@ def _read(model: nn.Module, tokens: int) -> Any:
         except InputError:
             raise
         except Exception as error:
-            # Such as a head that looks for an output of the vision tower: the cache is complete.
+            # If only a module after the decoder failed, such as a head that needs an output of the
+            # vision tower, the cache is complete.
             if all(_is_filled(layer) for layer in cache.layers):
                 return cache
             refused = refused or f"{type(error).__name__}: {_first_line(error)}"
@@ -100,7 +105,7 @@ def _read(model: nn.Module, tokens: int) -> Any:
 
 
 def _ways(model: Any, tokens: int) -> Iterator[Callable[[Any], Any]]:
-    """Calls that fill a cache: the whole model with text, its decoder alone, its projections."""
+    """Functions that fill a cache: with the whole model, its decoder, or its projections only."""
     ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
     decoder = _decoder(model)
     for module in (model, decoder):
@@ -114,11 +119,12 @@ def _ways(model: Any, tokens: int) -> Iterator[Callable[[Any], Any]]:
 
 
 def _call(module: Any, options: dict[str, Any], name: str) -> Callable[[Any], Any]:
+    """A function that calls a module with a cache. name: the keyword of the cache."""
     return lambda cache: module(**(options | {name: cache}))
 
 
 def _projections(module: nn.Module) -> tuple[int, ...]:
-    """Numbers that an attention module makes of a token for its keys and for its values."""
+    """The output sizes of the key and the value projection of a module, () if it has none."""
     pair = [getattr(getattr(module, name, None), "out_features", None) for name in PROJECTIONS]
     return tuple(int(n) for n in pair if n) if all(pair) else ()
 
@@ -126,9 +132,9 @@ def _projections(module: nn.Module) -> tuple[int, ...]:
 def _project(
     cache: Any, pairs: dict[int, tuple[int, ...]], tokens: int, dtype: torch.dtype
 ) -> None:
-    """Fill plain cache layers where no forward runs, such as for a config without its rotary part.
+    """Fill plain cache layers from the output sizes of projections, where no forward runs.
 
-    Heads are not told apart: the bytes are the same. Raises TypeError for other layers.
+    All heads are written as one, which takes the same bytes. Raises TypeError for other layers.
     """
     for index, layer in enumerate(cache.layers):
         if type(layer) not in PLAIN or index not in pairs:
@@ -138,35 +144,37 @@ def _project(
 
 
 def _decoder(model: Any) -> Any:
-    """The language model inside a vision-language model, if it says which that is."""
-    found = getattr(model, "get_decoder", lambda: None)()
-    return None if found is model else found
+    """The language model inside a vision-language model, None if it does not name one."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    return None if decoder is model else decoder
 
 
 def _stretched(states: Tensor, length: int) -> Tensor:
-    """As many tokens (B, H, length, D) as were asked for, of a probe's keys or values."""
+    """An empty tensor (B, H, length, D) like the keys or values of a short prompt."""
     return states.new_empty((*states.shape[:-2], length, states.shape[-1]))
 
 
 def _is_simple(layer: Any) -> bool:
-    """Whether the content of a layer after any prompt follows from what a short one left."""
+    """Whether the size of a layer after any prompt follows from a short prompt."""
     if type(layer) in PLAIN:
         return True
     return all(name.startswith(STATES) for name, _ in stock.named_tensors(layer))
 
 
 def _is_filled(layer: Any) -> bool:
+    """Whether a forward has written to a layer, or never writes to it."""
     dummy = not hasattr(layer, "keys") and not hasattr(layer, STATES[0])
     empty = getattr(layer, "is_initialized", None) and not stock.named_tensors(layer)
     return dummy or bool(empty) or bool(stock.named_tensors(layer))
 
 
 def _held(layer: Any) -> Footprint:
+    """The bytes of a layer."""
     kv = other = token = 0
     for name, tensor in stock.named_tensors(layer):
         if stock.is_kv(name):
             kv += tensor.nbytes
-            if tensor.dim() > 1:  # what nothing was written to has one dimension
+            if tensor.dim() > 1:  # a tensor that was never written to has one dimension
                 token += tensor.nbytes // max(tensor.shape[-2], 1)
         else:
             other += tensor.nbytes
@@ -174,14 +182,15 @@ def _held(layer: Any) -> Footprint:
 
 
 def _first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 200 characters."""
     return " ".join((str(error).strip() or "no message").splitlines()[0].split())[:200]
 
 
 @contextmanager
 def bounded(seconds: float, what: str) -> Iterator[None]:
-    """Build and read models on the meta device, for so many seconds at most.
+    """Context in which models are built and run on the meta device, for a limited time.
 
-    Raises InputError when the time is over.
+    Raises InputError after `seconds` seconds. what: subject of its message
     """
     with Deadline(seconds, what), torch.device("meta"):
         yield

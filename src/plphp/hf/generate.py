@@ -58,7 +58,7 @@ def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
         if inputs is not None:
             source["input_ids" if inputs.dim() == 2 else "inputs_embeds"] = inputs
         if source.get("input_ids") is None and source.get("inputs_embeds") is None:
-            # generate() starts from a token of its own, which is text. No vision token has id -1.
+            # generate() starts from its own token, which is text. No vision token has the id -1.
             source["input_ids"] = torch.full((1, 1), -1, device=model.device)
         past = int(cache.get_seq_length())
         length = new_columns(source, past)

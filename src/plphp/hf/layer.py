@@ -67,7 +67,8 @@ class Shared:
 class PrunedLayer(CacheLayerMixin):
     """One decoder layer of the cache: transformers' interface to the store of the layer.
 
-    transformers is given logical lengths, as if nothing had been dropped.
+    Methods without a docstring are described by transformers' `CacheLayerMixin`. transformers is
+    given logical lengths, as if nothing had been dropped.
 
     store: keys and values that the layer holds, None before the first token
     raw: whether the store holds every column, so that the model's own masks fit it

@@ -21,11 +21,11 @@ from plphp.report import (
     LayerReport,
     Report,
     Seen,
+    earlier_images_note,
     images_left,
     images_of,
     in_rows,
     layer_report,
-    told,
     untouched_report,
 )
 
@@ -35,7 +35,7 @@ def build_report(cache: PrunedCache, prefill: Prefill) -> Report:
     where, recall = prefill.where, cache.shared.recall
     spans = where.spans.cpu()
     earlier = images_found(cache) if prefill.prompt.begin else ()
-    lost = [told(earlier, _rounds(recall))] if earlier else []
+    lost = [earlier_images_note(earlier, _rounding_home(recall))] if earlier else []
     layers = tuple(_layer(cache, prefill, index) for index in range(_depth(cache)))
     return Report(
         layers=layers,
@@ -50,7 +50,7 @@ def build_report(cache: PrunedCache, prefill: Prefill) -> Report:
     )
 
 
-def _rounds(recall: Recall | None) -> str | None:
+def _rounding_home(recall: Recall | None) -> str | None:
     """The name of a home that parks rounded numbers, None for others."""
     return None if recall is None or HOMES[recall.home].exact else recall.home
 

@@ -1,4 +1,4 @@
-"""What transformers' own cache layers hold, by name."""
+"""The tensors of transformers' own cache layers, and the bytes that they take."""
 
 from __future__ import annotations
 
@@ -11,48 +11,49 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def named_tensors(layer: Any) -> list[tuple[str, Tensor]]:
-    """The tensors of a cache layer under the names of the attributes that hold them.
+    """The tensors of a cache layer, with the names of the attributes that hold them.
 
-    Scalars that a layer calculates with, such as its window, are no content and left out. What a
-    quantized layer holds comes in pairs with its scales, some of them wrapped as one tensor.
+    Tensors without dimensions, such as a length, are left out. Quantized layers hold their tensors
+    together with scales: in tuples, or inside one tensor subclass.
     """
-    found: list[tuple[str, Tensor]] = []
-    left = list(vars(layer).items())[::-1]
-    while left:
-        name, value = left.pop()
+    named: list[tuple[str, Tensor]] = []
+    waiting = list(vars(layer).items())[::-1]
+    while waiting:
+        name, value = waiting.pop()
         if isinstance(value, dict):
-            left += [(name, part) for part in value.values()]
+            waiting += [(name, part) for part in value.values()]
         elif isinstance(value, tuple | list):
-            left += [(name, part) for part in value]
+            waiting += [(name, part) for part in value]
         elif is_traceable_wrapper_subclass(value):
-            left += [(name, getattr(value, part)) for part in value.__tensor_flatten__()[0]]
+            waiting += [(name, getattr(value, part)) for part in value.__tensor_flatten__()[0]]
         elif isinstance(value, Tensor) and value.dim() > 0:
-            found.append((name, value))
-    return found
+            named.append((name, value))
+    return named
 
 
 def is_kv(name: str) -> bool:
     """Whether an attribute of a cache layer holds keys or values of attention.
 
-    Others are states of linear and convolutional layers, and what an indexer looks up.
+    Other attributes hold states of linear and convolutional layers, or the keys of an indexer.
     """
     return name.endswith(("keys", "values")) and not name.startswith("indexer")
 
 
 def content_bytes(layer: Any) -> int:
-    """Bytes of what a cache layer holds; of a storage that it sees a part of, that part."""
-    seen = {(t.data_ptr(), t.shape, t.stride()): t.nbytes for _, t in named_tensors(layer)}
-    return sum(seen.values())
+    """Bytes of the content of a cache layer. A view counts as its own elements only."""
+    sizes = {(t.data_ptr(), t.shape, t.stride()): t.nbytes for _, t in named_tensors(layer)}
+    return sum(sizes.values())
 
 
 def release_views(layers: Iterable[Any]) -> None:
-    """Free what cache layers see a part of: the keys and values of a prompt beyond their window.
+    """Free the keys and values of a prompt that are outside the window of sliding layers.
 
-    transformers slices the whole prompt's and holds all of it until the next token.
+    transformers stores a slice of the whole prompt, which keeps all of it allocated until the next
+    token. The slice is replaced by a copy.
     """
     for layer in layers:
         for name in ("keys", "values"):
-            held = vars(layer).get(name)
-            plain = isinstance(held, Tensor) and not is_traceable_wrapper_subclass(held)
-            if plain and held.untyped_storage().nbytes() > held.nbytes:
-                setattr(layer, name, held.clone(memory_format=torch.contiguous_format))
+            tensor = vars(layer).get(name)
+            plain = isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor)
+            if plain and tensor.untyped_storage().nbytes() > tensor.nbytes:
+                setattr(layer, name, tensor.clone(memory_format=torch.contiguous_format))

@@ -1,4 +1,6 @@
-"""A conversation's cache on disk, and back: every name, shape, dtype, count and range is checked.
+"""Saves the cache of a conversation to a file, and loads it.
+
+When a file is read, every name, shape, dtype, count and range is checked.
 
 The format is described in docs/caches.md; the file itself is read and written in `cache_file`.
 """
@@ -23,10 +25,10 @@ from plphp.recall import Recall
 
 
 def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
-    """Write what a cache holds, slack left out. The file appears only when it is whole.
+    """Write a cache to a file, without slack. The file appears only when it is complete.
 
-    Raises UnsupportedModeError for a cache in the middle of a forward, or with layers that pruning
-    left to transformers; InputError for a path that cannot be written.
+    Raises UnsupportedModeError for a static or an empty cache, for one in the middle of a forward
+    and for one with layers that are not pruned; InputError for a path that cannot be written.
     """
     cache.check()
     tensors: dict[str, Tensor] = {}
@@ -38,19 +40,19 @@ def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
             )
         store = layer.store
         if not isinstance(store, KVStore):
-            what = "is empty" if store is None else "is static"
-            raise UnsupportedModeError(f"the cache {what}: it cannot be saved")
+            state = "is empty" if store is None else "is static"
+            raise UnsupportedModeError(f"the cache {state}: it cannot be saved")
         keys, values = store.held()
-        own = {"keys": keys, "values": values, "start": store.start}
-        if store.positions is not None:
-            own["positions"] = store.positions[..., : store.end]
+        of_layer = {"keys": keys, "values": values, "start": store.start}
+        if store.columns is not None:
+            of_layer["positions"] = store.columns[..., : store.end]
         numbers: dict[str, Any] = {n: getattr(store, n) for n in ("end", "logical", "window")}
         numbers |= {"raw": layer.raw, "dtype": name_of(keys.dtype), "parked": None}
         if layer.parked is not None:
             saved = layer.parked.saved()
-            own |= {f"{PARKED}{name}": tensor for name, tensor in saved.tensors.items()}
+            of_layer |= {f"{PARKED}{name}": tensor for name, tensor in saved.tensors.items()}
             numbers["parked"] = dict(saved.numbers)
-        tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
+        tensors |= {f"{index}.{name}": tensor for name, tensor in of_layer.items()}
         layers.append(numbers)
     for name, tensor in (("shift", cache.shift), ("spans", cache.shared.spans)):
         if tensor is not None:
@@ -63,12 +65,16 @@ def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
         "images": [asdict(image) for image in images_found(cache)],
         "layers": layers,
     }
-    # Contiguous copies: neither slack nor what a view hides goes to disk.
+    # Contiguous copies, because a view would be written with its whole storage, slack included.
     write_file(path, header, {name: x.contiguous().cpu() for name, x in tensors.items()})
 
 
 def load_cache(model: Any, path: str | os.PathLike[str]) -> PrunedCache:
-    """Read a cache for an attached model. Raises InputError for what does not fit the model."""
+    """Read a cache for an attached model, onto its device.
+
+    Raises InputError for a file that cannot be read, is damaged or does not fit the model, and
+    UnsupportedModeError for a model that is not attached.
+    """
     cache = PrunedCache(model)
     header, tensors = read_file(path, most=16 * len(cache.layers) + 8)
     try:
@@ -94,25 +100,28 @@ def load_cache(model: Any, path: str | os.PathLike[str]) -> PrunedCache:
 
 
 def _options(recall: Recall | None) -> dict[str, Any] | None:
-    """What recall was asked for, as a header says it."""
+    """The options of recall, as in a header."""
     return None if recall is None else asdict(recall)
 
 
 def _checked_layers(cache: PrunedCache, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """The numbers of every layer, once the model and the way of attaching it are the same."""
+    """The entries of a header for the layers.
+
+    Raises InputError if the cache belongs to another model, or to one attached in another way.
+    """
     kind = header.get("model_type")
     if kind != cache.config.model_type:
         raise InputError(
             f"it belongs to a model of type {short(kind)}, this one is {cache.config.model_type!r}"
         )
     if header["format"] != 1:
-        saved, own = header.get("model"), fingerprint(cache.config, cache._model())
+        saved, model = header.get("model"), fingerprint(cache.config, cache._model())
         if not isinstance(saved, dict):
             raise InputError("it does not say which model it belongs to")
-        for name in differences(saved, own):
+        for name in differences(saved, model):
             raise InputError(
                 f"it belongs to another model: {name} is {short(saved.get(name))} there, and "
-                f"{short(own[name])} in this one"
+                f"{short(model[name])} in this one"
             )
     recall = header.get("recall")
     if recall != _options(cache.shared.recall):

@@ -203,8 +203,8 @@ class HostHome:
         for parked, buffer in ((self.keys, store.keys), (self.values, store.values)):
             fetched = fetch(whole_rows(parked), lines, buffer.device)
             whole_rows(buffer).index_copy_(0, place, fetched)
-        if store.positions is not None and self.columns is not None:
-            store.positions.view(-1)[place] = self.columns[row, source]
+        if store.columns is not None and self.columns is not None:
+            store.columns.view(-1)[place] = self.columns[row, source]
         return len(source)
 
     def crop(self, store: KVStore, columns: int) -> None:

@@ -3,7 +3,13 @@
 from typing import TYPE_CHECKING
 
 from plphp._renamed import old_names
-from plphp.report.earlier_images import EarlierImage, images_left, images_of, in_rows, told
+from plphp.report.earlier_images import (
+    EarlierImage,
+    earlier_images_note,
+    images_left,
+    images_of,
+    in_rows,
+)
 from plphp.report.layers import LayerReport, Seen, layer_report, untouched_report
 from plphp.report.report import Drawing, Report
 from plphp.report.traffic import RecallReport
@@ -18,10 +24,10 @@ __all__ = [
     "RecallReport",
     "Report",
     "Seen",
+    "earlier_images_note",
     "images_left",
     "images_of",
     "in_rows",
     "layer_report",
-    "told",
     "untouched_report",
 ]

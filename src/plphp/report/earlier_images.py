@@ -80,20 +80,20 @@ def in_rows(images: Sequence[EarlierImage], rows: Sequence[int]) -> tuple[Earlie
     )
 
 
-def told(images: Sequence[EarlierImage], home: str | None = None) -> str:
-    """What a reader should know of earlier images, in one line.
+def earlier_images_note(images: Sequence[EarlierImage], home: str | None = None) -> str:
+    """The note of a report on the images of earlier turns, in one line.
 
     home: the name of a home that parks rounded numbers, None for others
     """
     tokens = sum(image.tokens for image in images)
-    left = sum(image.tokens * image.kept for image in images)
+    kept = sum(image.tokens * image.kept for image in images)
     numbers = sorted({image.image for image in images})
     which = f"image {numbers[0]}" if len(numbers) == 1 else f"images 1 to {numbers[-1]}"
-    if round(left) == tokens:
-        how = "" if home is None else f", what was parked as {home} numbers"
-        return f"{which} of earlier turns: all {tokens} vision tokens were there{how}"
+    if round(kept) == tokens:
+        suffix = "" if home is None else f", what was parked as {home} numbers"
+        return f"{which} of earlier turns: all {tokens} vision tokens were there{suffix}"
     return (
-        f"{which} of earlier turns: {1 - left / tokens:.1%} of their K/V is gone, "
-        f"{tokens - left:.0f} of {tokens} vision tokens in the mean of layers and KV heads; "
+        f"{which} of earlier turns: {1 - kept / tokens:.1%} of their K/V is gone, "
+        f"{tokens - kept:.0f} of {tokens} vision tokens in the mean of layers and KV heads; "
         "with recall nothing would be"
     )

@@ -148,6 +148,7 @@ class Report:
 
 
 def _number(value: float) -> float | None:
+    """A number for JSON: None for NaN."""
     return None if value != value else value
 
 
