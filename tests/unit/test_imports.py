@@ -44,9 +44,7 @@ COMPUTED = {
     "plphp._renamed": "old names of moved things, for one release",
 }
 # Imports that close a circle of files, and why they may stay. This list may only shrink.
-CLOSING = {
-    ("plphp.hf.cache", "plphp.hf.storage"): "PrunedCache.save and load, to go with issue 17, B2"
-}
+CLOSING: dict[tuple[str, str], str] = {}
 
 
 def module_of(path: Path) -> str:

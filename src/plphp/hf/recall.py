@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -67,11 +68,14 @@ def park_layer(layer: PrunedLayer, view: LayerView) -> KeepPlan:
     return plan
 
 
-def recall_report(cache: Any) -> RecallReport | None:
-    """Where the vision tokens are after a prompt, in bytes. None if nothing is parked."""
-    recall: Recall = cache.shared.recall
-    homes = [layer.parked for _, layer in cache.pruned_layers() if layer.parked is not None]
-    if not homes:
+def recall_report(recall: Recall | None, layers: Sequence[Any]) -> RecallReport | None:
+    """Where the vision tokens are after a prompt, in bytes. None if nothing is parked.
+
+    layers: those of the cache
+    """
+    parts = (getattr(layer, "parked", None) for layer in layers)
+    homes = [home for home in parts if home is not None]
+    if recall is None or not homes:
         return None
     parked = [x for home in homes for x in home.parked()]
     tensors = parked + [x for home in homes for x in home.tensors()]
@@ -86,11 +90,11 @@ def recall_report(cache: Any) -> RecallReport | None:
         token_bytes=homes[0].token_bytes,
         where=homes[0].where,
         fetched=tuple(home.fetched for home in homes),
-        read=tuple(recalled(cache)),
+        read=tuple(recalled(layers)),
     )
 
 
-def recalled(cache: Any) -> list[list[Tensor]]:
+def recalled(layers: Sequence[Any]) -> list[list[Tensor]]:
     """The vision tokens that each layer has read at each step since the last prompt.
 
     Returns one list a layer, with one tensor a decoded token: (B, Hkv, k) int64 on the CPU, the
@@ -98,5 +102,5 @@ def recalled(cache: Any) -> list[list[Tensor]]:
     were removed again have no entry, and the rows are those that the cache has now. A list is empty
     without `Recall(record=True)`, and for a layer that was left alone.
     """
-    homes = (getattr(layer, "parked", None) for layer in cache.layers)
+    homes = (getattr(layer, "parked", None) for layer in layers)
     return [[] if home is None else home.log for home in homes]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plphp.cache import allocated
 from plphp.hf import stock
-from plphp.hf.cache import PrunedCache
+from plphp.hf.conversation import Conversation
 from plphp.hf.layer import PrunedLayer, layer_tensors
 from plphp.hf.prompt import Prefill
 from plphp.hf.recall import recall_report
@@ -30,7 +30,7 @@ from plphp.report import (
 )
 
 
-def build_report(cache: PrunedCache, prefill: Prefill) -> Report:
+def build_report(cache: Conversation, prefill: Prefill) -> Report:
     """The report of a finished prefill. Its tensors are on the CPU."""
     where, recall = prefill.where, cache.shared.recall
     spans = where.spans.cpu()
@@ -45,7 +45,7 @@ def build_report(cache: PrunedCache, prefill: Prefill) -> Report:
         images=tuple(spans.amax(-1).clamp(min=0).tolist()),
         notes=(*where.notes, *_notes(cache, prefill), *lost),
         seen=_seen(prefill, spans),
-        recall=recall_report(cache),
+        recall=recall_report(cache.shared.recall, cache.layers),
         earlier=earlier,
     )
 
@@ -55,7 +55,7 @@ def _rounding_home(recall: Recall | None) -> str | None:
     return None if recall is None or HOMES[recall.home].exact else recall.home
 
 
-def images_found(cache: PrunedCache) -> tuple[EarlierImage, ...]:
+def images_found(cache: Conversation) -> tuple[EarlierImage, ...]:
     """The images of all turns so far, with the share of each that the next prompt finds."""
     if cache.shared.recall is not None and cache.shared.spans is not None:
         return images_of(cache.shared.spans.cpu())
@@ -66,7 +66,7 @@ def images_found(cache: PrunedCache) -> tuple[EarlierImage, ...]:
     return images if cache._order is None else in_rows(images, cache._order.tolist())
 
 
-def _layer(cache: PrunedCache, prefill: Prefill, index: int) -> LayerReport:
+def _layer(cache: Conversation, prefill: Prefill, index: int) -> LayerReport:
     """The report of one layer, with its bytes."""
     report = _kept(cache, prefill, index)
     if index >= len(cache.layers):
@@ -89,7 +89,7 @@ def _seen(prefill: Prefill, spans: Tensor) -> Seen:
     return Seen(spans, prefill.where.positions().cpu(), prefill.prompt.config, small, ids)
 
 
-def _kept(cache: PrunedCache, prefill: Prefill, index: int) -> LayerReport:
+def _kept(cache: Conversation, prefill: Prefill, index: int) -> LayerReport:
     """What one layer kept, without its bytes."""
     if index in prefill.plans:
         return layer_report(index, *prefill.plans[index])
@@ -98,7 +98,7 @@ def _kept(cache: PrunedCache, prefill: Prefill, index: int) -> LayerReport:
     return untouched_report(index, prefill.where.spans, prefill.where.positions(), kv_heads)
 
 
-def _depth(cache: PrunedCache) -> int:
+def _depth(cache: Conversation) -> int:
     """Number of decoder layers. The cache may have fewer.
 
     Up to transformers 5.19 a cache has no layer for those that use the keys of another layer.
@@ -129,7 +129,7 @@ def _full_bytes(layer: Any, columns: int) -> int:
     return total
 
 
-def _notes(cache: PrunedCache, prefill: Prefill) -> list[str]:
+def _notes(cache: Conversation, prefill: Prefill) -> list[str]:
     """Remarks on the layers and the policy."""
     notes, policy = [], cache.shared.policy
     if prefill.where.images <= 0:

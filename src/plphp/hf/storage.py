@@ -15,8 +15,8 @@ from torch import Tensor
 
 from plphp.cache import KVStore
 from plphp.errors import InputError, UnsupportedModeError
-from plphp.hf.cache import PrunedCache
 from plphp.hf.cache_file import check_whole, read_file, short, write_file
+from plphp.hf.conversation import Conversation
 from plphp.hf.fingerprint import differences, fingerprint, name_of
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.report import images_found
@@ -24,7 +24,7 @@ from plphp.hf.stored import PARKED, Stored
 from plphp.recall import Recall
 
 
-def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
+def save_cache(cache: Conversation, path: str | os.PathLike[str]) -> None:
     """Write a cache to a file, without slack. The file appears only when it is complete.
 
     Raises UnsupportedModeError for a static or an empty cache, for one in the middle of a forward
@@ -69,13 +69,11 @@ def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
     write_file(path, header, {name: x.contiguous().cpu() for name, x in tensors.items()})
 
 
-def load_cache(model: Any, path: str | os.PathLike[str]) -> PrunedCache:
-    """Read a cache for an attached model, onto its device.
+def load_into(cache: Conversation, model: Any, path: str | os.PathLike[str]) -> None:
+    """Read a file into a new cache of an attached model, onto the model's device.
 
-    Raises InputError for a file that cannot be read, is damaged or does not fit the model, and
-    UnsupportedModeError for a model that is not attached.
+    Raises InputError for a file that cannot be read, is damaged or does not fit the model.
     """
-    cache = PrunedCache(model)
     header, tensors = read_file(path, most=16 * len(cache.layers) + 8)
     try:
         stored = Stored(model, header, tensors, _checked_layers(cache, header))
@@ -96,7 +94,6 @@ def load_cache(model: Any, path: str | os.PathLike[str]) -> PrunedCache:
     cache.shift = cache.shift.to(device)
     spans = cache.shared.spans
     cache.shared.spans = None if spans is None else spans.to(device)
-    return cache
 
 
 def _options(recall: Recall | None) -> dict[str, Any] | None:
@@ -104,7 +101,7 @@ def _options(recall: Recall | None) -> dict[str, Any] | None:
     return None if recall is None else asdict(recall)
 
 
-def _checked_layers(cache: PrunedCache, header: dict[str, Any]) -> list[dict[str, Any]]:
+def _checked_layers(cache: Conversation, header: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries of a header for the layers.
 
     Raises InputError if the cache belongs to another model, or to one attached in another way.

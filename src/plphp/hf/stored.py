@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plphp.cache import KVStore
-from plphp.hf.cache import PrunedCache
+from plphp.hf.conversation import Conversation
 from plphp.hf.fingerprint import dtypes_of, layer_shapes, name_of
 from plphp.hf.layer import PrunedLayer
 from plphp.recall import HOMES, Home, Recall, Saved, from_format_1
@@ -44,7 +44,7 @@ class Stored:
         if not is_integer(self.logical, 1, MAX_COLUMN) or not self.rows:
             raise ValueError("layer 0: its lengths are inconsistent")
 
-    def common(self, cache: PrunedCache) -> None:
+    def common(self, cache: Conversation) -> None:
         """Load the state that all layers share into a cache."""
         shared = cache.shared
         self.recall = shared.recall
