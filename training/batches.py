@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plphp.demo.boards import CELL, COLOURS, GLYPHS, Picture, draw_scene, render, to_patches
 from plphp.demo.painting import EMPTY, UNCLEAR, Canvas, Look, paint
-from plphp.demo.questions import Level, Question, draw_prompt, draw_size
+from plphp.demo.questions import LEVELS, Question, draw_prompt, draw_size
 from plphp.demo.regimes import Frame, Regime, draw, draw_frame
 from training.easy_vqa import SIDE, EasyVQA
 
@@ -64,8 +64,9 @@ def regime_batch(rng: Generator, regime: Regime, tasks: Sequence[str], budget: i
     return Batch(frame, questions, views, torch.tensor(np.stack(maps)), f"@{frame.scale}")
 
 
-def level_batch(rng: Generator, number: int, level: Level, tasks: Sequence[str], budget: int) -> Batch:
+def level_batch(rng: Generator, number: int, tasks: Sequence[str], budget: int) -> Batch:
     """Square pictures on plain paper, a thing a token: what the demo and the dense suites show."""
+    level = LEVELS[number]
     pictures, side = draw_size(rng, level)
     sample_tokens = pictures * (side * side + HEADER_TOKENS) + level.question_tokens
     samples = max(1, budget // sample_tokens)
@@ -106,8 +107,14 @@ def targets(maps: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     """Classes of all tokens, glyphs and colours; the last class of each is an empty token."""
     glyphs, colours = maps.flatten(0, 1).unbind(1)
     empty = ((glyphs, len(GLYPHS)), (colours, len(COLOURS)))
-    found = [c.masked_fill(c == EMPTY, last).masked_fill(c == UNCLEAR, ignored) for c, last in empty]
+    found = [
+        c.masked_fill(c == EMPTY, last).masked_fill(c == UNCLEAR, ignored) for c, last in empty
+    ]
     return found[0], found[1]
+
+
+def _classes(found: Tensor, empty: int, ignored: int) -> Tensor:
+    return found.masked_fill(found == EMPTY, empty).masked_fill(found == UNCLEAR, ignored)
 
 
 def _crowd(rng: Generator, rows: int, columns: int) -> Picture:

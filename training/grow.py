@@ -20,7 +20,9 @@ def grow(model: Any, tokenizer: Any, folder: Path) -> None:
     text, old_text = model.model.language_model, old.model.language_model
     visual, old_visual = model.model.visual, old.model.visual
     with torch.no_grad():
-        words = _words(old_text.embed_tokens.weight, AutoTokenizer.from_pretrained(folder), tokenizer)
+        words = _words(
+            old_text.embed_tokens.weight, AutoTokenizer.from_pretrained(folder), tokenizer
+        )
         text.embed_tokens.weight.copy_(words)
         _copy_stack(text.layers, old_text.layers, ("self_attn.o_proj", "mlp.down_proj"))
         _copy_stack(visual.blocks, old_visual.blocks, ("attn.proj", "mlp.fc2"))
@@ -44,9 +46,7 @@ def sources(depth: int, old_depth: int) -> list[tuple[int, bool]]:
 
 
 def _copy_stack(layers: Any, old_layers: Any, outputs: tuple[str, ...]) -> None:
-    for layer, (source, added) in zip(
-        layers, sources(len(layers), len(old_layers)), strict=True
-    ):
+    for layer, (source, added) in zip(layers, sources(len(layers), len(old_layers)), strict=True):
         layer.load_state_dict(old_layers[source].state_dict())
         for name in outputs if added else ():
             for parameter in layer.get_submodule(name).parameters():

@@ -62,7 +62,7 @@ class Learner:
         torch.manual_seed(int(rng.integers(2**31)))  # for the probe's choice of tokens
         if rng.random() < phase.old_share:
             number = int(rng.choice(len(LEVELS), p=phase.level_shares))
-            batch = level_batch(rng, number, LEVELS[number], phase.tasks, phase.budget)
+            batch = level_batch(rng, number, phase.tasks, phase.budget)
         else:
             regime = phase.long if rng.random() < phase.long_share else phase.regime
             batch = regime_batch(rng, regime, phase.tasks, phase.budget)

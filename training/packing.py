@@ -1,8 +1,8 @@
 """Packed samples: one prefix of pictures, several questions behind it, each blind to the others.
 
 Question tokens see the prefix and their own question (a block-causal mask), and their rotary
-positions start anew behind the prefix. A question may stand behind another one and its answer. So every question sees exactly what it would see alone, and
-the pictures are paid for once.
+positions start anew behind the prefix. A question may stand behind another one and its answer. So
+every question sees exactly what it would see alone, and the pictures are paid for once.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ class Run:
 
 
 def main() -> None:
-    options = _options()
+    options = parse()
     torch.set_num_threads(options.threads)
     run = Run(options)
     if options.snapshot:
@@ -171,7 +172,7 @@ def main() -> None:
         print(f"{options.out / 'model'} after {run.seconds / 60:.1f} minutes of training")
 
 
-def _options() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the folder of the run")
     parser.add_argument("--warm", type=Path, help="an older model to grow from; else from nothing")
@@ -182,7 +183,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--save-minutes", type=float, default=4.0, help="between two states")
     parser.add_argument("--snapshot", type=Path, help="write the model so far there, and end")
     parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

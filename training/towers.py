@@ -101,9 +101,7 @@ def _vision_rotation(visual: Any, high: int, wide: int) -> tuple[Tensor, Tensor]
     """cos, sin [4 high wide, 1, head size] of the patches, cell by cell as the merger wants."""
     row = torch.arange(2 * high)[:, None].expand(2 * high, 2 * wide)
     column = torch.arange(2 * wide).expand(2 * high, 2 * wide)
-    by_cell = [
-        axis.reshape(high, 2, wide, 2).transpose(1, 2).flatten() for axis in (row, column)
-    ]
+    by_cell = [axis.reshape(high, 2, wide, 2).transpose(1, 2).flatten() for axis in (row, column)]
     angles = (torch.stack(by_cell, -1)[..., None] * visual.rotary_pos_emb.inv_freq).flatten(1)
     angles = torch.cat([angles, angles], -1)[:, None]
     return angles.cos(), angles.sin()

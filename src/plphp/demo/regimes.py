@@ -66,13 +66,16 @@ class Preamble(NamedTuple):
         return [*out, {"role": "user", "content": content}]
 
 
+SILENCE = Preamble()
+
+
 @dataclass(frozen=True)
 class Frame:
     """What the samples of a batch share: the sizes of their pictures, and the preamble."""
 
     sizes: tuple[tuple[int, int], ...]  # of each picture, in vision tokens: high, wide
     scale: int
-    preamble: Preamble = Preamble()
+    preamble: Preamble = SILENCE
 
     @property
     def tokens(self) -> int:
@@ -96,6 +99,7 @@ REGIMES = {
     for name, scale in (("dense", 1), ("redundant-4", 2), ("redundant-16", 4))
     for suffix, look in (("", PHOTOGRAPHS), ("-plain", PLAIN))
 }
+REGIMES["long"] = replace(_HELD_OUT, scales=(2, 3, 4), pictures=(4, 8), tokens=(2000, 4000))
 
 
 def draw_frame(rng: Generator, regime: Regime) -> Frame:
@@ -118,7 +122,7 @@ def draw_frame(rng: Generator, regime: Regime) -> Frame:
 def draw_preamble(rng: Generator, chatty: float) -> Preamble:
     """Text that is not about the answer; none at a chance of 1 - ``chatty``."""
     if rng.random() >= chatty:
-        return Preamble()
+        return SILENCE
     system = SYSTEM[int(rng.integers(len(SYSTEM)))] if rng.random() < 0.6 else ""
     order = rng.permutation(len(CHAT))[: int(rng.choice([0, 1, 2], p=[0.5, 0.3, 0.2]))]
     lead = LEADS[int(rng.integers(len(LEADS)))]
@@ -133,7 +137,7 @@ def draw(rng: Generator, regime: Regime, frame: Frame, tasks: Sequence[str]) -> 
     pictures = draw_boards(rng, level, [canvas.grid for canvas in canvases])
     painted = [paint(p, c, regime.look, rng) for p, c in zip(pictures, canvases, strict=True)]
     questions = ask_all(rng, pictures, tasks, regime.reworded)
-    if frame.preamble != Preamble():
+    if frame.preamble != SILENCE:
         questions = [_with_tail(rng, question) for question in questions]
     images, maps = ([pair[i] for pair in painted] for i in (0, 1))
     return Drawn(pictures, images, maps, questions)
