@@ -20,7 +20,8 @@ from training.easy_vqa import SIDE, EasyVQA
 EASY_TOKENS = 1400
 EASY_SAMPLE_TOKENS = 140
 HEADER_TOKENS = 5  # "Picture 1:", and what opens and closes it
-QUESTION_TOKENS = 260  # of a packed sample, about
+QUESTION_TOKENS = 260  # what the questions of one round take, about
+ROUND_TOKENS = 500  # so many vision tokens are worth another round of questions
 CROWDED = (0.25, 0.7)  # of the cells of a picture of the vision stage
 
 
@@ -54,8 +55,9 @@ def regime_batch(rng: Generator, regime: Regime, tasks: Sequence[str], budget: i
     while True:
         frame = draw_frame(rng, regime)
         prefix = frame.tokens + HEADER_TOKENS * len(frame.sizes)
-        samples = max(1, budget // (prefix + QUESTION_TOKENS))
-        drawn = [draw(rng, regime, frame, tasks) for _ in range(samples)]
+        rounds = 1 + frame.tokens // ROUND_TOKENS
+        samples = max(1, budget // (prefix + rounds * QUESTION_TOKENS))
+        drawn = [draw(rng, regime, frame, list(tasks) * rounds) for _ in range(samples)]
         questions = [prompt.questions for prompt in drawn]
         if all(questions):
             break

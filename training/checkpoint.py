@@ -48,7 +48,7 @@ class Scores(dict[str, tuple[float, float]]):
     Held out as to what is asked, since pictures are drawn afresh; not as to the photographs.
     """
 
-    memory = 0.98
+    memory = 0.95
 
     def add(self, seen: dict[str, float]) -> None:
         for name, value in seen.items():

@@ -2,15 +2,16 @@
 
     python -m training.retrain --out DIR [--warm MODEL]      # from the root of the repository
 
-It saves its state in DIR/state.pt every few minutes. Called again it goes on from there, with the
-schedule as it is then. DIR/log.jsonl grows by a line every few steps. At the end DIR/model is the
-model; ``--snapshot`` writes it as it is so far, and trains nothing.
+It saves its state in DIR/state.pt every few minutes, and when it is terminated. Called again it
+goes on from there, with the schedule as it is then. DIR/log.jsonl grows by a line every few steps.
+At the end DIR/model is the model; ``--snapshot`` writes it as it is so far, and trains nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,11 +55,16 @@ class Run:
         self.scores, self.losses = checkpoint.Scores(), checkpoint.Scores()
         self.stage, self.step, self.seconds = 0, 0, 0.0
         self.optimizer = self._optimizer()
+        self.told_to_stop = False
         if state:
             self._load(state)
 
+    def stop(self, *_: object) -> None:
+        """Save and end after this step."""
+        self.told_to_stop = True
+
     def train(self, minutes: float, save_minutes: float) -> bool:
-        """Steps until all are done (True) or the time is over."""
+        """Steps until all are done (True), or the time is over or `stop` was called (False)."""
         began = saved = last = time.monotonic()
         while self.stage < len(self.stages):
             stage = self.stages[self.stage]
@@ -70,7 +76,7 @@ class Run:
             self.seconds, last = self.seconds + now - last, now
             if self.step % LOG_EVERY == 0 or self.step == stage.steps:
                 self._log(stage)
-            over = now - began > 60 * minutes
+            over = self.told_to_stop or now - began > 60 * minutes
             if over or now - saved > 60 * save_minutes:
                 self.save()
                 saved = now
@@ -167,7 +173,9 @@ def main() -> None:
     run = Run(options)
     if options.snapshot:
         run.export(options.snapshot)
-    elif run.train(options.minutes, options.save_minutes):
+        return
+    signal.signal(signal.SIGTERM, run.stop)
+    if run.train(options.minutes, options.save_minutes):
         run.export(options.out / "model")
         print(f"{options.out / 'model'} after {run.seconds / 60:.1f} minutes of training")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from zlib import crc32
 
@@ -9,10 +10,12 @@ import easy_vqa
 import numpy as np
 import pytest
 
+from plphp.cli.eval import _tasks
 from plphp.errors import InputError
 from plphp.eval.sample import Sample
-from plphp.eval.tasks import TASKS, folder
+from plphp.eval.tasks import SUITES, TASKS, folder
 from plphp.eval.tasks.boards import difference, needle
+from plphp.eval.tasks.regimes import SCALES
 
 SCHEDULE = Path(__file__).parents[2] / "training" / "schedule.json"
 FEW = 13
@@ -107,3 +110,25 @@ def test_a_folder_without_labels(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no image files"):
         folder(tmp_path / "empty", "x")
+
+
+@pytest.mark.skipif(not find_spec("skimage"), reason="needs scikit-image")
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_show_the_tasks_at_their_scale(name: str) -> None:
+    scale = SCALES[name]
+    for task in SUITES[name].values():
+        samples = task.draw(2, 7)
+        assert digest(samples) == digest(task.draw(3, 7)[:2]) and task.name.endswith(f"@{name}")
+        for sample in samples:
+            assert sample.answers[0]
+            assert all(edge % 28 == 0 for image in sample.images for edge in image.size)
+            sides = {image.width // 28 // scale for image in sample.images}
+            assert min(sides) >= 3 and max(sides) <= 9
+
+
+def test_a_suite_is_named_as_a_whole_or_by_task() -> None:
+    whole = _tasks("redundant-4", None, None)
+    assert [task.name for task in whole] == list(SUITES["redundant-4"])
+    assert [t.name for t in _tasks("what,what@dense", None, None)] == ["what", "what@dense"]
+    with pytest.raises(InputError, match="what@redundant-4"):
+        _tasks("what@nowhere", None, None)
