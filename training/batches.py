@@ -22,6 +22,7 @@ EASY_SAMPLE_TOKENS = 140
 HEADER_TOKENS = 5  # "Picture 1:", and what opens and closes it
 QUESTION_TOKENS = 260  # what the questions of one round take, about
 ROUND_TOKENS = 500  # so many vision tokens are worth another round of questions
+FREE_SHARE = 0.15  # of those with a thing a token: cells that begin between tokens
 CROWDED = (0.25, 0.7)  # of the cells of a picture of the vision stage
 
 
@@ -90,7 +91,9 @@ def easy_batch(rng: Generator, easy: EasyVQA) -> Batch:
 def crowded_views(rng: Generator, look: Look, scale: int, budget: int) -> tuple[Views, Tensor]:
     """Pictures of one size with more things than prompts show, and their maps [N, tokens, 2]."""
     rows, columns = (int(rng.integers(2, max(4, 9 - 2 * scale) + 1)) for _ in range(2))
-    high, wide = (edge * scale + int(rng.integers(scale + 1)) for edge in (rows, columns))
+    # Tokens that show half of a thing are rare where a thing covers one: they are hard to name.
+    free = scale > 1 or rng.random() < FREE_SHARE
+    high, wide = (edge * scale + free * int(rng.integers(scale + 1)) for edge in (rows, columns))
     painted = []
     for _ in range(max(1, budget // (high * wide))):
         rest = ((high - rows * scale) * CELL, (wide - columns * scale) * CELL)

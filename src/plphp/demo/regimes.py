@@ -33,6 +33,7 @@ class Regime:
     scales: things cover scale x scale vision tokens
     tokens: vision tokens of a prompt, about; drawn evenly on a logarithmic axis
     aligned_share: pictures whose cells begin where vision tokens begin
+    dense_aligned_share: the same where a thing covers one token, which shows half of it otherwise
     reworded: questions in other than the first words
     chatty: prompts with text that is not about the answer
     """
@@ -42,6 +43,7 @@ class Regime:
     pictures: Range = (1, 8)
     tokens: Range = (50, 1300)
     aligned_share: float = 0.3
+    dense_aligned_share: float = 0.85
     reworded: float = 0.5
     chatty: float = 0.5
 
@@ -93,7 +95,14 @@ class Drawn(NamedTuple):
 
 PHOTOGRAPHS = Look(HELD_OUT, shading_share=0.3, clutter_share=0.3, occlusion_share=0.1)
 PLAIN = Look()
-_HELD_OUT = Regime(PHOTOGRAPHS, pictures=(2, 6), tokens=(150, 1300), reworded=0.0, chatty=0.0)
+_HELD_OUT = Regime(
+    PHOTOGRAPHS,
+    pictures=(2, 6),
+    tokens=(150, 1300),
+    dense_aligned_share=1.0,
+    reworded=0.0,
+    chatty=0.0,
+)
 REGIMES = {
     name + suffix: replace(_HELD_OUT, scales=(scale,), look=look)
     for name, scale in (("dense", 1), ("redundant-4", 2), ("redundant-16", 4))
@@ -131,7 +140,8 @@ def draw_preamble(rng: Generator, chatty: float) -> Preamble:
 
 def draw(rng: Generator, regime: Regime, frame: Frame, tasks: Sequence[str]) -> Drawn:
     """A prompt in a frame, with one question for every task that its pictures allow."""
-    canvases = [_canvas(rng, size, frame.scale, regime.aligned_share) for size in frame.sizes]
+    aligned = regime.dense_aligned_share if frame.scale == 1 else regime.aligned_share
+    canvases = [_canvas(rng, size, frame.scale, aligned) for size in frame.sizes]
     many = len(canvases) > MANY_PICTURES
     level = replace(LEVEL, things=(2, 4)) if many else LEVEL
     pictures = draw_boards(rng, level, [canvas.grid for canvas in canvases])

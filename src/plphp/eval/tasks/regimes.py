@@ -25,7 +25,7 @@ LEVELS = {  # as hard as a scale's prompts of up to 1,500 vision tokens allow
     2: Level((2, 6), (4, 8), (3, 5), (1, 2), (3, 6), 375, 0),
     4: Level((2, 6), (3, 5), (3, 5), (1, 2), (3, 5), 93, 0),
 }
-ALIGNED_SHARE = 0.3  # pictures whose cells begin where vision tokens begin
+ALIGNED_SHARE = 0.3  # pictures whose cells begin where vision tokens begin; all of dense
 
 
 def suite(name: str) -> list[Task]:
@@ -61,12 +61,12 @@ def suite(name: str) -> list[Task]:
 
 
 def painter(scale: int) -> Callable[[Picture, Generator], np.ndarray]:
-    """How a board is shown: its cells ``scale`` vision tokens wide, mostly between the tokens."""
+    """How a board is shown: its cells ``scale`` tokens wide; larger ones begin mid-token mostly."""
 
     def show(picture: Picture, rng: Generator) -> np.ndarray:
         high, wide = picture.side * scale, picture.columns * scale
         top = left = 0
-        if rng.random() >= ALIGNED_SHARE:
+        if scale > 1 and rng.random() >= ALIGNED_SHARE:
             high, wide = high + 1, wide + 1
             top, left = (int(edge) for edge in rng.integers(1, CELL + 1, 2))
         return paint(picture, Canvas(high, wide, scale, top, left), PHOTOGRAPHS, rng)[0]
