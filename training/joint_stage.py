@@ -14,12 +14,14 @@ from plphp.demo.regimes import LONGEST_SIDE, Frame
 from training.batches import Batch, Views, easy_batch, level_batch, regime_batch
 from training.build import NUMBERS
 from training.easy_vqa import EasyVQA
-from training.packing import Packer, answer
+from training.packing import Packer
+from training.packing import answer as run_packed
 from training.schedule import Phase
 from training.towers import encode_pictures
-from training.vision_stage import Words, nan_free
+from training.vision_stage import Words, crowd_loss, nan_free
 
 PROBED = 2000  # vision tokens a step
+CROWD_TOKENS = 1000
 
 
 class PositionProbe(nn.Module):
@@ -69,10 +71,15 @@ class Learner:
         loss, seen = self._learn_pictures(batch, phase, rng)
         if rng.random() < phase.easy_share:
             joined = easy_batch(rng, easy)
-            features = self._see(joined, rng.random() < phase.vision_share)
-            easy_loss, right, _ = self._answer(joined, features, second=False)
+            features = self.see(joined, rng.random() < phase.vision_share)
+            easy_loss, right, _ = self.answer(joined, features, second=False)
             (phase.easy_weight * easy_loss).backward()
             seen |= right
+        if rng.random() < phase.crowd_share:
+            visual = self.model.model.visual
+            crowd, right = crowd_loss(visual, self.words, phase, CROWD_TOKENS, rng)
+            (phase.words_weight * crowd).backward()
+            seen |= {f"crowd {name}": value for name, value in right.items()}
         return loss, seen
 
     def _learn_pictures(
@@ -80,9 +87,9 @@ class Learner:
     ) -> tuple[float, dict[str, float]]:
         """Gradients of the answers about drawn pictures, and of what else their tokens must say."""
         see = rng.random() < phase.vision_share
-        features = self._see(batch, see)
+        features = self.see(batch, see)
         second = rng.random() < phase.second_share
-        answer_loss, seen, early = self._answer(batch, features, second)
+        answer_loss, seen, early = self.answer(batch, features, second)
         loss = answer_loss
         if phase.probe_weight:
             loss = loss + phase.probe_weight * self.probe(early, batch.frame)
@@ -93,19 +100,19 @@ class Learner:
         loss.backward()
         return answer_loss.item(), seen
 
-    def _see(self, batch: Batch, learn: bool) -> Tensor:
+    def see(self, batch: Batch, learn: bool) -> Tensor:
         """[samples, vision tokens of a sample, d]."""
         samples = len(batch.questions)
         with torch.set_grad_enabled(learn):
             parts = [_encode(self.model.model.visual, view, samples) for view in batch.views]
             return torch.cat(parts, 1)
 
-    def _answer(
+    def answer(
         self, batch: Batch, features: Tensor, second: bool
     ) -> tuple[Tensor, dict[str, float], Tensor]:
         """The loss of the answers, exact match by task, early states of the vision tokens."""
         packed = self.packer.pack(batch.frame, batch.questions, second)
-        answered = answer(self.model, packed, features, self.packer.image)
+        answered = run_packed(self.model, packed, features, self.packer.image)
         right = torch.zeros(answered.where.shape, dtype=torch.bool)
         right[answered.where] = answered.logits.argmax(-1) == answered.labels
         found: dict[str, list[float]] = {}

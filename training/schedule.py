@@ -35,6 +35,7 @@ class Phase:
     easy_weight: float  # of its loss
     vision_share: float  # how often the vision tower learns too
     words_weight: float  # then, of the loss of stage V
+    crowd_share: float  # how often a batch of stage V joins in, with that weight
     probe_weight: float  # of the position probe's loss
     second_share: float  # how often every question stands behind another one
     budget: int  # tokens a step, about

@@ -70,14 +70,22 @@ def learn(
     visual: Any, words: Words, easy: EasyVQA, phase: Phase, rng: Generator
 ) -> tuple[float, dict[str, float]]:
     """Gradients of one step; the loss, and what was right under which name."""
-    scale = int(rng.choice(phase.regime.scales))
-    views, maps = crowded_views(rng, phase.regime.look, scale, phase.budget)
-    features = encode_pictures(visual, views.patches, views.high, views.wide)
-    loss, seen = words.loss(features.flatten(0, 1), maps)
+    loss, seen = crowd_loss(visual, words, phase, phase.budget, rng)
     if rng.random() < phase.easy_share:
         loss = loss + EASY_WEIGHT * words.easy_loss(visual, easy, rng)
     loss.backward()
-    return loss.item(), {f"{name}@{scale}": value for name, value in seen.items()}
+    return loss.item(), seen
+
+
+def crowd_loss(
+    visual: Any, words: Words, phase: Phase, budget: int, rng: Generator
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of pictures that are full of things."""
+    scale = int(rng.choice(phase.regime.scales))
+    views, maps = crowded_views(rng, phase.regime.look, scale, budget)
+    features = encode_pictures(visual, views.patches, views.high, views.wide)
+    loss, seen = words.loss(features.flatten(0, 1), maps)
+    return loss, {f"{name}@{scale}": value for name, value in seen.items()}
 
 
 def nan_free(seen: dict[str, float]) -> dict[str, float]:

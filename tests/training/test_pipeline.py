@@ -19,7 +19,7 @@ from training.vision_stage import Words
 from plphp.demo.model import WEIGHTS, load
 from plphp.demo.painting import Look
 from plphp.demo.regimes import Regime, draw, draw_frame
-from training import build, checkpoint, retrain, schedule
+from training import build, checkpoint, evaluate, retrain, schedule
 
 TINY = 0.0005  # one step of the first stages, 6 of the last
 TASKS = ["what", "describe", "refcolor"]
@@ -66,7 +66,7 @@ def test_the_towers_are_those_of_transformers() -> None:
     learner = Learner(model, tokenizer, Words(tokenizer, model.lm_head.weight))
     with torch.no_grad():
         packed = learner.packer.pack(batch.frame, batch.questions, second=True)
-        features = learner._see(batch, learn=False)
+        features = learner.see(batch, learn=False)
         packed_logits = answer(model, packed, features, learner.packer.image).logits
     before, asked = batch.questions[0][:2]
     messages = batch.frame.preamble.messages(len(batch.frame.sizes), before.text)
@@ -86,6 +86,14 @@ def test_the_towers_are_those_of_transformers() -> None:
     wanted = logits[-(stop - start) - 1 : -1]
     got = packed_logits[end - first : end - first + stop - start]
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_and_generated_answers_are_right_alike() -> None:
+    """The quick measure of the shipped weights: good at what they learned only."""
+    embedded = load()
+    level = evaluate.packed(embedded, "level-3", 6, seed=5)
+    assert level["what"] > 0.8 and level["refcolor"] > 0.8
+    assert evaluate.packed(embedded, "redundant-4-plain", 4, seed=5)["describe"] < 0.5
 
 
 def test_a_grown_model_answers_as_the_old_one() -> None:
