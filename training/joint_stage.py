@@ -92,7 +92,9 @@ class Learner:
         answer_loss, seen, early = self.answer(batch, features, second)
         loss = answer_loss
         if phase.probe_weight:
-            loss = loss + phase.probe_weight * self.probe(early, batch.frame)
+            misplaced = self.probe(early, batch.frame)
+            seen["probe loss"] = misplaced.item()
+            loss = loss + phase.probe_weight * misplaced
         if see and phase.words_weight and batch.maps is not None:
             words_loss, right = self.words.loss(features.flatten(0, 1), batch.maps)
             loss = loss + phase.words_weight * words_loss

@@ -132,6 +132,7 @@ class Run:
         self.stage, self.step = self.stage + 1, 0
         self.scores.clear()
         self.losses.clear()
+        self.average = checkpoint.Average(self.model.parameters())
         self.optimizer = self._optimizer()
 
     def _optimizer(self) -> MuonAdamW:
