@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer: make demo, make test.
-# make demo CUDA=1         uses PyPI's newest CUDA build of torch and runs on the GPU
+# make demo CUDA=1         uses PyPI's newest CUDA build of a tested torch and runs on the GPU
 # make ... TORCH_INDEX=URL takes torch from another index, such as PyTorch's small CPU one
 
 ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
@@ -11,13 +11,14 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(ROOT)/constraints.txt
 DEVICE := $(if $(CUDA),cuda,cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+TORCH_TESTED := $(shell sed -n 's/^ *"\(torch>.*\)",$$/\1/p' $(ROOT)/pyproject.toml)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-oldest test-lmms test-peers test-inspector test-vllm test-vllm-all test-gpu soak-vllm lint support \
-	support-recall docs figures screenshot accuracy accuracy-page bench bench-gpu bench-page bench-vllm wheel retrain clean
+.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-gpu soak-vllm fuzz-saved lint support \
+	support-recall docs figures screenshot accuracy accuracy-page bench bench-gpu bench-page bench-vllm wheel release-check retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -27,6 +28,12 @@ JOBS ?= 2
 test: $(VENV)/.installed-dev lint
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" \
 		-n $(JOBS) --dist worksteal
+
+# After every edit, under a minute: unit tests and one cell of the matrix for every family.
+QUICK := -m "quick or not (slow or gpu or cell)" -n $(JOBS) --dist worksteal \
+	tests/unit tests/integration/test_versions.py tests/conformance/test_matrix.py
+quick: $(VENV)/.installed-dev
+	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK)
 
 lint: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -75,11 +82,23 @@ support-recall: $(VENV)/.installed-dev
 test-all: $(VENV)/.installed-dev lint
 	cd $(ROOT) && $(BIN)/python -m pytest -m "not gpu"
 
-# Two minutes on the oldest transformers that is supported; OLDEST=5.19.0 for another.
+# 10,000 damaged files of saved conversations: refused, or the same answers (about 20 minutes).
+fuzz-saved: $(VENV)/.installed-dev
+	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/integration/test_saved.py -k ten_thousand
+
+# The quick tests and a few more on the oldest transformers that is supported; OLDEST=5.19.0 for another.
+SAMPLE := $(QUICK) tests/integration/test_attach.py tests/integration/test_conversation.py \
+	tests/conformance/test_layouts.py
 test-oldest: $(VENV)-$(OLDEST)/.installed
-	cd $(ROOT) && $(VENV)-$(OLDEST)/bin/python -m pytest -m "not slow and not gpu" \
-		tests/integration/test_attach.py tests/integration/test_conversation.py tests/unit \
-		tests/conformance/test_layouts.py
+	cd $(ROOT) && OMP_NUM_THREADS=1 $(VENV)-$(OLDEST)/bin/python -m pytest $(SAMPLE)
+
+# The same on the newest transformers of the package index, whatever pyproject.toml allows. torch is
+# the pinned one, or the newest of TORCH_INDEX, or TORCH_NEWEST=torch==2.14.1. Run by .ci/run, so that a
+# release that breaks plphp is seen here first.
+NEWEST_ENVS ?= $(VENV)-newest
+test-newest:
+	$(PYTHON) $(ROOT)/dev/newest.py --environments $(NEWEST_ENVS) --torch "$(TORCH_NEWEST)" \
+		--torch-index "$(TORCH_INDEX)" -- $(SAMPLE)
 
 # Real lmms-eval runs on local tasks, in an environment of its own (2.5 GB).
 test-lmms: $(VENV)-lmms/.installed
@@ -121,8 +140,15 @@ bench-vllm: $(VLLM)/.installed
 test-gpu: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python -m pytest -m gpu
 
-wheel: $(VENV)/.installed-dev
+wheel: $(VENV)/.installed-release
 	cd $(ROOT) && $(BIN)/python -m build -q --wheel --outdir $(ROOT)/dist
+
+# What .github/workflows/release.yml publishes: built, checked, installed away from here, and run.
+release-check: $(VENV)/.installed-release
+	rm -rf $(ROOT)/dist
+	cd $(ROOT) && $(BIN)/python -m build -q --outdir $(ROOT)/dist
+	$(BIN)/python -m twine check --strict $(ROOT)/dist/*
+	TORCH_INDEX=$(TORCH_INDEX) $(ROOT)/dev/release_check.sh
 
 retrain: $(VENV)/.installed-dev
 	$(PIP) -r $(ROOT)/training/requirements.txt -c $(CONSTRAINTS)
@@ -131,7 +157,7 @@ retrain: $(VENV)/.installed-dev
 # torch goes in first and pinned: a bare torch would bring gigabytes of CUDA libraries.
 $(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(if $(CUDA),"torch>=2.11",$(shell grep '^torch==' $(CONSTRAINTS))) $(TORCH_FROM)
+	$(PIP) $(if $(CUDA),"$(TORCH_TESTED)",$(shell grep '^torch==' $(CONSTRAINTS))) $(TORCH_FROM)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(ROOT)/pyproject.toml
@@ -140,6 +166,10 @@ $(VENV)/.installed: $(VENV)/.torch $(ROOT)/pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e "$(ROOT)[dev]" $(if $(CUDA),,-c $(CONSTRAINTS))
+	touch $@
+
+$(VENV)/.installed-release: $(VENV)/.installed
+	$(PIP) -e "$(ROOT)[release]" $(if $(CUDA),,-c $(CONSTRAINTS))
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-dev
@@ -186,4 +216,5 @@ $(VENV)-kvpress/.installed: $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-$(OLDEST) $(VENV)-lmms $(VENV)-kvpress $(VENV)-vllm $(ROOT)/dist $(ROOT)/build $(ROOT)/site
+	rm -rf $(VENV) $(VENV)-$(OLDEST) $(VENV)-lmms $(VENV)-kvpress $(VENV)-vllm $(VENV)-newest \
+		$(ROOT)/dist $(ROOT)/build $(ROOT)/site

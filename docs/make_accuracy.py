@@ -1,6 +1,6 @@
 """Write docs/accuracy.md from docs/accuracy/summary.json: `make accuracy-page`.
 
-With --run DIR, a finished `plphp eval`, that run's summary and curves are taken in first.
+With --run DIR, the directory of a finished `plphp eval`, its summary and curves are copied first.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,17 @@ from plphp.eval.tables import interval, number
 
 DOCS = Path(__file__).parent
 FOLDER = DOCS / "accuracy"
-BUDGETS = (0.6, 0.4, 0.2, 0.1)  # beside the full cache
-SHORT = 0.2  # the budget of tables that show one only
-OURS = "plphp"
-OFF = 0.02  # a kept share that is further from its budget is written down
+BUDGETS = (0.6, 0.4, 0.2, 0.1)
+SHORT = 0.2  # the budget of tables with a single one
+PLPHP = "plphp"
+OFF = 0.02  # a cell gives the kept share if it differs from the budget by more
 MEASURES = ("same", "exact", "words", "anls", "rouge_l", "cider", "wer")
 
 Shown = Mapping[str, Any]
 
 
 def take_in(run: Path, command: str) -> None:
-    """Copy what a run found, with where and how it was made."""
+    """Copy the results of a run, and add the machine, the versions, the date and the command."""
     found = json.loads((run / "summary.json").read_text())
     ended = max(path.stat().st_mtime for path in (run / "samples").iterdir())
     found["made"] = {
@@ -43,14 +45,14 @@ def take_in(run: Path, command: str) -> None:
         **{name: str(value) for name, value in found["about"].items()},
     }
     FOLDER.mkdir(exist_ok=True)
-    # A line a task: a diff then says which tasks moved.
+    # One line per task, so that a diff shows which tasks changed.
     (FOLDER / "summary.json").write_text(_by_task(found))
     for picture in run.glob("*.png"):
         shutil.copy(picture, FOLDER / picture.name)
 
 
 def page(folder: Path = FOLDER) -> str:
-    """The page that the committed JSON makes."""
+    """The page that the committed results give."""
     summary = json.loads((folder / "summary.json").read_text())
     tasks: dict[str, Any] = summary["tasks"]
     environment = jinja2.Environment(
@@ -62,12 +64,13 @@ def page(folder: Path = FOLDER) -> str:
     text = environment.get_template("page.md.jinja").render(
         made=summary["made"],
         apart=f"{apart} of {sum(t['samples'] + t['one_token'] for t in tasks.values())} samples",
-        short=list(_short(tasks)),
+        short=_short(tasks),
         short_budget=SHORT,
         tally=_tally(tasks),
         tasks={name: _task(name, task, folder) for name, task in tasks.items()},
         findings=(folder / "findings.md").read_text().strip(),
         methods=_methods(summary["policies"]),
+        skipped=_skipped_everywhere(tasks),
         percent=percent,
     )
     return text.rstrip() + "\n"
@@ -112,7 +115,7 @@ def _scores(task: Shown) -> str:
     whole = interval(cells["full", 1.0]["score"], 2)
     rows = []
     for name in _names(task):
-        if (name, None) in cells:  # at its own defaults: in the column that it comes nearest to
+        if (name, None) in cells:  # default options: the column of the nearest budget
             row = cells[name, None]
             near = min(BUDGETS, key=lambda b: abs(b - row.get("kept", 1.0)))
             given: list[Shown | None] = [row if budget == near else None for budget in BUDGETS]
@@ -133,12 +136,12 @@ def _cell(row: Shown | None, budget: float) -> str:
 
 
 def _verdicts(task: Shown) -> Iterator[str]:
-    """PLPHP against each control, in words, budget by budget."""
+    """One sentence per control: the verdicts of PLPHP by budget."""
     cells = _cells(task)
     for other in COMPARED:
         by: dict[str, list[str]] = {}
         for budget in BUDGETS:
-            found = cells.get((OURS, budget), {}).get("paired", {}).get(other)
+            found = cells.get((PLPHP, budget), {}).get("paired", {}).get(other)
             if found:
                 text = f"{percent(budget)} ({found['mean']:+.2f})"
                 by.setdefault(found["verdict"], []).append(text)
@@ -147,43 +150,33 @@ def _verdicts(task: Shown) -> Iterator[str]:
             yield f"PLPHP against `{other}`: {said}."
 
 
-def _short(tasks: Shown) -> Iterator[str]:
-    """PLPHP against each control over all tasks, at every budget."""
+def _short(tasks: Shown) -> str:
+    """The number of tasks of each verdict of PLPHP, by control and budget."""
+    rows = []
     for other in COMPARED:
-        for budget in BUDGETS:
-            by: dict[str, list[str]] = {"loses": [], "wins": [], "no difference shown": []}
-            for name, task in tasks.items():
-                found = _cells(task).get((OURS, budget), {}).get("paired", {}).get(other)
-                if found:
-                    by[found["verdict"]].append(name)
-            if any(by.values()):
-                yield f"At {percent(budget)}, PLPHP against `{other}`: {_sorted_out(by)}."
-
-
-def _sorted_out(by: Mapping[str, Sequence[str]]) -> str:
-    """Tasks by verdict; those without a difference are named only if they are few."""
-    parts = [f"{verdict} on {_list(by[verdict])}" for verdict in ("loses", "wins") if by[verdict]]
-    if equal := by["no difference shown"]:
-        where = "the others" if parts else "any task"
-        parts.append(f"no difference shown on {_list(equal) if len(equal) < 3 else where}")
-    return "; ".join(parts)
+        counts = [_count(tasks, PLPHP, other, budget) for budget in BUDGETS]
+        if any(counts):
+            rows.append([other, *counts])
+    return table(["PLPHP against", *map(percent, BUDGETS)], rows)
 
 
 def _tally(tasks: Shown) -> str:
+    """The number of tasks of each verdict at the budget SHORT, by method and control."""
     methods = dict.fromkeys(name for task in tasks.values() for name in _names(task))
     rows = []
     for name in methods:
-        counts = [_count(tasks, name, other) for other in COMPARED]
+        counts = [_count(tasks, name, other, SHORT) for other in COMPARED]
         if any(counts):
             rows.append([name, *(counts)])
     return table(["method", *COMPARED], rows)
 
 
-def _count(tasks: Shown, name: str, other: str) -> str:
+def _count(tasks: Shown, name: str, other: str, budget: float) -> str:
+    """Tasks on which a method wins / shows no difference / loses; empty if it was not compared."""
     verdicts = []
     for task in tasks.values():
         cells = _cells(task)
-        row = cells.get((name, SHORT), cells.get((name, None), {}))
+        row = cells.get((name, budget), cells.get((name, None), {}))
         if found := row.get("paired", {}).get(other):
             verdicts.append(found["verdict"])
     kinds = ("wins", "no difference shown", "loses")
@@ -203,7 +196,7 @@ def _measures(task: Shown) -> str:
 
 
 def _pictures(task: Shown) -> str:
-    """Score by number of pictures; only where the task has several."""
+    """The score by number of images, for tasks with different numbers."""
     shown = [
         row for row in task["settings"]
         if "skipped" not in row and row["budget"] in (1.0, SHORT) and len(row["by_pictures"]) > 1
@@ -216,21 +209,38 @@ def _pictures(task: Shown) -> str:
         for row in shown
     ]
     samples = [f"{count} (n {shown[0]['by_pictures'][count]['n']})" for count in counts]
-    return table(["pictures", *samples], rows)
+    return table(["images", *samples], rows)
 
 
 def _skipped(task: Shown) -> Iterator[str]:
-    reasons: dict[str, list[str]] = {}
+    """One sentence per reason: the methods that could not run, and the budgets."""
+    reasons: dict[str, dict[str, list[str]]] = {}
     for row in task["settings"]:
         if "skipped" in row:
-            at = "" if row["budget"] is None else f" at {percent(row['budget'])}"
-            reasons.setdefault(row["skipped"], []).append(f"`{row['method']}`{at}")
-    for reason, names in reasons.items():
+            reason = re.sub(r", got [\d.]+", "", row["skipped"])  # the budgets are named anyway
+            budgets = reasons.setdefault(reason, {}).setdefault(row["method"], [])
+            budgets += [] if row["budget"] is None else [percent(row["budget"])]
+    for reason, methods in reasons.items():
+        names = [f"`{name}`{f' at {_list(at)}' if at else ''}" for name, at in methods.items()]
         yield f"{_list(names)}: {reason}."
 
 
+def _skipped_everywhere(tasks: Shown) -> list[str]:
+    """The sentences of `_skipped` that hold for all tasks."""
+    first, *others = ([*_skipped(task)] for task in tasks.values())
+    return [sentence for sentence in first if all(sentence in other for other in others)]
+
+
 def _methods(policies: Mapping[str, str]) -> str:
-    rows = [[f"`{name}`", f"`{options}`"] for name, options in policies.items()]
+    """The options of each method: one line if they differ in the budget only."""
+    budgets = re.compile(r"(?<=budget=)[\d.]+")
+    rows: list[Sequence[str]] = []
+    for method, group in groupby(policies.items(), key=lambda item: item[0].partition(" at ")[0]):
+        settings = dict(group)
+        alike = {budgets.sub("...", options) for options in settings.values()}
+        if len(alike) == 1 < len(settings):
+            settings = {method: alike.pop()}
+        rows += [[f"`{name}`", f"`{options}`"] for name, options in settings.items()]
     return table(["method", "options"], rows)
 
 

@@ -1,7 +1,7 @@
 """Write docs/benchmarks.md from the committed results: `make bench-page`.
 
-With --run, the runs that have no result yet are made first, one `plphp bench` each; --gpu for those
-of a GPU. A result is one JSON file, named by its run, under docs/benchmarks/cpu or /gpu.
+With --run, the runs without a result are made first, one `plphp bench` each; with --gpu those of a
+GPU. A result is one JSON file with the name of its run, in docs/benchmarks/cpu or /gpu.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 import jinja2
 
-from plphp.bench.present import room, sections, title
-from plphp.bench.room import fits
+from plphp.bench.capacity import fits
+from plphp.bench.present import capacity_table, sections, title
 from plphp.bench.run import MEMORIES
 from plphp.bench.shapes import SHAPES
 
@@ -32,7 +32,7 @@ CPU = {
     f"{context // 1024}k-{dtype}": f"{SMALL} --context {context} --dtype {dtype} {SHORT}"
     for dtype in ("float32", "bfloat16")
     for context in (2048, 8192, 32768)
-    if (dtype, context) != ("float32", 32768)  # half of its layers, below: minutes and 13 GiB less
+    if (dtype, context) != ("float32", 32768)  # below with half of the layers, to save 13 GiB
 } | {
     "32k-float32": f"{SMALL} --layers 14 --context 32768 {SHORT}",
     "nine-tenths": f"{SMALL} --context 8192 --dtype bfloat16 --keep .9 {SHORT}",
@@ -57,7 +57,7 @@ Shown = Mapping[str, Any]
 
 
 def run(names: Mapping[str, str], folder: Path) -> None:
-    """Make the results that are missing, one after the other."""
+    """Run the benchmarks that have no result file yet, one after the other."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, options in names.items():
         path = folder / f"{name}.json"
@@ -76,7 +76,7 @@ def run(names: Mapping[str, str], folder: Path) -> None:
 
 
 def page() -> str:
-    """The page that the committed results make."""
+    """The text of the page, from the committed results."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
@@ -89,12 +89,12 @@ def page() -> str:
         over=over,
         sections=sections,
         title=title,
-        fits=[_room("qwen2-vl-2b"), _room("qwen2-vl-7b")],
+        fits=[_capacity("qwen2-vl-2b"), _capacity("qwen2-vl-7b")],
     )
 
 
 def over(found: Shown | None, mine: str, theirs: str) -> str:
-    """How long one way's step takes over another's: the median of the rounds and their range."""
+    """The ratio of two variants' steps: the median of the rounds and their range."""
     if found is None:
         return "not measured yet"
     rounds = {row["name"]: row["rounds_ms"] for row in found["steps"]}
@@ -105,7 +105,7 @@ def over(found: Shown | None, mine: str, theirs: str) -> str:
 
 
 def draw(found: Mapping[str, Shown], path: Path) -> None:
-    """A step over stock's, run by run, beside what the bytes alone would make of it."""
+    """Draw the ratio of a pruned step to a stock step for each run, and that of their bytes."""
     import matplotlib
 
     matplotlib.use("Agg")  # no window system needed
@@ -115,10 +115,11 @@ def draw(found: Mapping[str, Shown], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 0.42 * len(names) + 1.2), layout="constrained")
     for place, name in enumerate(names):
         rows = {row["name"]: row for row in found[name]["steps"]}
-        for way, color, up in (("pruned", "#0072b2", 0.12), ("short", "#999999", -0.12)):
-            middle, low, high = rows[way]["over_stock"]
+        for variant, color, up in (("pruned", "#0072b2", 0.12), ("short", "#999999", -0.12)):
+            middle, low, high = rows[variant]["over_stock"]
+            label = None if place else variant
             axes.plot([low, high], [place + up] * 2, color=color, linewidth=1)
-            axes.plot(middle, place + up, "o", color=color, label=way if not place else None)
+            axes.plot(middle, place + up, "o", color=color, label=label)
         bytes_only = rows["pruned"]["bound_ms"] / rows["stock"]["bound_ms"]
         axes.plot(bytes_only, place, "|", color="#cc3311", markersize=14, markeredgewidth=2)
     axes.plot([], [], "|", color="#cc3311", label="bytes alone")
@@ -131,9 +132,9 @@ def draw(found: Mapping[str, Shown], path: Path) -> None:
     plt.close(figure)
 
 
-def _room(name: str, context: int = 32768, rate: float = 0.4) -> Shown:
+def _capacity(name: str, context: int = 32768, rate: float = 0.4) -> Shown:
     rows = [fits(SHAPES[name], memory, rate, 2, context, 1) for memory in MEMORIES]
-    header, cells = room(rows, context, 1)
+    header, cells = capacity_table(rows, context, 1)
     return {"title": f"{name}, bfloat16, 40 % kept", "header": header, "cells": cells}
 
 
@@ -143,8 +144,8 @@ def _read(folder: Path) -> dict[str, Shown]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", action="store_true", help="make what is missing first")
-    parser.add_argument("--gpu", action="store_true", help="on a GPU")
+    parser.add_argument("--run", action="store_true", help="make missing results first")
+    parser.add_argument("--gpu", action="store_true", help="make those of a GPU")
     chosen = parser.parse_args()
     if chosen.run:
         run(GPU if chosen.gpu else CPU, FOLDER / ("gpu" if chosen.gpu else "cpu"))

@@ -1,4 +1,4 @@
-"""Draw the figures of README and docs from a run of the embedded model: `make figures`."""
+"""Draw docs/figures/kept.png from a run of the embedded model: `make figures`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLORS = {
 
 @dataclass(frozen=True)
 class Shown:
-    """One prompt, what was kept of it, and the picture to draw it over.
+    """One prompt, its report, and the picture over which its tokens are drawn.
 
     kept: (layers, Hkv, rows, columns) bool, the grid of the picture's vision tokens
     """
@@ -44,7 +44,7 @@ class Shown:
 
 
 def run() -> Shown:
-    """Ask the embedded model one bundled question, pruned with the paper's numbers."""
+    """Ask the embedded model one bundled question, pruned with the paper's options."""
     entry: dict[str, Any] = json.loads((DEMO / "questions.json").read_text())[QUESTION]
     pictures = [Image.open(DEMO / "pictures" / n).convert("RGB") for n in entry["images"]]
     embedded = load()
@@ -68,7 +68,7 @@ def run() -> Shown:
 
 
 def draw(shown: Shown, path: Path) -> None:
-    """Vision attention of every layer on the left, what single heads keep on the right."""
+    """Draw the vision attention of every layer, and the tokens that single heads keep."""
     heads = shown.kept.shape[1]
     figure = plt.figure(figsize=(9.6, 3.4), facecolor="white", layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.35])
@@ -86,7 +86,7 @@ def draw(shown: Shown, path: Path) -> None:
                 axes[row][head].set_title(f"KV head {head}", fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
-    # A palette holds bars and letters in half the bytes.
+    # With a palette the file has half the bytes.
     Image.open(path).convert("RGB").quantize(256, kmeans=1).save(path, optimize=True)
 
 
@@ -112,7 +112,7 @@ def _gammas(axes: Any, shown: Shown) -> None:
 
 
 def _picture(axes: Any, picture: Image.Image, kept: Tensor) -> None:
-    """The picture, with the tokens that a head dropped greyed out."""
+    """Draw the picture, and cover the tokens that a head dropped."""
     rows, columns = kept.shape
     width, height = picture.size
     axes.imshow(picture)

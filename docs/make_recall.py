@@ -2,8 +2,8 @@
 
     python docs/make_recall.py [--run DIR ...]
 
-Each DIR is a `plphp eval --out` directory; samples of several are put together. Without --run
-picture and table are made again of the committed results.
+Each DIR is the --out directory of a `plphp eval`; the samples of all of them are combined. Without
+--run, the figure and the table are made from the committed results.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ NAMES = {
     ("uniform", 0.4): "uniform top-k",
     ("uniform", 0.2): "uniform top-k",
 }
-HIDDEN = "the same"  # behind another line of the picture
+HIDDEN = "the same"  # the beginning of names that the figure omits: their lines would be covered
 Key = tuple[str, str, float | None]
 
 
 def read(runs: Iterable[Path]) -> dict[Key, dict[str, Any]]:
-    """(task, method, budget) -> sample -> its line."""
+    """The lines of all samples: (task, method, budget) -> id of the sample -> line."""
     found: dict[Key, dict[str, Any]] = defaultdict(dict)
     for run in runs:
         for path in sorted((run / "samples").glob("*.jsonl")):
@@ -56,7 +56,7 @@ def read(runs: Iterable[Path]) -> dict[Key, dict[str, Any]]:
 
 
 def results(found: Mapping[Key, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a task and setting: exact match over the full cache's, by paired bootstrap."""
+    """A row per task and setting: exact match relative to the full cache's, with an interval."""
     rows, rng = [], np.random.default_rng(0)
     for setting, name in {("full", 1.0): "full", **NAMES}.items():
         for task in TASKS:
@@ -81,7 +81,7 @@ def results(found: Mapping[Key, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows by setting: its device bytes, and every task's share with its interval."""
+    """The table in Markdown: for each setting its device bytes and its result on every task."""
     lines = [f"| | device bytes | {' | '.join(TASKS)} |", f"|{'---|' * (len(TASKS) + 2)}"]
     for setting, name in {("full", 1.0): "full, exact match", **NAMES}.items():
         mine = {r["task"]: r for r in rows if (r["method"], r["budget"]) == setting}
@@ -100,7 +100,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy over the full cache's against device bytes, a panel a task."""
+    """Draw exact match relative to the full cache's by device bytes, one panel per task."""
     import matplotlib
 
     matplotlib.use("Agg")  # no window system needed
@@ -137,7 +137,7 @@ def main() -> None:
     if chosen.run:
         about = [json.loads((run / "run.json").read_text()) for run in chosen.run]
         if any(one != about[0] for one in about):
-            raise SystemExit("these runs were not made alike")
+            raise SystemExit("these runs have different options, models or versions")
         found = {"about": about[0], "rows": results(read(chosen.run))}
         lines = ",\n".join(json.dumps(row) for row in found["rows"])
         path.write_text(f'{{"about": {json.dumps(found["about"])}, "rows": [\n{lines}\n]}}\n')

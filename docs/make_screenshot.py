@@ -1,4 +1,4 @@
-"""Take the README's picture of the inspector: `make screenshot`, which needs a Chromium."""
+"""Make the README's screenshot of the inspector: `make screenshot`, which needs Chromium."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 import plphp
 import plphp.demo
 from plphp.demo.model import load
-from plphp.report import examine, write_html
+from plphp.inspector import examine, write_html
 
 PICTURES = [Path(plphp.demo.__file__).parent / "pictures" / f"a{i}.png" for i in (1, 2, 3)]
 QUESTION = "what color is the E in picture 2?"
@@ -23,7 +23,7 @@ SIZE = {"width": 1180, "height": 1345}
 
 
 def page(path: Path) -> None:
-    """The inspector's page about three bundled pictures."""
+    """Write the inspector's page about three bundled pictures."""
     embedded = load()
     pictures = [Image.open(picture).convert("RGB") for picture in PICTURES]
     inputs = embedded.inputs(pictures, QUESTION)
@@ -33,7 +33,7 @@ def page(path: Path) -> None:
 
 
 def shoot(path: Path) -> bytes:
-    """What a reader sees of it first, one head of a layer."""
+    """A PNG of the top of the page, with one head of a layer selected."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -57,7 +57,7 @@ def main() -> None:
         made = Path(folder) / "report.html"
         page(made)
         picture = Image.open(io.BytesIO(shoot(made))).convert("RGB")
-    # A palette holds letters and bars in half the bytes.
+    # With a palette the file has half the bytes.
     picture.quantize(256, kmeans=1).save(out, optimize=True)
 
 

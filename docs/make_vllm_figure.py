@@ -1,4 +1,4 @@
-"""Draw docs/figures/vllm-blocks.svg, block tables before and after a prompt is pruned."""
+"""Draw docs/figures/vllm-blocks.svg: block tables before and after a prompt is pruned."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 BLOCK, WIDE, HIGH, LEFT = 4, 15, 20, 190
 TEXT, VISION, FREE, NEW = "#b9c4d0", "#2f6fb0", "none", "#e0b050"
 LAYERS = (("attentive, r = .7", 1), ("balanced, r = .4", 2), ("indifferent, r = .1", 4))
-PROMPT = "t" * 4 + "v" * 20 + "t" * 3  # 27 tokens: 7 blocks, the last has room for one more
+PROMPT = "t" * 4 + "v" * 20 + "t" * 3  # 27 tokens in 7 blocks; the last block has one free slot
 
 
 def slots(cells: str, top: int, label: str) -> list[str]:
-    """One row of token slots with the frames of its blocks around them."""
+    """SVG of one row of token slots, with gaps between blocks."""
     fill = {"t": TEXT, "v": VISION, ".": FREE, "n": NEW}
     out = [f'<text x="{LEFT - 10}" y="{top + 14}" text-anchor="end">{label}</text>']
     for place, kind in enumerate(cells):

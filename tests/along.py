@@ -1,4 +1,4 @@
-"""The oracle along an answer, once a report has said what was kept, read or rounded."""
+"""Runs the oracle along an answer, given the report of what was kept, read or rounded."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 import oracle
 
 LOGITS = 1e-4
-ROUGH = 50 * LOGITS  # a key that the oracle has 1e-7 elsewhere may be rounded to the next code
+ROUGH = 50 * LOGITS  # A key that differs by 1e-7 in the oracle may be rounded to the next code.
 
 
 def kept_of(report: Any) -> list[Tensor]:
@@ -16,7 +16,10 @@ def kept_of(report: Any) -> list[Tensor]:
 
 
 def dropped(report: Any, spans: Tensor) -> oracle.Dropped:
-    """What a report says that its answer did without. spans: (B, columns up to the answer)."""
+    """The tokens that an answer did not attend to, from its report.
+
+    spans: (B, columns up to the answer)
+    """
     kept, recall = kept_of(report), report.recall
     if recall is None:
         return oracle.Dropped(spans.shape[1], spans, kept)
@@ -33,7 +36,7 @@ def led(
     tokens: Tensor,
     earlier: Sequence[oracle.Dropped] = (),
 ) -> Tensor:
-    """The oracle's logits (B, steps, V) along the answer that a report belongs to."""
+    """The logits (B, steps, V) of the oracle along the answer of a report."""
     without = [*earlier, dropped(report, spans)]
     return oracle.decode(model, inputs, without, tokens.shape[1], tokens)[1]
 
@@ -53,15 +56,15 @@ def check_logits(logits: Tensor, expected: Tensor, report: Any, *, again: bool =
 
 
 def check_greedy(tokens: Tensor, expected: Tensor, report: Any) -> None:
-    """The best ones by the oracle's logits (B, steps, V), or of the same worth."""
+    """Every token has the highest logit of the oracle (B, steps, V), or one equal to it."""
     worse = expected.amax(-1) - expected.gather(-1, tokens[..., None])[..., 0]
     assert worse.max() <= (20 * ROUGH if in_codes(report) else 0)
 
 
 def alike(report: Any, row: int, alone: Any, steps: int) -> int:
-    """How many of the first steps of a row and of the row alone follow from the same reads.
+    """The number of first steps in which a row of a batch and the row alone read the same tokens.
 
-    Tokens of equal worth, of the same codes in the index, are fetched in whichever order.
+    Tokens with equal scores in the index may be fetched in any order.
     """
     if report.recall is None or not report.recall.read:
         return steps

@@ -1,7 +1,7 @@
-"""What must hold of every policy on every family: section 2 of the design, through the public API.
+"""The invariants of every policy on every family (design, section 2), through the public API.
 
-`truth` is what the oracle and the untouched model say of a family's prompts, computed once; every
-`check_...` holds a pruned run against it.
+`truth` is what the oracle and the untouched model compute for the prompts of a family; it is
+computed once. Every `check_...` compares a pruned run with it.
 """
 
 import math
@@ -33,7 +33,7 @@ ROWS = {
 EXEMPT = 0.02
 
 
-# --- what the oracle and the untouched model say --------------------------------------------------
+# --- results of the oracle and the untouched model ------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Truth:
     inputs: dict[str, Tensor]
     spans: Tensor
     probabilities: list[Tensor]
-    numbers: Numbers  # PLPHP's, with thresholds between this model's own gammas
+    numbers: Numbers  # the numbers of PLPHP, with thresholds between this model's own gammas
     tokens: Tensor  # of the untouched model
     logits: Tensor
 
@@ -57,7 +57,7 @@ class Truth:
 
     @property
     def mask(self) -> Tensor | None:
-        """What only the caller knows: which frames make a video, in families that do not tell."""
+        """The spans as `vision_mask`, if only the caller knows the frames of a video."""
         told = EVERY[self.name].videos_told or not any(row.videos for row in self.rows)
         return None if told else self.spans
 
@@ -83,7 +83,7 @@ def truth(name: str, seed: int, rows: str) -> Truth:
 def observe(
     model: Any, name: str, rows: str, prompts: tuple[dict[str, Tensor], Tensor], seed: int = 0
 ) -> Truth:
-    """The truth of other weights or prompts than `truth` takes."""
+    """The truth for other weights or prompts than those of `truth`."""
     (inputs, spans), probabilities = prompts, oracle.prefill(model, prompts[0])
     tokens, logits = generate(model, inputs)
     numbers = thresholds(selection(name, probabilities, spans, Numbers()))
@@ -118,11 +118,11 @@ def generate(
     return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
 
 
-# --- what the package says ------------------------------------------------------------------------
+# --- results of the package -----------------------------------------------------------------------
 
 
 def plphp_policy(numbers: Numbers) -> Any:
-    """PLPHP with these numbers; options at their defaults are left to the package."""
+    """PLPHP with these numbers. Options that have their default value are not passed."""
     import plphp
 
     always = ("r", "delta_r", "alpha", "beta")
@@ -135,7 +135,7 @@ def plphp_policy(numbers: Numbers) -> Any:
 
 
 def attach(model: PreTrainedModel, numbers: Numbers) -> Any:
-    """The package's handle."""
+    """Attach the package to a model."""
     import plphp
 
     return plphp.prune(model, plphp_policy(numbers))
@@ -169,12 +169,12 @@ def run_pruned(
 
 
 def per_row(values: Any) -> list[float]:
-    """A report's numbers, one a row: None is NaN."""
+    """The numbers of a report for each row. None becomes NaN."""
     return [math.nan if value is None else float(value) for value in values]
 
 
 def class_name(value: Any) -> str | None:
-    value = getattr(value, "value", value)  # attentive, vision-attentive or an enum of them
+    value = getattr(value, "value", value)  # "attentive", "vision-attentive" or an enum of them
     return None if value is None else str(value).lower().removeprefix("vision-")
 
 
@@ -182,7 +182,7 @@ def class_name(value: Any) -> str | None:
 
 
 def check_spans(truth: Truth) -> None:
-    """Images are counted as a person counts them."""
+    """Images are counted as a person would count them."""
     import plphp
 
     if truth.mask is None:
@@ -193,7 +193,7 @@ def check_spans(truth: Truth) -> None:
 def check_selection(
     truth: Truth, report: Any, rows: Sequence[bool] | None = None, **options: object
 ) -> None:
-    """`rows`: which rows of the batch to look at; all of them without."""
+    """The selection is that of the oracle. `rows`: the rows to compare, all by default."""
     selection = truth.select(**options)
     looked = [row for row in range(len(truth.rows)) if rows is None or rows[row]]
     for layer, (choices, reported) in enumerate(zip(selection.choices, report.layers, strict=True)):
@@ -211,7 +211,7 @@ def check_selection(
 
 
 def check_whole_layers(truth: Truth, report: Any) -> None:
-    """Layers that are left alone are reported, the others are pruned wherever there is an image."""
+    """Layers left alone are reported; the others are pruned wherever there is an image."""
     alone = {index for index, layer in enumerate(report.layers) if not layer.pruned}
     assert alone == truth.whole
     said = [note for note in report.notes if "left alone" in note]
@@ -220,7 +220,7 @@ def check_whole_layers(truth: Truth, report: Any) -> None:
 
 
 def check_retention(truth: Truth, report: Any) -> None:
-    """Retention is the share of vision entries that is kept, and tokens of padding never are."""
+    """Retention is the share of vision entries that is kept. Padding is never kept."""
     kept = sum(int((layer >= 0).sum()) for layer in kept_of(report))
     heads = sum(layer.shape[1] for layer in kept_of(report))
     vision = int((truth.spans > 0).sum()) * heads
@@ -232,14 +232,17 @@ def check_retention(truth: Truth, report: Any) -> None:
 def check_decoding(
     model: PreTrainedModel, truth: Truth, tokens: Tensor, logits: Tensor, report: Any
 ) -> None:
-    """Given the reported selection: the oracle is led along the tokens, so each step compares."""
+    """The logits are those of the oracle, given the reported selection.
+
+    The oracle decodes the same tokens, so that every step can be compared.
+    """
     expected = led(model, truth.inputs, truth.spans, report, tokens)
     check_logits(logits, expected, report)
     check_greedy(tokens, expected, report)
 
 
 def check_keeping_all(truth: Truth, model: PreTrainedModel) -> None:
-    """A policy that drops nothing is the untouched model."""
+    """A policy that drops nothing gives the tokens of the untouched model."""
     everything = plphp_policy(Numbers(r=1.0, delta_r=0.0))
     tokens, logits, report = run_policy(model, truth.inputs, everything, truth.mask)
     assert torch.equal(tokens, truth.tokens)
@@ -256,7 +259,7 @@ def check_rows_alone(
     excuse: Callable[[Any], bool],
     recall: Any = None,
 ) -> None:
-    """A row of a padded batch is the row alone, unless the oracle calls what differs a tie."""
+    """A row of a padded batch equals the row alone, except where the oracle sees a tie."""
     tokens, logits, report = run
     compared = 0.0
     for row, spec in enumerate(truth.rows):
@@ -264,7 +267,7 @@ def check_rows_alone(
         mask = None if truth.mask is None else spans
         its_tokens, its_logits, its_report = run_policy(model, alone, policy, mask, recall)
         if differing_positions(kept_of(report), row, kept_of(its_report)):
-            assert excuse(report)  # then the two rows decode different caches
+            assert excuse(report)  # the two rows decode with different caches then
             continue
         steps = alike(report, row, its_report, tokens.shape[1])
         compared += steps / tokens.shape[1]
@@ -285,7 +288,7 @@ def differing_positions(batch: Sequence[Tensor], row: int, alone: Sequence[Tenso
 
 
 def state_of(model: PreTrainedModel) -> dict[str, object]:
-    """Everything that attaching could leave behind on a module."""
+    """All state of a module that attaching could leave changed."""
     hooks = [attribute for attribute in vars(model) if attribute.endswith("_hooks")]
     assert hooks, "this is how torch stores hooks"
     state: dict[str, object] = {}

@@ -1,10 +1,11 @@
-"""What pruning must compute, told the slow way: the oracle that the package is judged against.
+"""The oracle: a slow, independent computation of what pruning must compute, for the tests.
 
-Written from the definition of the method alone; it shares no code with the package and never
-imports it. Attention is one plain float64 function that is put into a deep copy of the model, so
-that the model under test is never touched. Nothing is ever removed from the copy's cache: a dropped
-token is hidden by -inf in its layer, row and KV head, from the first decoding step on. Here are
-probabilities of the last prompt token and decoding with hidden tokens; which, says `oracle_choice`.
+It is written from the definition of the method alone and imports nothing of the package. Attention
+is one plain float64 function that is put into a deep copy of the model, so that the model under
+test is never changed. Nothing is ever removed from the copy's cache: a dropped token is hidden by
+-inf in its layer, row and KV head, from the first decoding step on. This file computes the
+probabilities of the last prompt token, and decoding with hidden tokens. `oracle_choice` computes
+which tokens are hidden.
 """
 
 import copy
@@ -28,6 +29,7 @@ from oracle_choice import (
     padding,
     select,
 )
+from versions import CACHE
 
 __all__ = [
     "Numbers",
@@ -46,13 +48,16 @@ ATTENTION = "plphp_test_oracle"
 
 @dataclass
 class Probe:
-    """What hangs on one attention module of a copied model, told by the columns that ask."""
+    """The settings and records of one attention module in a copied model.
 
-    probabilities: Tensor | None = None  # [B, H, N] of the prompt's last token
+    A forward is recognised by the columns of its queries.
+    """
+
+    probabilities: Tensor | None = None  # [B, H, N], of the last prompt token
     capped: bool = True  # up to transformers 5.19, "sdpa" leaves soft caps out
-    # columns from the first to before the second, and [B, Hkv, n] bool: what they must not see
+    # (first column, end column, [B, Hkv, n] bool: the tokens hidden from these columns)
     hidden: list[tuple[float, float, Tensor]] = field(default_factory=list)
-    # from which column on keys and values are others, one after the other
+    # the columns from which on other keys and values are used, in order
     rounding: list[tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]] = field(
         default_factory=list
     )
@@ -82,7 +87,7 @@ def attend(
         logits = logits * (scaling if scaling is not None else query.shape[-1] ** -0.5)
         if softcap is not None and probe.capped:
             logits = softcap * torch.tanh(logits / softcap)
-        # a padding query sees nothing: the mask's finite minimum keeps its (unused) output finite
+        # A padding query attends to nothing: the mask's finite minimum keeps its output finite.
         logits = logits + attention_mask.double()
         for begin, end, hidden in probe.hidden:
             blind = ((asking >= begin) & (asking < end))[:, None]
@@ -109,7 +114,7 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
 def instrumented(model: PreTrainedModel) -> tuple[PreTrainedModel, list[Probe]]:
-    """A deep copy whose decoder attends through `attend`, and its probes, layer by layer.
+    """A deep copy of a model whose decoder attends with `attend`, and the probe of each layer.
 
     The probe of a layer without attention stays empty.
     """
@@ -132,9 +137,9 @@ def attends(layer: torch.nn.Module) -> bool:
 
 
 def whole_cache(model: PreTrainedModel) -> DynamicCache:
-    """A cache that keeps every token of every layer, sliding ones too: one made without a config.
+    """A cache that keeps every token of every layer, also of sliding ones.
 
-    Layers with a state in place of a cache need the config.
+    Such a cache is made without a config; layers that hold a state need the config.
     """
     decoder = model.get_decoder()
     every = all(attends(layer) for layer in decoder.layers)
@@ -142,7 +147,7 @@ def whole_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 class Forced(LogitsProcessor):
-    """Makes generate() take the given tokens, one column a step."""
+    """A logits processor that makes generate() produce given tokens, one column a step."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.columns = iter(tokens.unbind(1))
@@ -157,13 +162,13 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """(tokens [B, steps], logits [B, steps, V]) of the model's own greedy generate().
 
-    generate() and not a loop of ours: positions, M-RoPE deltas included, are then the model's.
+    It is not a loop of this file, so that the positions are the model's, M-RoPE deltas included.
     """
     out = model.generate(
         **inputs,
         max_new_tokens=steps,
         do_sample=False,
-        past_key_values=whole_cache(model),
+        **{CACHE: whole_cache(model)},
         logits_processor=[] if tokens is None else [Forced(tokens)],
         output_logits=True,
         return_dict_in_generate=True,
@@ -173,13 +178,13 @@ def generate(
 
 @dataclass(frozen=True)
 class Dropped:
-    """What the columns from `begin` on do without of a prompt's images, layer by layer.
+    """The vision tokens of a prompt that the columns from `begin` on do not attend to, by layer.
 
-    kept: a LongTensor [B, Hkv, K], row-logical positions (padding not counted) of the kept vision
-        tokens, filled up with -1; the others are hidden
-    read: with recall, in place of `kept`: such a tensor for each column from `begin` on, one after
-        the other; columns after those see everything
-    bits: those that are not kept are not hidden but rounded
+    kept: LongTensor [B, Hkv, K], row-logical positions of the kept vision tokens, filled up with
+        -1; the others are hidden
+    read: with recall, in place of `kept`: such a tensor for each column from `begin` on, in order;
+        later columns attend to everything
+    bits: if given, tokens that are not kept are not hidden but rounded to this many bits
     """
 
     begin: int
@@ -208,7 +213,7 @@ def leave_out(probes: list[Probe], dropped: Dropped) -> None:
 def prefill(
     model: PreTrainedModel, inputs: dict[str, Tensor], earlier: Iterable[Dropped] = ()
 ) -> list[Tensor]:
-    """Each layer's attention of the last prompt token: float64 [B, H, N], N with the padding.
+    """The attention of the last prompt token in each layer: float64 [B, H, N], padding included.
 
     Empty for a layer without attention.
     """
@@ -228,7 +233,7 @@ def decode(
     steps: int,
     tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Greedy decoding, or along `tokens`, without what this turn and earlier ones have dropped."""
+    """Greedy decoding, or decoding of given `tokens`, without the dropped tokens of all turns."""
     model, probes = instrumented(model)
     for turn in dropped:
         leave_out(probes, turn)
@@ -236,8 +241,9 @@ def decode(
 
 
 def rounding(hidden: Tensor, bits: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What codes make of the tokens hidden [B, Hkv, n], told the slow way: keys a channel in groups
-    of 32 tokens, values a token."""
+    """The tokens hidden [B, Hkv, n], rounded as codes do: keys for each channel in groups of 32
+    tokens, values for each token.
+    """
 
     def rough(x: Tensor, dim: int) -> Tensor:
         low = x.amin(dim, keepdim=True).half().float()
@@ -260,7 +266,7 @@ def rounding(hidden: Tensor, bits: int) -> Callable[[Tensor, Tensor], tuple[Tens
 
 
 def hidden_columns(spans: Tensor, kept: Tensor) -> Tensor:
-    """[B, Hkv, N]: True at each vision token that a KV head has not kept."""
+    """[B, Hkv, N] bool: True for each vision token that a KV head has not kept."""
     hidden = (spans > 0).unsqueeze(1).repeat(1, kept.shape[1], 1)
     for row in range(kept.shape[0]):
         for head in range(kept.shape[1]):

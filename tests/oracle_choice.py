@@ -1,6 +1,6 @@
-"""What the oracle keeps: the method told the slow way, with Python's floats and sets.
+"""Which tokens the oracle keeps: the method computed slowly, with Python's floats and sets.
 
-Shares no code with the package and never imports it.
+It shares no code with the package and imports nothing of it.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-5  # of scores and gammas: nearer than this to a boundary, both sides are right
+TOLERANCE = 1e-5  # Scores and gammas this near to a boundary may be on either side of it.
 
 
 def padding(row: Tensor) -> int:
@@ -27,16 +27,16 @@ class Numbers:
     beta: float = 0.1
     budget: str = "image"  # or "global": one top-k over all images of a row
     gqa: str = "mean"  # or "max", over the query heads of a KV head
-    min_tokens: int = 0  # the least that is kept of each image
+    min_tokens: int = 0  # the smallest number kept of each image
     round_to: int = 1  # the number of dropped tokens becomes a multiple of it
 
 
 @dataclass(frozen=True)
 class RowChoice:
-    """What one layer keeps of one row. A row without vision tokens: gamma NaN, class and rate None.
+    """What one layer keeps of one row. Without vision tokens gamma is NaN, class and rate are None.
 
-    `kept` and `near` are row-logical positions, a set for each KV head; `near` are those that
-    another rounding of the scores could put on the other side.
+    `kept` and `near` are row-logical positions, one set for each KV head. `near` are the positions
+    that could be kept or dropped if the scores were rounded in another way.
     """
 
     gamma: float
@@ -50,10 +50,10 @@ class RowChoice:
 @dataclass(frozen=True)
 class Selection:
     choices: tuple[tuple[RowChoice, ...], ...]  # [layer][row]
-    vision: tuple[frozenset[int], ...]  # each row's vision tokens, row-logical
+    vision: tuple[frozenset[int], ...]  # row-logical positions of each row's vision tokens
 
     def tensors(self) -> list[Tensor]:
-        """In the format that `decode` takes and a report has."""
+        """The kept positions, in the format that `decode` takes and a report has."""
         return [pad_positions([row.kept for row in layer]) for layer in self.choices]
 
 
@@ -65,9 +65,9 @@ def select(
     whole: Collection[int] = (),
     keyless: Collection[int] = (),
 ) -> Selection:
-    """`probabilities` and `spans` in columns of the padded batch.
+    """The selection of all layers. `probabilities` and `spans` are by column of the padded batch.
 
-    `whole` layers keep all, of which `keyless` ones have no keys of their own and so no KV heads.
+    Layers in `whole` keep all tokens. Those of them in `keyless` have no keys, so no KV heads.
     """
     rows = range(spans.shape[0])
     unpadded = [spans[row, padding(spans[row]) :].tolist() for row in rows]
@@ -85,13 +85,13 @@ def select(
 
 
 def only(selection: Selection, rows: list[int]) -> Selection:
-    """Some rows of a selection."""
+    """The selection of some rows."""
     choices = tuple(tuple(layer[row] for row in rows) for layer in selection.choices)
     return Selection(choices, tuple(selection.vision[row] for row in rows))
 
 
 def keep_all(spans: list[int], num_kv_heads: int) -> RowChoice:
-    """A layer that is left alone."""
+    """The choice of a layer that is left alone."""
     vision = frozenset(j for j, span in enumerate(spans) if span > 0)
     return RowChoice(math.nan, None, None, (vision,) * num_kv_heads, (frozenset(),) * num_kv_heads)
 
@@ -99,7 +99,7 @@ def keep_all(spans: list[int], num_kv_heads: int) -> RowChoice:
 def choose(
     probabilities: Tensor, spans: list[int], numbers: Numbers, num_kv_heads: int
 ) -> RowChoice:
-    """One layer and row, without padding: probabilities [H, N]."""
+    """The choice of one layer for one row without padding: probabilities [H, N]."""
     p = probabilities.double().tolist()
     vision = [j for j, span in enumerate(spans) if span > 0]
     if not vision:
@@ -138,7 +138,7 @@ def budget(rate: float, size: int) -> int:
 def keep(
     score: dict[int, float], spans: list[int], rate: float, numbers: Numbers
 ) -> tuple[set[int], set[int]]:
-    """(kept, near a boundary) of one KV head. Each stage takes the best of what is left."""
+    """(kept, near a boundary) of one KV head. Each stage takes the best of the remaining tokens."""
     images: dict[int, list[int]] = {}
     for j in score:
         images.setdefault(spans[j], []).append(j)
@@ -151,7 +151,7 @@ def keep(
         near.update(unsure)
 
     if numbers.budget == "global":
-        # the floor of each image comes out of the one budget, and beyond it where floors need more
+        # The floors of the images are part of the one budget, and exceed it if they need more.
         for image in images.values():
             take(image, min(numbers.min_tokens, len(image)))
         take(score, budget(rate, len(score)) - len(kept))
@@ -163,7 +163,7 @@ def keep(
 
 
 def top(score: dict[int, float], candidates: set[int], count: int) -> tuple[list[int], list[int]]:
-    """The `count` best candidates, ties to the lower position, and those near the boundary."""
+    """The `count` candidates with the highest scores, ties to the lower position; the near ones."""
     order = sorted(candidates, key=lambda j: (-score[j], j))
     taken, left = order[: max(count, 0)], order[max(count, 0) :]
     if not taken or not left:
@@ -174,7 +174,7 @@ def top(score: dict[int, float], candidates: set[int], count: int) -> tuple[list
 
 
 def pad_positions(rows: list[tuple[frozenset[int], ...]]) -> Tensor:
-    """[B, Hkv, K], each head's positions ascending, then -1."""
+    """[B, Hkv, K]: the positions of each KV head, ascending, filled up with -1."""
     width = max((len(head) for row in rows for head in row), default=0)
     return torch.tensor(
         [[sorted(head) + [-1] * (width - len(head)) for head in row] for row in rows],
@@ -187,7 +187,7 @@ def pad_positions(rows: list[tuple[frozenset[int], ...]]) -> Tensor:
 
 @dataclass
 class Verdict:
-    """Vision tokens times layers times KV heads: how many, how many exempt, and what is wrong."""
+    """Counts of vision tokens times layers times KV heads: all and exempt ones; the errors."""
 
     total: int = 0
     exempt: int = 0
@@ -199,7 +199,10 @@ class Verdict:
 
 
 def compare(selection: Selection, reported: list[Tensor]) -> Verdict:
-    """`reported` as in a report: [B, Hkv, K] a layer. Where both sides are right, all is exempt."""
+    """Compare a selection with `reported`, [B, Hkv, K] for each layer, as in a report.
+
+    If gamma is near a threshold, all tokens of the row in that layer are exempt.
+    """
     verdict = Verdict()
     assert len(reported) == len(selection.choices), "as many layers as the model has"
     for layer, (rows, tensor) in enumerate(zip(selection.choices, reported, strict=True)):

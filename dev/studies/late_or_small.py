@@ -25,7 +25,7 @@ import plphp
 from plphp.eval.answers import end_tokens
 from plphp.eval.batches import Batch, in_batches, make_batch
 from plphp.eval.tasks import TASKS
-from plphp.hf.replan import Prompt, read
+from plphp.hf.shared_prefill import SharedPrefill, read
 from plphp.inputs import load
 
 SEED, BATCH = 8, 24
@@ -63,7 +63,7 @@ def rounded(x: Tensor, bits: int, dim: int) -> Tensor:
     return ((x - low) / step).round() * step + low
 
 
-def shrink_rest(cache: Any, prompt: Prompt, chosen: Any, bits: int) -> None:
+def shrink_rest(cache: Any, prompt: SharedPrefill, chosen: Any, bits: int) -> None:
     """Round every vision token that a policy would drop; without a policy every one."""
     for index, layer in cache.pruned_layers():
         view, store = prompt.views[index], layer.store

@@ -18,7 +18,7 @@ import plphp
 from plphp.eval.answers import _crop, _read
 from plphp.eval.batches import Batch, in_batches, make_batch
 from plphp.eval.tasks import TASKS
-from plphp.hf.replan import Prompt, read
+from plphp.hf.shared_prefill import SharedPrefill, read
 from plphp.inputs import load
 
 SEED, BATCH, TOKENS, PARTS = 11, 16, 200, 10
@@ -48,7 +48,7 @@ def given(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def recalled(
-    model: Any, batch: Batch, prompt: Prompt, tokens: Tensor, variant: tuple[str, str, Any]
+    model: Any, batch: Batch, prompt: SharedPrefill, tokens: Tensor, variant: tuple[str, str, Any]
 ) -> Tensor:
     name, policy, recall = variant
     budget = 0.2 if name.endswith(".2") else 0.4

@@ -36,10 +36,10 @@ from torch import Tensor
 
 import plphp
 from plphp.attention import reference
-from plphp.eval.answers import _crop, _generate, _go_on, end_tokens
+from plphp.eval.answers import _continue_answer, _crop, _generate, end_tokens
 from plphp.eval.batches import Batch, in_batches, make_batch
 from plphp.eval.tasks import TASKS
-from plphp.hf.replan import Prompt, read
+from plphp.hf.shared_prefill import SharedPrefill, read
 from plphp.inputs import load
 from plphp.policy.novelty import novelty
 
@@ -170,10 +170,10 @@ def answers(model: Any, batch: Batch, variants: list[tuple[str, int, float]]) ->
                 yield variant, _answer(model, batch, prompt, pruning)
 
 
-def _answer(model: Any, batch: Batch, prompt: Prompt, pruning: Any) -> Tensor:
+def _answer(model: Any, batch: Batch, prompt: SharedPrefill, pruning: Any) -> Tensor:
     cache = prompt.pruned(pruning)
     if batch.first is None:
-        return _go_on(model, cache, batch, prompt)
+        return _continue_answer(model, cache, batch, prompt)
     _crop(cache, batch.shared)
     return _generate(model, cache, batch.later(), batch.limit)[0]
 

@@ -21,9 +21,9 @@ from torch import Tensor
 import plphp
 from plphp.eval.answers import Reference, _crop, _read, compare, refer
 from plphp.eval.batches import Batch, in_batches, make_batch
+from plphp.eval.feature_cache import remembered
 from plphp.eval.tasks import TASKS
-from plphp.eval.tower import remembered
-from plphp.hf.replan import Prompt, read
+from plphp.hf.shared_prefill import SharedPrefill, read
 from plphp.inputs import load
 from plphp.recall.budget import Place
 
@@ -52,7 +52,7 @@ def weighted(weights: tuple[float, ...]) -> Any:
 
 
 def compared(
-    model: Any, batch: Batch, reference: Reference, prompt: Prompt, recall: plphp.Recall
+    model: Any, batch: Batch, reference: Reference, prompt: SharedPrefill, recall: plphp.Recall
 ) -> tuple[list[bool], list[float]]:
     with plphp.prune(model, plphp.policy("novelty"), recall=recall) as pruning:
         cache = prompt.pruned(pruning)

@@ -21,7 +21,7 @@ import plphp
 from plphp.bench.caches import Setting
 from plphp.bench.shapes import build, shape_of
 from plphp.cache import allocated
-from plphp.hf.replan import adopt_view
+from plphp.hf.shared_prefill import adopt_view
 from plphp.policy import LayerView
 
 STEPS, WARM = 8, 2

@@ -14,26 +14,28 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from plphp._drawing import draw_with
+from plphp._version import __version__
 from plphp.errors import (
     InputError,
+    InputTypeError,
     PlphpError,
     UnsupportedModeError,
     UnsupportedModelError,
     UnsupportedTransformersError,
 )
-from plphp.policy import PLPHP, policy
 
 if TYPE_CHECKING:
-    from plphp.cache import LayerReport, Report
     from plphp.hf import PrunedCache, Pruning, calibrate, prune
     from plphp.models import vision_spans
+    from plphp.policy import PLPHP, policy
     from plphp.recall import Recall
-
-__version__ = "0.1.0"
+    from plphp.report import Drawing, LayerReport, Report
 
 __all__ = [
     "PLPHP",
     "InputError",
+    "InputTypeError",
     "LayerReport",
     "PlphpError",
     "PrunedCache",
@@ -50,26 +52,37 @@ __all__ = [
     "vision_spans",
 ]
 
-# Loaded on first use, so that `import plphp` stays light: transformers takes seconds.
+# Imported on first use, because the imports of torch and transformers take seconds.
 _LATER = {
-    "LayerReport": "plphp.cache",
+    "LayerReport": "plphp.report",
+    "PLPHP": "plphp.policy",
     "PrunedCache": "plphp.hf",
     "Pruning": "plphp.hf",
     "Recall": "plphp.recall",
-    "Report": "plphp.cache",
+    "Report": "plphp.report",
     "calibrate": "plphp.hf",
+    "policy": "plphp.policy",
     "prune": "plphp.hf",
     "vision_spans": "plphp.models",
 }
 
-
-# One logger, silent until an application asks for it.
+# The one logger of plphp. Without a handler of the application it prints nothing.
 logging.getLogger("plphp").addHandler(logging.NullHandler())
 
 
+def _inspector() -> Drawing:
+    """The functions that draw reports, imported when the first report is drawn."""
+    from plphp import inspector
+
+    return inspector
+
+
+draw_with(_inspector)
+
+
 def __getattr__(name: str) -> Any:
-    if name == "vllm":  # a room that is imported with its first use
-        return import_module("plphp.vllm")
+    if name in ("policy", "vllm"):  # packages; `plphp.policy` can also be called
+        return import_module(f"plphp.{name}")
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module 'plphp' has no attribute {name!r}")

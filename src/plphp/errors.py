@@ -1,25 +1,50 @@
-"""The exceptions that plphp raises on purpose. Each message says what to do about it."""
+"""The exceptions of plphp. Each message says what is wrong and what to do about it."""
 
 
 class PlphpError(Exception):
-    """Base of every error raised on purpose."""
+    """Base class of the exceptions of plphp."""
 
 
 class UnsupportedModelError(PlphpError):
-    """This model cannot be pruned: its vision tokens or its attention layers cannot be used."""
+    """The model cannot be pruned: plphp cannot find its vision tokens, or use its attention."""
 
 
 class UnsupportedModeError(PlphpError):
-    """This way of running the model cannot be combined with pruning."""
+    """An option, a cache or another way of running the model cannot be combined with pruning."""
 
 
 class UnsupportedTransformersError(PlphpError):
-    """The installed transformers lacks a seam that plphp attaches to."""
+    """The installed transformers is too old, or lacks a function or class that plphp needs."""
 
 
 class UnsupportedVllmError(PlphpError):
-    """The installed vLLM is not the version that the plugin was written for."""
+    """The installed vLLM is not the version for which the plugin was written."""
 
 
 class InputError(PlphpError, ValueError):
-    """What was given cannot be used: a file, a prompt, an option."""
+    """A value that the caller gave cannot be used, such as a file, a prompt or an option."""
+
+
+class InputTypeError(InputError, TypeError):
+    """A value that the caller gave has a type that cannot be used."""
+
+
+def how_to_install(extra: str) -> str:
+    """The pip command that installs the packages of an extra, such as "eval".
+
+    It names the packages themselves, because plphp is not on a package index yet.
+    """
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    try:
+        requirements = [Requirement(line) for line in metadata.requires("plphp") or ()]
+    except metadata.PackageNotFoundError:  # plphp runs from its sources and is not installed
+        requirements = []
+    packages = [
+        f"'{need.name}{need.specifier}'"
+        for need in requirements
+        if need.marker is not None and need.marker.evaluate({"extra": extra})
+    ]
+    return " ".join(["pip install", *(packages or [f"'.[{extra}]' in a checkout of plphp"])])

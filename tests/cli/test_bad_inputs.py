@@ -5,6 +5,7 @@ The table in docs/bad-inputs.md is made from these cases: PLPHP_WRITE_DOCS=1 rew
 
 import json
 import os
+import shlex
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,46 @@ CASES = [
     Case("inspect into nowhere", "inspect --out {tmp}/none/page.html", "no such directory"),
     Case("doctor, not a model", "doctor {tmp}", "without a config.json"),
     Case("doctor, no vision", "doctor {tmp}/llama", "", code=1),
+    Case("name over 255 bytes", "generate --image {tmp}/{long} --prompt x", "File name too long"),
+    Case("name of an error", "generate --image '{tmp}/out of memory.png' --prompt x", "not an im"),
+    Case("name with controls", "generate --image {tmp}/{escape} --prompt x", "\\x1b[31m.png"),
+    Case("broken AVIF", "generate --image {tmp}/half.avif --prompt x", "not an image"),
+    Case("broken JPEG 2000", "generate --image {tmp}/half.jp2 --prompt x", "broken or truncated"),
+    Case("broken BLP", "generate --image {tmp}/half.blp --prompt x", "broken or truncated"),
+    Case("PDF as image", "generate --image {tmp}/llama/scan.pdf --prompt x", "not an image"),
+    Case("device as image", "generate --image /dev/null --prompt x", "not a regular file"),
+    Case("placeholder", "generate --prompt 'what is <|image_pad|>?'", "holds <|image_pad|>"),
+    Case("prompt of no text", "generate --prompt {surrogate}", "the prompt is not text"),
+    Case("prompt as an option", "generate --prompt --debug --policy best", "unknown policy 'best'"),
+    Case("given twice", "generate --prompt x --prompt y", "--prompt is given twice"),
+    Case("out without batch", "generate --prompt x --out {tmp}/o", "--out needs --batch"),
+    Case("rounds without compare", "generate --prompt x --rounds 3", "--rounds needs --compare"),
+    Case("seed of a greedy answer", "generate --prompt x --seed 1", "--seed needs --temperature"),
+    Case("report as JSON", "generate --prompt x --report --json", "--json goes without --report"),
+    Case("batch of one image", "generate --batch {tmp} --out {tmp}/o --image {png}",
+         "--batch goes without --image"),
+    Case("code of the embedded model", "generate --prompt x --trust-remote-code", "needs --model"),
+    Case("temperature of no number", "generate --temperature nan --prompt x", "above 0, got nan"),
+    Case("device without numbers", "generate --device meta --prompt x", "holds no numbers"),
+    Case("100,000 layers", "generate --model {tmp}/deep --prompt x", "100,000"),
+    Case("config that is no JSON", "generate --model {tmp}/broken --prompt x", "cannot load"),
+    Case("batch in UTF-16", "generate --batch {tmp}/utf16.jsonl --out {tmp}/o", "save it as UTF-8"),
+    Case("batch, foreign part", "generate --batch {tmp}/lines.jsonl --out {tmp}/taken",
+         "is not of such a batch"),
+    Case("batch, part of another", "generate --batch {tmp}/lines.jsonl --out {tmp}/other",
+         "was asked something else"),
+    Case("inspect over a file", "inspect --image {png} --prompt x --out {tmp}/text.png",
+         "is no page of plphp"),
+    Case("inspect, two ways to name a method", "inspect --policy plphp --policies plphp,random",
+         "--policies goes without --policy"),
+    Case("bench, shape and model", "bench --shape tiny --model embedded", "without --shape"),
+    Case("bench, images without columns", "bench --images 300 --context 128", "at most 96 images"),
+    Case("bench, memory of no number", "bench --memory nan", "numbers must be 0 or more"),
+    Case("bench, shares without layers", "bench --layers 1 --keep .5,.4", "2 shares for 1 layers"),
+    Case("bench over a file", "bench --out {png}", "need a directory"),
+    Case("eval, tasks and images", "eval --out {tmp}/e --tasks all --images {tmp} --prompt x",
+         "--images goes without --tasks"),
+    Case("eval among other files", "eval --out {tmp}/mine --tasks easyvqa --limit 1", "not a run"),
     Case("no images (fine)", "generate --prompt hello --max-new-tokens 2", "nothing was", code=0),
     Case("1 x 1 image (fine)", "generate --image {tmp}/dot.png --prompt 'what color is the A?'",
          "of vision K/V kept", code=0),
@@ -100,7 +141,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(root / "llama")
+    more_files(root)
     return root
+
+
+def more_files(root: Path) -> None:
+    """Broken pictures of other formats, names and directories that stand in the way."""
+    (root / "out of memory.png").write_text("not a picture")
+    for name, mode in (("avif", "RGB"), ("jp2", "RGB"), ("blp", "P")):
+        Image.effect_noise((64, 64), 50).convert(mode).save(root / f"half.{name}")
+        whole = (root / f"half.{name}").read_bytes()
+        (root / f"half.{name}").write_bytes(whole[: len(whole) * 2 // 3])
+    Image.new("RGB", (8, 8)).save(root / "llama" / "scan.pdf")
+    (root / "utf16.jsonl").write_text('{"prompt": "x"}\n', encoding="utf-16")
+    (root / "taken.part").write_text("notes of mine")
+    (root / "other.part").write_text('{"line": 0, "answer": "x", "request": "0123"}\n')
+    for name, text in (
+        ("deep", '{"model_type": "qwen2_vl", "text_config": {"num_hidden_layers": 100000}}'),
+        ("broken", "{"),
+    ):
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(text)
+    (root / "mine").mkdir()
+    (root / "mine" / "summary.json").write_text("mine")
 
 
 def bomb(side: int) -> bytes:
@@ -138,16 +201,16 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def split(text: str, folder: Path, picture: str) -> list[str]:
-    words = []
-    for word in text.replace("' '", "{space}").replace("'", '"').split('"'):
-        words += [word] if " " in word and words and words[-1] == "--prompt" else word.split()
+    named = {"tmp": folder, "png": picture, "long": "a" * 300, "escape": "\x1b[31m.png",
+             "surrogate": "\udcff"}  # fmt: skip
     many = ["--image", picture] * 260
-    named = {"tmp": str(folder), "png": picture, "space": " "}
+    words = shlex.split(text)
     return [made for w in words for made in (many if w == "{many}" else [w.format(**named)])]
 
 
 def printed(err: str, folder: Path, picture: str) -> str:
-    return err.strip().replace(str(folder), "DIR").replace(picture, "good.png")
+    shown = err.strip().replace(str(folder), "DIR").replace(picture, "good.png")
+    return shown.replace("a" * 300, "a" * 9 + "...")
 
 
 @pytest.mark.usefixtures("forgetful")
@@ -181,7 +244,8 @@ def test_the_page_says_what_is_printed(rows: dict[str, str]) -> None:
     page = (
         (
             "# Bad inputs\n\nEvery bad input that the tests try; `tests/cli/test_bad_inputs.py` "
-            "makes this page. DIR is a folder of broken files, `{many}` 260 images.\n\n"
+            "makes this page. DIR is a folder of broken files, `{many}` 260 images, `{long}` a "
+            "name of 300 bytes, `{escape}` and `{surrogate}` characters that no terminal shows.\n\n"
         )
         + HEAD
         + "".join(rows[case.what] for case in CASES)

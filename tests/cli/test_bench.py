@@ -10,8 +10,8 @@ from transformers import cache_utils
 
 from plphp.bench import layer
 from plphp.bench.caches import TEXT, Schedule, Setting, dynamic, pruned, quantized
+from plphp.bench.capacity import fits
 from plphp.bench.compare import cache_bytes
-from plphp.bench.room import fits
 from plphp.bench.shapes import SHAPES, build, shape_of
 from plphp.bench.steps import Measured, bound_seconds
 from plphp.hf import prune

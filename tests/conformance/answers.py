@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from methods import Method
 from modes import Mode, NotApplicable
@@ -32,6 +33,7 @@ from invariants import (
     observe,
     truth,
 )
+from plphp.hf import compat
 
 KEEP_ALL = plphp.PLPHP(r=1.0, delta_r=0.0)
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
@@ -54,7 +56,8 @@ def stock_fails_as_not_applicable() -> Iterator[None]:
     except NotApplicable:
         raise
     except Exception as error:
-        raise NotApplicable(f"transformers itself fails, {type(error).__name__}") from error
+        reason = f"the unpruned model fails in this mode with {type(error).__name__}"
+        raise NotApplicable(reason) from error
 
 
 def check_answers(ask: Ask, mode: Mode, family: str, method: Method) -> None:
@@ -192,9 +195,13 @@ def check_guessing(options: dict[str, Any], expected: Truth, method: Method) -> 
         logits = generate(model, expected.inputs, **options)[1]
     off = (logits - expected.logits).abs().amax((0, 2)) > LOGITS
     if off[0]:
-        raise NotApplicable("transformers itself reads the prompt differently so")
+        raise NotApplicable("the unpruned model computes other logits in this mode")
     if off.any():
-        raise NotApplicable("transformers itself does not take back what was guessed wrong")
+        raise NotApplicable("the unpruned model does not remove wrong guesses from its cache")
+    if compat.is_recurrent(compat.text_config(model)):
+        with plphp.prune(model), pytest.raises(plphp.UnsupportedModeError, match="recurrent"):
+            generate(model, expected.inputs, **options)
+        return
     check_truth(lambda model, inputs: new_tokens(model, inputs, **options), expected, method)
 
 
@@ -204,7 +211,7 @@ def check_guessing(options: dict[str, Any], expected: Truth, method: Method) -> 
 def static(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
     """On an attached model; the untouched one has nothing to do with it."""
     if "generate" in vars(model):
-        options["past_key_values"] = plphp.PrunedCache(model, static=True, max_len=MAX_LEN)
+        options["cache"] = plphp.PrunedCache(model, static=True, max_len=MAX_LEN)
     return new_tokens(model, inputs, **options)
 
 

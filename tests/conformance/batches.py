@@ -1,4 +1,4 @@
-"""Later turns of a padded batch, and what may be done to the rows of its cache between them."""
+"""Later turns of a padded batch, and changes of the rows of its cache between turns."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,13 +16,13 @@ import tiny
 from invariants import EVERY, LOGITS, Truth, truth
 
 STEPS = 8
-LENGTHS = (7, 4, 5)  # of the rows' second turns
+LENGTHS = (7, 4, 5)  # lengths of the second turns of the rows
 
 
 def ask(model: Any, inputs: dict[str, Tensor], cache: Any) -> tuple[Tensor, Tensor]:
-    """(all that was said, logits (rows, steps, V) of the answer)."""
+    """(the whole conversation, logits (rows, steps, V) of the answer)."""
     out = model.generate(
-        **inputs, max_new_tokens=STEPS, do_sample=False, past_key_values=cache,
+        **inputs, max_new_tokens=STEPS, do_sample=False, cache=cache,
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     return out.sequences, torch.stack(out.logits, 1)
@@ -31,7 +31,7 @@ def ask(model: Any, inputs: dict[str, Tensor], cache: Any) -> tuple[Tensor, Tens
 def next_turn(
     family: tiny.Family, said: Tensor, spans: Tensor, lengths: tuple[int, ...]
 ) -> dict[str, Tensor]:
-    """A text turn of each row, padded on the left, behind all that was said."""
+    """A text turn for each row, padded on the left, after the conversation so far."""
     most = max(lengths)
     place = torch.arange(most) - most + torch.tensor(lengths)[:, None]
     new = place >= 0
@@ -66,13 +66,13 @@ def together_and_alone(
 
 
 def check_padded_turn(mode: Mode, family: str, method: Method) -> None:
-    """Answers to a second turn of other lengths in a batch are those of its rows alone."""
+    """In a batch, second turns of different lengths are answered as for each row alone."""
     expected = truth(family, 0, mode.rows)
     model = expected.build()
     if EVERY[family].alone:  # windows and states count columns, padding included
         (_, batch), (_, rows) = together_and_alone(model, expected, stock_cache)
         if (batch - rows).abs().max() > LOGITS:
-            raise NotApplicable("transformers itself sees the padding between turns")
+            raise NotApplicable("the unpruned model attends to the padding between turns")
     with method.attach(model, expected.numbers):
         batched, single = together_and_alone(model, expected, plphp.PrunedCache)
     assert torch.equal(batched[0], single[0])
@@ -80,7 +80,7 @@ def check_padded_turn(mode: Mode, family: str, method: Method) -> None:
 
 
 def check_rows(mode: Mode, family: str, method: Method) -> None:
-    """Rows repeated, selected and reordered go on as they would in their own places."""
+    """Rows that are repeated, selected and reordered are answered as in their own places."""
     expected = truth(family, 0, mode.rows)
     model = expected.build()
     with stock_fails_as_not_applicable():

@@ -1,6 +1,6 @@
-"""The modes of the second table: how a model is run, whatever its prompts.
+"""The modes of the second table: ways to run a model, whatever its prompts.
 
-A policy and a family meet in one cell of every mode, and every mode meets all policies.
+Every mode meets all policies; a policy and a family meet in one cell of every mode.
 """
 
 import warnings
@@ -112,10 +112,10 @@ COLUMNS = (
     "gemma3",
     "llava + lfm2",
 )
-# Beside plphp, which meets every family in every mode: one method of each kind, on a family each
+# Besides plphp, which meets every family in every mode: one method of each kind, on one family
 OTHERS = ("plphp paged", "snapkv", "vl-cache")
 COMPILES = ("compiled decode", "flex prefill")  # take most of a minute
-MAY_REFUSE = {  # of families with layers that are left to transformers
+MAY_REFUSE = {  # for families with layers that are left to transformers
     "cache saved and loaded": COLUMNS[7:],
     "static cache": COLUMNS[7:],
     "compiled decode": COLUMNS[7:],
@@ -135,7 +135,7 @@ def cells() -> list[tuple[str, str, str]]:
 
 
 def normal() -> set[tuple[str, str, str]]:
-    """One cell of every mode, of the families in turn: tests/integration has a compiled one."""
+    """One cell of every mode, of the families in turn; tests/integration has a compiled one."""
     return {
         (COLUMNS[number % len(COLUMNS)], "plphp", mode)
         for number, mode in enumerate(CIRCUMSTANCES)
@@ -143,7 +143,7 @@ def normal() -> set[tuple[str, str, str]]:
     }
 
 
-# With recall: families of three kinds in every mode, all families in one
+# With recall: families of three kinds in every mode, and all families in one mode
 NOT_WITH_RECALL = ("static cache", "compiled decode")
 FAMILIES = {**tiny.FAMILIES, **tiny.DECODERS}
 RECALLED = ("qwen2_vl", "idefics2", "gemma3")
@@ -151,7 +151,7 @@ PLAIN = "padded batch"
 
 
 def recalled() -> list[tuple[str, str, str]]:
-    """(family, plphp with a home behind it, mode), and one cell of every other method."""
+    """(family, plphp with a home, mode), and one cell of every other method."""
     found = []
     for mode in (*MODES.values(), *CIRCUMSTANCES.values()):
         for family in FAMILIES if mode.name == PLAIN else RECALLED:
@@ -165,7 +165,7 @@ def recalled() -> list[tuple[str, str, str]]:
 
 
 def normal_recalled() -> set[tuple[str, str, str]]:
-    """One cell of every mode and of every family, the homes in turn."""
+    """One cell of every mode and of every family, with the homes in turn."""
     modes: dict[str, list[tuple[str, str, str]]] = {}
     for cell in recalled():
         if cell[1].startswith("plphp+") and cell[2] not in COMPILES:
@@ -175,7 +175,7 @@ def normal_recalled() -> set[tuple[str, str, str]]:
 
 
 def run(mode: Mode, family: str, method: Method) -> None:
-    """What libraries warn of when they are used so is theirs."""
+    """Run one cell. Warnings of other libraries about such a use are ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mode.check(mode, family, method)

@@ -1,4 +1,4 @@
-"""Other models, other threads, other processes: none of them is met."""
+"""Other models, threads and processes: pruning of one model does not affect the others."""
 
 import atexit
 import json
@@ -29,7 +29,7 @@ PATIENCE = 300  # seconds for one job on a busy machine
 
 
 def check_models(mode: Mode, family: str, method: Method) -> None:
-    """Three models of one config object, two attached with other policies: each is what it is."""
+    """Three models share one config object; two are attached, with different policies."""
     expected = truth(family, 0, mode.rows)
     config = EVERY[family].config()
     pruned, whole, bystander = (EVERY[family].build(seed, config) for seed in (0, 0, 1))
@@ -50,7 +50,7 @@ def check_models(mode: Mode, family: str, method: Method) -> None:
 
 
 def check_threads(mode: Mode, family: str, method: Method) -> None:
-    """Two threads on one attached model and one on another that is not, all at once."""
+    """Two threads run one attached model, and one runs another that is not attached."""
     prompts = [truth(family, 0, rows) for rows in ("one", "three")]
     model, other = prompts[0].build(), prompts[0].build()
     got: dict[int, list[tuple[Tensor, Any]]] = {0: [], 1: [], 2: []}
@@ -67,7 +67,7 @@ def check_threads(mode: Mode, family: str, method: Method) -> None:
         if which == 2:
             return new_tokens(other, prompts[1].inputs), None
         cache = plphp.PrunedCache(model)
-        return new_tokens(model, prompts[which].inputs, past_key_values=cache), cache.report
+        return new_tokens(model, prompts[which].inputs, cache=cache), cache.report
 
     with method.attach(model, prompts[1].numbers):
         wanted = [turn(which) for which in got]
@@ -85,7 +85,7 @@ def check_threads(mode: Mode, family: str, method: Method) -> None:
 
 
 def check_ranks(mode: Mode, family: str, method: Method) -> None:
-    """tp_plan on two gloo processes: one decision, each rank its own heads, the same tokens."""
+    """tp_plan on two gloo processes: the same decision and tokens, each rank has its heads."""
     expected = truth(family, 0, mode.rows)
     model = expected.build()
     policy = method.make(expected.numbers)
@@ -94,10 +94,10 @@ def check_ranks(mode: Mode, family: str, method: Method) -> None:
     ranks = processes().run(model, family, mode.rows, method.name, asdict(expected.numbers))
     for rank in ranks:
         if "stock" in rank:
-            raise NotApplicable(f"transformers itself fails, {rank['stock']}")
+            raise NotApplicable(f"the unpruned model fails in this mode with {rank['stock']}")
         assert rank["untouched"] == rank["whole"], "keeping all"
         if len(rank["kept"][-1][0]) == one.layers[-1].kept.shape[1]:
-            raise NotApplicable("transformers has no tensor parallel plan for its heads")
+            raise NotApplicable("transformers has no tensor-parallel plan for this model's heads")
     for layer, alone in enumerate(one.layers):
         for rank in ranks:
             assert rank["gamma"][layer] == pytest.approx(alone.gamma, abs=1e-5, nan_ok=True)
@@ -109,7 +109,7 @@ def check_ranks(mode: Mode, family: str, method: Method) -> None:
 
 
 class Ranks:
-    """Two processes under torchrun that take one job after another: starting them takes seconds."""
+    """Two processes under torchrun that run one job after another, since starting takes seconds."""
 
     def __init__(self) -> None:
         self.home = Path(mkdtemp())

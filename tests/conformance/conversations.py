@@ -1,7 +1,8 @@
-"""Later turns on a kept cache, and what may be done to the cache between them.
+"""Later turns with a cache that is kept, and changes of the cache between turns.
 
-The reference of a keep-all conversation is the untouched model reading all of it from scratch; of
-a pruned one the oracle, reading all of it with what earlier turns dropped hidden from later ones.
+The reference of a conversation that keeps everything is the untouched model, which reads all of it
+from the start. The reference of a pruned one is the oracle, which reads all of it while the tokens
+that earlier turns dropped are hidden from later ones.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,7 @@ from invariants import (
 STEPS = 8
 FIRST = tiny.RowSpec(images=2, text=30)
 TEXT_TURN = (FIRST, tiny.RowSpec(images=0, text=12, salt=1))
-# two: an image alone and one of several are other tokens in some families
+# two, because an image alone has other tokens in some families
 IMAGE_TURN = (FIRST, tiny.RowSpec(images=2, text=20, salt=1))
 THREE_TURNS = (*IMAGE_TURN, tiny.RowSpec(images=0, text=9, salt=2))
 EMPTY = tiny.Row([], [], [], [])
@@ -40,7 +41,7 @@ Turns = tuple[tiny.RowSpec, ...]
 
 
 def add(said: tiny.Row, new: tiny.Row) -> tiny.Row:
-    """Images are counted on."""
+    """Add spans of a later turn; its images are numbered on."""
     images = max(said.spans, default=0)
     return tiny.Row(
         said.ids + new.ids,
@@ -56,7 +57,7 @@ def spoken(tokens: list[int]) -> tiny.Row:
 
 
 def inputs_of(family: tiny.Family, row: tiny.Row) -> dict[str, Tensor]:
-    """For a row that may have said of images before, without their pixels."""
+    """Inputs for a row that may contain images of earlier turns, without their pixels."""
     if row.media:
         return family.inputs([row])[0]
     ids = torch.tensor([row.ids])
@@ -66,26 +67,31 @@ def inputs_of(family: tiny.Family, row: tiny.Row) -> dict[str, Tensor]:
 
 @dataclass
 class Talk:
-    """A conversation of one row: `said` so far, with all images; what was answered and reported."""
+    """A conversation of one row.
+
+    said: the whole conversation so far, with all images; also its answers and reports
+    """
 
     model: Any
     family: tiny.Family
     turns: Turns
     said: tiny.Row = EMPTY
-    prompts: list[tiny.Row] = field(default_factory=list)  # all that was said up to each turn
+    prompts: list[tiny.Row] = field(default_factory=list)  # the conversation up to each turn
     answers: list[list[int]] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     reports: list[Any] = field(default_factory=list)
-    taken_back: list[oracle.Dropped] = field(default_factory=list)  # turns of which codes remain
+    taken_back: list[oracle.Dropped] = field(
+        default_factory=list
+    )  # turns whose tokens are in codes
 
     def ask(self, cache: Any) -> None:
-        """The next turn: it repeats the conversation and brings its own pixels."""
+        """The next turn: its prompt repeats the conversation, with the pixels of the turn only."""
         number = len(self.prompts)
         new = self.family.draw_row(self.model, self.turns[number], number)
         self.said = add(self.said, new)
         self.prompts.append(self.said)
         inputs = inputs_of(self.family, replace(self.said, media=new.media))
-        answer, logits = answer_to(self.model, inputs, past_key_values=cache)
+        answer, logits = answer_to(self.model, inputs, cache=cache)
         self.answers.append(answer)
         self.logits.append(logits)
         self.reports.append(getattr(cache, "report", None))
@@ -97,12 +103,12 @@ class Talk:
         return self.answers
 
     def from_scratch(self) -> Iterator[tuple[list[int], Tensor]]:
-        """What the untouched model answers to each turn after reading all that was said before."""
+        """The answers of the untouched model to each turn, if it reads the whole conversation."""
         for prompt in self.prompts:
             yield answer_to(self.model, inputs_of(self.family, prompt))
 
     def says(self, other: Iterable[tuple[list[int], Tensor]]) -> bool:
-        """Whether those are the same answers for the same reasons."""
+        """Whether two conversations have the same answers and logits."""
         return all(
             tokens == answer and bool((logits - own).abs().max() < LOGITS)
             for (tokens, logits), answer, own in zip(other, self.answers, self.logits, strict=True)
@@ -148,7 +154,7 @@ def check_kept_whole(turns: Turns, family: str) -> None:
         stock.hold(stock_cache(stock.model))
     if not talk.says(zip(stock.answers, stock.logits, strict=True)):
         raise AssertionError("neither what reading from scratch gives nor what transformers does")
-    raise NotApplicable("transformers itself reads a later turn differently")
+    raise NotApplicable("the unpruned model computes other logits in a later turn")
 
 
 def stock_cache(model: Any) -> DynamicCache:
@@ -156,7 +162,7 @@ def stock_cache(model: Any) -> DynamicCache:
 
 
 def spans_of(talk: Talk, turn: int, method: Method) -> Tensor:
-    """(1, columns so far) of this turn's images; without recall those of earlier ones are text."""
+    """(1, columns so far): this turn's images; without recall those of earlier turns are text."""
     before = max(talk.prompts[turn - 1].spans) if turn and method.recall is None else 0
     spans = torch.tensor([talk.prompts[turn].spans])
     return (spans - before).clamp(min=0)
@@ -165,7 +171,7 @@ def spans_of(talk: Talk, turn: int, method: Method) -> Tensor:
 def check_turn(
     talk: Talk, turn: int, earlier: list[oracle.Dropped], family: str, method: Method
 ) -> None:
-    """Selection, logits and tokens of one turn, given what the turns before it kept."""
+    """Selection, logits and tokens of one turn, given what the earlier turns kept."""
     report, inputs = talk.reports[turn], inputs_of(talk.family, talk.prompts[turn])
     spans = spans_of(talk, turn, method)
     if method.recall is not None:
@@ -194,7 +200,7 @@ def check_turn(
 def check_between(
     change: Callable[[Talk, Any], Any], mode: Mode, family: str, method: Method
 ) -> None:
-    """`change` does something to the cache after the first turn that the second must not notice."""
+    """`change` changes the cache after the first turn. The second turn must not differ."""
     talk, alone = start(family, IMAGE_TURN), start(family, IMAGE_TURN)
     if not reads_later_images(family):
         talk.turns = alone.turns = TEXT_TURN
@@ -244,10 +250,10 @@ def stored(talk: Talk, cache: Any) -> Any:
 
 
 def cropped(talk: Talk, cache: Any) -> Any:
-    """More is said, and taken back; what it put in codes stays so."""
+    """More tokens are generated and removed again. What they put into codes stays."""
     length = int(cache.get_seq_length())
     row = add(talk.said, spoken([tiny.SPECIAL + i for i in range(5)]))
-    answer_to(talk.model, inputs_of(talk.family, replace(row, media=[])), past_key_values=cache)
+    answer_to(talk.model, inputs_of(talk.family, replace(row, media=[])), cache=cache)
     if in_codes(cache.report):
         spans = torch.tensor([row.spans[:length]])
         talk.taken_back.append(replace(dropped(cache.report, spans), begin=length))
@@ -257,7 +263,7 @@ def cropped(talk: Talk, cache: Any) -> Any:
 
 
 def moved(talk: Talk, cache: Any) -> Any:
-    """To another device and back."""
+    """The cache is moved to another device and back."""
     held = [layer.store.keys.clone() for _, layer in cache.pruned_layers()]
     for _, layer in cache.pruned_layers():
         layer.offload()

@@ -1,8 +1,8 @@
-"""The policies of the matrix: every registered one, and PLPHP's options one by one.
+"""The policies of the matrix: every registered one, and the options of PLPHP one by one.
 
-A policy of which the oracle knows no selection is held against the oracle's decoding of what it
-says it keeps, and against itself in other circumstances. So is what recall reads of a policy's
-dropped tokens.
+For a policy whose selection the oracle does not know, the oracle decodes with the reported
+selection, and the policy is compared with itself in other modes. The same is done for the tokens
+that recall reads.
 """
 
 from collections.abc import Callable
@@ -26,9 +26,11 @@ OPTIONS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """make: the policy, given thresholds that fit the model
-    options: how the oracle selects, None where it cannot
-    recall: what becomes of dropped tokens, None to destroy them
+    """A policy of the matrix.
+
+    make: makes the policy, given thresholds that fit the model
+    options: how the oracle selects, None if it cannot
+    recall: where dropped tokens are parked, None if they are lost
     """
 
     name: str
@@ -37,7 +39,7 @@ class Method:
     recall: plphp.Recall | None = None
 
     def attach(self, model: Any, numbers: Numbers, mask: Any = None) -> Any:
-        """`plphp.prune` as the method says."""
+        """Call `plphp.prune` for a method."""
         return plphp.prune(model, self.make(numbers), vision_mask=mask, recall=self.recall)
 
 
@@ -50,8 +52,8 @@ def _other(name: str) -> Method:
 
 
 def prunes_the_cache(name: str) -> bool:
-    """Methods of the other kinds have invariants and tests of their own."""
-    return POLICIES[name]().kind in ("layer", "layers")
+    """Whether a method prunes the cache. Other kinds have invariants of their own."""
+    return POLICIES[name]().prunes_cache
 
 
 METHODS: dict[str, Method] = {
@@ -62,12 +64,12 @@ METHODS: dict[str, Method] = {
     )
 }
 
-# Small enough that every prompt of the matrix parks most of its vision tokens
+# Budgets so small that every prompt of the matrix parks most of its vision tokens
 HOMES = {"host": plphp.Recall("host", 0.4, record=True), "int4": plphp.Recall("int4", 0.4)}
 
 
 def method(name: str) -> Method:
-    """Of that name; with +host or +int4 behind it, with recall."""
+    """The method of a name; a name that ends with +host or +int4 is with recall."""
     policy, _, home = name.partition("+")
     found = METHODS[policy]
     return replace(found, name=name, options=None, recall=HOMES[home]) if home else found

@@ -1,4 +1,4 @@
-"""The modes of the matrix: which prompts, on which families, and what must hold of them."""
+"""The modes of the matrix: the prompts, the families and the checks of each."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,10 +31,11 @@ from invariants import (
     truth,
 )
 from oracle import Numbers
+from versions import cache_of
 
 
 class NotApplicable(Exception):
-    """transformers itself cannot do it with this family."""
+    """The unpruned model of this family cannot run in this mode."""
 
 
 def always(family: tiny.Family) -> bool:
@@ -47,8 +48,10 @@ def has_videos(family: tiny.Family) -> bool:
 
 @dataclass(frozen=True)
 class Mode:
-    """rows: a name in `invariants.ROWS`, prompts of three rows are compared with each row alone
-    attention: the attention implementation while the prompt is read
+    """One mode.
+
+    rows: a name in `invariants.ROWS`; prompts of three rows are also compared with each row alone
+    attention: the attention implementation of the prefill
     call: options of generate()
     """
 
@@ -61,13 +64,15 @@ class Mode:
 
 
 def check_images(mode: Mode, family: str, method: Method) -> None:
-    """All invariants: spans, selection, decoding, keeping all, rows alone, nothing left behind."""
+    """All invariants: spans, selection, decoding, keeping all, rows alone, model unchanged."""
     expected = truth(family, 0, mode.rows)
     check_spans(expected)
     model = expected.build()
     if mode.attention:
         model.set_attn_implementation(mode.attention)
-    untouched, _ = generate(model, expected.inputs, steps=1)  # transformers sets things lazily
+    untouched, _ = generate(
+        model, expected.inputs, steps=1
+    )  # transformers sets some attributes lazily
     before = state_of(model)
     policy = method.make(expected.numbers)
     run = run_policy(model, expected.inputs, policy, expected.mask, method.recall)
@@ -87,7 +92,7 @@ def check_images(mode: Mode, family: str, method: Method) -> None:
 
 
 def tie(expected: Truth, method: Method) -> Callable[[Any], bool]:
-    """Whether a report's selection is right as the oracle sees it."""
+    """Whether the oracle accepts the selection of a report."""
 
     def excuse(report: Any) -> bool:
         if method.options is None:
@@ -99,7 +104,7 @@ def tie(expected: Truth, method: Method) -> Callable[[Any], bool]:
 
 
 def check_text(mode: Mode, family: str, method: Method) -> None:
-    """A text-only prompt is no error: nothing is pruned and the report says so."""
+    """A text-only prompt is no error: nothing is pruned, and the report says so."""
     model = EVERY[family].build(0)
     inputs, _ = EVERY[family].make_inputs(model, [tiny.NONE], seed=0)
     tokens, logits = generate(model, inputs)
@@ -113,18 +118,19 @@ def check_text(mode: Mode, family: str, method: Method) -> None:
 
 
 def check_call(mode: Mode, family: str, method: Method) -> None:
-    """Another way to call generate(): keeping all changes no token, and the selection is right.
+    """Another way to call generate(): keeping all changes no token; the selection is right.
 
-    Rows that transformers itself reads differently in this mode have no oracle: chunks cut images
-    apart that see themselves in both directions, and GLM-4V's images get mixed up when rows of
-    several are repeated.
+    The oracle is not used for rows whose unpruned logits differ in this mode: chunked prefill
+    breaks bidirectional attention within an image, and repeated rows with several images mix up
+    the images of GLM-4V.
     """
     expected = truth(family, 0, mode.rows)
     model = expected.build()
     try:
         untouched = call(mode, model, expected)
     except Exception as error:
-        raise NotApplicable(f"transformers itself fails, {type(error).__name__}") from error
+        reason = f"the unpruned model fails in this mode with {type(error).__name__}"
+        raise NotApplicable(reason) from error
     with plphp.prune(model, plphp.PLPHP(r=1.0, delta_r=0.0), vision_mask=expected.mask):
         assert torch.equal(call(mode, model, expected).sequences, untouched.sequences)
     with method.attach(model, expected.numbers, expected.mask) as pruning:
@@ -135,7 +141,7 @@ def check_call(mode: Mode, family: str, method: Method) -> None:
     first = expected.logits[:, 0].repeat_interleave(copies, 0)
     alike = (untouched.logits[0] - first).abs().amax(1) < LOGITS
     if not any(row.images and alike[i * copies] for i, row in enumerate(expected.rows)):
-        raise NotApplicable("transformers itself reads the images differently so")
+        raise NotApplicable("the unpruned model computes other logits in this mode")
     for copy in range(copies):
         own = slice(copy, None, copies)
         if method.options is not None:
@@ -145,7 +151,7 @@ def check_call(mode: Mode, family: str, method: Method) -> None:
 
 
 def call(mode: Mode, model: PreTrainedModel, expected: Truth) -> Any:
-    """What generate() returns, whatever is drawn by the same seed."""
+    """The result of generate(). Samples are drawn with the same seed."""
     torch.manual_seed(0)
     return model.generate(
         **expected.inputs,
@@ -158,11 +164,11 @@ def call(mode: Mode, model: PreTrainedModel, expected: Truth) -> Any:
 
 @contextmanager
 def last_reads(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
-    """What had been read after the last forward, before beams are put in order once more."""
+    """The tokens read after the last forward, before beams are reordered once more."""
     reads: list[list[Tensor]] = []
 
     def note(module: Any, args: Any, output: Any) -> None:
-        reads[:] = [list(layer) for layer in output.past_key_values.recalled()]
+        reads[:] = [list(layer) for layer in cache_of(output).recalled()]
 
     with model.register_forward_hook(note):
         yield reads
@@ -171,7 +177,7 @@ def last_reads(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
 def check_reads(
     expected: Truth, out: Any, report: Any, reads: list[list[Tensor]], alike: Tensor
 ) -> None:
-    """Along every answer, beams from row to row, the logits are the oracle's."""
+    """Along every answer, with beams that change rows, the logits are the oracle's."""
     tokens = out.sequences[:, expected.spans.shape[1] :]
     answers, steps = tokens.shape
     slots = torch.arange(answers)[:, None].expand(-1, steps)
@@ -190,7 +196,7 @@ def check_reads(
 
 
 def rows_of(report: Any, rows: slice) -> Any:
-    """A report of some rows: beams and samples repeat each prompt."""
+    """The report of some rows: beams and samples repeat each prompt."""
     layers = tuple(
         replace(
             layer,

@@ -1,4 +1,4 @@
-"""docs/support.md: written from the results of all cells, and read back to be held against them."""
+"""docs/support.md: this module writes it from the results of all cells, and reads it for a test."""
 
 import itertools
 import re
@@ -25,16 +25,17 @@ Key = tuple[str, str, str]  # family, mode, home of recall
 
 
 def _of_results(key: Sequence[str]) -> Key:
-    """What a refused family says, it says once for all modes."""
+    """The key of a result. A refused family has one result for all modes."""
     family, mode, home = key
     return family, "" if family in tiny.REFUSED and not home else mode, home
 
 
 @dataclass
 class Results:
-    """What each key said, one entry a policy.
+    """The results of all cells.
 
-    cells, seconds: how many ran without and with recall, and how long
+    said: results by key; they may differ between policies
+    cells, seconds: number of cells and their time, without recall (False) and with recall (True)
     """
 
     said: dict[Key, set[str]] = field(default_factory=dict)
@@ -55,7 +56,7 @@ class Results:
 
 @dataclass
 class Notes:
-    """Reasons, as footnotes of all tables."""
+    """The reasons of refused and not applicable cells, which are notes shared by all tables."""
 
     texts: list[str] = field(default_factory=list)
 
@@ -79,7 +80,12 @@ def rows(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Table:
-    """Lines and columns by what they show, and the key of a cell."""
+    """One table of the page.
+
+    head: text of its first header cell
+    lines, columns: from the text that is shown to the part of the key
+    key: function from a line and a column to the key of the cell
+    """
 
     head: str
     lines: dict[str, str]
@@ -94,7 +100,7 @@ class Table:
         return "\n".join(rows([self.head, *self.columns], lines))
 
     def read(self, page: list[str]) -> Iterator[tuple[Key, str]]:
-        """Every cell of the table in a page, as it is written."""
+        """The text of each cell of the table in a page."""
         below = itertools.dropwhile(lambda line: not line.startswith(f"| {self.head} |"), page)
         for line in itertools.islice(itertools.takewhile(str.strip, below), 2, None):
             name, *cells = line.strip("| ").split(" | ")
@@ -144,14 +150,18 @@ def every_key() -> set[Key]:
 
 
 def page(results: Results, whole: set[bool]) -> str:
-    """The page from results without recall, with recall, or both; the rest stays as it is."""
+    """The page with new results.
+
+    whole: whether the results are complete without recall (False), with recall (True). The other
+        cells are taken from the current page.
+    """
     made = [written(recall, results) if recall in whole else before(recall) for recall in (0, 1)]
     said = results.said
     if len(whole) < 2:
         kept = (item for item in shown().items() if bool(item[0][2]) not in whole)
         said = {_of_results(key): set(cell) for key, cell in kept} | said
     every, notes = replace(results, said=said), Notes()
-    tables = [table.text(every, notes) for table in TABLES]  # which write the notes
+    tables = [table.text(every, notes) for table in TABLES]  # this fills `notes`
     return TEXT.format(
         *tables,
         notes="\n".join(notes.numbered()),
@@ -180,68 +190,72 @@ def _how(recall: bool) -> str:
 
 TEXT = """# What is supported
 
-`make support` makes this page from a run of `tests/conformance/test_matrix.py`: tiny random models
-of the real transformers classes, against an independent oracle. No cell is empty: what does not
-work is refused, or not applicable, with the reason in a note.
+Each cell is a test of plphp on a tiny random model of the real transformers class, against an
+independent oracle: a full cache in which an attention mask hides the dropped tokens. A cell says
+"works", "refused" or "not applicable", and a numbered note at the end gives the reason.
+`make support` runs `tests/conformance/test_matrix.py` and writes this page.
 
 ## Families and prompts
 
-A cell says "works" when it does so under all of: {policies}.
-Of the other policies ({sampled})
-every one meets every family and every mode in some cell.
+Cells were run with these policies: {policies}. Each other policy
+({sampled})
+was run with every family and in every mode, in at least one cell.
 
 {0}
 
-- Checked in every cell with images: images are counted as a person counts them, selection and
-  decoding equal the oracle's, keeping all equals the untouched model, a row of a padded batch
-  equals the row alone, and the model is afterwards as it was. Beams, samples and chunks: keeping
-  all changes no token, and the selection is the oracle's.
-- `internvl` and `smolvlm` write the frames of a video as they write images, and nothing in the
-  prompt's tensors tells them apart: each frame counts as an image, and the report says so.
-  `plphp.prune(model, vision_mask=...)` makes them one video.
-- `gemma3` and `cohere2_vision` have sliding-window layers. Where a prompt is longer than their
-  window they are left alone and the report names them; the full-attention layers are pruned. So it
-  is with linear, convolutional and chunked layers, and with layers whose keys others share: the
-  `llava + ...` lines are the LLaVA class around such decoders, under plphp alone.
-- Classes that are not listed are found by their config's image token id, every unbroken run of
-  those tokens an image, or refused.
+- Every cell with images checks that the spans are right, that selection and decoding equal the
+  oracle's, that a policy that keeps everything gives the tokens of the unpruned model, that a row
+  of a padded batch equals the row alone, and that the model is unchanged afterwards. Cells with
+  beams, samples and chunks check that keeping everything changes no token, and that the selection
+  is the oracle's.
+- `internvl` and `smolvlm` mark the frames of a video as they mark images. Each frame counts as an
+  image, and the report says so; `plphp.prune(model, vision_mask=...)` makes them one video.
+- `gemma3` and `cohere2_vision` have layers with a sliding window. If a prompt is longer than the
+  window, these layers are not pruned, and the report names them. The same holds for linear,
+  convolutional and chunked layers, and for layers that share keys. The `llava + ...` lines are the
+  LLaVA class with such decoders; they were run with plphp only.
+- For a class that is not listed, the image token id of the config says which tokens are vision
+  tokens, and each unbroken run of them is one image. Without an image token id it is refused.
 
 ## Ways to run a model
 
-On families that differ in positions, masks, image tokens or kinds of layers; under plphp in every
-cell, and in every mode under one policy of each other kind ({others}).
+These families differ in positions, masks, image tokens or kinds of layers. Every cell was run with
+plphp, and every mode also with one policy of each other kind ({others}).
 
 {1}
 
-- Greedy modes: keeping all gives the untouched model's tokens; pruned, the selection is the
-  oracle's and so is every token that follows from it.
-- Later turns: the oracle reads the whole conversation at once, with what earlier turns dropped
-  hidden from later ones; selection, logits and tokens of every turn are its. What is done to a
-  cache between two turns must not be noticed by the second.
-- Other weights, numbers, attention and places: selection and logits within 1e-4 of the oracle's;
-  bfloat16 and float16 within .5 and .05, and equal tokens wherever the oracle's lead is larger.
-  Of mixtures of experts in half precision the median step: rounding decides who is asked.
-- FlashAttention's kernels are stood in for by a function in torch: names, layouts, windows and
-  masks are transformers' own. int8 weights are torchao's; `device_map` has every other layer on
-  the disk; tensor parallel runs two gloo processes.
-- "transformers itself" in a note: the same was tried on the untouched model and fails there, or
-  gives other logits than reading the prompt plainly does.
+- Greedy modes: a policy that keeps everything gives the tokens of the unpruned model. With pruning,
+  the selection and all tokens are the oracle's.
+- Later turns: the oracle computes the whole conversation at once and hides from each turn the
+  tokens that earlier turns dropped. Selection, logits and tokens of every turn equal the oracle's,
+  also if the cache is saved, moved, cropped or reordered between turns.
+- Other weights, dtypes, attention implementations and devices: selection and logits are within 1e-4
+  of the oracle's. For bfloat16 and float16 the tolerances are .5 and .05, and tokens are equal
+  wherever the oracle's two highest logits differ by more. For mixtures of experts in half precision
+  the median over steps counts, because rounding changes which experts are used.
+- The FlashAttention cells use a function in torch in place of the kernel; names, layouts, windows
+  and masks are those of transformers. int8 weights are torchao's. `device_map` puts every other
+  layer on the disk. Tensor parallel runs two gloo processes.
+- "The unpruned model" in a note: the same mode was run without plphp, and failed or gave other
+  logits than a plain forward.
 
 ## With recall
 
-What a policy drops is [parked](recall.md), 40 % of the bytes are left on the device. Under plphp,
-and on some family under every other policy.
+[Recall](recall.md) parks the tokens that a policy drops; 40 % of the bytes stay on the device.
+Every cell was run with plphp, and every other policy in at least one cell.
 
 {2}
 
 {3}
 
-- The oracle holds a full cache and hides at each step what the step did not read (`host`), or
-  rounds what is in codes (`int4`): logits within 1e-4 of it, or with codes the median and 5e-3 at
-  most, because a number between two codes goes either way. Beams are followed from row to row.
-- Later turns: the oracle's prompt sees every image of the conversation, each earlier answer what it
-  read, and what was in codes stays rounded.
-- Otherwise as without recall.
+- Home `host`: the oracle hides, at each step, the tokens that the step did not attend to. Logits
+  are within 1e-4 of the oracle's.
+- Home `int4`: the oracle rounds the parked tokens. The median over steps is within 1e-4 and every
+  step within 5e-3, because a value between two codes may be rounded either way.
+- Later turns: the oracle's prompt attends to all images of the conversation, each earlier answer to
+  the tokens that it attended to, and rounded tokens stay rounded. Beams are followed from row to
+  row.
+- The rest is as without recall.
 
 ## Notes
 
@@ -252,7 +266,7 @@ and on some family under every other policy.
 
 
 def shown() -> dict[Key, list[str]]:
-    """What the page says, reasons in place of their numbers."""
+    """The cells of the current page, with reasons in place of the numbers of notes."""
     lines = PAGE.read_text().splitlines()
     reasons = dict(line.split(". ", 1) for line in lines if re.match(r"\d+\. ", line))
 

@@ -1,4 +1,4 @@
-"""Models that run otherwise: other numbers, attention, weights or places, under all invariants."""
+"""Models with other dtypes, attention, weights or devices, under all invariants."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -40,13 +40,13 @@ Setting = Callable[[Any], AbstractContextManager[Any]]
 
 
 def check_setting(setting: Setting, mode: Mode, family: str, method: Method) -> None:
-    """The same weights, run otherwise: selection and logits are the plain model's oracle's."""
+    """The same weights in another setting: the oracle's selection and logits still hold."""
     expected = truth(family, 0, mode.rows)
     with setting(expected.build()) as model:
         with stock_fails_as_not_applicable():
             logits = generate(model, expected.inputs, steps=1)[1]
         if (logits - expected.logits[:, :1]).abs().max() > LOGITS:
-            raise NotApplicable("transformers itself reads the images differently so")
+            raise NotApplicable("the unpruned model computes other logits in this mode")
         policy = method.make(expected.numbers)
         run = run_policy(model, expected.inputs, policy, recall=method.recall)
         if method.options is not None:
@@ -57,7 +57,7 @@ def check_setting(setting: Setting, mode: Mode, family: str, method: Method) -> 
 
 
 def check_weights(setting: Setting, mode: Mode, family: str, method: Method) -> None:
-    """Other weights: the oracle has them too."""
+    """Other weights, which the oracle uses too."""
     plain = truth(family, 0, mode.rows)
     with setting(plain.build()) as model:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -74,13 +74,13 @@ def check_weights(setting: Setting, mode: Mode, family: str, method: Method) -> 
 
 # --- numbers --------------------------------------------------------------------------------------
 
-# About twice the worst of all families: logits, gammas, share of the choices that differ
-CODES = 0.2  # a key's last bit decides between two codes
+# About twice the largest differences of all families: logits, gammas, share of different choices
+CODES = 0.2  # the last bit of a key may decide between two codes
 ROUNDING = {torch.bfloat16: (0.5, 0.005, 0.02), torch.float16: (0.05, 0.001, 0.01)}
 
 
 def check_half(dtype: torch.dtype, mode: Mode, family: str, method: Method) -> None:
-    """Keys keep their dtype, scores are float32; tokens are the oracle's where it is sure."""
+    """Half precision: keys keep their dtype, scores are float32, clear tokens are equal."""
     model = EVERY[family].build(0).to(dtype)
     inputs, spans = EVERY[family].make_inputs(model, ROWS[mode.rows], 0)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
@@ -90,7 +90,7 @@ def check_half(dtype: torch.dtype, mode: Mode, family: str, method: Method) -> N
     check_sure(tokens, logits, expected.logits, model)
     with method.attach(model, expected.numbers):
         cache = plphp.PrunedCache(model)
-        tokens, logits = generate(model, inputs, past_key_values=cache)
+        tokens, logits = generate(model, inputs, cache=cache)
     assert all(layer.store.keys.dtype == dtype for _, layer in cache.pruned_layers())
     assert cache.report.retention < 1 or method.name == "full"
     if method.options is not None:
@@ -102,16 +102,16 @@ def check_half(dtype: torch.dtype, mode: Mode, family: str, method: Method) -> N
 def check_sure(
     tokens: Tensor, logits: Tensor, wanted: Tensor, model: Any, least: float = 0
 ) -> None:
-    """Logits are near, row by row up to a token that rounding decided: then answers part.
+    """Logits are near in each row, up to a token that depends on rounding.
 
-    Rounding also decides which expert a token goes to: of such models most steps are near.
+    Rounding also decides which expert a token goes to. In such models most steps are near.
     """
     off = max(ROUNDING[model.dtype][0], least)
     routed = any("experts" in name for name, _ in model.named_parameters())
     distance = (logits - wanted).abs().amax(-1)
     margin = wanted.topk(2).values.diff().abs()[..., 0]
     same = tokens == wanted.argmax(-1)
-    together = same.cumprod(-1).roll(1, -1).bool()  # up to the first that differs
+    together = same.cumprod(-1).roll(1, -1).bool()  # up to the first token that differs
     together[:, 0] = True
     if routed:
         assert distance[together].median() < off
@@ -121,7 +121,7 @@ def check_sure(
 
 
 def check_near(selection: oracle.Selection, report: Any, rounding: tuple[float, ...]) -> None:
-    """Gammas are near, and few choices differ in layers whose class is beyond doubt."""
+    """Gammas are near, and few choices differ in layers whose class is clear."""
     _, gamma_off, share = rounding
     differing = 0
     for choices, layer in zip(selection.choices, report.layers, strict=True):
@@ -142,7 +142,7 @@ def attention(name: str, model: Any) -> Iterator[Any]:
     try:
         model.set_attn_implementation(name)
     except ValueError as error:
-        raise NotApplicable(f"transformers itself has no {name} for it") from error
+        raise NotApplicable(f"transformers does not support {name} for this model") from error
     torch._dynamo.reset()  # torch 2.13's C++ of a kernel for changing shapes does not compile
     assert model.get_decoder().config._attn_implementation == name
     yield model
@@ -183,7 +183,7 @@ def flash_varlen(
 
 @contextmanager
 def flash_attention(model: Any) -> Iterator[Any]:
-    """A stand-in for the decoder's kernels: names, layouts and masks are transformers' own."""
+    """A replacement for the kernels; names, layouts and masks are transformers' own."""
     utils = modeling_flash_attention_utils
     calls: list[int] = []
 
@@ -232,7 +232,7 @@ def int8(model: Any) -> Iterator[Any]:
     yield model
 
 
-# --- places ---------------------------------------------------------------------------------------
+# --- devices --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -243,7 +243,7 @@ def offloaded(model: Any) -> Iterator[Any]:
 
 @contextmanager
 def spread(model: Any) -> Iterator[Any]:
-    """device_map with every other decoder layer on the disk."""
+    """A device_map with every other decoder layer on the disk."""
     pytest.importorskip("accelerate")
     with TemporaryDirectory() as name:
         home = Path(name)
@@ -258,7 +258,7 @@ def spread(model: Any) -> Iterator[Any]:
 
 
 def device_map(model: Any) -> dict[str, str]:
-    """Every module by its name, the decoder and what holds it layer by layer."""
+    """A device for every module by its name, layer by layer in the decoder."""
     decoder = model.get_decoder()
     path = next(name for name, module in model.named_modules() if module is decoder)
     opened = ["", *(path.rsplit(".", i)[0] for i in reversed(range(path.count(".") + 1)))]

@@ -1,6 +1,6 @@
 """One rank of `company.Ranks`, under torchrun: tensor_parallel.py DIRECTORY PARENT.
 
-Takes job.0, job.1, ... as they appear in the directory, until its parent ends it or is gone.
+It runs job.0, job.1, ... as they appear in the directory, until its parent ends it or is gone.
 """
 
 import json

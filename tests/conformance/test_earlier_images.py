@@ -1,4 +1,4 @@
-"""What a later turn's report says of the images of earlier ones."""
+"""The entries for images of earlier turns in a later turn's report."""
 
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,11 @@ def test_what_rows_lost_goes_with_them() -> None:
     inputs, spans = family.make_inputs(model, [tiny.ONE, tiny.THREE], 0)
     with plphp.prune(model, SOME):
         cache = plphp.PrunedCache(model)
-        out = model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
+        out = model.generate(**inputs, max_new_tokens=2, cache=cache)
         cache.batch_repeat_interleave(2)
         cache.reorder_cache(torch.tensor([3, 0, 1, 2]))
         ids = torch.cat([out, torch.full((2, 4), tiny.SPECIAL)], 1)[[1, 0, 0, 1]]
         mask = torch.nn.functional.pad(spans >= 0, (0, 6), value=True)[[1, 0, 0, 1]].long()
-        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, past_key_values=cache)
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, cache=cache)
     found = [(image.row, image.image) for image in cache.report.earlier]
     assert found == [(0, 1), (0, 2), (0, 3), (1, 1), (2, 1), (3, 1), (3, 2), (3, 3)]

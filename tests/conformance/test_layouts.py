@@ -1,4 +1,4 @@
-"""Images are counted as a person counts them: every family's own layout, whatever it is given."""
+"""Images are counted as a person would count them, in the layouts of all families."""
 
 from dataclasses import replace
 
@@ -58,7 +58,7 @@ def test_token_types_that_also_mark_other_tokens_change_nothing(name: str) -> No
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_next", "llava_onevision", "mistral3"])
 def test_sizes_of_earlier_turns_are_passed_over(name: str) -> None:
-    """A conversation's processor returns the sizes of all its images, a turn has the newest."""
+    """The processor may return the sizes of all images so far; a turn uses the last ones."""
     config, inputs, spans = prompt(name, "touching")
     first, row = int((spans[0] == 2).nonzero()[0, 0]), 0
     later = {

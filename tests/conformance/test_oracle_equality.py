@@ -1,6 +1,6 @@
-"""The package against the oracle in depth: invariants 1 to 3 on one family of each kind.
+"""Thorough comparison with the oracle: invariants 1 to 3 on one family of each kind.
 
-`test_matrix.py` holds every family against the same checks.
+`test_matrix.py` runs the same checks on every family.
 """
 
 from dataclasses import replace
@@ -35,7 +35,7 @@ CASES = [
 
 
 def marked(cases: list[tuple[Any, ...]]) -> list[Any]:
-    """The first seed in every run, the others with the slow tests: the matrix covers the rest."""
+    """The first seed runs always, the others with the slow tests: the matrix has the rest."""
     return [pytest.param(*case, marks=[pytest.mark.slow] * (case[-1] > 0)) for case in cases]
 
 
@@ -81,7 +81,7 @@ def test_options_equal_the_oracle(name: str, options: dict[str, object]) -> None
 
 @pytest.mark.parametrize("name", ["llava", "idefics2", "idefics2_split"])
 def test_mantis_with_five_interleaved_images_is_really_pruned(name: str) -> None:
-    """SigLIP + Llama 3 in the LLaVA class, and Idefics2, whose default config slides everywhere."""
+    """SigLIP + Llama 3 in the LLaVA class, and Idefics2, whose layers all slide by default."""
     expected = truth(name, 0, "five")
     model = EVERY[name].build(0)
     tokens, logits, report = run_pruned(model, expected.inputs, Numbers(r=0.2, delta_r=0.0))

@@ -1,7 +1,8 @@
 """Random layers: scoring, selection, compaction and decoding against slow float64 formulas.
 
-One layer at a time, without a model: batch, padding, images (broken, touching, tiny), heads,
-rates, thresholds, options, windows and dtypes are drawn. The seed is fixed, so that a run repeats.
+One layer at a time is tested, without a model. Batch, padding, images (in pieces, touching, tiny),
+heads, rates, thresholds, options, windows and dtypes are drawn. The seed is fixed, so that every
+run is the same.
 """
 
 import math
@@ -17,8 +18,9 @@ import oracle
 from invariants import plphp_policy
 from oracle import Numbers
 from plphp.attention import attend, last_token_probabilities
-from plphp.cache import KVStore, layer_report
+from plphp.cache import KVStore
 from plphp.policy import LayerView
+from plphp.report import layer_report
 
 SEED = 20261122
 SHORT, LONG = 100, 2000
@@ -34,7 +36,7 @@ class Case:
     dtype: torch.dtype
     numbers: Numbers
     new: tuple[int, ...]  # columns of each later forward
-    window: int | None  # columns of the prompt that it is longer by
+    window: int | None  # additional columns of the prompt
     seed: int
 
     @property
@@ -45,7 +47,7 @@ class Case:
 
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[int, ...]:
-    """Images in up to three pieces, with text around them or none; the last token is text."""
+    """Images in up to three pieces, with or without text around them. The last token is text."""
     row: list[int] = []
     for image in range(1, draw(st.integers(0, 4)) + 1):
         row += [0] * draw(st.integers(0, 3))
@@ -84,11 +86,11 @@ cases = st.builds(
 )
 
 
-# --- the slow way ---------------------------------------------------------------------------------
+# --- slow formulas --------------------------------------------------------------------------------
 
 
 def softmax(case: Case, query: Tensor, key: Tensor, seen: Tensor) -> Tensor:
-    """float64 (B, H, T, N); seen: bool (B, Hkv or 1, T, N)."""
+    """float64 (B, H, T, N). seen: bool (B, Hkv or 1, T, N)."""
     key, seen = (
         x.repeat_interleave(case.groups, dim=1) if x.shape[1] > 1 or case.kv_heads == 1 else x
         for x in (key.double(), seen)
@@ -98,7 +100,7 @@ def softmax(case: Case, query: Tensor, key: Tensor, seen: Tensor) -> Tensor:
 
 
 def decode(case: Case, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-    """The last T queries over all N + T columns, of which `hidden` (B, Hkv, N + T) are not seen."""
+    """The last T queries over all N + T columns, without the `hidden` ones (B, Hkv, N + T)."""
     total, count = k.shape[2], q.shape[2]
     columns = torch.arange(total)
     ask = columns[-count:, None]

@@ -1,7 +1,7 @@
-"""Methods whose tokens leave the hidden states, against an oracle in which nothing leaves.
+"""Methods that remove tokens from the hidden states, against an oracle that only hides them.
 
-There every layer from K on hides the dropped columns from all queries by its mask. That is the same
-for all tokens that stay: nothing that they attend to is missing, and nothing else is there.
+In the oracle every layer from K on hides the dropped columns from all queries by its mask. For the
+tokens that stay, the result is the same: they attend to the same tokens in both.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ import tiny
 from invariants import EVERY, LOGITS, generate, state_of, truth
 
 KEEP = 0.4
-REFUSED = {  # why no token may leave the hidden states of these
+REFUSED = {  # why no token may leave the hidden states of these families
     "qwen3_vl": "added to the hidden states",
     "qwen3_vl_moe": "added to the hidden states",
     "qwen3_5": "no ordinary attention",
@@ -33,7 +33,7 @@ METHODS = {
 
 @contextmanager
 def hidden_from(model: Any, first: int, dropped: Tensor) -> Iterator[None]:
-    """Columns that are True in `dropped` (B, N) cannot be attended to in layers from `first` on."""
+    """Columns that are True in `dropped` (B, N) are hidden in layers from `first` on."""
 
     def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         mask = kwargs["attention_mask"].clone()
@@ -51,14 +51,14 @@ def hidden_from(model: Any, first: int, dropped: Tensor) -> Iterator[None]:
 
 
 def dropped_columns(spans: Tensor, kept: Tensor) -> Tensor:
-    """(B, N) bool of vision columns that are not among the row-logical positions kept (B, 1, K)."""
+    """(B, N) bool: vision columns that are not among the row-logical positions kept (B, 1, K)."""
     logical = (spans >= 0).cumsum(-1) - 1
     stays = (logical[:, :, None] == kept[:, 0][:, None]).any(-1)
     return (spans > 0) & ~stays
 
 
 def best(scores: Tensor, spans: Tensor, keep: float) -> tuple[list[int], float]:
-    """One row's columns with the highest scores, and by how much the last one got in."""
+    """One row's columns with the highest scores, and by how much the last one is ahead."""
     vision = (spans > 0).nonzero()[:, 0]
     count = min(len(vision), int(-(-(keep * len(vision) - 1e-6) // 1)))
     order = scores[vision].sort(descending=True, stable=True)
@@ -98,7 +98,7 @@ def test_leaving_equals_hiding(family: str, name: str, rows: str) -> None:
 
 
 def check_ranking(expected: Any, kept: Tensor) -> None:
-    """Kept is what the last token attends to most in layer 1, but for ties."""
+    """The kept tokens are those to which the last token attends most in layer 1, except ties."""
     scores = expected.probabilities[1].mean(1)
     for row, spans in enumerate(expected.spans):
         if not bool((spans > 0).any()):
@@ -111,7 +111,7 @@ def check_ranking(expected: Any, kept: Tensor) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_rows_of_unequal_length_and_no_padding(name: str) -> None:
-    """Rows of one length that keep unequally many: fillers are hidden without a mask to copy."""
+    """Rows of one length may keep different counts: fillers are hidden without a given mask."""
     model = EVERY["llava"].build(0)
     specs = [tiny.RowSpec(images=1, text=40), tiny.RowSpec(images=2, text=40)]
     alone = [EVERY["llava"].make_inputs(model, [spec], 0)[0] for spec in specs]
@@ -137,7 +137,7 @@ def test_prompts_that_come_in_pieces_are_refused() -> None:
             generate(model, expected.inputs, prompt_lookup_num_tokens=3)
         cache = plphp.PrunedCache(model, max_len=256, static=True)
         with pytest.raises(plphp.UnsupportedModeError, match="static"):
-            generate(model, expected.inputs, past_key_values=cache)
+            generate(model, expected.inputs, cache=cache)
 
 
 def test_a_budget_out_of_reach_is_said_when_attaching() -> None:
@@ -157,11 +157,9 @@ def test_a_text_only_prompt_and_a_second_turn_pass_through() -> None:
         assert torch.equal(generate(model, inputs)[0], untouched)
         assert pruning.report.retention == 1
         cache = plphp.PrunedCache(model)
-        first = model.generate(
-            **expected.inputs, past_key_values=cache, max_new_tokens=4, do_sample=False
-        )
+        first = model.generate(**expected.inputs, cache=cache, max_new_tokens=4, do_sample=False)
         held = cache.kv_bytes()
         second = torch.cat([first, inputs["input_ids"][:, :5]], -1)
-        out = model.generate(second, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        out = model.generate(second, cache=cache, max_new_tokens=4, do_sample=False)
     assert out.shape[1] == second.shape[1] + 4
     assert cache.kv_bytes() >= held

@@ -1,4 +1,4 @@
-"""Invariant 5: the model is as it was, however pruning ends."""
+"""Invariant 5: the model is as it was before, however pruning ends."""
 
 from collections.abc import Callable
 
@@ -95,7 +95,9 @@ def interrupted(model: PreTrainedModel, truth: Truth, **kwargs: object) -> None:
 def test_the_model_is_as_it_was(name: str, leave: Callable[[PreTrainedModel, Truth], None]) -> None:
     expected = truth(name, 0, "batch")
     model = EVERY[name].build(0)
-    tokens, logits = generate(model, expected.inputs)  # transformers itself sets things lazily
+    tokens, logits = generate(
+        model, expected.inputs
+    )  # transformers itself sets some attributes lazily
     before = state_of(model)
     leave(model, expected)
     assert "generate" not in vars(model)
@@ -109,7 +111,7 @@ def test_the_model_is_as_it_was(name: str, leave: Callable[[PreTrainedModel, Tru
 
 @every_family
 def test_it_goes_on_after_an_interruption(name: str) -> None:
-    """What an interrupted call leaves behind does not reach the next one."""
+    """An interrupted call has no effect on the next one."""
     expected = truth(name, 0, "batch")
     model = EVERY[name].build(0)
     clean, clean_logits, _ = run_pruned(model, expected.inputs, expected.numbers)

@@ -29,17 +29,14 @@ def test_the_page_has_every_method_task_and_budget(maker: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "said"),
-    [
-        ("loses", "loses on made"),
-        ("wins", "wins on made"),
-        ("no difference shown", "no difference shown on made"),
-    ],
+    ("verdict", "counts"),
+    [("wins", "1 / 0 / 0"), ("no difference shown", "0 / 1 / 0"), ("loses", "0 / 0 / 1")],
 )
-def test_losing_is_said_in_words(maker: Any, verdict: str, said: str) -> None:
+def test_verdicts_are_counted_and_named(maker: Any, verdict: str, counts: str) -> None:
     paired = {"random": {"mean": -0.1, "low": -0.2, "high": -0.05, "verdict": verdict}}
     tasks = {"made": {"settings": [{"method": "plphp", "budget": 0.2, "paired": paired}]}}
-    assert list(maker._short(tasks)) == [f"At 20%, PLPHP against `random`: {said}."]
+    assert f"| random |  |  | {counts} |  |" in maker._short(tasks)
+    assert f"| plphp | {counts} |" in maker._tally(tasks)
     assert list(maker._verdicts(tasks["made"])) == [
         f"PLPHP against `random`: {verdict} at 20% (-0.10)."
     ]

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 
 import plphp.cli
 import plphp.demo.model
-import plphp.hf.attach
+import plphp.hf.attached
 from plphp.inputs import open_image
 from plphp.models import FAMILIES
 from plphp.policy import POLICIES
@@ -160,7 +160,7 @@ def test_python_blocks_run(page: Path, folder: Path) -> None:
         for registry, known in ((POLICIES, policies), (FAMILIES, families)):
             for name in set(registry) - known:
                 del registry[name]
-        assert plphp.hf.attach.attached(embedded().model) is None, "a block left pruning attached"
+        assert plphp.hf.attached.attached(embedded().model) is None, "a block left pruning attached"
 
 
 @with_blocks("console")

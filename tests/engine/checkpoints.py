@@ -1,8 +1,8 @@
-"""Tiny random checkpoints on disk, of the families that vLLM has, with their real processors.
+"""Tiny random checkpoints on disk, of the families that vLLM supports, with their real processors.
 
-Models and weights are those of `tests/tiny`, with heads as wide as vLLM's CPU attention wants them.
-Text is read character by character, so that a processor may write any text between images. A new
-family is one entry of `CHECKPOINTS`.
+Models and weights are those of `tests/tiny`, with the head dimension that vLLM's CPU attention
+requires. The tokenizer maps each character to a token, so that a processor may write any text
+between images. A new family is one entry of `CHECKPOINTS`.
 """
 
 from __future__ import annotations
@@ -55,17 +55,18 @@ HEADS, WIDTH = 4, 32  # of the text model, which has as many channels as in test
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """How one family is written to disk.
+    """The files of one family.
 
     family: its name in tests/tiny
-    names: what its processor calls special tokens, by their ids
-    processor: its processor, around a tokenizer
-    image, video: what its chat template writes for one
-    roles: tokens that the processor asks the tokenizer for by attribute
-    frames: how long videos are; empty where vLLM takes none
-    tower: how published checkpoints name the vision tower, where transformers 5 writes it otherwise
-    differs: what vLLM does otherwise than transformers, for docs/vllm.md
-    slow: only in the long run of the tests
+    names: the processor's names of special tokens, by token id
+    processor: function that makes the processor from a tokenizer
+    image, video: the chat template's text for one image or video
+    roles: tokens that the processor reads from attributes of the tokenizer
+    frames: numbers of frames of videos; empty where vLLM does not support video
+    tower: prefix of the vision tower's weights in published checkpoints, where transformers 5
+        writes another one
+    differs: the differences between vLLM and transformers, for docs/vllm.md
+    slow: whether only `make test-vllm-all` runs the family
     """
 
     family: str
@@ -80,7 +81,7 @@ class Checkpoint:
     slow: bool = False
 
     def save(self, folder: Path, seed: int = 0) -> None:
-        """Config, weights, tokenizer, processor and chat template."""
+        """Write config, weights, tokenizer, processor and chat template."""
         family = tiny.FAMILIES[self.family]
         family.build(seed, wide(family.config())).save_pretrained(folder)
         if self.tower:
@@ -90,7 +91,7 @@ class Checkpoint:
         self.save_processor(folder)
 
     def save_processor(self, folder: Path) -> None:
-        """All but config and weights."""
+        """Write tokenizer, processor and chat template."""
         processor = self.processor(tokenizer(self.names, self.roles))
         template = TEMPLATE.replace("IMAGE", self.image).replace("VIDEO", self.video)
         processor.chat_template = processor.tokenizer.chat_template = template
@@ -98,7 +99,7 @@ class Checkpoint:
 
 
 def wide(config: Any) -> Any:
-    """The config with fewer and wider heads in its decoder."""
+    """A copy of the config whose decoder has fewer heads with a larger head dimension."""
     text = config.get_text_config()
     text.num_attention_heads = HEADS
     text.head_dim = WIDTH
@@ -109,7 +110,7 @@ def wide(config: Any) -> Any:
 
 
 def tokenizer(names: Mapping[int, str], roles: Mapping[str, str]) -> Any:
-    """One token a character, behind special tokens that are never characters."""
+    """A tokenizer with one token per character, after the special tokens."""
     special = [names.get(number, f"<unused{number}>") for number in range(tiny.SPECIAL)]
     vocabulary = {token: number for number, token in enumerate([*special, *CHARACTERS][:VOCAB])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token=special[1]))

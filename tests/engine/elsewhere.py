@@ -1,4 +1,4 @@
-"""Serves requests in a way that wants a process of its own: `elsewhere.py MODE COUNT SEED OUT`."""
+"""Serves requests in a mode that needs a process of its own: `elsewhere.py MODE COUNT SEED OUT`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The families' own processors, for pictures of few tokens. Each is made around a tokenizer."""
+"""The real processors of the families, for images of few tokens. Each is made from a tokenizer."""
 
 from __future__ import annotations
 

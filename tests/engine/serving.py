@@ -1,4 +1,4 @@
-"""Engines that run in the test's process, random requests, and transformers' answers to them."""
+"""Engines in the test's process, random requests, and the answers of transformers to them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ import plphp.vllm
 from plphp.demo.model import WEIGHTS, Embedded
 
 BLOCK = 32  # the least that vLLM's CPU attention takes
-MARGIN = 1e-3  # logits closer than this may swap places between two implementations
+MARGIN = 1e-3  # two implementations may order logits that are closer than this differently
 QUESTIONS = ("describe picture 1.", "describe all pictures.", "what is red in picture 1?", "hello")
-WORDS = ("", "", "and", "this one?", "the next picture is red.")  # between pictures
+WORDS = ("", "", "and", "this one?", "the next picture is red.")  # text between images
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, how it is pruned (None: not), and how many tokens it generates.
+    """One request.
 
-    words: what stands after each image, nothing if it is shorter than `images`
-    videos: (frames, height, width, 3) uint8 each, behind the images
+    policy: how the prompt is pruned, None for an unpruned request
+    tokens: number of tokens to generate
+    words: the text after each image, empty after images beyond its length
+    videos: (frames, height, width, 3) uint8 each, after the images
     """
 
     images: tuple[Image.Image, ...]
@@ -44,7 +46,7 @@ class Request:
         return self.talk([{"type": "image_pil", "image_pil": image} for image in self.images])
 
     def talk(self, media: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A chat with these parts for its images and videos."""
+        """The chat; `media` are its parts for images and videos."""
         content = []
         for item, words in zip_longest(media, self.words, fillvalue=""):
             content += [item, {"type": "text", "text": words}] if words else [item]
@@ -70,7 +72,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What transformers generates: tokens, how sure it was of each, and plphp's report."""
+    """An answer of transformers.
+
+    margins: difference of the two highest logits at each token
+    report: plphp's; length: tokens of the prompt
+    """
 
     tokens: list[int]
     margins: list[float]
@@ -78,16 +84,16 @@ class Answer:
     length: int
 
 
-def picture(seed: int, most: int = 10) -> Image.Image:
-    """Blotches of 2 to `most` by as many vision tokens, 28 px each."""
+def picture(seed: int, most: int = 10, least: int = 2) -> Image.Image:
+    """An image of `least` to `most` vision tokens a side, each a square of one color, 28 px."""
     rng = np.random.default_rng(seed)
-    height, width = rng.integers(2, most, 2, endpoint=True)
+    height, width = rng.integers(least, most, 2, endpoint=True)
     small = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((int(width) * 28, int(height) * 28), Image.NEAREST)
 
 
 def random_requests(count: int, seed: int, most: int = 10) -> list[Request]:
-    """0 to 6 images with words between them; thresholds about where the layers are: classes mix."""
+    """Requests with 0 to 6 images; the thresholds put layers into all three layer classes."""
     rng = random.Random(seed)
     out = []
     for _ in range(count):
@@ -111,7 +117,7 @@ def random_requests(count: int, seed: int, most: int = 10) -> list[Request]:
 
 
 def answer(embedded: Embedded, request: Request, round_to: int = BLOCK) -> Answer:
-    """plphp on transformers, with lengths rounded as the engine's blocks want them."""
+    """The answer of plphp on transformers, with `round_to` equal to the engine's block size."""
     inputs = embedded.inputs_of(request.images, request.text(embedded.tokenizer))
     return read(embedded.model, inputs, request, round_to)
 
@@ -119,7 +125,7 @@ def answer(embedded: Embedded, request: Request, round_to: int = BLOCK) -> Answe
 def read(
     model: Any, inputs: Any, request: Request, round_to: int = BLOCK, mask: Any = None
 ) -> Answer:
-    """The same of any model; mask (1, N) is what `plphp.prune` calls `vision_mask`."""
+    """The answer of any model in transformers. mask: (1, N), the `vision_mask` of `plphp.prune`."""
     policy = replace(request.policy or plphp.PLPHP(r=1, delta_r=0), round_to=round_to)
     with plphp.prune(model, policy, vision_mask=mask) as pruning:
         out = model.generate(
@@ -173,24 +179,30 @@ def free_blocks(llm: LLM) -> int:
 
 
 def state(llm: LLM) -> int:
-    """Entries that the plugin holds for requests, on both sides."""
+    """The number of entries that the plugin holds for requests, in the scheduler and the worker."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     scheduler, worker = scheduler_of(llm).connector.scheduler, get_kv_transfer_group().worker
-    managers = [held for m in scheduler.managers for held in (m.done, m.reserved)]
-    planned = [scheduler.prompts, scheduler.blocks, scheduler.refused, scheduler.features]
-    kept = [worker.live, worker.endings, worker.choices, worker.frame.rows]
+    managers = [held for m in scheduler.managers for held in (m.pruned, m.reserved)]
+    planned = [
+        scheduler.prompts,
+        scheduler.awaited,
+        scheduler.blocks,
+        scheduler.refused,
+        scheduler.features,
+    ]
+    kept = [worker.pruned_requests, worker.endings, worker.choices, worker.batch_tables.rows]
     return sum(len(entries) for entries in managers + planned + kept)
 
 
 def generate(llm: LLM, requests: list[Request]) -> list[Any]:
-    """All requests at once; outputs in their order."""
+    """The outputs of requests that are sent at once, in their order."""
     chats = [request.chat for request in requests]
     return llm.chat(chats, [request.sampling for request in requests], use_tqdm=False)
 
 
 def prompt(llm: LLM, request: Request) -> dict[str, Any]:
-    """What an engine's `add_request` takes."""
+    """The prompt of a request, as an engine's `add_request` takes it."""
     videos = [(video, about(video)) for video in request.videos]
     media = {"image": list(request.images), "video": videos}
     given = {kind: items for kind, items in media.items() if items}
@@ -199,13 +211,13 @@ def prompt(llm: LLM, request: Request) -> dict[str, Any]:
 
 
 def about(video: np.ndarray) -> dict[str, Any]:
-    """What whoever decoded a video says of it: here are all of its frames, two a second."""
+    """The metadata of a decoded video: all of its frames are given, at two per second."""
     frames, indices = len(video), list(range(len(video)))
     return {"fps": 2, "duration": frames / 2, "total_num_frames": frames, "frames_indices": indices}
 
 
 def same(output: Any, expected: Answer) -> bool | None:
-    """Whether tokens are equal; None where they part at a near tie."""
+    """Whether tokens are equal; None where they first differ at nearly equal logits."""
     found = list(output.outputs[0].token_ids)
     for mine, theirs, margin in zip(found, expected.tokens, expected.margins, strict=True):
         if mine != theirs:

@@ -1,6 +1,7 @@
 """Short requests that are aborted and preempted at random: `make soak-vllm`, and a test.
 
-It tests bookkeeping, not answers, so two layers of random weights and small prompts do.
+This tests the release of blocks and state and not the answers, so two layers with random weights
+and small prompts suffice.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ SMALL = {
 
 
 def preempt(llm: LLM) -> list[bool]:
-    """Throw out all running requests between two steps, as a shortage of blocks does.
+    """Preempt all running requests between two steps, as vLLM does when it is short of blocks.
 
-    One entry a request: whether it was still reading its prompt.
+    Returns, for each request, whether its prompt was still being computed.
     """
     scheduler = serving.scheduler_of(llm)
     running = list(scheduler.running)
@@ -43,7 +44,7 @@ def preempt(llm: LLM) -> list[bool]:
 
 
 class Soak:
-    """One engine under random requests; `counts` says what happened to them."""
+    """One engine that serves random requests; `counts` counts their ends and preemptions."""
 
     def __init__(self, llm: LLM, seed: int) -> None:
         self.llm, self.engine, self.rng = llm, llm.llm_engine, random.Random(seed)
@@ -58,7 +59,7 @@ class Soak:
         self._watch()
 
     def run(self, count: int) -> None:
-        """Add requests until `count` have ended, in whatever way."""
+        """Add requests until `count` have finished or been aborted."""
         added = 0
         while added < count or self.alive:
             while added < count and len(self.alive) < 12:
@@ -83,7 +84,7 @@ class Soak:
         self.alive.append(name)
 
     def _step(self) -> None:
-        """One step; a request that is to be cut goes after the forward, before its outcome."""
+        """One step. A request may be aborted after the forward, before its result is processed."""
         self.cut: str | None = None
         for output in self.engine.step():
             if output.finished:
@@ -127,7 +128,7 @@ class Soak:
 
 
 def soak(count: int, share: bool) -> dict[str, Any]:
-    """What happened to `count` requests, and what is left: blocks, entries, MB of memory."""
+    """The counts of a run of `count` requests, and blocks, entries and memory (MB) at its end."""
     start = time.perf_counter()
     with serving.engine(share_prefix=share, **SMALL) as llm:
         pool = serving.scheduler_of(llm).kv_cache_manager.block_pool

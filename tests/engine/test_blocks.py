@@ -1,4 +1,4 @@
-"""Blocks: as many as the formula says while a request runs, and none when all have ended."""
+"""Blocks: a running request holds the number of the formula, and none are left at the end."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import serving
 from soak import preempt, soak
 from vllm import LLM
 
+import plphp
+
 
 def held_blocks(llm: LLM, requests: list[serving.Request]) -> list[list[tuple[int, list[int]]]]:
-    """Per request, after every step of its answer: tokens computed, blocks held per group."""
+    """Per request and step of its answer: tokens computed, and blocks held per group."""
     scheduler = serving.scheduler_of(llm)
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     seen: dict[int, list[tuple[int, list[int]]]] = {}
@@ -68,7 +70,8 @@ def test_a_resumed_request_goes_on_as_if_nothing_had_happened(
         def sometimes(*args: Any) -> Any:
             nonlocal turns, due, thrown
             turns += 1
-            if turns == due:  # ever later, or short chunks would never reach a prompt's end
+            # The intervals grow: otherwise short chunks would never reach the end of a prompt.
+            if turns == due:
                 due += turns // 2
                 thrown += preempt(llm)
             return schedule(*args)
@@ -79,6 +82,55 @@ def test_a_resumed_request_goes_on_as_if_nothing_had_happened(
         assert any(thrown) or chunk == 4096, "none was thrown out in mid-prompt"
         assert serving.free_blocks(llm) == before
     for request, output in zip(requests, outputs, strict=True):
+        assert serving.same(output, serving.answer(reference, request)) is not False
+
+
+def test_a_request_that_is_preempted_late_in_its_answer_does_not_wait_for_ever(
+    reference: Any,
+) -> None:
+    """Its prompt, its answer so far and fresh blocks would not fit into the pool together."""
+    policy = plphp.PLPHP(delta_r=0.0)
+    images = tuple(serving.picture(seed, 10, least=9) for seed in (1, 2, 3))
+    request = serving.Request(images, "describe picture 1.", policy, 190)
+    with serving.engine(policy, num_gpu_blocks_override=6 * 16 + 1, max_model_len=512) as llm:
+        engine, plan = llm.llm_engine, serving.scheduler_of(llm).connector.scheduler.blocks
+        before = serving.free_blocks(llm)
+        engine.add_request("late", serving.prompt(llm, request), request.sampling)
+        fresh, outputs = [], []
+        for turn in range(280):
+            if turn == 150:
+                fresh += [blocks.fresh for blocks in plan.values()]
+                assert preempt(llm) == [False]
+            outputs = engine.step() or outputs
+            if not engine.has_unfinished_requests():
+                break
+        assert fresh[0], "the prompt and its fresh blocks fit at first"
+        assert not engine.has_unfinished_requests(), "the request waits with the whole pool free"
+        assert serving.free_blocks(llm) == before
+    assert serving.same(outputs[0], serving.answer(reference, request)) is not False
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_an_outcome_that_comes_after_a_preemption(share: bool, reference: Any) -> None:
+    requests = [r for r in serving.random_requests(12, seed=45) if r.policy and r.images]
+    with serving.engine(share_prefix=share, disable_log_stats=False) as llm:
+        before, side = serving.free_blocks(llm), serving.scheduler_of(llm).connector.scheduler
+        pruned, late, freed = side.pruned, [], []
+
+        def after_preemption(outcome: Any) -> None:
+            if len(late) < 2:
+                late.extend(preempt(llm))
+            pruned(outcome)
+            freed.append(side.counts.data.get("prompts", 0))
+
+        side.pruned = after_preemption
+        outputs = serving.generate(llm, requests)
+        assert late and len(freed) > 1
+        assert serving.free_blocks(llm) == before
+        llm.llm_engine.step()
+        assert serving.state(llm) == 0
+    for request, output in zip(requests, outputs, strict=True):
+        assert output.kv_transfer_params["plphp"]["freed_blocks"] >= 0
         assert serving.same(output, serving.answer(reference, request)) is not False
 
 
@@ -97,7 +149,7 @@ def test_a_shortage_of_blocks_changes_no_token(reference: Any) -> None:
 
 
 def test_requests_that_come_and_go_change_no_other(reference: Any) -> None:
-    """They arrive one by one while others run; every third is aborted at a random step."""
+    """Requests arrive one by one while others run; every third is aborted at a random step."""
     rng = random.Random(90)
     requests = serving.random_requests(30, seed=90)
     with serving.engine(max_num_batched_tokens=64, max_num_seqs=6) as llm:
@@ -124,7 +176,7 @@ def test_requests_that_come_and_go_change_no_other(reference: Any) -> None:
 
 @pytest.mark.parametrize("share", [True, False])
 def test_random_aborts_and_preemptions_leave_nothing_behind(share: bool) -> None:
-    """A short piece of `make soak-vllm`."""
+    """A short run of `make soak-vllm`."""
     found = soak(250, share)
     assert found["blocks left in use"] == 0
     assert found["entries left in the scheduler's and the worker's side"] == 0

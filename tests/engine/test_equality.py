@@ -1,4 +1,4 @@
-"""Tokens from vLLM equal those of plphp on transformers, in every mode of one process."""
+"""Tokens from vLLM equal those of plphp on transformers, in all modes with one process."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_tokens_equal_transformers(mode: str, reference: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Together(plphp.PLPHP):
-    """Transformers' side of `layers_per_group`: layers keep as much as the most of their group."""
+class EqualCounts(plphp.PLPHP):
+    """`layers_per_group` in transformers: a layer keeps as many tokens as the most of its group."""
 
     group: int = 1
 
@@ -80,7 +80,7 @@ def test_layers_that_share_blocks_keep_as_much(layers: int, reference: Any) -> N
         outputs = serving.generate(llm, requests)
     for request, output in zip(requests, outputs, strict=True):
         options = {name: getattr(request.policy, name) for name in request.policy.__dict__}
-        policy = Together(**options, group=layers)
+        policy = EqualCounts(**options, group=layers)
         grouped = replace(request, policy=policy)
         assert serving.same(output, serving.answer(reference, grouped)) is not False
 

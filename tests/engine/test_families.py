@@ -1,6 +1,6 @@
-"""Families in vLLM: tokens equal those of plphp on transformers, for images and videos.
+"""Model families in vLLM: tokens equal those of plphp on transformers, for images and videos.
 
-The table of docs/vllm.md is made from these requests: PLPHP_WRITE_DOCS=1 rewrites it.
+PLPHP_WRITE_DOCS=1 writes the table of docs/vllm.md from these requests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
 
 @dataclass(frozen=True)
 class Reference:
-    """A checkpoint in transformers."""
+    """A checkpoint that is loaded in transformers."""
 
     model: Any
     processor: Any
@@ -53,7 +53,7 @@ class Reference:
         )
 
     def spans(self, inputs: Any, request: serving.Request) -> torch.Tensor:
-        """(1, N) as vLLM counts: a video is one, also where its frames are written as images."""
+        """The spans (1, N) as vLLM counts images: all frames of a video are one image."""
         spans = plphp.vision_spans(self.model.config, **inputs)
         images, frames = len(request.images), sum(len(video) for video in request.videos)
         if spans.max() == images + frames > images:
@@ -63,13 +63,13 @@ class Reference:
 
 
 def film(rng: random.Random, frames: int) -> np.ndarray:
-    """Frames of 56 x 84 pixels."""
+    """A video with frames of 56 x 84 pixels."""
     pictures = [serving.picture(rng.randrange(10**6), most=4) for _ in range(frames)]
     return np.stack([np.asarray(picture.resize((84, 56))) for picture in pictures])
 
 
 def requests_of(name: str) -> list[serving.Request]:
-    """Images in the first half, videos beside images in the second, if the family has them."""
+    """24 requests: the first half has images, the second also videos, if the family has them."""
     rng = random.Random(name)
     requests = serving.random_requests(24, seed=100 + list(CHECKPOINTS).index(name))
     thresholds = [rng.uniform(0.4, 0.9) for _ in requests]
@@ -87,7 +87,7 @@ def requests_of(name: str) -> list[serving.Request]:
 
 
 def alike(ids: Sequence[int]) -> list[int]:
-    """Without the difference between image and video placeholders, which no model sees."""
+    """The ids with video placeholders replaced by image placeholders, which the model ignores."""
     return [IMAGE if token == VIDEO else token for token in ids]
 
 

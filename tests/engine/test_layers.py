@@ -1,4 +1,4 @@
-"""Layers are vLLM's own without the switch, and with it refused if they cannot be pruned."""
+"""Layers are unchanged without PLPHPConnector; with it, unsupported layers are refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_without_the_switch_nothing_is_changed(stock: Any) -> None:
             staticmethod(lambda: "FLASH_ATTN"),
             "its attention backend is",
         ),
-        ("", "kv_sharing_target_layer_name", "layers.0", "another layer reads its cache"),
+        ("", "kv_sharing_target_layer_name", "layers.0", "it shares its cache with another layer"),
         ("impl", "sinks", torch.zeros(8), "it has attention sinks"),
         ("impl", "alibi_slopes", [0.5], r"it has position biases \(ALiBi\)"),
     ],
@@ -67,5 +67,5 @@ def test_caches_of_other_kinds_are_refused(kind: Any, stock: Any) -> None:
     config, layer = stock
     own = vars(layer.get_kv_cache_spec(config)) | {"sliding_window": 64, "attention_chunk_size": 8}
     spec = kind(**{field.name: own[field.name] for field in fields(kind) if field.name in own})
-    with pytest.raises(plphp.UnsupportedModelError, match=f"a cache of kind {kind.__name__}"):
+    with pytest.raises(plphp.UnsupportedModelError, match=f"cache is of kind {kind.__name__}"):
         attach._check(layer, spec)

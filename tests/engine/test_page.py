@@ -1,4 +1,4 @@
-"""The Python that docs/vllm.md shows, with the embedded model in the place of a large one."""
+"""The Python code of docs/vllm.md, run with the embedded model in place of a large one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prefix cache: a pruned prompt leaves it unpruned blocks, and no token is ever wrong."""
+"""The prefix cache: a pruned prompt leaves unpruned blocks in it, and all tokens stay correct."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_nothing_is_shared_that_was_pruned_in_place() -> None:
 
 @pytest.mark.parametrize("policy", [POLICY, None])
 def test_images_that_left_the_cache_are_read_again(policy: Any, reference: Any) -> None:
-    """vLLM alone has kept their pixels from the workers by then, and its engine stops."""
+    """Without plphp, vLLM does not send the pixels to the workers, and its engine stops."""
     request = ask("describe picture 1.", policy)
     with serving.engine() as llm:
         serving.generate(llm, [request])

@@ -1,4 +1,4 @@
-"""Modes in processes of their own: engine core apart, tensor parallel, compiled, bfloat16."""
+"""Modes that need own processes: separate engine core, tensor parallel, compiled, bfloat16."""
 
 from __future__ import annotations
 

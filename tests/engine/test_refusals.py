@@ -1,4 +1,4 @@
-"""What cannot work is refused when the engine is configured, with the reason."""
+"""Options and modes that cannot work are refused when the engine is configured."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 
 import plphp
 from plphp.errors import UnsupportedVllmError
+from plphp.policy import LAYER_CLASSES
 from plphp.vllm.checks import check_modes, check_version
 from plphp.vllm.options import Options
 
@@ -22,7 +23,7 @@ POLICY = plphp.PLPHP(alpha=0.55, beta=0.45)
 
 
 def config_of(**options: Any) -> Any:
-    """What vLLM makes of its arguments in the process that was started."""
+    """vLLM's config of these arguments, made in the process that the user starts."""
     return EngineArgs(model=str(serving.WEIGHTS), block_size=32, **options).create_engine_config()
 
 
@@ -54,11 +55,16 @@ def test_bad_options_stop_before_a_model_is_loaded(extra: dict[str, Any], messag
             "--disable-hybrid-kv-cache-manager (leave it out)",
         ),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism (use tensor parallelism)"),
+        ({"data_parallel_size": 2}, "data parallelism (start several servers)"),
+        (
+            {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
+            "a bfloat16 KV cache (leave out --kv-cache-dtype)",
+        ),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "speculative decoding (leave out --speculative-config)",
         ),
-        ({"runner": "pooling"}, "pooling, which has no decoding to save"),
+        ({"runner": "pooling"}, "pooling, which does not decode"),
         ({"video_pruning_rate": 0.5}, "video pruning (leave out --video-pruning-rate)"),
     ],
 )
@@ -90,6 +96,19 @@ def test_modes_that_this_machine_does_not_have_are_refused(
         check_modes(config, Options())
 
 
+def test_a_cache_in_the_models_own_type_is_accepted() -> None:
+    args = plphp.vllm.engine_args()
+    check_modes(config_of(**args, kv_cache_dtype="bfloat16", dtype="bfloat16"), Options())
+
+
+def test_the_role_of_a_consumer_is_refused() -> None:
+    args = plphp.vllm.engine_args()
+    args["kv_transfer_config"]["kv_role"] = "kv_consumer"
+    message = r"the role kv_consumer \(use kv_producer\)"
+    with pytest.raises(plphp.UnsupportedModeError, match=message):
+        check_modes(config_of(**args), Options())
+
+
 def test_all_that_has_to_change_is_said_at_once() -> None:
     config = config_of(**plphp.vllm.engine_args(), kv_cache_dtype="fp8", pipeline_parallel_size=2)
     with pytest.raises(plphp.UnsupportedModeError) as refusal:
@@ -104,7 +123,9 @@ def test_all_that_has_to_change_is_said_at_once() -> None:
 def test_a_gpu_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(current_platform, "device_type", "cuda")
     transfer = KVTransferConfig(**plphp.vllm.engine_args()["kv_transfer_config"])
-    with pytest.raises(plphp.UnsupportedModeError, match="cpu backend only so far, and this"):
+    with pytest.raises(
+        plphp.UnsupportedModeError, match="vLLM on cpu only, and this engine runs on cuda"
+    ):
         KVConnectorFactory.get_connector_class(transfer)
     other = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
     assert KVConnectorFactory.get_connector_class(other).__name__ == "ExampleConnector"
@@ -114,10 +135,35 @@ def test_other_connectors_beside_it_are_refused() -> None:
     example = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     mine = plphp.vllm.engine_args()["kv_transfer_config"]
     config_of(kv_transfer_config=several(example, example))
-    with pytest.raises(plphp.UnsupportedModeError, match="in a MultiConnector: use it alone"):
+    with pytest.raises(plphp.UnsupportedModeError, match="inside a MultiConnector: use it alone"):
         config_of(kv_transfer_config=several(example, mine))
     with pytest.raises(plphp.UnsupportedModeError, match="leave out --kv-offloading-size"):
         config_of(**plphp.vllm.engine_args(), kv_offloading_size=1)
+
+
+@pytest.mark.parametrize("name", ["PlphpConnector", "PLHPConnector", "plphp"])
+def test_a_mistyped_name_is_corrected(name: str) -> None:
+    args = plphp.vllm.engine_args()
+    args["kv_transfer_config"]["kv_connector"] = name
+    message = f"kv_connector must be 'PLPHPConnector', got '{name}'"
+    with pytest.raises(ValueError, match=message):
+        config_of(**args)
+
+
+def test_every_series_is_there_before_its_first_event() -> None:
+    with serving.engine(disable_log_stats=False):
+        found = {
+            (sample.name, sample.labels.get("layer_class") or sample.labels.get("reason"))
+            for metric in REGISTRY.collect()
+            for sample in metric.samples
+            if sample.name.startswith("vllm:plphp") and sample.name.endswith("_total")
+        }
+    tokens = {f"vllm:plphp_vision_tokens{kind}_total" for kind in ("", "_kept")}
+    single = {f"vllm:plphp_{kind}_total" for kind in ("prompts_pruned", "blocks_freed")}
+    refused = {("vllm:plphp_prompts_refused_total", r) for r in ("bad options", "beam search")}
+    expected = {(name, layer_class) for name in tokens for layer_class in LAYER_CLASSES}
+    expected |= {(name, None) for name in (*single, "vllm:plphp_prompts_unpruned_total")} | refused
+    assert found == expected
 
 
 def several(*connectors: dict[str, Any]) -> KVTransferConfig:

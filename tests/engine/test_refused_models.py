@@ -1,4 +1,4 @@
-"""Models whose layers cannot have a cache group each are refused, with the layer and the reason."""
+"""Models whose layers cannot be pruned are refused, with the name of the layer and the reason."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ KINDS = {**tiny.FAMILIES, **tiny.DECODERS, **tiny.REFUSED}
 @pytest.mark.parametrize(
     ("name", "processor", "reason"),
     [
-        ("llava + gemma2", LLAVA, "a cache of kind SlidingWindowSpec"),
-        ("llava + llama4", LLAVA, "a cache of kind ChunkedLocalAttentionSpec"),
-        ("llava + deepseek_v3", LLAVA, "a cache of kind MLAAttentionSpec"),
-        ("qwen3_5", QWEN, "a cache of kind MambaSpec"),
+        ("llava + gemma2", LLAVA, "cache is of kind SlidingWindowSpec"),
+        ("llava + llama4", LLAVA, "cache is of kind ChunkedLocalAttentionSpec"),
+        ("llava + deepseek_v3", LLAVA, "cache is of kind MLAAttentionSpec"),
+        ("qwen3_5", QWEN, "cache is of kind MambaSpec"),
         ("gemma3", GEMMA3, "bidirectional attention among image tokens"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Through the OpenAI server: images in, streams out, many at once, some cancelled in mid-stream."""
+"""The OpenAI server: many streamed requests with images at once, some of them cancelled."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from plphp.demo.model import WEIGHTS
 PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
 SMALL = (
     *("--enforce-eager", "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16"),
-    *("--block-size", "32", "--kv-cache-memory-bytes", str(32 << 20)),
+    *("--block-size", "32"),
     *("--limit-mm-per-prompt", '{"image": 6, "video": 0}', "--mm-processor-cache-gb", "0"),
 )
 
@@ -42,15 +42,18 @@ class Server:
 
 
 def page_command() -> list[str]:
-    """What the page says to start, with the embedded model in the place of a large one."""
+    """The command of docs/vllm.md, with the embedded model in place of a large one.
+
+    Its options stay, so that the size of the cache is the page's.
+    """
     block = PAGE.read_text().split("vllm serve ", 1)[1].split("```")[0]
-    _, *options = shlex.split(block)
+    _, *options = shlex.split(block.replace("\\\n", " "))
     return [str(Path(sys.executable).with_name("vllm")), "serve", str(WEIGHTS), *options]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The page's server."""
+    """A server that is started with the command of docs/vllm.md."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -166,6 +169,20 @@ def test_64_at_once_some_cancelled(server: Server, reference: Any) -> None:
                 assert text == reference.decode(expected.tokens)
 
 
+def test_a_streamed_answer_says_nothing_of_pruning(server: Server) -> None:
+    """vLLM's stream has no place for it. If this fails, docs/vllm.md may drop its sentence."""
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+    request = serving.Request((serving.picture(1),), "describe picture 1.", plphp.PLPHP(), 4)
+    parts = client.chat.completions.create(
+        model="embedded",
+        messages=message(request),
+        max_tokens=4,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    assert not any("plphp" in part.model_dump_json() for part in parts)
+
+
 def test_a_response_says_what_was_kept(server: Server) -> None:
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
     request = serving.Request((serving.picture(1),), "describe picture 1.", plphp.PLPHP(), 4)
@@ -184,3 +201,4 @@ def test_the_log_says_what_was_pruned_at_its_usual_interval(server: Server) -> N
         time.sleep(0.25)
     assert re.search(line, text), text[-3000:]
     assert "WARNING" in text and "on no GPU" in text
+    assert "round_to=32" in text

@@ -14,15 +14,15 @@ from plphp.demo.model import Embedded
 from plphp.errors import InputError, UnsupportedModelError
 from plphp.eval.answers import answer, refer
 from plphp.eval.batches import in_batches, make_batch
+from plphp.eval.feature_cache import remembered
 from plphp.eval.methods import FULL, Setting, parse
 from plphp.eval.run import Plan, run
 from plphp.eval.shrink import shrinker
 from plphp.eval.store import read_lines
 from plphp.eval.summary import missing, summarize
 from plphp.eval.tasks import TASKS
-from plphp.eval.tower import remembered
-from plphp.hf.attach import attached
-from plphp.hf.replan import read
+from plphp.hf.attached import attached
+from plphp.hf.shared_prefill import read
 
 SEED, FEW = 7, 6
 ABOUT = {"model": "embedded"}

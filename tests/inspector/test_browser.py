@@ -15,7 +15,7 @@ from PIL import Image
 import plphp
 import plphp.demo
 from plphp.demo.model import Embedded, load
-from plphp.report import Page, examine, write_html
+from plphp.inspector import Page, examine, write_html
 
 PICTURES = Path(plphp.demo.__file__).parent / "pictures"
 EVIL = "what is <script>document.title = 'hacked'</script> </script><b>brown</b> in picture 1?"
@@ -151,7 +151,7 @@ def test_with_recall_the_overlay_shows_what_a_token_read(
     recall = plphp.Recall("host", record=True)
     with torch.inference_mode(), plphp.prune(embedded.model, recall=recall):
         cache = plphp.PrunedCache(embedded.model)
-        embedded.model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=6)
+        embedded.model.generate(**inputs, cache=cache, do_sample=False, max_new_tokens=6)
     options = {"rounds": 1, "max_new_tokens": 6, "recall": recall}
     page = examine(embedded, inputs, {"plphp": plphp.PLPHP()}, pictures, EVIL, **options)
     write_html(page, tmp_path / "report.html")

@@ -12,12 +12,12 @@ from PIL import Image
 import plphp
 import tiny
 from plphp.demo.model import Embedded, load
-from plphp.hf.replan import read
+from plphp.hf.shared_prefill import read
+from plphp.inspector import page_of_report, render, result_of, shown_videos
+from plphp.inspector.examine import examine, first_difference, pieces
+from plphp.inspector.gather import pictures_of
+from plphp.inspector.steps import steps_of
 from plphp.policy import POLICIES
-from plphp.report import page_of_report, render, run_of, shown_videos
-from plphp.report.examine import examine, first_difference, pieces
-from plphp.report.gather import pictures_of
-from plphp.report.steps import steps_of
 from tiny.base import RowSpec
 
 
@@ -37,7 +37,7 @@ def test_masks_shares_and_agreement_are_those_of_the_report(embedded: Embedded) 
     _, inputs = asked(embedded)
     report = reported(embedded.model, inputs)
     vision = (plphp.vision_spans(embedded.model.config, **inputs)[0] > 0).nonzero()[:, 0].tolist()
-    run = run_of(report, "plphp", plphp.PLPHP())
+    run = result_of(report, "plphp", plphp.PLPHP())
     for layer, found in zip(report.layers, run.layers, strict=True):
         heads = [{p for p in head.tolist() if p >= 0} for head in layer.kept[0]]
         for head, mask, share in zip(heads, found.kept, found.share, strict=True):

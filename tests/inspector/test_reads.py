@@ -9,9 +9,9 @@ from asking import QUESTION, asked, bits, eager_attention
 
 import plphp
 from plphp.demo.model import Embedded, load
-from plphp.hf.replan import read
-from plphp.report.examine import examine
-from plphp.report.steps import steps_of
+from plphp.hf.shared_prefill import read
+from plphp.inspector.examine import examine
+from plphp.inspector.steps import steps_of
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_with_recall_steps_say_what_was_read_and_fetched(embedded: Embedded) -> 
     steps = run["steps"]
     with torch.inference_mode(), plphp.prune(model, recall=replace(recall, record=True)) as pruning:
         cache = plphp.PrunedCache(model)
-        out = model.generate(**inputs, past_key_values=cache, do_sample=False)
+        out = model.generate(**inputs, cache=cache, do_sample=False)
     answer = out[0, inputs["input_ids"].shape[1] :]
     assert embedded.decode(answer) == run["answer"]["text"]
     vision = (plphp.vision_spans(model.config, **inputs)[0] > 0).nonzero()[:, 0]
@@ -69,8 +69,8 @@ def test_reads_of_a_long_answer_are_cut_where_the_page_would_grow(embedded: Embe
     answer = torch.full((9,), int(prompt.first))
     recall = plphp.Recall("host")
     every, some = (
-        steps_of(model, inputs, plphp.PLPHP(), prompt, answer, recall=recall, room=room)
-        for room in (10**6, 2000)
+        steps_of(model, inputs, plphp.PLPHP(), prompt, answer, recall=recall, byte_limit=byte_limit)
+        for byte_limit in (10**6, 2000)
     )
     assert len(every.read) == 8 and len(every.fetched) == 9
     assert 0 < len(some.read) < 8 and some.read == every.read[: len(some.read)]

@@ -1,10 +1,10 @@
-"""A pytest plugin for transformers' own tests: prunes every model of three classes in them.
+"""A pytest plugin for transformers' own tests, which prunes every model of three classes in them.
 
 PLPHP_MIXIN_POLICY: "untouched", "keep all" or "default"
-PLPHP_MIXIN_OUT: the file that gets what became of each test, as JSON
+PLPHP_MIXIN_OUT: the file to which the outcome of each test is written, as JSON
 
-Only the tests of `GenerationTesterMixin` itself are run. The checkout's modules import
-`datasets` and `requests` for tests that are not among them: stand-ins serve where they are missing.
+Only the tests of `GenerationTesterMixin` itself are run. The checkout's modules import `datasets`
+and `requests` for other tests; empty modules replace them if they are missing.
 """
 
 import functools
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def check(
         self: Any, batch_size: int, past_key_values: Any, seq_length: int, config: Any
     ) -> None:
-        """Of a pruned cache the lengths that it tells, not what it holds."""
+        """Check the lengths that a pruned cache returns, and not its content."""
         cache = past_key_values
         if not isinstance(cache, plphp.PrunedCache):
             return check_shapes(self, batch_size, cache, seq_length, config)
@@ -85,7 +85,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Where a test asks for attention besides, it asks for the rest only."""
+    """If a test also asks for attention weights, it asks only for the rest."""
     item.cls.has_attentions = not item.name.startswith(BESIDES)
 
 

@@ -1,4 +1,4 @@
-"""Attaching: what is refused and when, what is left behind, how much memory a prefill holds."""
+"""Attaching: what is refused and when, what remains afterwards, and the memory of a prefill."""
 
 import copy
 import gc
@@ -14,6 +14,7 @@ import plphp
 import tiny
 from plphp.cache import allocated
 from plphp.policy import KeepPlan, LayerView, Policy
+from versions import cache_of
 
 QWEN = tiny.FAMILIES["qwen2_vl"]
 TEXT_ONLY = [tiny.RowSpec(images=0, text=20)]
@@ -57,9 +58,9 @@ def test_caches_of_the_users_own_are_refused(model: torch.nn.Module) -> None:
     config = model.config.get_text_config()
     for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=200)):
         with plphp.prune(model), pytest.raises(plphp.UnsupportedModeError, match="PrunedCache"):
-            model.generate(**prompt(model), **GREEDY, past_key_values=cache)
+            model.generate(**prompt(model), **GREEDY, cache=cache)
         with plphp.prune(model), pytest.raises(plphp.UnsupportedModeError, match="PrunedCache"):
-            model(**prompt(model), past_key_values=cache)
+            model(**prompt(model), cache=cache)
 
 
 def test_refusals_beyond_generate(model: torch.nn.Module) -> None:
@@ -137,10 +138,10 @@ def test_a_vision_mask_may_number_images_of_earlier_turns() -> None:
 
     with plphp.prune(llama, vision_mask=numbered) as pruning:
         cache = plphp.PrunedCache(llama)
-        out = llama.generate(ids, **GREEDY, past_key_values=cache)
+        out = llama.generate(ids, **GREEDY, cache=cache)
         assert pruning.report.images == (20,)
         more = torch.cat([out, torch.full((1, 3), 7)], 1)
-        llama.generate(more, **GREEDY, past_key_values=cache)
+        llama.generate(more, **GREEDY, cache=cache)
         assert pruning.report.images == (0,)
 
 
@@ -175,7 +176,7 @@ def test_a_bare_forward_treats_its_input_as_the_prompt(model: torch.nn.Module) -
         for _ in range(GREEDY["max_new_tokens"]):
             token = out.logits[:, -1:].argmax(-1)
             ids = torch.cat([ids, token], 1)
-            out = model(token, past_key_values=out.past_key_values)
+            out = model(token, cache=cache_of(out))
         assert pruning.report.to_dict() == by_generate.to_dict()
     assert torch.equal(ids, wanted)
 
@@ -190,10 +191,10 @@ def test_an_interrupted_prompt_spoils_its_cache_only(model: torch.nn.Module) -> 
         cache = plphp.PrunedCache(model)
         handle = model.model.language_model.layers[2].register_forward_hook(fail)
         with pytest.raises(RuntimeError, match="in the middle"):
-            model.generate(**inputs, **GREEDY, past_key_values=cache)
+            model.generate(**inputs, **GREEDY, cache=cache)
         handle.remove()
         with pytest.raises(plphp.UnsupportedModeError, match="interrupted"):
-            model.generate(**inputs, **GREEDY, past_key_values=cache)
+            model.generate(**inputs, **GREEDY, cache=cache)
         assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
 
 
@@ -221,20 +222,20 @@ def test_two_models_in_two_threads_do_not_meet() -> None:
 
 @dataclass
 class Watching(Policy):
-    """A policy that notes how many bytes of keys and values are alive whenever it is asked."""
+    """A policy that records the bytes of keys and values that are allocated when it is called."""
 
     inner: plphp.PLPHP
     heads: int
     dim: int
     seen: list[int] = field(default_factory=list)
-    others: set[int] = field(default_factory=set)  # storages that were alive before
+    others: set[int] = field(default_factory=set)  # storages that existed before
 
     def plan(self, view: LayerView) -> KeepPlan:
         self.seen.append(self.alive())
         return self.inner.plan(view)
 
     def alive(self) -> int:
-        # type(), not isinstance: some lazy modules of other libraries dislike being asked
+        # type() and not isinstance, which makes some lazy modules of other libraries import things
         tensors = [o for o in gc.get_objects() if type(o) is Tensor]
         kv = [t for t in tensors if t.dim() == 4 and t.shape[1::2] == (self.heads, self.dim)]
         return allocated(t for t in kv if t.untyped_storage().data_ptr() not in self.others)
@@ -250,7 +251,7 @@ def test_prefill_holds_at_most_two_full_layers_beside_the_pruned(model: torch.nn
     policy.others = {t.untyped_storage().data_ptr() for t in tensors}
     with plphp.prune(model, policy), torch.no_grad():
         out = model(**inputs)
-    cache = out.past_key_values
+    cache = cache_of(out)
     full = 2 * inputs["input_ids"].shape[1] * heads * dim * 4
     assert cache.report.kv_bytes_full == full * text.num_hidden_layers
     # When layer l is planned, the l layers before it are pruned and one or two are full.
@@ -272,7 +273,7 @@ def test_lengths_are_logical_and_memory_is_physical(model: torch.nn.Module) -> N
     inputs = prompt(model)
     length = inputs["input_ids"].shape[1]
     with plphp.prune(model, plphp.PLPHP(r=0.1, delta_r=0)), torch.no_grad():
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
     for layer in range(len(cache.layers)):
         assert cache.get_seq_length(layer) == length
         assert cache.get_mask_sizes(1, layer) == (length + 1, 0)
@@ -285,8 +286,8 @@ def test_a_refused_call_leaves_a_kept_cache_usable(model: torch.nn.Module) -> No
         wanted = model.generate(**inputs, **GREEDY)
         cache = plphp.PrunedCache(model)
         with pytest.raises(ValueError, match="nonsense"):
-            model.generate(**inputs, **GREEDY, nonsense=1, past_key_values=cache)
-        assert torch.equal(model.generate(**inputs, **GREEDY, past_key_values=cache), wanted)
+            model.generate(**inputs, **GREEDY, nonsense=1, cache=cache)
+        assert torch.equal(model.generate(**inputs, **GREEDY, cache=cache), wanted)
 
 
 def test_a_cache_follows_its_model_and_the_policy_in_force(model: torch.nn.Module) -> None:
@@ -294,14 +295,8 @@ def test_a_cache_follows_its_model_and_the_policy_in_force(model: torch.nn.Modul
     with plphp.prune(model, plphp.PLPHP(r=1, delta_r=0)):
         cache = plphp.PrunedCache(model)
     with plphp.prune(model, plphp.PLPHP(r=0.25, delta_r=0)):
-        model.generate(**inputs, **GREEDY, past_key_values=cache)
+        model.generate(**inputs, **GREEDY, cache=cache)
     assert cache.report.retention == pytest.approx(0.25, abs=0.02)
     other = QWEN.build(0)
     with plphp.prune(other), pytest.raises(plphp.UnsupportedModeError, match="another model"):
-        other.generate(**inputs, **GREEDY, past_key_values=cache)
-
-
-def test_a_generation_config_that_brings_a_cache_is_refused(model: torch.nn.Module) -> None:
-    model.generation_config.cache_implementation = "dynamic"
-    with plphp.prune(model), pytest.raises(plphp.UnsupportedModeError, match="set it to None"):
-        model.generate(**prompt(model), **GREEDY)
+        other.generate(**inputs, **GREEDY, cache=cache)

@@ -1,6 +1,7 @@
-"""Later turns on a kept cache: positions, masks and what is pruned, against the unpruned model.
+"""Later turns with a cache that is kept: positions, masks and pruning, against the unpruned model.
 
-The reference of a keep-all conversation is the untouched model reading all of it from scratch.
+The reference of a conversation that keeps everything is the untouched model, which reads all of it
+from the start.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import Tensor
 import plphp
 import tiny
 from plphp.cache import allocated
+from versions import CACHE, cache_of
 
 KEEP_ALL = plphp.PLPHP(r=1, delta_r=0)
 FAMILIES = ("qwen2_vl", "llava", "idefics2")
@@ -35,7 +37,7 @@ TURNS = {
 
 @dataclass
 class Talk:
-    """A conversation of one row: what was said so far, turn by turn."""
+    """A conversation of one row: all its text so far, turn by turn."""
 
     model: Any
     family: tiny.Family
@@ -47,7 +49,7 @@ class Talk:
             yield self.family.make_inputs(self.model, [spec], number)[0]
 
     def hold(self, cache: Any) -> list[Tensor]:
-        """Tokens of every answer; each turn repeats the conversation and adds its own pixels."""
+        """The tokens of every answer. Turns repeat the conversation, with their own pixels only."""
         said = torch.empty(1, 0, dtype=torch.long)
         kinds = torch.empty(1, 0, dtype=torch.int)
         answers = []
@@ -55,14 +57,14 @@ class Talk:
             new = turn["input_ids"]
             said = torch.cat([said, new], 1)
             kinds = torch.cat([kinds, (new == tiny.IMAGE).int()], 1)
-            answer = self.ask({**turn, "input_ids": said}, kinds, past_key_values=cache)
+            answer = self.ask({**turn, "input_ids": said}, kinds, cache=cache)
             answers.append(answer)
             said = torch.cat([said, answer], 1)
             kinds = torch.cat([kinds, torch.zeros_like(answer, dtype=torch.int)], 1)
         return answers
 
     def from_scratch(self, answers: list[Tensor]) -> list[Tensor]:
-        """What the untouched model answers to each turn after reading everything before it."""
+        """The answers of the untouched model to each turn, if it reads the whole conversation."""
         found, said, pixels = [], torch.empty(1, 0, dtype=torch.long), {}
         for turn, answer in zip(self.turns(), answers, strict=True):
             said = torch.cat([said, turn["input_ids"]], 1)
@@ -104,7 +106,7 @@ def test_a_keep_all_conversation_is_the_unpruned_one(name: str, turns: str) -> N
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_conversations_on_one_model_do_not_mix(name: str) -> None:
-    """Interleaved turn by turn, each of two conversations is what it is alone."""
+    """The turns of two conversations alternate; each is answered as if it were alone."""
     family = tiny.FAMILIES[name]
     model = family.build(0)
     talks = [Talk(model, family, TURNS[which]) for which in ("text", "image")]
@@ -118,7 +120,7 @@ def test_conversations_on_one_model_do_not_mix(name: str) -> None:
                 new = next(halves[i])
                 said[i] = torch.cat([said[i], new["input_ids"]], 1)
                 kinds = (said[i] == tiny.IMAGE).int()
-                answer = talk.ask({**new, "input_ids": said[i]}, kinds, past_key_values=caches[i])
+                answer = talk.ask({**new, "input_ids": said[i]}, kinds, cache=caches[i])
                 assert torch.equal(answer, alone[i][turn])
                 said[i] = torch.cat([said[i], answer], 1)
 
@@ -147,7 +149,7 @@ def test_a_later_turn_prunes_its_own_images_only(name: str) -> None:
         kept = report.kept[0, 0]
         assert set(kept.tolist()) <= set(vision.tolist())
         assert len(kept) == -(-3 * len(vision) // 10)
-        # what the first turn kept is there still, with all text and the new kept tokens
+        # the tokens that the first turn kept, all text, and the tokens that this turn kept
         held = cache.layers[layer].store
         text = sum(int((t["input_ids"] != tiny.IMAGE).sum()) for t in turns)
         answers = 2 * talk.steps - 1  # the last token of an answer is read by the next turn
@@ -171,14 +173,14 @@ def test_the_cache_crops_text_and_refuses_to_crop_images() -> None:
     options = {"max_new_tokens": 8, "do_sample": False}
     with plphp.prune(model, SOME):
         cache = plphp.PrunedCache(model)
-        first = model.generate(**inputs, **options, past_key_values=cache)
+        first = model.generate(**inputs, **options, cache=cache)
         length = inputs["input_ids"].shape[1]
         cache.crop(-(cache.get_seq_length() - length + 1))
         again = {
             **{k: v for k, v in inputs.items() if "pixel" not in k and "grid" not in k},
             "attention_mask": torch.ones_like(inputs["input_ids"]),
         }
-        assert torch.equal(model.generate(**again, **options, past_key_values=cache), first)
+        assert torch.equal(model.generate(**again, **options, cache=cache), first)
         with pytest.raises(plphp.UnsupportedModeError, match="crop"):
             cache.crop(-(cache.get_seq_length() - 4))
 
@@ -189,7 +191,7 @@ def test_rows_can_be_repeated_reordered_and_selected() -> None:
     inputs = family.make_inputs(model, tiny.ROWS["batch"], 0)[0]
     with plphp.prune(model, SOME), torch.no_grad():
         out = model(**inputs)
-        cache = out.past_key_values
+        cache = cache_of(out)
         token = out.logits[:, -1:].argmax(-1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
         positions = mask.sum(-1, keepdim=True) - 1
@@ -200,12 +202,12 @@ def test_rows_can_be_repeated_reordered_and_selected() -> None:
         rows = order.flip(0) // 2
         got = model(
             token[rows], attention_mask=mask[rows], position_ids=positions[rows],
-            past_key_values=cache,
+            cache=cache,
         ).logits  # fmt: skip
-        fresh = model(**inputs).past_key_values
-        wanted = model(
-            token, attention_mask=mask, position_ids=positions, past_key_values=fresh
-        ).logits[rows]
+        fresh = cache_of(model(**inputs))
+        wanted = model(token, attention_mask=mask, position_ids=positions, **{CACHE: fresh}).logits[
+            rows
+        ]
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -224,14 +226,14 @@ def test_a_saved_conversation_goes_on_as_if_it_had_stayed(
         wanted = talk.hold(plphp.PrunedCache(talk.model))
 
         class Stored:
-            """Hands on a cache that has been to the disk before every turn after the first."""
+            """Passes on a cache that is saved and loaded before every turn after the first."""
 
             cache = plphp.PrunedCache(talk.model)
 
         ask = talk.ask
 
         def asked(*args: Any, **options: Any) -> Tensor:
-            out = ask(*args, **{**options, "past_key_values": Stored.cache})
+            out = ask(*args, **{**options, "cache": Stored.cache})
             Stored.cache.save(file)
             Stored.cache = plphp.PrunedCache.load(talk.model, file)
             return out
@@ -257,7 +259,7 @@ def test_damaged_and_foreign_parked_tokens_are_refused(
     file = tmp_path / "talk.safetensors"
     with plphp.prune(model, SOME, recall=recall):
         cache = plphp.PrunedCache(model)
-        model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
+        model.generate(**inputs, max_new_tokens=2, cache=cache)
         cache.save(file)
         with safe_open(file, framework="pt") as saved:
             metadata = saved.metadata()
@@ -265,9 +267,9 @@ def test_damaged_and_foreign_parked_tokens_are_refused(
         held = tensors["1.parked.held"]
         key = next(n for n in tensors if n.startswith("1.parked.keys"))
         for damage, says in (
-            ({"1.parked.held": held + 999}, "at hand makes no sense"),
-            ({"1.parked.held": held[:, :1].contiguous()}, "does not fit"),
-            ({key: torch.cat([tensors[key]] * 2)}, "does not fit"),
+            ({"1.parked.held": held + 999}, "a number is out of range"),
+            ({"1.parked.held": held[:, :1].contiguous()}, "do not fit"),
+            ({key: torch.cat([tensors[key]] * 2)}, "do not fit"),
         ):
             save_file({**tensors, **damage}, file, metadata)
             with pytest.raises(plphp.InputError, match=says):
@@ -290,7 +292,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
         cache = plphp.PrunedCache(model)
         with pytest.raises(plphp.UnsupportedModeError, match="empty"):
             cache.save(file)
-        model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
+        model.generate(**inputs, max_new_tokens=2, cache=cache)
         cache.save(file)
         good = file.read_bytes()
         with safe_open(file, framework="pt") as saved:

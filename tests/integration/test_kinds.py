@@ -1,4 +1,4 @@
-"""Methods that look at more than the last token or at more than one layer, on a real model."""
+"""Methods that use more than the last token or more than one layer, on a real model."""
 
 import gc
 import weakref
@@ -32,7 +32,7 @@ def expected() -> Any:
 @pytest.mark.parametrize("name", WINDOWED)
 @pytest.mark.parametrize("size", [7, 16, 500])
 def test_a_prompt_in_chunks_is_pruned_as_the_whole(expected: Any, name: str, size: int) -> None:
-    """Chunks of 7 cut the window of 32 last tokens into five forwards."""
+    """Chunks of 7 split the window of 32 last tokens over five forwards."""
     model = expected.build()
     with plphp.prune(model, plphp.policy(name)) as pruning:
         tokens, _ = generate(model, expected.inputs)
@@ -50,7 +50,7 @@ def test_a_static_cache_holds_the_same(expected: Any, name: str) -> None:
         tokens, _ = generate(model, expected.inputs)
         dynamic = selection(pruning.report)
         cache = plphp.PrunedCache(model, max_len=320, static=True)
-        static, _ = generate(model, expected.inputs, past_key_values=cache, disable_compile=True)
+        static, _ = generate(model, expected.inputs, cache=cache, disable_compile=True)
         assert selection(cache.report) == dynamic
     assert torch.equal(tokens, static)
 
@@ -83,22 +83,22 @@ def test_an_exception_between_layers_leaves_a_cache_that_says_so(expected: Any) 
         cache = plphp.PrunedCache(model)
         handle = last.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="on purpose"):
-            generate(model, expected.inputs, past_key_values=cache)
+            generate(model, expected.inputs, cache=cache)
         handle.remove()
         with pytest.raises(plphp.UnsupportedModeError, match="interrupted"):
-            generate(model, expected.inputs, past_key_values=cache)
+            generate(model, expected.inputs, cache=cache)
 
 
 @pytest.mark.parametrize("name", ["plphp", "vl-cache", "fastv"])
 def test_a_cache_is_freed_with_its_last_reference(expected: Any, name: str) -> None:
-    """Not when Python's collector of cycles comes round: on a GPU that is gigabytes too late."""
+    """It must not wait for Python's garbage collector, which would keep gigabytes on a GPU."""
     model = expected.build()
     gc.collect()
     gc.disable()
     try:
         with plphp.prune(model, plphp.policy(name)):
             cache = plphp.PrunedCache(model)
-            generate(model, expected.inputs, steps=3, past_key_values=cache)
+            generate(model, expected.inputs, steps=3, cache=cache)
             held = weakref.ref(next(iter(cache.pruned_layers()))[1].store.keys)
             del cache
             assert held() is None
@@ -106,9 +106,9 @@ def test_a_cache_is_freed_with_its_last_reference(expected: Any, name: str) -> N
         gc.enable()
 
 
-def test_smaller_pictures_are_not_the_models_business() -> None:
+def test_a_method_that_makes_images_smaller_is_refused() -> None:
     model = tiny.FAMILIES["llava"].build(0)
-    with pytest.raises(plphp.UnsupportedModeError, match="makes pictures smaller"):
+    with pytest.raises(plphp.UnsupportedModeError, match="makes the images smaller"):
         plphp.prune(model, plphp.policy("downsample"))
 
 

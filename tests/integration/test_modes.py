@@ -1,7 +1,7 @@
-"""Ways of generating in detail: what the matrix (tests/conformance) does not ask of its modes.
+"""Details of ways to generate that the matrix (tests/conformance) does not test.
 
-With a keep-all policy every mode equals the untouched model; with a real one, modes that only
-differ in how tokens are asked for equal plain generate().
+With a policy that keeps everything, every mode equals the untouched model. With pruning, modes that
+only differ in how tokens are requested equal plain generate().
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
 
 
 class Banned(LogitsProcessor):
-    """Forbids the token that greedy decoding takes at every third step."""
+    """Forbids the token of greedy decoding at every third step."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if input_ids.shape[1] % 3:
@@ -139,14 +139,14 @@ def test_eager_prefill_prunes_as_sdpa_does(name: str) -> None:
     with plphp.prune(model, SOME) as pruning:
         wanted = generate(model, inputs)
         by_sdpa = pruning.report
-        model.set_attn_implementation("eager")  # while attached: read at every call
+        model.set_attn_implementation("eager")  # while attached, since it is read at every call
         assert torch.equal(generate(model, inputs), wanted)
     for one, other in zip(by_sdpa.layers, pruning.report.layers, strict=True):
         assert torch.equal(one.kept, other.kept)
 
 
 def test_the_first_forward_of_prompt_lookup_holds_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the matrix' mode "prompt lookup" relies on."""
+    """The mode "prompt lookup" of the matrix depends on it."""
     model, inputs = case("llava", "three")
     inputs["input_ids"][:, -2:] = inputs["input_ids"][:, 1:3]
     columns: list[int] = []

@@ -22,7 +22,7 @@ TEMPLATE = (
 
 
 def llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A random LLaVA behind the embedded model's tokenizer, with a PIL image processor."""
+    """A random LLaVA with the tokenizer of the embedded model and a PIL image processor."""
     from transformers import AutoTokenizer
     from transformers.models.siglip import image_processing_pil_siglip
 

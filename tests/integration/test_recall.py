@@ -1,8 +1,9 @@
-"""Recall on whole models: with all at hand it is the untouched model, and its bytes are told.
+"""Recall on whole models: its bytes, and with everything resident the untouched model's answers.
 
-Against the oracle step by step, in every way of generating: tests/conformance/test_matrix.py.
+tests/conformance/test_matrix.py compares it with the oracle at each step, in every mode.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import tiny
 from invariants import EVERY, LOGITS, ROWS, generate, state_of, truth
 from plphp.cache import allocated
 from plphp.errors import UnsupportedModeError
+from plphp.recall import HOMES
 
 FAMILIES = ("qwen2_vl", "llava", "idefics2", "gemma3", "internvl")
 EVERY_HOME = (plphp.Recall("host", 0.4), plphp.Recall("int4", 0.4), plphp.Recall("int2", 0.4))
@@ -22,9 +24,9 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
 def everything_at_hand() -> plphp.Recall:
-    """All the machinery, and nothing that is not read: equal to the untouched model."""
+    """Recall that reads every token, so that it equals the untouched model."""
     recall = plphp.Recall("host")
-    object.__setattr__(recall, "budget", 3.0)  # room for the index and for every token
+    object.__setattr__(recall, "budget", 3.0)  # a budget for the index and every token
     return recall
 
 
@@ -68,7 +70,7 @@ def turns(model: Any, family: str, cache: Any) -> list[tuple[dict[str, Tensor], 
     """Prompt, tokens and logits of a question about two images and of one that follows."""
     spec = tiny.RowSpec(images=2, text=30)
     inputs, _ = EVERY[family].make_inputs(model, [spec], 0)
-    first, logits = generate(model, inputs, 6, past_key_values=cache)
+    first, logits = generate(model, inputs, 6, cache=cache)
     more = torch.arange(9)[None] + tiny.SPECIAL
     ids = torch.cat([inputs["input_ids"], first, more], 1)
     later = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -77,7 +79,7 @@ def turns(model: Any, family: str, cache: Any) -> list[tuple[dict[str, Tensor], 
         later["mm_token_type_ids"] = torch.nn.functional.pad(
             kinds, (0, ids.shape[1] - kinds.shape[1])
         )
-    second, after = generate(model, later, 6, past_key_values=cache)
+    second, after = generate(model, later, 6, cache=cache)
     return [(inputs, first, logits), (later, second, after)]
 
 
@@ -102,7 +104,7 @@ def test_reported_bytes_are_allocated_ones_at_every_step(recall: plphp.Recall) -
     inputs, spans = EVERY["qwen2_vl"].make_inputs(model, ROWS["three"], 0)
     with plphp.prune(model, SOME, recall=recall):
         cache = plphp.PrunedCache(model, max_len=400)
-        generate(model, inputs, 1, past_key_values=cache)
+        generate(model, inputs, 1, cache=cache)
         report = cache.report
         assert report.kv_bytes == cache.kv_bytes()
         found = report.recall
@@ -118,7 +120,7 @@ def test_reported_bytes_are_allocated_ones_at_every_step(recall: plphp.Recall) -
         before = cache.kv_bytes()
         token = torch.full((1, 1), tiny.SPECIAL)
         for _ in range(4):
-            model(input_ids=token, past_key_values=cache)
+            model(input_ids=token, cache=cache)
             assert cache.kv_bytes() == before
     vision = int((spans > 0).sum())
     keys = next(cache.pruned_layers())[1].store.keys
@@ -138,3 +140,49 @@ def test_what_recall_cannot_do_is_refused() -> None:
     assert state_of(model) == before
     with plphp.prune(model, recall="host"), pytest.raises(UnsupportedModeError, match="static"):
         plphp.PrunedCache(model, max_len=300, static=True)
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("home", ["int4", "int2"])
+def test_every_budget_of_codes_goes(home: str, budget: float) -> None:
+    """With a large budget all tokens of the first layers are resident, and none are in codes."""
+    model = tiny.FAMILIES["llava"].build(0)
+    inputs, _ = EVERY["llava"].make_inputs(model, ROWS["batch"], 0)
+    with plphp.prune(model, SOME, recall=plphp.Recall(home, budget)):
+        cache = plphp.PrunedCache(model)
+        tokens, _ = generate(model, inputs, 4, cache=cache)
+        first = next(cache.pruned_layers())[1].parked
+        assert (first.keys.tokens == 0) == (budget >= 0.9)
+        ids = torch.cat([inputs["input_ids"], tokens], 1)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
+        generate(model, {"input_ids": ids, "attention_mask": mask}, 4, cache=cache)
+
+
+# --- a home of another kind -----------------------------------------------------------------------
+
+
+class Attic(HOMES["host"]):  # type: ignore[misc]
+    """A new kind of home: main memory under another name, with one option less."""
+
+    where = "in the attic"
+    options = frozenset(("record",))
+
+
+def test_a_new_home_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(HOMES, "attic", Attic)
+    with pytest.raises(ValueError, match=r"every has no effect with home='attic'"):
+        plphp.Recall("attic", every=2)
+    model = tiny.FAMILIES["qwen2_vl"].build(0)
+    inputs, _ = EVERY["qwen2_vl"].make_inputs(model, ROWS["one"], 0)
+    answers = []
+    for home in ("host", "attic"):
+        with plphp.prune(model, SOME, recall=plphp.Recall(home, record=True)) as pruning:
+            cache = plphp.PrunedCache(model)
+            answers.append(generate(model, inputs, 6, cache=cache)[0])
+            cache.save(tmp_path / home)
+            plphp.PrunedCache.load(model, tmp_path / home)
+    assert torch.equal(*answers)
+    assert isinstance(next(cache.pruned_layers())[1].parked, Attic)
+    assert "parked in the attic" in str(pruning.report)
+    with plphp.prune(model, SOME, recall="attic"), pytest.raises(plphp.InputError, match="like"):
+        plphp.PrunedCache.load(model, tmp_path / "host")

@@ -1,7 +1,7 @@
-"""Thousands of random generate() calls, with exceptions thrown in: no wrong token, no leak.
+"""Thousands of random generate() calls, some with exceptions: no wrong token, and no leak.
 
-Each call draws a model, a prompt, a policy, a mode and whether it fails on the way. What it must
-give is known from a model of its own that was never attached to anything before.
+Each call draws a model, a prompt, a policy, a mode, and whether it fails on the way. The expected
+tokens come from a model that was never attached before.
 """
 
 import gc
@@ -43,7 +43,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class Broken(RuntimeError):
-    """Thrown on purpose."""
+    """An exception that the test raises on purpose."""
 
 
 class Breaks(LogitsProcessor):
@@ -59,7 +59,7 @@ class Breaks(LogitsProcessor):
 
 @dataclass
 class Soak:
-    """Models under test, and what has been learnt of the right answers."""
+    """The tested models, and the expected answers found so far."""
 
     seed: int
     models: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Soak:
         assert not any(ours(module) for module in model.modules())
 
     def answer(self, key: tuple[str, ...]) -> Tensor:
-        """Of a fresh model; keep-all answers are those of a model that is not attached at all."""
+        """The answer of a new model. Keep-all answers are those of a model that is not attached."""
         if key not in self.answers:
             name, prompt, policy, mode = key
             model = tiny.FAMILIES[name].build(0)
@@ -105,14 +105,14 @@ class Soak:
         torch.manual_seed(0)
         with plphp.prune(model, POLICIES[policy]):
             if mode == "static":
-                options["past_key_values"] = plphp.PrunedCache(model, static=True, max_len=256)
+                options["cache"] = plphp.PrunedCache(model, static=True, max_len=256)
             elif mode == "kept":
-                options["past_key_values"] = plphp.PrunedCache(model)
+                options["cache"] = plphp.PrunedCache(model)
             out: Tensor = model.generate(**self.inputs(name, prompt), **options)
             return out
 
     def break_on_the_way(self, model: Any, key: tuple[str, ...]) -> None:
-        """An exception in a layer of the prefill, or from a processor while tokens come."""
+        """An exception in a layer of the prefill, or in a logits processor during decoding."""
         handle = None
         more: dict[str, Any] = {}
         if self.draw.random() < 0.5:
@@ -134,7 +134,7 @@ class Soak:
 
 
 def ours(module: torch.nn.Module) -> bool:
-    """Whether anything of plphp is left on a module; transformers has hooks of its own."""
+    """Whether anything of plphp remains on a module; transformers has hooks of its own."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     left = [*hooks, *vars(module).values()]
     return any(type(x).__module__.startswith("plphp") for x in left) or any(
@@ -143,7 +143,7 @@ def ours(module: torch.nn.Module) -> bool:
 
 
 def alive() -> int:
-    """Bytes of all tensors that the process holds."""
+    """Bytes of all tensors in the process."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -157,7 +157,7 @@ def soak(calls: int, seed: int) -> None:
     run = Soak(seed)
     for key in [(f, p, q, m) for f in FAMILIES for p in PROMPTS for q in POLICIES for m in MODES]:
         if calls >= 1000:
-            run.answer(key)  # so that nothing new has to be kept from here on
+            run.answer(key)  # so that no new expected answers are stored from here on
     bytes_before = None
     for number in range(calls):
         run.call()

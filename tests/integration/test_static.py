@@ -33,10 +33,10 @@ def test_a_static_cache_gives_the_same_tokens(name: str) -> None:
         wanted = model.generate(**inputs, **GREEDY)
         dynamic = pruning.report
         cache = static(model)
-        assert torch.equal(model.generate(**inputs, **GREEDY, past_key_values=cache), wanted)
+        assert torch.equal(model.generate(**inputs, **GREEDY, cache=cache), wanted)
         beams = {**GREEDY, "num_beams": 3}
         searched = model.generate(**inputs, **beams)
-        again = model.generate(**inputs, **beams, past_key_values=static(model))
+        again = model.generate(**inputs, **beams, cache=static(model))
         assert torch.equal(again, searched)
     for one, other in zip(dynamic.layers, cache.report.layers, strict=True):
         assert torch.equal(one.kept, other.kept)
@@ -52,9 +52,7 @@ def compiled(name: str) -> None:
         for inputs in prompts:
             wanted = model.generate(**inputs, **GREEDY)
             capacity = [layer.kept.shape for layer in pruning.report.layers]
-            got = model.generate(
-                **inputs, **GREEDY, past_key_values=static(model), compile_config=config
-            )
+            got = model.generate(**inputs, **GREEDY, cache=static(model), compile_config=config)
             assert torch.equal(got, wanted), capacity
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1, "recompiled by a step or by a prompt"
@@ -68,9 +66,9 @@ def test_a_reset_cache_fills_its_buffers_again(name: str) -> None:
         kept = static(model)
         places: set[tuple[int, ...]] = set()
         for turn, inputs in enumerate([*prompts, *prompts]):
-            wanted = model.generate(**inputs, **GREEDY, past_key_values=static(model))
-            assert torch.equal(model.generate(**inputs, **GREEDY, past_key_values=kept), wanted)
-            if turn >= len(prompts):  # they have grown as far as these prompts need
+            wanted = model.generate(**inputs, **GREEDY, cache=static(model))
+            assert torch.equal(model.generate(**inputs, **GREEDY, cache=kept), wanted)
+            if turn >= len(prompts):  # the buffers are as large as these prompts need
                 places.add(tuple(t.data_ptr() for t in kept.tensors() if t.dim() != 1))
             size = kept.kv_bytes()
             kept.reset()
@@ -97,11 +95,11 @@ def test_later_turns_on_a_static_cache() -> None:
     more = torch.full((3, 5), 20)
 
     def talk(cache: plphp.PrunedCache) -> Tensor:
-        first = model.generate(**inputs, **GREEDY, past_key_values=cache)
+        first = model.generate(**inputs, **GREEDY, cache=cache)
         ids = torch.cat([first, more], 1)
         mask = torch.cat([row["attention_mask"], torch.ones(3, 17, dtype=torch.long)], 1)
         options = {"attention_mask": mask, **GREEDY}
-        out: Tensor = model.generate(input_ids=ids, **options, past_key_values=cache)
+        out: Tensor = model.generate(input_ids=ids, **options, cache=cache)
         return out
 
     with plphp.prune(model, SOME):
@@ -116,11 +114,11 @@ def test_what_does_not_fit_is_said_at_once() -> None:
             plphp.PrunedCache(model, static=True)
         small = plphp.PrunedCache(model, static=True, max_len=100)
         with pytest.raises(ValueError, match="do not fit max_len"):
-            model.generate(**inputs, **GREEDY, past_key_values=small)
+            model.generate(**inputs, **GREEDY, cache=small)
         with pytest.raises(ValueError, match="max_len is 100"):
-            model(**inputs, past_key_values=small)
+            model(**inputs, cache=small)
         cache = static(model)
-        model.generate(**inputs, **GREEDY, past_key_values=cache)
+        model.generate(**inputs, **GREEDY, cache=cache)
         with pytest.raises(plphp.UnsupportedModeError, match="static"):
             cache.save("nowhere.safetensors")
 
@@ -129,7 +127,7 @@ def test_bytes_of_a_static_cache_are_counted() -> None:
     model, (inputs,) = case("llava")
     with plphp.prune(model, SOME):
         cache = static(model)
-        model.generate(**inputs, **GREEDY, past_key_values=cache)
+        model.generate(**inputs, **GREEDY, cache=cache)
     storages = {}
     for owner in (cache, *(layer.store for layer in cache.layers)):
         for tensor in vars(owner).values():

@@ -29,7 +29,7 @@ NEEDED = ("parameterized", "httpx", "xdist")
 NO_CACHE = "asks for use_cache=False"
 STATIC = "asks for cache_implementation='static'; plphp has a static cache of its own"
 EMBEDS = "passes embeddings without ids: nothing says which are vision, a vision_mask would"
-# Tests that plphp refuses for at least one of the three models, or whose claim is not ours
+# Tests that plphp refuses for at least one of the three models, or that assert something else
 EXCEPTIONS: dict[str, str] = {
     "test_beam_sample_generate_dict_output": NO_CACHE,
     "test_beam_search_generate_dict_output": NO_CACHE,
@@ -51,7 +51,7 @@ EXCEPTIONS: dict[str, str] = {
     "the assistant, attached as well, takes back a column of it",
     "test_assisted_decoding_matches_greedy_search_1_same": "the same",
 }
-# Fails without being refused: it claims what is not so of a pruned model, rather than asks for it
+# It fails without being refused, because its assertion does not hold for a pruned model.
 CLAIMS = ("test_generate_compile_model_forward_fullgraph",)
 
 pytestmark = [
@@ -100,7 +100,7 @@ def test_the_untouched_models_pass() -> None:
 
 @pytest.mark.parametrize("policy", ["keep all", "default"])
 def test_what_passes_without_pruning_passes_with_it(policy: str) -> None:
-    """Under the default rates too: no test of the mixin asserts logits that pruning changes."""
+    """This holds at the default rates too: no test of the mixin asserts logits that change."""
     untouched, pruned = outcomes("untouched"), outcomes(policy)
     wrong = {
         key: pruned.get(key)
@@ -111,7 +111,7 @@ def test_what_passes_without_pruning_passes_with_it(policy: str) -> None:
 
 
 def excused(test: str, what: str) -> bool:
-    """Some of them skip themselves now and then, by what they draw."""
+    """Exceptions by name. Some tests skip themselves now and then, since they draw their inputs."""
     return test in EXCEPTIONS and (
         what == "skipped" or what.startswith("refused") or test in CLAIMS
     )
@@ -119,6 +119,6 @@ def excused(test: str, what: str) -> bool:
 
 @pytest.mark.parametrize("test", EXCEPTIONS)
 def test_every_exception_is_one(test: str) -> None:
-    """What no model refuses any more is taken off the list."""
+    """A test that no model refuses any more must be removed from the list."""
     found = [what for (_, name), what in outcomes("keep all").items() if name == test]
     assert any(excused(test, what) for what in found), EXCEPTIONS[test]

@@ -64,8 +64,8 @@ def compile_all(capability: int) -> None:
     attend(torch.float32, 72, 1, 8192)
     attend(
         torch.float16, 256, 16, 8192, softcap=2.0, window=8,
-        positions=torch.zeros(1, 2, 8192, dtype=torch.int32),
-        among=torch.ones(1, 1, 16, 16, dtype=torch.bool),
+        columns=torch.zeros(1, 2, 8192, dtype=torch.int32),
+        new_mask=torch.ones(1, 1, 16, 16, dtype=torch.bool),
     )  # fmt: skip
     attend_codes(torch.bfloat16, 128, 1, 4)
     attend_codes(torch.float32, 72, 1, 2)

@@ -18,6 +18,7 @@ from plphp.policy.view import pack
 
 pytest.importorskip("triton", reason="Triton is not to be had for this platform")
 from plphp.attention import flash_decode as fd
+from plphp.attention import launch
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -78,13 +79,13 @@ def check(
         visible = visible & (
             columns[:, :, None, :end] > torch.arange(logical - queries, logical)[:, None] - window
         )
-        more |= {"positions": columns.int().to(DEVICE), "window": window}
+        more |= {"columns": columns.int().to(DEVICE), "window": window}
         more["logical"] = torch.tensor(logical, device=DEVICE) if on_device else logical
-    if "among" in options:
-        among = torch.rand(len(starts), 1, queries, queries, generator=generator) > 0.5
+    if "new_mask" in options:
+        new_mask = torch.rand(len(starts), 1, queries, queries, generator=generator) > 0.5
         visible = visible.expand(-1, visible.shape[1], -1, -1).clone()
-        visible[..., end - queries :] = among
-        more["among"] = among.to(DEVICE)
+        visible[..., end - queries :] = new_mask
+        more["new_mask"] = new_mask.to(DEVICE)
     clean = [x[:, :, :end].float().cpu().nan_to_num(0.0) for x in (k, v)]
     wanted = reference.attend(q.float().cpu(), *clean, visible, 0.3, more["softcap"])
     out = fd.attend(
@@ -98,7 +99,7 @@ def check(
     assert error(out.cpu(), wanted.nan_to_num(0.0)) < CLOSE[dtype]
 
 
-FLAGS = st.sets(st.sampled_from(["softcap", "window", "among", "on device"]))
+FLAGS = st.sets(st.sampled_from(["softcap", "window", "new_mask", "on device"]))
 
 
 @settings(deadline=None, max_examples=40)
@@ -115,7 +116,9 @@ FLAGS = st.sets(st.sampled_from(["softcap", "window", "among", "on device"]))
 )
 @example(0, [1], 1, 1, 1, (64, 64), torch.float32, None, set())  # the one new key
 @example(0, [1, 60], 2, 3, 1, (64, 64), torch.bfloat16, 3, {"on device"})  # splits without keys
-@example(0, [40], 1, 7, 16, (32, 32), torch.float32, 2, {"among"})  # several blocks of query rows
+@example(
+    0, [40], 1, 7, 16, (32, 32), torch.float32, 2, {"new_mask"}
+)  # several blocks of query rows
 def test_the_kernel_equals_the_reference(
     seed: int,
     lengths: list[int],
@@ -134,7 +137,7 @@ def test_the_kernel_equals_the_reference(
 @pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("queries", [1, 5, 16])
-@pytest.mark.parametrize("options", [set(), {"on device"}, {"softcap", "window", "among"}])
+@pytest.mark.parametrize("options", [set(), {"on device"}, {"softcap", "window", "new_mask"}])
 def test_on_a_gpu(
     dtype: torch.dtype, sizes: tuple[int, int], queries: int, options: set[str]
 ) -> None:
@@ -142,13 +145,13 @@ def test_on_a_gpu(
         check(0, lengths, kv, groups, queries, sizes, dtype, None, options)
 
 
-def step_graph(launch: Any) -> Any:
-    """A CUDA graph of what `launch` does, after a warm-up that compiles the kernels."""
-    launch()
+def step_graph(step: Any) -> Any:
+    """A CUDA graph of what `step` does, after a warm-up that compiles the kernels."""
+    step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch()
+        step()
     return graph
 
 
@@ -186,11 +189,11 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     original = fd._launch
 
-    def launch(q: Tensor, k: Tensor, *args: Any) -> Tensor:
+    def counted(q: Tensor, k: Tensor, *args: Any) -> Tensor:
         calls.append(k.shape[2])
         return original(q, k, *args)
 
-    monkeypatch.setattr(fd, "_launch", launch)
+    monkeypatch.setattr(fd, "_launch", counted)
     monkeypatch.setattr(choose, "has_kernel", lambda device: True)
     monkeypatch.setattr(choose, "KERNEL_FROM", {"plain": 0, "masked": 0})
     return calls
@@ -220,11 +223,11 @@ def test_what_a_turn_sees_of_itself_is_its_own_mask(kernel: list[int]) -> None:
     store = held(None, False)
     q = torch.randn(2, 6, 3, 16, device=DEVICE)
     store.append(*(torch.randn(2, 2, 3, size, device=DEVICE) for size in (16, 24)))
-    among = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 1]], device=DEVICE).bool()[None, None]
-    out = decode_attention(q, store, 0.3, among=among)
+    new_mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 1]], device=DEVICE).bool()[None, None]
+    out = decode_attention(q, store, 0.3, new_mask=new_mask)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "has_kernel", lambda device: False)
-        wanted = decode_attention(q, store, 0.3, among=among)
+        wanted = decode_attention(q, store, 0.3, new_mask=new_mask)
     assert error(out, wanted) < 1e-5
     assert len(kernel) == 1
 
@@ -267,18 +270,18 @@ def test_splits_have_keys_and_shorten_the_reading(
     programs: int, blocks: int, multiprocessors: int
 ) -> None:
     def blocks_in_a_row(splits: int) -> int:
-        waves = math.ceil(programs * splits / (multiprocessors * fd.RESIDENT))
+        waves = math.ceil(programs * splits / (multiprocessors * launch.RESIDENT))
         return waves * math.ceil(blocks / splits)
 
-    splits = fd.split_count(programs, blocks, multiprocessors)
-    assert 1 <= splits <= min(blocks, fd.MOST_SPLITS)
+    splits = launch.split_count(programs, blocks, multiprocessors)
+    assert 1 <= splits <= min(blocks, launch.MOST_SPLITS)
     assert splits == 1 or blocks_in_a_row(splits) < blocks_in_a_row(1)
 
 
 def test_one_long_row_keeps_every_multiprocessor_busy() -> None:
-    assert fd.split_count(programs=4, blocks=1024, multiprocessors=132) == 64
-    assert fd.split_count(programs=32, blocks=512, multiprocessors=132) == 8
-    assert fd.split_count(programs=264, blocks=512, multiprocessors=132) == 1
+    assert launch.split_count(programs=4, blocks=1024, multiprocessors=132) == 64
+    assert launch.split_count(programs=32, blocks=512, multiprocessors=132) == 8
+    assert launch.split_count(programs=264, blocks=512, multiprocessors=132) == 1
 
 
 @pytest.mark.skipif(ON_GPU, reason="the tests above have compiled it")

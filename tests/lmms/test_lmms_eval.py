@@ -13,6 +13,7 @@ from tiny_llava import save
 import plphp
 from plphp.eval.sample import Sample
 from plphp.inputs import load
+from versions import cache_of
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is missing: make test-lmms"
@@ -63,9 +64,9 @@ def test_scores_are_those_of_plphp_eval(
     right = sum(line["exact"] for line in expected) / len(expected)
     assert run.results["results"]["plphp_boards"]["exact,none"] == pytest.approx(right)
     if method == "method=none":
-        assert "method=none, the model ran untouched" in run.printed
+        assert "method=none, the model ran without plphp" in run.printed
     elif "downsample" in method:
-        assert "smaller pictures for the untouched model" in run.printed
+        assert "smaller images without pruning" in run.printed
     else:
         vision = {line["id"]: line["vision"] for line in evaluated if line["method"] == "full"}
         kept = sum(line["kept"] * vision[line["id"]] for line in expected) / sum(vision.values())
@@ -113,8 +114,8 @@ def loss(sample: Sample, answer: str, policy: Any) -> tuple[float, bool]:
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         # The stock Qwen2-VL takes a mask for positions here, and needs none.
         step = {"attention_mask": mask} if pruning else {}
-        ids, cache = torch.tensor([[token]]), out.past_key_values
-        out = loaded.model(input_ids=ids, past_key_values=cache, **step)
+        ids, cache = torch.tensor([[token]]), cache_of(out)
+        out = loaded.model(input_ids=ids, cache=cache, **step)
     if pruning:
         pruning.remove()
     return sum(losses) / len(losses), greedy

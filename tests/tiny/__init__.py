@@ -1,11 +1,11 @@
 """Tiny random models of the real transformers classes, and prompts for them.
 
-Images are pixels that go through the model's own vision tower, prompts have the placeholder layout
-that the family's processor writes, and `spans` is known from how the prompt was put together: it is
-read from no config and guessed from no ids. A row is drawn from its own `RowSpec` and the seed
-alone, so that the same row can be asked for by itself and inside a padded batch.
+Images are pixels that go through the model's own vision tower, and prompts have the placeholder
+layout that the processor of the family writes. `spans` follows from how the prompt was put
+together; it is not read from a config and not guessed from ids. A row depends only on its `RowSpec`
+and the seed, so that the same row can be made alone and inside a padded batch.
 
-A new family is one entry in the file of its relatives.
+To add a family, write one entry in the file of related families.
 """
 
 from tiny import decoders, grids, idefics, llava, others, tiles
@@ -61,14 +61,14 @@ EVERY = [*grids.FAMILIES, *llava.FAMILIES, *idefics.FAMILIES, *tiles.FAMILIES, *
 
 # All families of design.md, section 6; the installed transformers may lack some
 FAMILIES: dict[str, Family] = {family.name: family for family in EVERY}
-# One of each kind of position and mask, for tests that need no more
+# One family of each kind of position and mask, for tests that need no more
 CORE: dict[str, Family] = {
     name: FAMILIES[name] for name in ("qwen2_vl", "llava", "llava_onevision", "idefics2")
 }
-# The same classes in other circumstances
+# The same classes with other options
 VARIANTS: dict[str, Family] = {family.name: family for family in idefics.VARIANTS}
 
-# One class around decoders whose layers are not all ordinary attention
+# One class with decoders in which some layers have no ordinary attention
 DECODERS: dict[str, Family] = {family.name: family for family in decoders.HYBRID}
 # Models that cannot be pruned
 REFUSED: dict[str, Refused] = {model.name: model for model in (*MODELS, *decoders.HOPELESS)}

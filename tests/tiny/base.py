@@ -1,4 +1,4 @@
-"""What all tiny models have in common: prompts with known spans, weights that tell tokens apart."""
+"""The parts that all tiny models share: prompts with known spans, and suitable random weights."""
 
 import math
 import zlib
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 # but never generated.
 PAD, IMAGE, VIDEO, VISION_START, VISION_END, FAKE = 0, 3, 4, 5, 6, 7
 GLOBAL, TILE, NEWLINE, BREAK, GRID, COLUMN, ROW, STAMP = 8, 9, 10, 11, 12, 13, 14, 15
-DIGITS = (16, 17, 18, 19)  # of timestamps and tile numbers
+DIGITS = (16, 17, 18, 19)  # ids of timestamps and tile numbers
 SPECIAL = 20
 VOCAB = 160
 PATCH = 4
@@ -34,16 +34,16 @@ TEXT = {
 }
 VISION = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 
-# The standard deviation of the attention logits, layer by layer: from nearly uniform to peaked, so
-# that layers look at the images to different degrees and thresholds have something to tell apart.
+# The standard deviation of the attention logits in each layer, from nearly uniform to peaked
+# attention, so that the vision attention of layers differs and they fall into different classes.
 SHARPNESS = (0.7, 1.4, 1.0, 1.7)
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One prompt: `text` tokens with `images` images and `videos` videos between them, in turn.
+    """One prompt: `text` tokens, with `images` images and `videos` videos in turn between them.
 
-    `touching` puts no text between them. `salt` draws other text and pixels.
+    With `touching` there is no text between them. `salt` draws other text and pixels.
     """
 
     images: int
@@ -55,7 +55,7 @@ class RowSpec:
 
 @dataclass(frozen=True)
 class Image:
-    """An image or a video as its processor hands it over: `layout` are its ids in the prompt."""
+    """An image or a video as its processor returns it; `layout` are its ids in the prompt."""
 
     layout: tuple[int, ...]
     pixels: Tensor
@@ -94,14 +94,14 @@ def mm_types(kinds: Tensor) -> dict[str, Tensor]:
 class Family:
     """A model class, the config of its tiny model, and how its processor treats images.
 
-    model_class: its name; releases of transformers that lack it do not have the family
-    draw, draw_video: the index-th of count images of a row; None where the class has no videos
-    collate: the model inputs that carry the pixels of a batch's rows
-    types: what the processor says of token types, from 0 text, 1 image, 2 video
-    merged: a token that the processor writes once where two meet
-    alone, longer: layers that pruning leaves alone, for prompts of more columns than that
-    keyless: those of them that have no keys and values of their own
-    videos_told: whether what the processor returns says which frames make a video
+    model_class: name of the class; releases of transformers without it do not have the family
+    draw, draw_video: make image number `index` of `count` in a row; None if the class has no videos
+    collate: makes the model inputs with the pixels of the rows of a batch
+    types: the token types of the processor: 0 text, 1 image, 2 video
+    merged: a token that the processor writes only once where two of them meet
+    alone, longer: layers that pruning leaves alone, for prompts with more than `longer` columns
+    keyless: those of these layers that have no keys and values of their own
+    videos_told: whether the processor's output says which frames make a video
     """
 
     name: str
@@ -122,7 +122,7 @@ class Family:
         return hasattr(transformers, self.model_class)
 
     def build(self, seed: int, config: PreTrainedConfig | None = None) -> PreTrainedModel:
-        """A float32 model in eval mode that never stops early; `config` may be one in use."""
+        """A float32 model in eval mode that never stops early. `config` may be one in use."""
         model_class = getattr(transformers, self.model_class)
         model = model_class(config if config is not None else self.config()).eval()
         randomize(model, seed)
@@ -133,14 +133,14 @@ class Family:
     def make_inputs(
         self, model: PreTrainedModel | PreTrainedConfig, rows: Sequence[RowSpec], seed: int
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """(inputs for forward and generate, spans): rows are padded on the left.
+        """(inputs for forward and generate, spans). Rows are padded on the left.
 
-        A config does as well as its model.
+        A config may be given in place of its model.
         """
         return self.inputs([self.draw_row(model, spec, seed) for spec in rows])
 
     def inputs(self, drawn: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
-        """The same of rows that were drawn before."""
+        """The same as `make_inputs`, for rows that have been drawn already."""
         drawn = list(drawn)
         ids = left_pad([row.ids for row in drawn], PAD)
         spans = left_pad([row.spans for row in drawn], -1)
@@ -181,7 +181,7 @@ class Family:
 
 
 def text_segments(spec: RowSpec, generator: torch.Generator) -> list[list[int]]:
-    """The text before, between and after the images: the last segment is never empty."""
+    """The text before, between and after the images. The last segment is never empty."""
     tokens = torch.randint(SPECIAL, VOCAB, (spec.text,), generator=generator).tolist()
     media = spec.images + spec.videos
     if spec.touching and media:
@@ -200,10 +200,10 @@ def left_pad(rows: list[list[int]], value: int) -> Tensor:
 
 
 def randomize(model: PreTrainedModel, seed: int) -> None:
-    """Weights that keep activations near one everywhere, unlike the 0.02 of most initializers.
+    """Draw weights that keep activations near one, unlike the 0.02 of most initializers.
 
-    The classes' own initialization makes attention uniform and logits flat, and Idefics2's latents
-    all equal: then every token scores the same, and nothing that selects is tested.
+    With the initialization of the classes attention is uniform, logits are flat, and all latents of
+    Idefics2 are equal. All tokens would have the same score, and no selection would be tested.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = model.get_decoder().layers
@@ -225,32 +225,37 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
                 std = sharp.get(id(weight), 1.0) / math.sqrt(fan_in(name, weight))
             weight.normal_(0.0, std, generator=generator)
         sharpen_norms(layers)
-        # logits that spread enough for clear greedy choices, and none of a special token
+        # logits with clear greedy choices, and with no special token
         model.lm_head.weight.mul_(2.0)
         model.lm_head.weight[:SPECIAL] = 0.0
 
 
 def attentions(layers: Any) -> list[Any]:
-    """Each layer's attention; None for a layer of another kind."""
+    """The attention module of each layer; None for a layer of another kind."""
     return [getattr(layer, "self_attn", None) for layer in layers]
 
 
 def fan_in(name: str, weight: Tensor) -> int:
-    """Inputs of one output: experts hold a matrix each, all else one row an output."""
+    """The number of inputs of one output. Expert weights have one matrix for each expert."""
     return min(weight.shape[1:]) if "experts" in name else weight[0].numel()
 
 
 def sharpen_norms(layers: Any) -> None:
-    """Where queries and keys are normalized, their weights do not tell layers apart: norms do."""
+    """Make the layers with normalized queries and keys differ.
+
+    In such layers the size of the logits depends on the weights of the norms, not of the
+    projections.
+    """
     for attention, std in zip(attentions(layers), SHARPNESS, strict=True):
         norm = getattr(attention, "k_norm", None)
         if getattr(norm, "weight", None) is not None:
-            gain = norm(torch.ones(1, 1, norm.weight.shape[-1])).mean()  # some start at 0 and add 1
+            # Some norms have weights around 0 and add 1.
+            gain = norm(torch.ones(1, 1, norm.weight.shape[-1])).mean()
             norm.weight.add_((std - 1) * gain)
 
 
 def noise(generator: torch.Generator, *shape: int) -> Tensor:
-    """Pixels of one image: noise around a colour of its own."""
+    """The pixels of one image: noise around a colour of its own."""
     colour = torch.randn(shape[0], *[1] * (len(shape) - 1), generator=generator)
     return torch.randn(shape, generator=generator) + colour
 

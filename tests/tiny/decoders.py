@@ -1,6 +1,6 @@
-"""The LLaVA class around text models whose layers are not all ordinary attention.
+"""The LLaVA class with text models in which some layers have no ordinary attention.
 
-Nobody has trained most of these pairs, but real models have their decoders: what pruning does with
+Most of these pairs have never been trained, but real models have their decoders. How pruning treats
 a layer depends on the decoder alone.
 """
 
@@ -35,7 +35,7 @@ def llava(text: Callable[[], PreTrainedConfig]) -> Callable[[], PreTrainedConfig
 
 
 def gemma3n() -> PreTrainedConfig:
-    """Layer 3 attends to the keys and values of layer 2, which therefore stay whole; 1 slides."""
+    """Layer 3 attends to the keys and values of layer 2, which is left alone; layer 1 slides."""
     return transformers.Gemma3nTextConfig(
         **TEXT,
         head_dim=16,
@@ -82,7 +82,7 @@ def llama4() -> PreTrainedConfig:
 
 
 def gemma2() -> PreTrainedConfig:
-    """Soft-capped attention logits, layers in turn sliding and full; the window is never left."""
+    """Soft-capped attention logits; sliding and full layers in turn, with a window never left."""
     return transformers.Gemma2Config(
         **TEXT, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=2.0
     )
@@ -119,7 +119,7 @@ def _family(
     return replace(family, alone=alone, longer=WINDOW, keyless=keyless)
 
 
-# Of these the layers that are not ordinary are left alone and reported
+# In these decoders the layers without ordinary attention are left alone and reported.
 HYBRID = (
     _family("gemma3n", gemma3n, (1, 2, 3), (3,)),
     _family("qwen3_next", qwen3_next, (0,), (0,)),
@@ -127,7 +127,7 @@ HYBRID = (
     _family("llama4", llama4, (0,)),
     _family("gemma2", gemma2),
 )
-# Of these no layer can be pruned
+# In these decoders no layer can be pruned.
 HOPELESS = (
     Refused("llava + deepseek_v3", LLAVA, llava(deepseek_v3)),
     Refused("llava + gpt_oss", LLAVA, llava(gpt_oss)),

@@ -1,8 +1,9 @@
 """Families whose processors cut images and videos into patch grids: Qwen-VL and GLM-4V.
 
-Qwen-VL: <|vision_start|>, one <|image_pad|> per 2 x 2 patches, <|vision_end|>. Qwen3-VL shows a
-video frame by frame, a timestamp before each. GLM-4V does so behind each frame and inside
-<|begin_of_video|> ... <|end_of_video|>, and its frames are written with the image's token.
+Qwen-VL writes <|vision_start|>, one <|image_pad|> for each 2 x 2 patches, and <|vision_end|>.
+Qwen3-VL writes a video frame by frame, with a timestamp before each. GLM-4V writes the timestamp
+after each frame, all inside <|begin_of_video|> ... <|end_of_video|>, and its frames consist of the
+token of images.
 """
 
 from typing import Any
@@ -41,9 +42,6 @@ IDS = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
-ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
-# transformers always interleaves; vLLM does where the config says so, as published ones do
-INTERLEAVED = {"rope_parameters": ROPE["rope_parameters"] | {"mrope_interleaved": True}}
 TOWER = {
     "depth": 2,
     "num_heads": 4,
@@ -53,9 +51,19 @@ TOWER = {
 }
 
 
+def rope(**more: object) -> dict[str, Any]:
+    """Options of M-RoPE, a new dict for every config: transformers writes theta into it."""
+    return {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], **more}}
+
+
+def interleaved() -> dict[str, Any]:
+    """transformers always interleaves; vLLM does if the config says so, as published ones do."""
+    return rope(mrope_interleaved=True)
+
+
 def qwen2_vl_config() -> PreTrainedConfig:
     return transformers.Qwen2VLConfig(
-        text_config=TEXT | ROPE,
+        text_config=TEXT | rope(),
         vision_config=TOWER | {"embed_dim": 64, "hidden_size": TEXT["hidden_size"], "mlp_ratio": 2},
         **IDS,
     )
@@ -63,7 +71,7 @@ def qwen2_vl_config() -> PreTrainedConfig:
 
 def qwen2_5_vl_config() -> PreTrainedConfig:
     return transformers.Qwen2_5_VLConfig(
-        text_config=TEXT | ROPE,
+        text_config=TEXT | rope(),
         vision_config=TOWER
         | {
             "hidden_size": 64,
@@ -76,7 +84,7 @@ def qwen2_5_vl_config() -> PreTrainedConfig:
     )
 
 
-# the features of both tower blocks reach the first decoder layers directly (deepstack)
+# the features of both tower blocks are also added in the first decoder layers (deepstack)
 QWEN3_TOWER = TOWER | {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -88,14 +96,14 @@ QWEN3_TOWER = TOWER | {
 
 def qwen3_vl_config() -> PreTrainedConfig:
     return transformers.Qwen3VLConfig(
-        text_config=TEXT | INTERLEAVED | {"head_dim": 16}, vision_config=QWEN3_TOWER, **IDS
+        text_config=TEXT | interleaved() | {"head_dim": 16}, vision_config=QWEN3_TOWER, **IDS
     )
 
 
 def qwen3_vl_moe_config() -> PreTrainedConfig:
     return transformers.Qwen3VLMoeConfig(
         text_config=TEXT
-        | INTERLEAVED
+        | interleaved()
         | {
             "head_dim": 16,
             "moe_intermediate_size": 64,
@@ -109,7 +117,7 @@ def qwen3_vl_moe_config() -> PreTrainedConfig:
 
 
 def qwen3_5_config() -> PreTrainedConfig:
-    """Linear attention in the first layer, and rotary positions of a part of each head."""
+    """Linear attention in the first layer, and rotary positions for a part of each head."""
     return transformers.Qwen3_5Config(
         text_config=TEXT
         | {
@@ -133,7 +141,7 @@ def qwen3_5_config() -> PreTrainedConfig:
 
 def glm4v_config() -> PreTrainedConfig:
     return transformers.Glm4vConfig(
-        text_config=TEXT | ROPE,
+        text_config=TEXT | rope(),
         vision_config=TOWER
         | {
             "hidden_size": 64,
@@ -153,14 +161,14 @@ def glm4v_config() -> PreTrainedConfig:
 def image(config: Any, index: int, count: int, generator: torch.Generator) -> Image:
     height, width = GRIDS[(index + count) % len(GRIDS)]
     layout = (VISION_START, *[IMAGE] * (height * width // 4), VISION_END)
-    # one frame is shown twice to the temporal patch
+    # a temporal patch has two frames: one frame is used twice
     frame = noise(generator, 3, height * width, PATCH * PATCH).transpose(0, 1)
     pixels = frame.unsqueeze(2).expand(-1, -1, 2, -1).reshape(height * width, -1)
     return Image(layout, pixels, (1, height, width))
 
 
 def clip(index: int, generator: torch.Generator, layout: tuple[int, ...]) -> Image:
-    """A video: patches come flattened, as the processor does."""
+    """A video: its patches are flattened, as the processor does."""
     size = video_size(index)
     patches = size[0] * size[1] * size[2]
     pixels = noise(generator, 3, patches, 2 * PATCH * PATCH).transpose(0, 1).reshape(patches, -1)

@@ -1,9 +1,9 @@
 """Idefics2, Idefics3 and SmolVLM: an image, or each of its tiles, is a fixed number of tokens.
 
-Idefics2 writes five tiles (four quarters and the whole) or one, a fake token around each.
-Idefics3 and SmolVLM write the tiles row by row, <fake><row_1_col_2> before each and a newline after
-a row, and last the whole image behind <fake><global-img>. SmolVLM shows a video as frames, each
-written like a whole image behind a line with its time.
+Idefics2 writes five tiles (four quarters and the whole image) or one, with a fake token around
+each. Idefics3 and SmolVLM write the tiles row by row, with <fake><row_1_col_2> before each and a
+newline after a row, and last the whole image after <fake><global-img>. SmolVLM writes a video as
+frames, each like a whole image after a line with its time.
 """
 
 from functools import partial
@@ -33,13 +33,13 @@ from tiny.base import (
 
 SIZES = ((16, 12), (16, 16), (12, 16))
 TILES = 5  # of Idefics2 with image splitting
-WINDOW = 128  # longer than the prompts of CROSSING, shorter than them with 16 new tokens
+WINDOW = 128  # longer than the prompts of CROSSING, shorter than these with 16 new tokens
 SIDE = 24  # of a tile of Idefics3
 FRAMES = 3
 
 
 def idefics2_config(window: int | None = None) -> PreTrainedConfig:
-    # nothing said of the sliding window is the default of 4096 for every layer
+    # no sliding window given: the default is 4096, for every layer
     sliding = {} if window is None else {"sliding_window": window}
     return transformers.Idefics2Config(
         text_config=transformers.MistralConfig(**TEXT, **sliding),
@@ -89,12 +89,12 @@ def whole(config: Any) -> list[int]:
 
 
 def idefics3_image(config: Any, index: int, count: int, generator: torch.Generator) -> Image:
-    """Small images are whole, larger ones two or four tiles and the whole."""
+    """Small images are one tile; larger ones are two or four tiles and the whole image."""
     rows, columns = ((0, 0), (2, 2), (1, 2))[(index + count) % 3]
     layout: list[int] = []
     for row in range(rows):
         for column in range(columns):
-            # <row_1_col_2> is one token, another for every place
+            # <row_1_col_2> is one token; every place has its own
             layout += [FAKE, (TILE, *DIGITS)[row * columns + column], *run(config)]
         layout.append(NEWLINE)
     layout += [NEWLINE] if rows else []
@@ -111,7 +111,7 @@ def smolvlm_video(config: Any, index: int, count: int, generator: torch.Generato
 
 
 def collate(rows: list[Row]) -> dict[str, Tensor]:
-    """[rows, most images of a row, ...]: missing images are zeros, and the model drops those."""
+    """[rows, most images in a row, ...]. Missing images are zeros, which the model drops."""
     images = [[tile for item in row.media for tile in item.pixels] for row in rows]
     sizes = [tile.shape[-2:] for row in images for tile in row]
     height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)

@@ -1,8 +1,9 @@
-"""The LLaVA families: one run of image tokens an image.
+"""The LLaVA families: each image is one run of image tokens.
 
-LLaVA as in Mantis has a square of patches from SigLIP without its head; LLaVA-NeXT and
-LLaVA-OneVision add tiles, a newline at the end of every row of them. In LLaVA-OneVision images are
-cut into tiles only where a prompt has one, and videos are pooled frames with one newline.
+LLaVA, as in Mantis, has a square of patches from SigLIP without its head. LLaVA-NeXT and
+LLaVA-OneVision add tiles, with a newline token after every row of patches. In LLaVA-OneVision an
+image is cut into tiles only if the prompt has no other one, and videos are pooled frames with one
+newline token.
 """
 
 import math
@@ -44,7 +45,7 @@ def llava_config() -> PreTrainedConfig:
 
 
 def next_config() -> PreTrainedConfig:
-    """A CLIP tower, whose class token the default strategy drops."""
+    """A CLIP tower. The default strategy drops its class token."""
     return transformers.LlavaNextConfig(
         text_config=transformers.MistralConfig(**TEXT, sliding_window=None),
         vision_config=transformers.CLIPVisionConfig(
@@ -84,7 +85,7 @@ def onevision_image(config: Any, index: int, count: int, generator: torch.Genera
 
 
 def tiled(config: Any, size: tuple[int, int], generator: torch.Generator) -> Image:
-    """The whole image, then the rows of its tiles, each with a newline."""
+    """The whole image, and then the rows of its tiles, each with a newline token."""
     side = config.vision_config.image_size
     best = select_best_resolution(list(size), config.image_grid_pinpoints)
     tiles = (best[0] // side) * (best[1] // side)
@@ -94,7 +95,7 @@ def tiled(config: Any, size: tuple[int, int], generator: torch.Generator) -> Ima
 
 
 def unpadded(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
-    """The part of a grid of patches that an image of this size fills, padding cut off."""
+    """The part of a grid of patches that an image of this size fills, without padding."""
     (height, width), (rows, columns) = size, grid
     if width / height > columns / rows:
         filled = int(round(height * columns / width, 7))

@@ -1,7 +1,7 @@
-"""Families' real image processors at small sizes, and which token sees a change of their pixels.
+"""The image processors of families at small sizes, and which token sees a changed pixel.
 
-Nothing here comes from our geometry: the model's own code packs patches into tokens, or a line of
-arithmetic on the processor's output says which patch it was.
+Nothing here uses the geometry of plphp. The model's own code packs patches into tokens, or a line
+of arithmetic on the processor's output gives the patch.
 """
 
 from collections.abc import Callable
@@ -30,14 +30,14 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from plphp.models.patches import TILES, WHOLE
+from plphp.models.boxes import TILES, WHOLE
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family's processor, and which token (ordinal, view) sees a change of its pixels.
+    """The processor of a family, and which token (ordinal, view) sees a changed pixel.
 
-    seen: (processor's outputs, change of pixel values, size of the picture) -> view -> ordinal
+    seen: (outputs of the processor, change of pixel values, size of the image) -> view -> ordinal
     """
 
     processor: Any
@@ -47,7 +47,7 @@ class Case:
     inputs: Callable[[Any], dict[str, Any]] = lambda out: {}
     after: Callable[[Any], tuple[int, ...]] = lambda out: ()
     options: dict[str, Any] = field(default_factory=dict)
-    near: float = 3.0  # pixels by which resampling may move the peak of a spot
+    near: float = 3.0  # pixels by which resampling may move the peak
 
 
 def tower(kind: str, size: int = 56, patch: int = 14) -> SimpleNamespace:
@@ -195,7 +195,7 @@ def tiled(processor: Any, model_type: str, first: bool = False, joined: bool = F
 
 
 def grid_tokens(out: Any) -> tuple[int, ...]:
-    """What Ovis2's processor writes behind the whole and behind each tile, of its own `grids`."""
+    """What Ovis2's processor writes after the whole image and each tile, from its own `grids`."""
     rows, columns = (int(n) for n in out["grids"][0])
     if rows * columns == 1:
         return (2,)
@@ -203,7 +203,7 @@ def grid_tokens(out: Any) -> tuple[int, ...]:
 
 
 def latents_seen(out: Any, change: Tensor, size: tuple[int, int]) -> dict[int, int]:
-    """Any of the quarter's latents sees it: the first one stands for all."""
+    """Every latent of the quarter sees it; the first one stands for all."""
     quarter, _, _ = peak(change[0][:4])
     return {TILES: quarter * 5, WHOLE: 20}
 

@@ -6,7 +6,7 @@ import transformers
 
 
 def made(name: str, **options: Any) -> Any:
-    """An image processor; None where this release of transformers wants torchvision for it."""
+    """An image processor; None if this release of transformers needs torchvision for it."""
     try:
         return getattr(transformers, name)(**options)
     except ImportError:

@@ -1,8 +1,9 @@
-"""Each method against its formula, written out again in loops."""
+"""Each method against its formula, which is written again in loops here."""
 
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import plphp
-from plphp.policy import POLICIES, KeepPlan, LayerView, steps
+from plphp.policy import POLICIES, KeepPlan, LayerView, SequencePolicy, steps
 from plphp.policy.plphp import calibrated
 
-CACHE_METHODS = [n for n in POLICIES if POLICIES[n]().kind in ("layer", "layers")]
+CACHE_METHODS = [n for n in POLICIES if POLICIES[n]().prunes_cache]
 HEADS, KV_HEADS, WINDOW = 4, 2, 6
 
 
 def layer(seed: int = 0, padding: int = 0, index: int = 0, layers: int = 4) -> LayerView:
-    """One row: text, image of 12, text, image of 20, 9 columns of text; padding on the left."""
+    """One row, left-padded: text, image of 12, text, image of 20, 9 columns of text."""
     generator = torch.Generator().manual_seed(100 * index + seed)
     row = [0] * 3 + [1] * 12 + [0] * 2 + [2] * 20 + [0] * 9
     spans = torch.tensor([[-1] * padding + row])
@@ -67,7 +68,9 @@ def test_every_method_keeps_its_budget_over_all_layers(name: str, budget: float)
     views = [layer(index=index) for index in range(4)]
     made = plans(plphp.policy(name, budget=budget), views)
     share = sum(len(vision_kept(p, v)) for p, v in zip(made, views, strict=True)) / (4 * 32)
-    assert budget - 1e-6 <= share <= budget + 2 / 32  # a token more a layer and image, at most
+    assert (
+        budget - 1e-6 <= share <= budget + 2 / 32
+    )  # at most one token more for each layer and image
     for plan, view in zip(made, views, strict=True):
         text = {j for j, s in enumerate(view.spans[0].tolist()) if s == 0}
         assert text <= set(kept(plan))
@@ -217,7 +220,7 @@ def test_vl_cache_gives_dense_layers_more() -> None:
     vision = (views[0].spans[0] > 0).nonzero()[:, 0].tolist()
     window = views[0].window
     assert window is not None
-    scores = window[0].sum(1)  # every asked token is after the last image
+    scores = window[0].sum(1)  # every scored token is after the last image
     for group in range(KV_HEADS):
         wanted = top(
             scores[2 * group : 2 * group + 2].mean(0), vision, math.ceil(rates[0] * 32 - 1e-6)
@@ -311,3 +314,55 @@ def test_novelty_keeps_what_differs_from_its_image(floor: float) -> None:
         rest = [j for c in images for j in c if j not in own]
         more = max(math.ceil(0.4 * 32 - 1e-6) - len(own), 0)
         assert vision_kept(plan, view, head) == sorted([*own, *top(scores, rest, more)])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("plphp-shared", {"gqa": "max"}, "gqa"),
+        ("plphp-global", {"budget": "image"}, "budget"),
+        ("fastv", {"keep": 0.5, "budget": 0.6}, "keep"),
+        ("vtw", {"layer": 1, "budget": 0.6}, "layer"),
+    ],
+)
+def test_an_option_without_effect_is_refused(name: str, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        plphp.policy(name, **options)
+
+
+# Pairs of options. The second changes what is kept, unless the first refuses it.
+CHANGES: dict[str, tuple[Any, Any]] = {
+    "r": (0.4, 0.6), "delta_r": (0.0, 0.3), "alpha": (0.05, 0.9), "beta": (0.0, 0.89),
+    "budget": (0.5, 0.8), "gqa": ("mean", "max"), "min_tokens": (0, 12), "round_to": (1, 16),
+    "seed": (0, 1), "window": (1, 6), "kernel": (1, 7), "slope": (1.0, 20.0),
+    "threshold": (0.001, 0.9), "floor": (0.0, 1.0), "keep": (0.2, 0.7), "layer": (1, 3),
+}  # fmt: skip
+FIXED = {"beta": {"alpha": 0.9, "r": 0.5, "delta_r": 0.3}, "alpha": {"beta": 0.0, "r": 0.5}}
+
+
+def options_of_methods() -> list[tuple[str, str]]:
+    """Every option of every method that prunes a cache or hidden states."""
+    names = [n for n in POLICIES if n not in ("full", "downsample")]
+    return [(n, o) for n in names for o in POLICIES[n].__dataclass_fields__]
+
+
+@pytest.mark.parametrize(("name", "option"), options_of_methods())
+def test_every_option_of_a_method_has_an_effect(name: str, option: str) -> None:
+    views = [layer(seed=seed, index=index) for seed in range(3) for index in range(4)]
+    found: list[list[Any]] = []
+    for value in CHANGES[option]:
+        try:
+            made = plphp.policy(name, **{**FIXED.get(option, {}), option: value})
+        except ValueError as error:
+            found.append([option in str(error)])
+            continue
+        last = [replace(v, window=v.window[:, :, -w:], asked=v.asked[:, -w:])
+                for v in views if (w := made.window)]  # fmt: skip
+        at = [made.leave_at(4)] if isinstance(made, SequencePolicy) else []
+        found.append([*at, *(plan.columns.tolist() for plan in plans(made, last))])
+    assert found[0] != found[1]
+
+
+def test_round_to_rounds_what_is_dropped() -> None:
+    view = layer()
+    assert (32 - len(vision_kept(plphp.PLPHP(round_to=8).plan(view), view))) % 8 == 0

@@ -1,7 +1,7 @@
-"""A marked spot of a picture lies in the rectangle of the very token that sees it.
+"""A marked spot of an image lies in the rectangle of the token that sees it.
 
-Which token sees it is found without our geometry: the family's real image processor reads a black
-picture and the same one with a white spot, and what changed says which patch it was.
+The token is found without the geometry of plphp: the processor of the family reads a black image,
+and the same one with a white spot, and the difference shows the patch.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from patch_cases import CASES, Case
 from PIL import Image
 
 from plphp.models import Patch, Shown, places
-from plphp.models.patches import TILES, WHOLE
+from plphp.models.boxes import TILES, WHOLE
 
-SPOT = 3  # pixels a side
+SPOT = 3  # pixels of a side
 SIZES = [(120, 120), (200, 90), (90, 210), (331, 247), (64, 300)]
 
 
 def spots(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Corners, sides and the inside, away from where cells meet."""
+    """Corners, sides and the inside, not close to the borders of cells."""
     for x in (0.04, 0.31, 0.55, 0.81, 0.97):
         for y in (0.04, 0.29, 0.59, 0.96):
             yield int(x * (size[0] - SPOT)), int(y * (size[1] - SPOT))
@@ -60,11 +60,11 @@ def test_a_marked_spot_lies_in_the_token_that_sees_it(name: str, size: tuple[int
     before = read(case, size, None)
     found = places(shown(case, before, size))
     assert found, "the family says where its tokens lie"
-    near = case.near + max(size) / 112  # a pixel of a shrunk picture
+    near = case.near + max(size) / 112  # a pixel of a reduced image
     unseen = 0
     for spot in spots(size):
         change = read(case, size, spot)["pixel_values"] - before["pixel_values"]
-        if float(change.abs().max()) < 0.05:  # cropped away: no token may claim it
+        if float(change.abs().max()) < 0.05:  # cropped away, so no rectangle may contain it
             unseen += 1
             assert not any(holds(patch, spot, -near) for patch in found), spot
             continue

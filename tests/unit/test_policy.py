@@ -34,7 +34,7 @@ def views(draw: st.DrawFn) -> LayerView:
 
 
 def _row(parts: list[tuple[int, int]]) -> list[int]:
-    """Text and images in turn; the last token is text, as in every prompt."""
+    """Text and images in turn. The last token is text, as in every prompt."""
     row: list[int] = []
     for number, (image, text) in enumerate(parts, start=1):
         row += [number] * (2 * image) + [0] * text

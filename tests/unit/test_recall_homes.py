@@ -1,4 +1,4 @@
-"""The homes of parked tokens by themselves, against what their formulas say."""
+"""The homes of parked tokens without a model, against their formulas."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from plphp.attention import reference
 from plphp.cache import KVStore, allocated
 from plphp.policy import Look
 from plphp.recall import Home, codes, park
-from plphp.recall.budget import dealt
+from plphp.recall.budget import share_of_layer
 from plphp.recall.codes import (
     code_bytes,
     from_rows,
@@ -63,12 +63,14 @@ def padding(row: int) -> int:
 
 
 def read_of(home: Home, row: int, head: int) -> list[int]:
-    """Row-logical positions of what was read last."""
+    """Row-logical positions of the tokens that were read last."""
     return [position for position in home.log[-1][row, head].tolist() if position >= 0]
 
 
 def scores_by_the_formula(keys: Tensor, asked: Tensor, basis: Tensor) -> Tensor:
-    """Of keys (V, D) for queries (G, D) and directions (D, r), float64, in standard deviations."""
+    """Scores of keys (V, D) for queries (G, D) and directions (D, r), in float64, in units of their
+    standard deviation.
+    """
     keys, asked, basis = keys.double(), asked.double(), basis.double()
     found = torch.linalg.lstsq(basis, (keys - keys.mean(0)).T).solution.T
     logits = asked @ basis @ rounded(found, 4, 0).T
@@ -107,7 +109,7 @@ def test_a_step_brings_what_its_query_looks_for(budget: float) -> None:
                 chosen = torch.zeros(len(columns), dtype=torch.bool)
                 chosen[held] = True
                 assert int(chosen.sum()) == len(held) < len(columns)
-                # what lies between two codes may become either
+                # a number between two codes may be rounded to either
                 assert scores[chosen].min() > scores[~chosen].max() - 0.25
                 own = slice(int(store.start[row]), int(store.start[row]) + len(held))
                 assert torch.equal(store.keys[row, head, own], keys[row, head, columns[held]])
@@ -152,14 +154,16 @@ def test_codes_are_read_as_the_rounded_numbers(home: str) -> None:
 
 
 def rounded(x: Tensor, bits: int, dim: int) -> Tensor:
-    """A step and a lowest number in float16 for all along `dim`."""
+    """Numbers rounded along `dim`, with a step and a lowest number in float16."""
     low = x.amin(dim, keepdim=True).half().float()
     step = ((x.amax(dim, keepdim=True) - low) / (2**bits - 1)).half().float()
     return ((x - low) / step).round().clamp(min=0) * step + low
 
 
 @pytest.mark.parametrize("bits", [4, 2])
-@pytest.mark.parametrize("length", [77, 64, 7])  # whole groups and a rest, whole groups, a rest
+@pytest.mark.parametrize(
+    "length", [77, 64, 7]
+)  # whole groups and a rest, whole groups, and only a rest
 @pytest.mark.parametrize("block", [codes.BLOCK, 2**12])
 def test_codes_are_near_what_they_stand_for(
     bits: int, length: int, block: int, monkeypatch: pytest.MonkeyPatch
@@ -213,7 +217,7 @@ def test_a_row_does_not_depend_on_the_others(recall: plphp.Recall) -> None:
 def test_the_device_holds_what_the_budget_allows(
     recall: plphp.Recall, dtype: torch.dtype, layers: int
 ) -> None:
-    """Storages, but for text, slack and the numbers of the batch's rows, and what they say."""
+    """Storages without text, slack and the numbers of rows, and the bytes reported."""
     spans = torch.cat([torch.zeros(1, 6), torch.ones(1, 501), torch.zeros(1, 10)], 1).long()
     token = 2 * DIM * dtype.itemsize * HEADS
     full, used, held = 501 * token, 0, []
@@ -246,7 +250,7 @@ def test_early_layers_hold_twice_as_much_up_to_everything() -> None:
     tokens = torch.tensor([100, 100, 100, 30])
     mean = torch.tensor([10.0, 60.0, 90.0, 30.0]).double()
     for layers, early in ((1, 1), (2, 1), (4, 2), (6, 2), (28, 10)):
-        parts = torch.stack([dealt(mean, tokens, (i, layers)) for i in range(layers)])
+        parts = torch.stack([share_of_layer(mean, tokens, (i, layers)) for i in range(layers)])
         torch.testing.assert_close(parts.mean(0), mean)
         first, last = parts[0], parts[-1]
         assert torch.equal(parts[:early], first.expand(early, -1))
@@ -289,7 +293,7 @@ def test_fetched_tokens_are_counted() -> None:
 
 
 def say(home: Home, store: KVStore, *steps: int) -> Tensor:
-    """Attention of new columns, the queries of these numbers, read at once."""
+    """Attention of new columns with these queries, read in one call."""
     new = torch.zeros(BATCH, HEADS, len(steps), DIM)
     store.append(new, new)
     return home.attend(torch.cat([query(step) for step in steps], 2), store, SCALE, None)
@@ -304,7 +308,7 @@ def test_every_other_step_keeps_what_it_has() -> None:
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_guesses_that_are_taken_back_leave_nothing(every: int) -> None:
-    """Columns read one by one, and two at a time with three wrong ones behind them."""
+    """Columns are read one by one, or two at a time with three wrong ones after them."""
     recall = plphp.Recall(budget=0.4, every=every, record=True)
     plain_store, plain, *_ = parked(recall)
     store, home, *_ = parked(recall)

@@ -1,4 +1,4 @@
-"""The index of keys by itself."""
+"""The index of keys without a model."""
 
 import torch
 
@@ -6,7 +6,7 @@ from plphp.recall.index import build
 
 
 def test_of_tokens_that_score_alike_the_earlier_comes_first() -> None:
-    """Else what a row reads could depend on the batch that it is in."""
+    """Otherwise the tokens that a row reads could depend on the other rows of its batch."""
     drawn = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 2, 3, 8, generator=drawn).repeat_interleave(4, 2)
     index = build(keys, torch.ones(1, 12, dtype=torch.bool), 2)

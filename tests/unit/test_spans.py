@@ -1,4 +1,4 @@
-"""Which tokens belong to which image, on layouts that are easy to get wrong."""
+"""The spans of layouts that are easy to read wrongly."""
 
 from types import SimpleNamespace
 
@@ -73,3 +73,18 @@ def test_unknown_families_fall_back_to_their_config_or_refuse() -> None:
     assert spans(UNKNOWN, [1, IMG, 2]) == [0, 1, 0]
     with pytest.raises(plphp.UnsupportedModelError, match="vision_mask"):
         spans(SimpleNamespace(model_type="brand_new_vl"), [1, 2])
+
+
+def test_token_ids_are_found_in_configs_inside_the_config() -> None:
+    """The outermost config with such ids counts. Deeper ones may belong to other models."""
+    inner = SimpleNamespace(model_type="inner", image_token_id=9)
+    deep = SimpleNamespace(model_type="middle", vlm_config=inner)
+    for outer in (
+        SimpleNamespace(model_type="outer", vlm_config=inner),
+        SimpleNamespace(model_type="outer", thinker_config=deep),
+        SimpleNamespace(model_type="outer", image_token_id=None, text_config=inner),
+        SimpleNamespace(model_type="outer", text_config={"image_token_id": 9}),
+    ):
+        assert plphp.vision_spans(outer, torch.tensor([[5, 9, 9, 5]])).tolist() == [[0, 1, 1, 0]]
+    named = SimpleNamespace(model_type="outer", image_token_id=5, text_config=inner)
+    assert plphp.vision_spans(named, torch.tensor([[5, 9, 9]])).tolist() == [[1, 0, 0]]

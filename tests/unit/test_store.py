@@ -85,7 +85,7 @@ def test_visible_hides_fillers_future_and_what_left_the_window() -> None:
     wanted = torch.tensor([[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]])
     assert torch.equal(store.visible(2)[:, 0].int(), wanted.int())
     store.append(torch.randn(2, 3, 1, 4), torch.randn(2, 3, 1, 5))
-    # The query is column 12: a window of 12 shows columns 1 to 12, so column 0 has left.
+    # The query is column 12. A window of 12 covers columns 1 to 12, so column 0 is outside.
     visible = store.visible(1).expand(2, 3, 1, 6)[:, 0, 0].int()
     assert visible.tolist() == [[0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]]
 
@@ -114,7 +114,7 @@ def test_reorder_moves_rows_and_crop_forgets_the_end() -> None:
 def test_a_frozen_store_is_the_same_store(
     length: int, steps: list[int], window: int | None
 ) -> None:
-    """Appending, hiding and thawing with lengths on the device, against lengths on the host."""
+    """Append, mask and thaw with lengths on the device, against lengths on the host."""
     store, _, _ = filled(length, window)
     keep = torch.rand(2, 3, length) > 0.4
     keep[0] = keep[0, :1]  # every head keeps equally many
@@ -124,7 +124,7 @@ def test_a_frozen_store_is_the_same_store(
     other = KVStore(store.keys.clone(), store.values.clone())
     other.window, other.start, other.ragged = store.window, store.start, store.ragged
     other.end, other.logical = store.end, store.logical
-    other.positions = None if store.positions is None else store.positions.clone()
+    other.columns = None if store.columns is None else store.columns.clone()
     frozen = StaticStore(other)
     for step in steps:
         keys, values = torch.randn(2, 3, step, 4), torch.randn(2, 3, step, 5)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import plphp
+from plphp.policy import POLICIES
 from plphp.vllm.options import Options, read_options, request_policy
 
 
@@ -56,12 +57,36 @@ def test_a_request_may_differ_from_its_server() -> None:
         ({"plphp": "maybe"}, "plphp must be 'on' or 'off'"),
         ({"plphp": {"r": 0.2}}, "plphp must be 'on' or 'off'"),
         ({"plphp.rate": 0.2}, "no option 'plphp.rate'"),
+        ({"plphp_r": 0.2}, "no option 'plphp_r'; the options are plphp, plphp.r, "),
+        ({"plphp-r": 0.2}, "no option 'plphp-r'"),
+        ({"PLPHP.r": 0.2}, "no option 'PLPHP.r'"),
+        ({"plphp": "off", "plphp.rate": 0.2}, "no option 'plphp.rate'"),
+        ({"plphp.policy": "plphp-shared"}, "no option 'plphp.policy'"),
         ({"plphp.r": 3}, r"r \+ delta_r"),
     ],
 )
 def test_a_requests_bad_options_are_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         request_policy(Options(), given)
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "plphp"])
+def test_other_methods_are_not_served_as_plphp(name: str) -> None:
+    other: Any = plphp.policy(name)
+    with pytest.raises(ValueError, match=f"PLPHP only, got {type(other).__name__}"):
+        plphp.vllm.engine_args(other)
+
+
+@pytest.mark.parametrize("given", ["plphp", {"r": 0.4}, 0])
+def test_what_is_no_policy_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match="PLPHP only, got"):
+        plphp.vllm.engine_args(given)
+
+
+def test_the_start_log_tells_the_real_rounding() -> None:
+    told = Options(plphp.PLPHP(r=0.3), layers_per_group=2).served(32)
+    assert "round_to=32" in told and "r=0.3" in told
+    assert told.endswith("layers_per_group=2, share_prefix=True, on=True")
 
 
 def test_options_do_not_import_vllm() -> None:

@@ -1,4 +1,4 @@
-"""HOW tokens are scored and attended. The choice between implementations is made in `choose`."""
+"""Attention over pruned layers, and the scores of prompt tokens. `choose` selects the code."""
 
 from plphp.attention.choose import attend, coded_attention, decode_attention, side_by_side
 from plphp.attention.scoring import last_token_probabilities, window_probabilities

@@ -1,7 +1,8 @@
-"""Which implementation attends: the one place where that is decided.
+"""Selects the implementation of attention over a pruned layer.
 
-On the CPU and for prompts it is PyTorch's scaled_dot_product_attention (SDPA); for a few new tokens
-on CUDA the Triton kernel where the table below says so; the formula itself where neither applies.
+On the CPU, and for prompts, it is PyTorch's scaled_dot_product_attention (SDPA). For a few new
+tokens on CUDA it is the Triton kernel, where KERNEL_FROM says so. It is the formula in `reference`
+where neither can be used.
 """
 
 from __future__ import annotations
@@ -16,22 +17,25 @@ from plphp.attention import coded, reference, sdpa
 
 HAS_TRITON = find_spec("triton") is not None
 
-# From how many slots a decode step takes the Triton kernel, None for never, by what SDPA would be
-# asked for. NOT MEASURED ON A GPU YET; a measurement replaces it. What it rests on: PyTorch's flash
-# kernel splits along the keys too, but takes no mask; those that do neither split nor skip hidden
-# slots, and rows of different lengths or static buffers cannot do without one. Soft-capping, which
-# SDPA does not know, counts as a mask.
+# The number of slots from which a decode step uses the Triton kernel, None for never: "masked" if
+# SDPA would need a mask, or for soft-capping, which it does not support; "plain" otherwise. NOT
+# MEASURED ON A GPU YET. The values follow from how the kernels work: PyTorch's flash kernel splits
+# along the keys as the Triton kernel does, but it accepts no mask. The PyTorch kernels that accept
+# one neither split along the keys nor skip hidden slots. Rows of different lengths and static
+# buffers need a mask.
 KERNEL_FROM: dict[str, int | None] = {"plain": None, "masked": 0}
-MOST_QUERIES = 16  # more new tokens than that are a prompt: matrix products, not bytes, decide
+# With more new tokens the time depends on the matrix products and not on the bytes read, so SDPA is
+# used, as for a prompt.
+MOST_QUERIES = 16
 
 
 class Held(Protocol):
-    """What attention reads of a layer: `plphp.cache.KVStore` or `StaticStore` say what it means."""
+    """The store of a layer, as attention reads it; see `plphp.cache.KVStore` and `StaticStore`."""
 
     keys: Tensor
     values: Tensor
     start: Tensor
-    positions: Tensor | None
+    columns: Tensor | None
     window: int | None
     ragged: bool
 
@@ -44,7 +48,7 @@ class Held(Protocol):
 
 
 class Parked(Protocol):
-    """What lies in codes beside it: `plphp.recall.QuantisedHome` says what it means."""
+    """The home of tokens that are parked in codes; see `plphp.recall.QuantisedHome`."""
 
     @property
     def keys(self) -> coded.Keys: ...
@@ -62,12 +66,16 @@ def decode_attention(
     held: Held,
     scale: float,
     softcap: float | None = None,
-    among: Tensor | None = None,
+    new_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention output (B, H, T, Dv) of the T columns that were appended last to a layer.
+    """Attention output (B, H, T, Dv) of the last T columns that were appended to a layer.
 
-    q (B, H, T, D). among: (B or 1, 1, T, T) bool, what these columns see of each other, by default
-    each all before it.
+    q: (B, H, T, D)
+    held: the store of the layer
+    scale: factor of the logits
+    softcap: logits x become softcap * tanh(x / softcap); None for no soft cap
+    new_mask: (B or 1, 1, T, T) bool, which of these T columns attend to which of them; by default
+        each attends to itself and those before it
     """
     window = _window(held)
     masked = held.ragged or q.shape[2] > 1 or window is not None or softcap is not None
@@ -80,18 +88,18 @@ def decode_attention(
 
         return flash_decode.attend(
             q, held.keys, held.values, held.start, held.end, scale, softcap,
-            None if window is None else held.positions, held.logical, window or 0, among,
+            None if window is None else held.columns, held.logical, window or 0, new_mask,
         )  # fmt: skip
     visible = held.visible(q.shape[2])
-    if among is not None and visible is not None:
-        visible = side_by_side(visible[..., : -among.shape[-1]], among)
+    if new_mask is not None and visible is not None:
+        visible = side_by_side(visible[..., : -new_mask.shape[-1]], new_mask)
     return attend(q, *held.held(), visible, scale, softcap)
 
 
 def coded_attention(
     q: Tensor, held: Held, parked: Parked, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """As `decode_attention`, over what a layer holds and what is parked beside it in codes."""
+    """As `decode_attention`, over a store and the tokens of the same layer that are in codes."""
     if (
         has_kernel(q.device)
         and kernel_takes(q, held.keys, held.values)
@@ -99,10 +107,12 @@ def coded_attention(
     ):
         from plphp.attention import flash_codes  # needs Triton
 
-        assert isinstance(held.end, int) and isinstance(held.logical, int)  # nothing static parks
+        assert isinstance(held.end, int) and isinstance(
+            held.logical, int
+        )  # a static cache has no recall
         window, columns = _window(held), None
-        if window is not None and held.positions is not None and parked.columns is not None:
-            columns = (held.positions, parked.columns)
+        if window is not None and held.columns is not None and parked.columns is not None:
+            columns = (held.columns, parked.columns)
         return flash_codes.attend(
             q, held.keys, held.values, held.start, held.end,
             (parked.keys.packed, parked.values.packed), parked.keys.tokens, parked.keys.bits,
@@ -113,7 +123,7 @@ def coded_attention(
 
 
 def side_by_side(left: Tensor, right: Tensor) -> Tensor:
-    """One mask (B, Hkv, T, S + S') of two, (B or 1, Hkv or 1, T, S) and (..., S')."""
+    """Join two masks, (B or 1, Hkv or 1, T, S) and (..., S'), to one with S + S' slots."""
     lead = [max(sizes) for sizes in zip(left.shape[:2], right.shape[:2], strict=True)]
     return torch.cat([part.expand(*lead, -1, -1) for part in (left, right)], -1)
 
@@ -126,40 +136,46 @@ def attend(
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention output (B, H, T, Dv) of new tokens over a pruned cache; see `reference.attend`."""
+    """Attention output (B, H, T, Dv) of new tokens; arguments as in `reference.attend`."""
     if softcap is not None:  # SDPA has no soft-capping
         return reference.attend(q, k, v, visible, scale, softcap)
     return sdpa.attend(q, k, v, visible, scale)
 
 
 def kernel_wins(queries: int, slots: int, masked: bool) -> bool:
-    """Whether the Triton kernel is to be taken where it can be: T new tokens over so many slots."""
-    least = KERNEL_FROM["masked" if masked else "plain"]
-    return queries <= MOST_QUERIES and least is not None and slots >= least
+    """Whether the Triton kernel is used if it can be.
+
+    queries: number of new tokens; slots: capacity of the buffers; masked: as in KERNEL_FROM
+    """
+    threshold = KERNEL_FROM["masked" if masked else "plain"]
+    return queries <= MOST_QUERIES and threshold is not None and slots >= threshold
 
 
 def kernel_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the Triton kernel can compute these: dtypes, head sizes, no gradient, addresses."""
+    """Whether the Triton kernel supports these dtypes and sizes; it cannot compute a gradient.
+
+    q: (B, H, T, D); k: (B, Hkv, C, D); v: (B, Hkv, C, Dv)
+    """
     return (
         q.dtype == k.dtype == v.dtype
         and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and max(q.shape[-1], v.shape[-1]) <= 256
         and not (torch.is_grad_enabled() and q.requires_grad)
-        and k.shape[2] * max(k.stride(2), v.stride(2)) < 2**31  # its slot offsets have 32 bits
+        and k.shape[2] * max(k.stride(2), v.stride(2)) < 2**31  # the kernel's offsets have 32 bits
     )
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Whether the Triton kernel runs on a device."""
+    """Whether the Triton kernel can run on a device: CUDA with compute capability 8.0 or newer."""
     if not HAS_TRITON or device.type != "cuda" or torch.version.cuda is None:
         return False
-    # Older ones have neither bfloat16 products nor asynchronous copies.
+    # Older GPUs have neither bfloat16 products nor asynchronous copies.
     return torch.cuda.get_device_properties(device).major >= 8
 
 
 def _window(held: Held) -> int | None:
-    """The sliding window, where something may have left it."""
+    """The size of the sliding window; None if every column is inside it, or without a window."""
     logical = held.logical
-    if held.positions is None or held.window is None:
+    if held.columns is None or held.window is None:
         return None
     return None if isinstance(logical, int) and logical <= held.window else held.window

@@ -1,7 +1,7 @@
-"""Attention over a layer of which a part lies in codes of a few bits, in tensor operations.
+"""Attention over a layer whose tokens are partly in codes of 4 or 2 bits, in tensor operations.
 
-Logits and sums are float32: codes are numbers of that kind as soon as they are read, and a product
-of a few rows is faster so on a CPU than in bfloat16.
+Logits and sums are float32: codes are decoded to float32, and on a CPU products of a few rows are
+faster in float32 than in bfloat16.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-BLOCK = 2**19  # numbers of the part in full that are converted at a time
+BLOCK = 2**19  # how many numbers of k or v are converted to float32 at a time
 
 
 class Keys(Protocol):
-    """P keys in codes: `plphp.recall.codes.KeyCodes`."""
+    """P keys in codes; see `plphp.recall.codes.KeyCodes`."""
 
     packed: Tensor
     bits: int
@@ -27,7 +27,7 @@ class Keys(Protocol):
 
 
 class Values(Protocol):
-    """P values in codes: `plphp.recall.codes.ValueCodes`."""
+    """P values in codes; see `plphp.recall.codes.ValueCodes`."""
 
     packed: Tensor
 
@@ -45,12 +45,17 @@ def attend(
 ) -> Tensor:
     """Attention output (B, H, T, Dv) in q's dtype.
 
-    q (B, H, T, D); k (B, Hkv, S, D) and v (B, Hkv, S, Dv), what is there in full; codes: of P keys
-    and values more; visible: as in `reference.attend`, over S and then P
+    q: (B, H, T, D)
+    k, v: (B, Hkv, S, D) and (B, Hkv, S, Dv), the keys and values that are stored in full
+    codes: the codes of P further keys and values
+    visible: as in `reference.attend`, over the S tokens and then the P
     """
     batch, heads, queries, dim = q.shape
-    asked = scale * q.reshape(batch, k.shape[1], -1, dim).float()
-    logits = torch.cat([*(asked @ part.mT for part in _blocks(k)), *codes[0].products(asked)], -1)
+    queries_of_head = scale * q.reshape(batch, k.shape[1], -1, dim).float()
+    logits = torch.cat(
+        [*(queries_of_head @ part.mT for part in _blocks(k)), *codes[0].products(queries_of_head)],
+        -1,
+    )
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:
@@ -65,6 +70,6 @@ def attend(
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:
-    """x (B, Hkv, S, D) in float32, so many tokens at a time."""
+    """x (B, Hkv, S, D) in float32, in blocks of tokens with BLOCK numbers or less."""
     length = max(1, BLOCK // (x.shape[0] * x.shape[1] * x.shape[3]))
     return (part.float() for part in torch.split(x, length, 2))

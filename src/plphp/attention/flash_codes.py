@@ -1,12 +1,13 @@
-"""Attention of a few new tokens over a layer of which a part lies in codes: a fused Triton kernel.
+"""Attention of a few new tokens over a layer whose tokens are partly in codes: a Triton kernel.
 
-What is there in full is attended by the kernel of `flash_decode`, in splits; what lies in codes by
-the one below, which makes numbers of codes in registers, in more splits of the same kind. Their
-log-sum-exps say what each counts when all are added up.
+The kernel of `flash_decode` attends to the tokens that are stored in full, in splits. The kernel
+below attends to the tokens in codes, in further splits, and decodes the codes in registers. The
+results of all splits are added up, weighted by their log-sum-exp.
 
-A row of codes has their bits, the first number in the lowest, and then step and lowest number in
-float16. Of keys a row is 32 tokens of one channel; their last tokens, where they are no whole
-group, have shorter rows. Of values a row is a token (`plphp.recall.codes`).
+A row of codes consists of their bits, the first number in the lowest bits of a byte, and then the
+step and the lowest number as float16. For keys a row is 32 tokens of one channel; if the number of
+tokens is no multiple of 32, the last rows are shorter. For values a row is one token
+(`plphp.recall.codes`).
 
 NOT RUN ON A GPU YET: tested in Triton's interpreter, and compiled for compute capability 8.0, 9.0.
 """
@@ -15,15 +16,51 @@ NOT RUN ON A GPU YET: tested in Triton's interpreter, and compiled for compute c
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from plphp.attention import flash_decode
-from plphp.attention.flash_decode import INTERPRETED, NOWHERE, add, dot, store, tanh
+from plphp.attention.flash_decode import (
+    INTERPRETED,
+    LOWEST,
+    add,
+    dot,
+    launch_splits,
+    reduce,
+    store,
+    tanh,
+)
+from plphp.attention.launch import (
+    Launch,
+    empty_output,
+    new_parts,
+    on_the_queries_device,
+    splits_of,
+    tile_of,
+    warps,
+)
 
-STAGES = 3  # as many rows of codes take a quarter of what keys in full take
-RANGE = tl.constexpr(4)  # bytes at a row's end
+STAGES = 3  # a stage takes a quarter of the bytes that it takes with keys stored in full
+RANGE = tl.constexpr(4)  # bytes at the end of a row: step and lowest number
+
+
+class Codes(NamedTuple):
+    """The tokens in codes. The fields are arguments of `attend` with the same names.
+
+    keys, values: (B, Hkv, bytes) and (B, Hkv, P, bytes), uint8
+    valid: (B, P) bool, None if all tokens count
+    columns: (B, Hkv, P) int32, None without a sliding window
+    """
+
+    keys: Tensor
+    values: Tensor
+    tokens: int
+    bits: int
+    group: int
+    valid: Tensor | None
+    columns: Tensor | None
 
 
 @triton.jit(do_not_specialize=["logical", "window", "heads", "splits", "all_splits", "tokens"])
@@ -36,7 +73,10 @@ def _codes_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, VALID: tl.constexpr, FLOAT32_DOT: tl.constexpr,
 ):  # fmt: skip
-    """One split of one KV head of one row, a group of tokens at a time; out and lse as there."""
+    """One split of one KV head of one row. A step of the loop reads one group of tokens.
+
+    The output and lse are those of `flash_decode._split_kernel` with SPLIT.
+    """
     pair, split = tl.program_id(0), tl.program_id(1)
     row, kv_head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     share = tl.cdiv(tl.cdiv(tokens, GROUP), splits)
@@ -59,7 +99,7 @@ def _codes_kernel(
     whole = tokens // GROUP
     last_row = tl.cdiv(tokens % GROUP, 2 * PER) * 2 + RANGE
 
-    top = tl.full([BLOCK_M], NOWHERE, tl.float32)
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for group in range(low, high):
@@ -79,10 +119,10 @@ def _codes_kernel(
         inside = n < tokens
         if VALID:
             inside = inside & (tl.load(valid_ptr + row * n_b + n, mask=inside, other=0) != 0)
-        seen = inside[None, :]
+        visible = inside[None, :]
         if WINDOW:
             column = tl.load(columns_ptr + row * c_b + kv_head * c_h + n, mask=inside, other=0)
-            seen = seen & (column[None, :] > (logical - QUERIES + token - window)[:, None])
+            visible = visible & (column[None, :] > (logical - QUERIES + token - window)[:, None])
         at = v_at + n * VALUE_ROW
         packed = tl.load(
             at[:, None] + value_byte[None, :],
@@ -90,7 +130,7 @@ def _codes_kernel(
             other=0,
         )
         v = _numbers(packed, at + VALUE_ROW - RANGE, inside, BITS).to(q.dtype)
-        top, mass, total = add(top, mass, total, logits, seen, v, FLOAT32_DOT)
+        top, mass, total = add(top, mass, total, logits, visible, v, FLOAT32_DOT)
 
     o_at = out_ptr + row * o_b + (head * o_h + token * o_t)[:, None] + split * o_s + dv[None, :]
     at = lse_ptr + ((row * heads * GROUPS + head) * QUERIES + token) * all_splits + split
@@ -99,7 +139,7 @@ def _codes_kernel(
 
 @triton.jit
 def _numbers(packed, range_ptr, mask, BITS: tl.constexpr):
-    """Codes (N, M) uint8 and where the range of each of N rows is -> (N, M * 8 / BITS) float32."""
+    """Decode packed (N, M) uint8, whose N ranges are at range_ptr, to (N, M * 8 / BITS) float32."""
     if BITS == 4:
         codes = tl.interleave(packed & 15, packed >> 4)
     else:
@@ -111,7 +151,7 @@ def _numbers(packed, range_ptr, mask, BITS: tl.constexpr):
     return codes.to(tl.float32) * step[:, None] + lowest[:, None]
 
 
-@flash_decode.on_the_queries_device
+@on_the_queries_device
 def attend(
     q: Tensor,
     k: Tensor,
@@ -129,37 +169,52 @@ def attend(
     logical: int = 0,
     window: int = 0,
 ) -> Tensor:
-    """Attention output (B, H, T, Dv) in q's dtype of the last T columns of k and v.
+    """Attention output (B, H, T, Dv), in the dtype of q, of the last T columns of k and v.
 
-    q, k, v, start, end, softcap: as in `flash_decode.attend`
-    codes: of P `tokens`' keys (B, Hkv, bytes) and values (B, Hkv, P, bytes), uint8, contiguous but
-        for B and Hkv, in 4 or 2 `bits`; `group` tokens of a channel share a range
-    valid: (B, P) bool, which of the P count, by default all
-    columns, logical, window: (B, Hkv, C) and (B, Hkv, P) int32 columns of what is there in full and
-        in codes, columns seen so far, and a sliding window over columns; none without columns
+    q, k, v, start, end, scale, softcap, logical, window: as in `flash_decode.attend`
+    codes: of the keys (B, Hkv, bytes) and values (B, Hkv, P, bytes) of P tokens, uint8, contiguous
+        except along B and Hkv
+    tokens: P
+    bits: 4 or 2, of a number
+    group: how many tokens of a channel of keys share a range
+    valid: (B, P) bool, the tokens in codes that count; by default all
+    columns: (B, Hkv, C) and (B, Hkv, P) int32, the columns of the slots and of the tokens in codes;
+        without them there is no sliding window
     """
-    (batch, heads, queries, dim), (kv_heads, value_dim) = q.shape, v.shape[1::2]
-    block = flash_decode.tile_of(q, kv_heads, value_dim)
-    own = flash_decode.splits_of(q, kv_heads, block, triton.cdiv(k.shape[2], block.keys))
-    coded = flash_decode.splits_of(q, kv_heads, block, triton.cdiv(tokens, group))
-    part, lse = flash_decode.new_parts(q, own + coded, value_dim)
-    flash_decode.launch_splits(
-        q, k, v, start, end, scale, softcap, None if columns is None else columns[0], logical,
-        window, None, part[..., :own, :], lse[..., :own],
-    )  # fmt: skip
-    keys, values = codes
-    # Without a window or fillers, pointers to something else stand for what is not read.
-    count, place = keys if valid is None else valid, keys if columns is None else columns[1]
-    groups, rest = heads // kv_heads, part[..., own:, :]
-    _codes_kernel[batch * kv_heads, coded, triton.cdiv(groups * queries, block.rows)](
-        q, keys, values, rest, lse[..., own:], count, place,
-        scale, softcap or 0.0, logical, window, kv_heads, coded, own + coded, tokens,
-        *q.stride()[:3], *keys.stride()[:2], *values.stride()[:2], *rest.stride()[:4],
-        count.stride(0), *place.stride()[:2],
-        Q_D=q.stride(3), BITS=bits, GROUP=group, VALUE_ROW=values.shape[3],
+    block = tile_of(q, k.shape[1], v.shape[3])
+    full_splits = splits_of(q, k.shape[1], block, triton.cdiv(k.shape[2], block.keys))
+    code_splits = splits_of(q, k.shape[1], block, triton.cdiv(tokens, group))
+    part, lse = new_parts(q, full_splits + code_splits, v.shape[3])
+    slot_columns, code_columns = (None, None) if columns is None else columns
+    launch = Launch(start, end, scale, softcap, slot_columns, logical, window, None)
+    launch_splits(q, k, v, launch, part[..., :full_splits, :], lse[..., :full_splits])
+    parked = Codes(*codes, tokens, bits, group, valid, code_columns)
+    _launch_codes(q, parked, launch, part[..., full_splits:, :], lse[..., full_splits:])
+    return reduce(part, lse, empty_output(q, v.shape[3]))
+
+
+def _launch_codes(q: Tensor, codes: Codes, launch: Launch, part: Tensor, lse: Tensor) -> None:
+    """Launch the kernel for the tokens in codes.
+
+    It writes part (B, H, T, splits, Dv) and lse (B, H, T, splits).
+    """
+    batch, heads, queries, dim = q.shape
+    kv_heads, value_dim, splits = codes.keys.shape[1], part.shape[4], part.shape[3]
+    block, groups = tile_of(q, kv_heads, value_dim), heads // kv_heads
+    # The kernel does not read `valid` without fillers or `columns` without a window. It is given
+    # the pointer of another tensor then.
+    valid = codes.keys if codes.valid is None else codes.valid
+    columns = codes.keys if codes.columns is None else codes.columns
+    _codes_kernel[batch * kv_heads, splits, triton.cdiv(groups * queries, block.rows)](
+        q, codes.keys, codes.values, part, lse, valid, columns,
+        launch.scale, launch.softcap or 0.0, launch.logical, launch.window,
+        kv_heads, splits, lse.stride(2), codes.tokens,
+        *q.stride()[:3], *codes.keys.stride()[:2], *codes.values.stride()[:2], *part.stride()[:4],
+        valid.stride(0), *columns.stride()[:2],
+        Q_D=q.stride(3), BITS=codes.bits, GROUP=codes.group, VALUE_ROW=codes.values.shape[3],
         GROUPS=groups, QUERIES=queries, DIM=dim, VALUE_DIM=value_dim,
         BLOCK_M=block.rows, BLOCK_D=block.dim, BLOCK_V=block.value_dim,
-        SOFTCAP=softcap is not None, WINDOW=columns is not None, VALID=valid is not None,
-        FLOAT32_DOT=INTERPRETED, num_warps=flash_decode.warps(q.dtype), num_stages=STAGES,
+        SOFTCAP=launch.softcap is not None, WINDOW=codes.columns is not None,
+        VALID=codes.valid is not None, FLOAT32_DOT=INTERPRETED,
+        num_warps=warps(q.dtype), num_stages=STAGES,
     )  # fmt: skip
-    return flash_decode.reduce(part, lse, flash_decode.empty_output(q, value_dim))

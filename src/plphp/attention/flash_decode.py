@@ -1,64 +1,64 @@
 """Attention of a few new tokens over one layer's buffers: a Triton kernel split along the keys.
 
-A decode step reads the whole cache once and computes little, so what counts is that every
-multiprocessor reads all the time. One program serves one KV head of one row: it holds all G query
-heads that share it, so keys and values are read once. With few rows and heads the keys are cut into
-splits, whose results a second kernel adds up (flash decoding: Dao et al. 2023, "Flash-Decoding for
-long-context inference"; the sums are those of online softmax, Milakov & Gimelshein 2018,
-arXiv 1805.02867).
+A decode step reads the whole cache once and computes little, so its time depends on how many
+multiprocessors read at the same time. One program computes one KV head of one row, for all G query
+heads that read it, so that keys and values are read once. If there are few rows and KV heads, the
+keys are cut into splits, one program each, and a second kernel adds up their results (flash
+decoding: Dao et al. 2023, "Flash-Decoding for long-context inference"; the sums are those of online
+softmax, Milakov & Gimelshein 2018, arXiv 1805.02867).
 
-Lengths stay on the device. The grid follows from the buffers' capacity alone, and a program reads
-where its row starts and ends: a step can be captured in a CUDA graph and replayed at any length.
+Lengths may be on the device. The grid depends only on the capacity of the buffers, and a program
+reads the start and the end of its row itself. So a step can be captured in a CUDA graph and
+replayed at any length.
 
-Importing this module needs Triton; `plphp.attention.choose` imports it where it is used.
+To import this module, Triton must be installed; `plphp.attention.choose` imports it on first use.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, wraps
-from typing import Any, TypeVar
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-Launch = TypeVar("Launch", bound=Callable[..., Tensor])
+from plphp.attention.launch import (
+    STAGES,
+    Launch,
+    empty_output,
+    new_parts,
+    on_the_queries_device,
+    splits_of,
+    tile_of,
+    warps,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
-NOWHERE = tl.constexpr(-1e30)  # finite, so that a block without visible keys yields no NaN
+LOWEST = tl.constexpr(-1e30)  # finite, so that a block without visible keys yields no NaN
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-STAGE_BYTES = 32 * 1024  # keys and values in flight a pipeline stage
-STAGES = 3  # two in flight beside the one computed with: 70 to 98 KiB of shared memory a program
-RESIDENT = 2  # programs a multiprocessor runs at a time: 128 KiB in flight hide Hopper's latency
-MOST_ROWS, MOST_SPLITS = 32, 64
 
-
-# A length that grows by one a step would be compiled anew for its being 1 or a multiple of 16.
+# Without this, Triton would compile again for lengths that are 1 or a multiple of 16.
 @triton.jit(
     do_not_specialize=["end_or_ptr", "logical_or_ptr", "window", "heads", "splits", "all_splits"]
 )
 def _split_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, end_or_ptr, positions_ptr, logical_or_ptr,
-    among_ptr, scale, softcap, window, heads, splits, all_splits,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, end_or_ptr, columns_ptr, logical_or_ptr,
+    new_mask_ptr, scale, softcap, window, heads, splits, all_splits,
     q_b, q_h, q_t, k_b, k_h, v_b, v_h, o_b, o_h, o_t, o_s, p_b, p_h, a_b, a_t,
     K_S: tl.constexpr, K_D: tl.constexpr, V_S: tl.constexpr, V_D: tl.constexpr, Q_D: tl.constexpr,
     P_S: tl.constexpr, A_S: tl.constexpr,
     GROUPS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    ON_DEVICE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, AMONG: tl.constexpr,
+    ON_DEVICE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, NEW_MASK: tl.constexpr,
     SPLIT: tl.constexpr, FLOAT32_DOT: tl.constexpr,
 ):  # fmt: skip
     """One split of one KV head of one row: its softmax-weighted values and their log-sum-exp.
 
-    Rows of the tile are (query head of the group, new token) pairs. With SPLIT the output is
-    float32 (B, H, T, splits, Dv) and lse (B, H, T, splits) in base 2, both of them among
-    `all_splits`, else it is final.
+    A row of the tile is a pair of a query head of the group and a new token. With SPLIT the output
+    is float32 (B, H, T, all_splits, Dv) and lse (B, H, T, all_splits) in base 2, of which this
+    kernel writes `splits`. Without it the output (B, H, T, Dv) is final.
     """
     pair, split = tl.program_id(0), tl.program_id(1)
     row, kv_head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -84,11 +84,11 @@ def _split_kernel(
     )
     k_at = k_ptr + row * k_b + kv_head * k_h + d[None, :] * K_D
     v_at = v_ptr + row * v_b + kv_head * v_h + dv[None, :] * V_D
-    p_at = positions_ptr
+    p_at = columns_ptr
     if WINDOW:
         p_at += row * p_b + kv_head * p_h
 
-    top = tl.full([BLOCK_M], NOWHERE, tl.float32)
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for begin in range(low, high, BLOCK_N):
@@ -98,25 +98,25 @@ def _split_kernel(
         logits = dot(q, tl.trans(k), FLOAT32_DOT) * scale
         if SOFTCAP:
             logits = softcap * tanh(logits / softcap)
-        seen = inside[None, :]
-        if AMONG:  # what this turn's columns see of each other is said by a mask of theirs
+        visible = inside[None, :]
+        if NEW_MASK:  # a mask says which of the new columns attend to each other
             place = n - (end - QUERIES)
             new = place >= 0
-            at = among_ptr + row * a_b + token[:, None] * a_t + place[None, :] * A_S
-            shown = tl.load(at, mask=(new & inside)[None, :], other=0) != 0
-            seen = seen & (shown | (~new)[None, :])
+            at = new_mask_ptr + row * a_b + token[:, None] * a_t + place[None, :] * A_S
+            allowed = tl.load(at, mask=(new & inside)[None, :], other=0) != 0
+            visible = visible & (allowed | (~new)[None, :])
         elif QUERIES > 1:
-            seen = seen & (n[None, :] <= (end - QUERIES + token)[:, None])
+            visible = visible & (n[None, :] <= (end - QUERIES + token)[:, None])
         if WINDOW:
             column = tl.load(p_at + n * P_S, mask=inside, other=0)
-            near = column[None, :] > (logical - QUERIES + token - window)[:, None]
-            if AMONG:
-                near = near | new[None, :]
-            seen = seen & near
+            in_window = column[None, :] > (logical - QUERIES + token - window)[:, None]
+            if NEW_MASK:
+                in_window = in_window | new[None, :]
+            visible = visible & in_window
         v = tl.load(
             v_at + n[:, None] * V_S, mask=inside[:, None] & (dv < VALUE_DIM)[None, :], other=0.0
         )
-        top, mass, total = add(top, mass, total, logits, seen, v, FLOAT32_DOT)
+        top, mass, total = add(top, mass, total, logits, visible, v, FLOAT32_DOT)
 
     o_at = out_ptr + row * o_b + (head * o_h + token * o_t)[:, None] + split * o_s + dv[None, :]
     at = lse_ptr + ((row * heads * GROUPS + head) * QUERIES + token) * all_splits + split
@@ -124,21 +124,26 @@ def _split_kernel(
 
 
 @triton.jit
-def add(top, mass, total, logits, seen, v, FLOAT32_DOT: tl.constexpr):
-    """Online softmax: one block of logits (M, N) and values (N, Dv) more."""
-    logits = tl.where(seen, logits * LOG2E, float("-inf"))
+def add(top, mass, total, logits, visible, v, FLOAT32_DOT: tl.constexpr):
+    """Online softmax: add a block of logits (M, N) and values (N, Dv).
+
+    top: (M,) largest logit so far; mass: (M,) sum of exponentials; total: (M, Dv) weighted values
+    """
+    logits = tl.where(visible, logits * LOG2E, float("-inf"))
     higher = tl.maximum(top, tl.max(logits, 1))
     p = tl.exp2(logits - higher[:, None])
-    fade = tl.exp2(top - higher)
-    mass = mass * fade + tl.sum(p, 1)
-    total = total * fade[:, None] + dot(p.to(v.dtype), v, FLOAT32_DOT)
+    decay = tl.exp2(top - higher)
+    mass = mass * decay + tl.sum(p, 1)
+    total = total * decay[:, None] + dot(p.to(v.dtype), v, FLOAT32_DOT)
     return higher, mass, total
 
 
 @triton.jit
 def store(out_ptr, lse_ptr, top, mass, total, rows, columns, SPLIT: tl.constexpr):
     """Write the softmax-weighted values of a tile and, with SPLIT, their log-sum-exp."""
-    out = total / tl.where(mass > 0, mass, 1.0)[:, None]  # zeros for a query that sees nothing
+    out = (
+        total / tl.where(mass > 0, mass, 1.0)[:, None]
+    )  # zeros for a query that attends to nothing
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=rows[:, None] & columns)
     if SPLIT:
         lse = tl.where(mass > 0, top + tl.log2(tl.where(mass > 0, mass, 1.0)), float("-inf"))
@@ -156,7 +161,7 @@ def _reduce_kernel(
     s = tl.arange(0, BLOCK_S)
     dv = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     lse = tl.load(lse_ptr + query * splits + s, mask=s < splits, other=float("-inf"))
-    top = tl.maximum(tl.max(lse, 0), NOWHERE)
+    top = tl.maximum(tl.max(lse, 0), LOWEST)
     weight = tl.exp2(lse - top)
     part = tl.load(
         part_ptr + (query * splits + s)[:, None] * VALUE_DIM + dv[None, :],
@@ -171,6 +176,7 @@ def _reduce_kernel(
 
 @triton.jit
 def dot(a, b, FLOAT32_DOT: tl.constexpr):
+    """a (M, K) times b (K, N), summed in float32."""
     if FLOAT32_DOT:  # Triton's interpreter multiplies bfloat16 as if it were integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
@@ -178,8 +184,9 @@ def dot(a, b, FLOAT32_DOT: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    fade = tl.exp2(tl.abs(x) * (-2 * LOG2E))
-    return tl.where(x < 0, -1.0, 1.0) * (1 - fade) / (1 + fade)
+    """tanh, computed from exp2."""
+    decay = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    return tl.where(x < 0, -1.0, 1.0) * (1 - decay) / (1 + decay)
 
 
 def attend(
@@ -190,113 +197,81 @@ def attend(
     end: int | Tensor,
     scale: float,
     softcap: float | None = None,
-    positions: Tensor | None = None,
+    columns: Tensor | None = None,
     logical: int | Tensor | None = None,
     window: int = 0,
-    among: Tensor | None = None,
+    new_mask: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """Attention output (B, H, T, Dv) in q's dtype of the last T columns that were written.
+    """Attention output (B, H, T, Dv), in the dtype of q, of the last T columns of k and v.
 
-    q (B, H, T, D); k (B, Hkv, C, D) and v (B, Hkv, C, Dv) are whole buffers with any strides, of
-    q's dtype: float32, bfloat16 or float16. Row b owns slots [start[b], end), start (B,) int64, end
-    an int or a 0-dim integer tensor; other slots are not read, whatever they hold. A column sees
-    all slots up to its own. Zeros for a query that sees nothing.
-
+    q: (B, H, T, D) float32, bfloat16 or float16
+    k, v: (B, Hkv, C, D) and (B, Hkv, C, Dv), whole buffers with any strides, in the dtype of q
+    start, end: (B,) int64, and an int or a 0-dim integer tensor: row b uses the slots
+        [start[b], end), and no other slot is read. A query attends to all of them up to its own
+    scale: factor of the logits
     softcap: logits x become softcap * tanh(x / softcap)
-    positions, logical, window: (B, Hkv, C) int32 column of each slot, columns seen so far (like
-        `end`, and by default that), and a sliding window over columns; none without positions
-    among: (B or 1, 1, T, T) bool, what the last T slots see of each other, by default all before
-    splits: cuts along the keys, by default what `split_count` says for this device
+    columns: (B, Hkv, C) int32, the column in each slot; without it there is no sliding window
+    logical: logical length, an int or a 0-dim integer tensor; by default `end`
+    window: size of the sliding window in columns
+    new_mask: (B or 1, 1, T, T) bool, which of the last T slots attend to which of them; by default
+        each attends to itself and those before it
+    splits: number of splits along the keys; by default `split_count` for this device
+
+    The output of a query that attends to no slot is 0.
     """
-    options = (softcap, positions, end if logical is None else logical, window, among)
+    logical = end if logical is None else logical
+    launch = Launch(start, end, scale, softcap, columns, logical, window, new_mask)
     if isinstance(end, Tensor) and torch.compiler.is_compiling():
-        return _op(q, k, v, start, end, scale, *options, splits)  # type: ignore[no-any-return]
-    return _launch(q, k, v, start, end, scale, *options, splits)
-
-
-def on_the_queries_device(launch: Launch) -> Launch:
-    """Launch where the first argument lies: Triton's device is PyTorch's current one."""
-
-    @wraps(launch)
-    def launched(q: Tensor, *args: Any, **options: Any) -> Tensor:
-        with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-            return launch(q, *args, **options)
-
-    return launched  # type: ignore[return-value]
+        return _op(q, k, v, *launch, splits)  # type: ignore[no-any-return]
+    return _launch(q, k, v, launch, splits)
 
 
 @on_the_queries_device
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    end: int | Tensor,
-    scale: float,
-    softcap: float | None,
-    positions: Tensor | None,
-    logical: int | Tensor,
-    window: int,
-    among: Tensor | None,
-    splits: int | None,
-) -> Tensor:
+def _launch(q: Tensor, k: Tensor, v: Tensor, launch: Launch, splits: int | None) -> Tensor:
+    """Launch the kernel, and the second one if there are several splits."""
     if splits is None:
         block = tile_of(q, k.shape[1], v.shape[3])
         splits = splits_of(q, k.shape[1], block, triton.cdiv(k.shape[2], block.keys))
     out = empty_output(q, v.shape[3])
-    options = (scale, softcap, positions, logical, window, among)
     if splits == 1:
-        launch_splits(q, k, v, start, end, *options, out[..., None, :], None)
+        launch_splits(q, k, v, launch, out[..., None, :], None)
         return out
     part, lse = new_parts(q, splits, v.shape[3])
-    launch_splits(q, k, v, start, end, *options, part, lse)
+    launch_splits(q, k, v, launch, part, lse)
     return reduce(part, lse, out)
 
 
 def launch_splits(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    end: int | Tensor,
-    scale: float,
-    softcap: float | None,
-    positions: Tensor | None,
-    logical: int | Tensor,
-    window: int,
-    among: Tensor | None,
-    part: Tensor,
-    lse: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, launch: Launch, part: Tensor, lse: Tensor | None
 ) -> None:
-    """Write part (B, H, T, splits, Dv) and lse (B, H, T, splits); without lse what is final."""
+    """Launch the kernel of the splits.
+
+    It writes part (B, H, T, splits, Dv) and lse (B, H, T, splits). Without lse there is one split,
+    and part is the final output.
+    """
     (batch, heads, queries, dim), (kv_heads, value_dim) = q.shape, v.shape[1::2]
     groups = heads // kv_heads
     block = tile_of(q, kv_heads, value_dim)
-    # Without a window or a mask, pointers to something else stand for what is not read.
-    columns = k if positions is None else positions
-    mask = k if among is None else among
+    # The kernel does not read `columns` without a window or `mask` without a mask. Then it is given
+    # the pointer of another tensor.
+    columns = k if launch.columns is None else launch.columns
+    mask = k if launch.new_mask is None else launch.new_mask
     row_blocks = triton.cdiv(groups * queries, block.rows)
     _split_kernel[batch * kv_heads, part.shape[3], row_blocks](
-        q, k, v, part, part if lse is None else lse, start, end, columns, logical, mask,
-        scale, softcap or 0.0, window, kv_heads, part.shape[3], 1 if lse is None else lse.stride(2),
+        q, k, v, part, part if lse is None else lse, launch.start, launch.end, columns,
+        launch.logical, mask, launch.scale, launch.softcap or 0.0, launch.window,
+        kv_heads, part.shape[3], 1 if lse is None else lse.stride(2),
         *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *part.stride()[:4],
         *columns.stride()[:2], mask.stride(0) if len(mask) > 1 else 0, mask.stride(-2),
         K_S=k.stride(2), K_D=k.stride(3), V_S=v.stride(2), V_D=v.stride(3), Q_D=q.stride(3),
         P_S=columns.stride(2), A_S=mask.stride(-1),
         GROUPS=groups, QUERIES=queries, DIM=dim, VALUE_DIM=value_dim,
         BLOCK_M=block.rows, BLOCK_N=block.keys, BLOCK_D=block.dim, BLOCK_V=block.value_dim,
-        ON_DEVICE=isinstance(end, Tensor), SOFTCAP=softcap is not None, AMONG=among is not None,
-        WINDOW=positions is not None, SPLIT=lse is not None, FLOAT32_DOT=INTERPRETED,
-        num_warps=warps(q.dtype), num_stages=STAGES,
+        ON_DEVICE=isinstance(launch.end, Tensor), SOFTCAP=launch.softcap is not None,
+        NEW_MASK=launch.new_mask is not None, WINDOW=launch.columns is not None,
+        SPLIT=lse is not None, FLOAT32_DOT=INTERPRETED, num_warps=warps(q.dtype), num_stages=STAGES,
     )  # fmt: skip
-
-
-def new_parts(q: Tensor, splits: int, value_dim: int) -> tuple[Tensor, Tensor]:
-    """Room for the results of splits: (B, H, T, splits, Dv) and (B, H, T, splits), float32."""
-    rows = (*q.shape[:3], splits)
-    part = torch.empty(*rows, value_dim, dtype=torch.float32, device=q.device)
-    return part, torch.empty(rows, dtype=torch.float32, device=q.device)
 
 
 def reduce(part: Tensor, lse: Tensor, out: Tensor) -> Tensor:
@@ -310,18 +285,6 @@ def reduce(part: Tensor, lse: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def empty_output(q: Tensor, value_dim: int) -> Tensor:
-    """(B, H, T, Dv) laid out as (B, T, H, Dv), which is what the model goes on with."""
-    batch, heads, queries, _ = q.shape
-    return q.new_empty(batch, queries, heads, value_dim).transpose(1, 2)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132  # of an H200: the interpreter takes the paths that a GPU would
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 @torch.library.custom_op("plphp::flash_decode", mutates_args=())
 def _op(
     q: Tensor,
@@ -331,69 +294,18 @@ def _op(
     end: Tensor,
     scale: float,
     softcap: float | None,
-    positions: Tensor | None,
+    columns: Tensor | None,
     logical: Tensor,
     window: int,
-    among: Tensor | None,
+    new_mask: Tensor | None,
     splits: int | None,
 ) -> Tensor:
-    """`attend` as one node of a compiled graph: capacities stay dynamic, nothing breaks it."""
-    return _launch(q, k, v, start, end, scale, softcap, positions, logical, window, among, splits)
+    """`attend` as a custom op: one node of a compiled graph, for any capacity of the buffers."""
+    launch = Launch(start, end, scale, softcap, columns, logical, window, new_mask)
+    return _launch(q, k, v, launch, splits)
 
 
 @_op.register_fake
 def _op_shape(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
+    """An empty tensor with the shape and layout of the output, for torch.compile."""
     return empty_output(q, v.shape[-1])
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Block sizes of a launch: query rows, keys, head sizes padded to powers of two."""
-
-    rows: int
-    keys: int
-    dim: int
-    value_dim: int
-
-
-def tile(rows: int, dim: int, value_dim: int, itemsize: int) -> Tile:
-    """Blocks for `rows` query rows of a KV head; as many keys as a pipeline stage holds."""
-    padded, value_padded = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
-    keys = STAGE_BYTES // (2 * max(padded, value_padded) * itemsize)
-    rows = min(max(16, triton.next_power_of_2(rows)), MOST_ROWS)
-    return Tile(rows, min(max(keys, 16), 128), padded, value_padded)
-
-
-def tile_of(q: Tensor, kv_heads: int, value_dim: int) -> Tile:
-    """The blocks that queries (B, H, T, D) take."""
-    _, heads, queries, dim = q.shape
-    return tile(heads // kv_heads * queries, dim, value_dim, q.element_size())
-
-
-def splits_of(q: Tensor, kv_heads: int, block: Tile, blocks: int) -> int:
-    """Into how many splits so many blocks of keys are cut for queries (B, H, T, D)."""
-    rows = q.shape[1] // kv_heads * q.shape[2]
-    programs = q.shape[0] * kv_heads * triton.cdiv(rows, block.rows)
-    return split_count(programs, blocks, _multiprocessors(q.device))
-
-
-def warps(dtype: torch.dtype) -> int:
-    """Warps of a program. Float32 products have no tensor cores: with 4 their registers spill."""
-    return 8 if dtype == torch.float32 else 4
-
-
-@lru_cache(maxsize=4096)
-def split_count(programs: int, blocks: int, multiprocessors: int) -> int:
-    """Into how many splits the keys of every program are cut, 1 to MOST_SPLITS.
-
-    programs: (row, KV head, query block) triples; blocks: of keys in the buffers' capacity.
-    The least time in units of a block's: waves of programs times what each of them reads, where
-    starting a program costs about two blocks and the second kernel about as much as four.
-    """
-    slots = multiprocessors * RESIDENT
-
-    def cost(splits: int) -> int:
-        waves = -(-programs * splits // slots)
-        return waves * (-(-blocks // splits) + 2) + (4 if splits > 1 else 0)
-
-    return min(range(1, max(1, min(blocks, MOST_SPLITS)) + 1), key=cost)

@@ -1,7 +1,9 @@
-"""Attention and scoring as formulas, in float32 and without shortcuts: what fast paths must equal.
+"""Attention and its probabilities as plain formulas in float32, which the fast paths must equal.
 
 Shapes: q (B, H, T, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv); query head h reads KV head
-h // (H / Hkv). `visible` broadcasts to (B, Hkv, T, S), True where a query sees a key.
+h // (H / Hkv). `visible` is bool and broadcasts to (B, Hkv, T, S), True where a query attends to a
+key; None if each attends to every key. `scale` multiplies the logits; with `softcap` logits x
+become softcap * tanh(x / softcap).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The last prompt tokens' attention, computed beside the model's own: a few rows, never N x N."""
+"""Attention probabilities of the last prompt tokens. No N x N matrix is ever computed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-BLOCK = 4096  # keys converted to float32 at a time, so that scoring needs no second cache
+BLOCK = 4096  # how many keys are converted to float32 at a time: all at once would double the cache
 
 
 def window_probabilities(
@@ -13,9 +13,13 @@ def window_probabilities(
 ) -> Tensor:
     """Post-softmax attention (B, H, W, S) float32 of a few queries per row.
 
-    q (B, H, W, D) after RoPE, k (B, Hkv, S, D) after RoPE, visible (B, W, S) bool: which keys each
-    query sees. Softmax over them in float32 whatever the model's dtype; zeros for a query that sees
-    nothing.
+    q, k: (B, H, W, D) and (B, Hkv, S, D), both after RoPE
+    visible: (B, W, S) bool, the keys to which each query attends
+    scale: factor of the logits
+    softcap: logits x become softcap * tanh(x / softcap); None for no soft cap
+
+    The softmax is in float32, whatever the model's dtype. The probabilities of a query that attends
+    to no key are 0.
     """
     batch, heads, queries, dim = q.shape
     grouped = q.float().reshape(batch, k.shape[1], -1, dim) * scale  # G * W queries of a KV head
@@ -34,6 +38,8 @@ def last_token_probabilities(
 ) -> Tensor:
     """Post-softmax attention (B, H, S) float32 of one query per row (PLPHP, section 3).
 
-    q (B, H, D), valid (B, S) bool: False for padding; otherwise as `window_probabilities`.
+    q: (B, H, D) after RoPE
+    valid: (B, S) bool, False for padding
+    The other arguments are those of `window_probabilities`.
     """
     return window_probabilities(q[:, :, None], k, valid[:, None], scale, softcap)[:, :, 0]

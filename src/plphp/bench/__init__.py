@@ -1,5 +1,11 @@
-"""Measurements: side by side, in one run, medians."""
+"""Measurements of the full and the pruned cache, which take turns in one run."""
 
-from plphp.bench.compare import Comparison, Run, compare
+from typing import TYPE_CHECKING
 
-__all__ = ["Comparison", "Run", "compare"]
+from plphp._renamed import old_names
+from plphp.bench.compare import Comparison, Timing, compare
+
+if not TYPE_CHECKING:  # a type checker is to see the new names only
+    __getattr__ = old_names(__name__)
+
+__all__ = ["Comparison", "Timing", "compare"]

@@ -1,6 +1,7 @@
-"""Caches of a prompt that nobody read: random keys and values, as many as a prompt leaves.
+"""Caches with random keys and values, as if a model had read a prompt.
 
-A decode step costs the same whatever the numbers are, and a CPU reads 32k tokens for an hour.
+The time of a decoding step does not depend on the numbers, and a CPU needs an hour to read a prompt
+of 32k tokens.
 """
 
 from __future__ import annotations
@@ -17,24 +18,26 @@ from plphp.bench.shapes import Shape
 from plphp.cache import bucketed
 from plphp.errors import InputError
 from plphp.hf import PrunedCache, compat
-from plphp.hf.replan import adopt, plans
-from plphp.policy import CachePolicy, LayerView, Look
+from plphp.hf.shared_prefill import adopt
+from plphp.policy import CachePolicy, LayerView, Look, plan_views
 from plphp.policy.base import flat_look
 
-TEXT = 32  # columns of text around the images
+TEXT = 32  # columns of text: half of them before the images, half after
 
 
 @dataclass(frozen=True)
 class Schedule(CachePolicy):
-    """Keeps a forced share in every layer: random weights have no attention to go by.
+    """A policy that keeps a given share in every layer, whatever the attention is.
 
-    rates: a share a layer, repeated over the layers
+    Models with random weights have no meaningful attention.
+
+    rates: the share of each layer; a shorter tuple is repeated over the layers
     """
 
     rates: tuple[float, ...]
 
     def look(self, view: LayerView) -> Look:
-        """Every token is worth a different number; which one does not matter."""
+        """Scores that differ between all tokens and have no other meaning."""
         scores = torch.arange(view.spans.shape[1], device=view.spans.device).float()
         scores = (scores * 0.6180339887) % 1
         shape = (len(view.spans), view.kv_heads, view.spans.shape[1])
@@ -43,7 +46,12 @@ class Schedule(CachePolicy):
 
 @dataclass(frozen=True)
 class Setting:
-    """context: columns of the prompt; images: how many share all of them but `TEXT`"""
+    """The prompt and the model of one benchmark.
+
+    context: columns of the prompt, of which `TEXT` are text
+    batch: rows
+    images: images, to which all other columns belong in equal parts
+    """
 
     shape: Shape
     context: int
@@ -53,7 +61,7 @@ class Setting:
     device: str
 
     def spans(self) -> Tensor:
-        """(B, context) int64, coded as `plphp.vision_spans` does it."""
+        """Spans (B, context) int64 in the coding of `plphp.vision_spans`."""
         vision = max(self.context - TEXT, 0)
         columns = torch.arange(self.context, device=self.device) - TEXT // 2
         number = columns * self.images // max(vision, 1) + 1
@@ -61,18 +69,21 @@ class Setting:
         return torch.where(inside, number, 0).expand(self.batch, -1).contiguous()
 
     def kept(self, rate: float) -> int:
-        """Columns that are left of the prompt where this share of its vision tokens is kept."""
+        """Columns of the prompt that remain if this share of its vision tokens is kept."""
         return round(rate * (self.context - TEXT)) + TEXT
 
     def pair(self, columns: int) -> tuple[Tensor, Tensor]:
-        """Random keys and values (B, Hkv, columns, D) of a layer."""
+        """Random keys and values of a layer, each (B, Hkv, columns, D)."""
         size = (self.batch, self.shape.kv_heads, columns, self.shape.head_dim)
         drawn = torch.randn(size, dtype=self.dtype, device=self.device)
         return drawn, drawn.flip(0, 2)
 
 
 def view(setting: Setting, layer: int, window: int = 1) -> LayerView:
-    """A layer after a prompt, as a policy sees it, with attention that means nothing."""
+    """A policy's view of a layer after a prompt, with random attention.
+
+    window: queries at the end of the prompt whose attention the policy uses
+    """
     size = (setting.batch, setting.shape.heads, window, setting.context)
     seen = torch.rand(size, device=setting.device)
     seen /= seen.sum(-1, keepdim=True)
@@ -92,21 +103,24 @@ def view(setting: Setting, layer: int, window: int = 1) -> LayerView:
 
 
 def dynamic(model: Any, setting: Setting, columns: int) -> DynamicCache:
-    """transformers' own growing cache after a prompt of so many columns."""
+    """transformers' DynamicCache after a prompt of this many columns."""
     return _filled(DynamicCache(config=compat.text_config(model)), setting, columns)
 
 
 def quantized(model: Any, setting: Setting, kind: str) -> QuantizedCache:
-    """transformers' own quantized cache, "int4" or "fp8", after the whole prompt."""
+    """transformers' QuantizedCache after the whole prompt. kind: "int4" or "fp8"."""
     how: dict[str, Any] = {"backend": "fp8"} if kind == "fp8" else {"backend": "quanto", "nbits": 4}
     return _filled(
         QuantizedCache(config=compat.text_config(model), **how), setting, setting.context
     )
 
 
-def static(model: Any, setting: Setting, room: int) -> Callable[[], StaticCache]:
-    """transformers' static cache, its buffers filled again for every turn."""
-    size = bucketed(setting.context + room)
+def static(model: Any, setting: Setting, answer_columns: int) -> Callable[[], StaticCache]:
+    """A function that fills one StaticCache of transformers anew at each call.
+
+    answer_columns: columns that an answer may take
+    """
+    size = bucketed(setting.context + answer_columns)
     cache = StaticCache(config=compat.text_config(model), max_cache_len=size)
 
     def make() -> StaticCache:
@@ -119,7 +133,7 @@ def static(model: Any, setting: Setting, room: int) -> Callable[[], StaticCache]
 def pruned(
     model: Any, setting: Setting, policy: CachePolicy, cache: PrunedCache | None = None
 ) -> PrunedCache:
-    """The cache that a policy leaves; the model must be attached."""
+    """The cache of a prompt that the policy has pruned. The model must be attached."""
     cache = PrunedCache(model) if cache is None else cache
     indices = [index for index, _ in cache.pruned_layers()]
     if len(indices) < setting.shape.layers:
@@ -127,7 +141,7 @@ def pruned(
     together = policy.kind == "layers"
     for some in [indices] if together else [[index] for index in indices]:
         views = {index: view(setting, index, policy.window) for index in some}
-        for index, plan in plans(policy, views).items():
+        for index, plan in plan_views(policy, views).items():
             seen = views.pop(index)
             assert seen.keys is not None and seen.values is not None
             adopt(cache.layers[index], seen.keys, seen.values, plan)
@@ -136,16 +150,20 @@ def pruned(
 
 
 def pruned_static(
-    model: Any, setting: Setting, policy: CachePolicy, room: int
+    model: Any, setting: Setting, policy: CachePolicy, answer_columns: int
 ) -> Callable[[], PrunedCache]:
-    """A static pruned cache, its buffers filled again for every turn."""
+    """A function that fills one static PrunedCache anew at each call.
+
+    answer_columns: columns that an answer may take
+    """
     held: list[PrunedCache] = []
 
     def make() -> PrunedCache:
         if not held:
-            held.append(PrunedCache(model, max_len=setting.context + room, static=True))
+            held.append(PrunedCache(model, max_len=setting.context + answer_columns, static=True))
         held[0].reset()
-        held[0].generating = True  # what follows are steps: nothing is to be read on the host
+        # Only decoding steps follow, and these must not read device values on the host.
+        held[0].generating = True
         return pruned(model, setting, policy, held[0])
 
     return make

@@ -1,4 +1,4 @@
-"""A full and a pruned generation in turn: answers, bytes, milliseconds a token."""
+"""Generation with the full and the pruned cache in turn: answers, bytes and times."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from plphp.cache import Report, allocated
+from plphp.cache import allocated
 from plphp.hf import PrunedCache, compat, prune
 from plphp.policy import Policy
 from plphp.recall import Recall
+from plphp.report import Report
 
 
 @dataclass(frozen=True)
-class Run:
-    """One way of generating, over all its rounds.
+class Timing:
+    """The answer of one side of a comparison, and its times over all rounds.
 
-    tokens: (T,) int64, what was generated after the prompt
-    first: seconds until the first token (vision tower and prefill), one a round
+    tokens: (T,) int64, the generated tokens
+    first: for each round the seconds until the first token (vision tower and prefill)
     steps: seconds of every later token, of all rounds
-    kv_bytes: allocated for the cache right after the prefill
+    kv_bytes: bytes allocated for the cache right after the prefill
     """
 
     tokens: Tensor
@@ -35,29 +36,29 @@ class Run:
 
     @property
     def first_ms(self) -> float:
-        """Median milliseconds until the first token, over the rounds."""
+        """Milliseconds until the first token, the median of the rounds."""
         return 1e3 * median(self.first)
 
     @property
     def step_ms(self) -> float:
-        """Median milliseconds a token after the first; NaN for an answer of one token."""
+        """Median milliseconds of a token after the first; NaN for an answer of one token."""
         return 1e3 * median(self.steps) if self.steps else float("nan")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same prompt, full and pruned, measured A B A B on the same machine.
+    """One prompt with the full and the pruned cache, which took turns on one machine.
 
-    report: of the last pruned round
+    report: the report of the last pruned round
     """
 
-    full: Run
-    pruned: Run
+    full: Timing
+    pruned: Timing
     report: Report
 
 
 class Clock(BaseStreamer):  # type: ignore[misc]
-    """A streamer that notes when each token comes and what the cache takes at the first."""
+    """A streamer that records the time of each token, and the cache's bytes at the first."""
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
@@ -66,7 +67,7 @@ class Clock(BaseStreamer):  # type: ignore[misc]
         self.started = False
 
     def put(self, value: Tensor) -> None:
-        if not self.started:  # the prompt itself comes first
+        if not self.started:  # generate() passes the prompt first
             self.started = True
             return
         self.times.append(time.perf_counter())
@@ -77,7 +78,7 @@ class Clock(BaseStreamer):  # type: ignore[misc]
         pass
 
 
-Timing = tuple[Tensor, Clock, float]  # new tokens, when they came, when it began
+Round = tuple[Tensor, Clock, float]  # the new tokens, their times, and the start time
 
 
 def compare(
@@ -89,15 +90,16 @@ def compare(
     recall: Recall | None = None,
     **options: Any,
 ) -> Comparison:
-    """Generate full, pruned, full, pruned, ... for one prompt; `options` go to generate().
+    """Answer one prompt with the full and with the pruned cache in turn, and measure both.
 
-    inputs: what the model's generate() takes, a batch of one row
-    rounds: how often each way is timed
-    recall: what becomes of dropped tokens, None to destroy them
-    options: greedy ones, without a streamer or a cache, which are needed here
+    inputs: arguments of the model's generate(), one row
+    rounds: how often each side is timed
+    recall: where dropped tokens are parked; None frees them
+    options: further arguments of generate(), for greedy answers. The streamer and the cache are
+        set here
 
-    A short round of both comes first and is not counted: first calls pay for what later ones have.
-    Raises what `plphp.prune` raises for a model that cannot be pruned.
+    A short round of both sides, which is not counted, comes first, because first calls are slower.
+    Raises the errors of `plphp.prune` for a model that cannot be pruned.
     """
     _pair(model, inputs, policy, recall, {**options, "max_new_tokens": 2})
     pairs = [_pair(model, inputs, policy, recall, options) for _ in range(rounds)]
@@ -114,7 +116,7 @@ def _pair(
     policy: Policy,
     recall: Recall | None,
     options: Mapping[str, Any],
-) -> tuple[Timing, Timing, Report]:
+) -> tuple[Round, Round, Report]:
     config = compat.text_config(model)
     full = _timed(model, inputs, DynamicCache(config=config), options)
     with prune(model, policy, recall=recall) as pruning:
@@ -123,17 +125,18 @@ def _pair(
     return full, pruned, pruning.report
 
 
-def _timed(model: Any, inputs: Mapping[str, Any], cache: Any, options: Mapping[str, Any]) -> Timing:
+def _timed(model: Any, inputs: Mapping[str, Any], cache: Any, options: Mapping[str, Any]) -> Round:
     clock = Clock(cache)
     start = time.perf_counter()
-    out: Tensor = model.generate(**inputs, **options, past_key_values=cache, streamer=clock)
+    options = {**options, compat.CACHE: cache, "streamer": clock}
+    out: Tensor = model.generate(**inputs, **options)
     return out[:, inputs["input_ids"].shape[1] :], clock, start
 
 
-def _run(rounds: list[Timing]) -> Run:
+def _run(rounds: list[Round]) -> Timing:
     clocks = [clock for _, clock, _ in rounds]
     steps = [b - a for c in clocks for a, b in zip(c.times, c.times[1:], strict=False)]
-    return Run(
+    return Timing(
         tokens=rounds[-1][0][0],
         first=tuple(clock.times[0] - start for _, clock, start in rounds),
         steps=tuple(steps),
@@ -142,7 +145,7 @@ def _run(rounds: list[Timing]) -> Run:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes allocated for a cache, ours or one of transformers'."""
+    """Bytes allocated for a `PrunedCache` or a cache of transformers."""
     if isinstance(cache, PrunedCache):
         return cache.kv_bytes()
     return allocated(tensor for layer in cache.layers for tensor in compat.held_tensors(layer))

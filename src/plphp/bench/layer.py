@@ -1,4 +1,4 @@
-"""The share of a step that pruning is about: one layer's cache and attention, nothing else."""
+"""Times of a single layer: its cache and attention in a decoding step, and its pruning."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from plphp.policy import PLPHP, LayerView
 def attention_seconds(
     setting: Setting, rate: float, steps: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of a layer's append and attention for one new token, a median each round.
+    """Seconds of one layer's append and attention for a new token: for each round the median.
 
-    "stock": transformers' DynamicCache and sdpa over all columns; "pruned": what a layer keeps at
-    this rate; "short": transformers' own over a prompt as short as that. Where there is a choice
-    of kernels each has its turn, with rows of one length ("plain") and with others ("masked").
+    "stock" is transformers' DynamicCache and SDPA over all columns, "pruned" is the kept share of
+    them, and "short" is transformers' cache of a prompt with as many columns as are kept. Where a
+    Triton kernel is available, both kernels are measured, for rows of equal length ("plain") and
+    of different lengths ("masked").
     """
-    ways: dict[str, Callable[[], Callable[[Tensor, Tensor, Tensor], Any]]] = {
+    variants: dict[str, Callable[[], Callable[[Tensor, Tensor, Tensor], Any]]] = {
         "stock": lambda: _stock(setting, setting.context),
         "pruned": lambda: _pruned(setting, rate),
         "short": lambda: _stock(setting, setting.kept(rate)),
@@ -39,19 +40,20 @@ def attention_seconds(
     if has_kernel(torch.device(setting.device)):
         for masked, kernel in itertools.product((False, True), ("SDPA", "Triton")):
             name = f"{'masked' if masked else 'plain'}, {kernel}"
-            ways[name] = partial(_pruned, setting, rate, _KERNELS[kernel], masked)
-    found: dict[str, list[float]] = {name: [] for name in ways}
+            variants[name] = partial(_pruned, setting, rate, _KERNELS[kernel], masked)
+    found: dict[str, list[float]] = {name: [] for name in variants}
     with torch.inference_mode():
         for _ in range(rounds):
-            for name, make in ways.items():
+            for name, make in variants.items():
                 found[name].append(_timed(setting, make(), steps))
     return found
 
 
 def pruning_seconds(setting: Setting, rate: float, rounds: int) -> list[float]:
-    """Seconds of scoring, choosing and compacting one layer of a prompt, one a round.
+    """For each round the seconds of scoring, selection and compaction of one layer of a prompt.
 
-    What pruning adds to a prefill; beside minutes of prompt on a CPU it drowns in their noise.
+    This is the time that pruning adds to a prefill. It is measured alone, because on a CPU a whole
+    prefill takes minutes and varies by more than that.
     """
     seconds, policy = [], PLPHP(r=rate, delta_r=0.0)
     size = (setting.batch, setting.shape.heads, 1, setting.shape.head_dim)

@@ -1,4 +1,4 @@
-"""What the machine is, what it can move, and what it draws."""
+"""The machine: its description, memory, bandwidth and energy."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import transformers
 
-from plphp import __version__
+from plphp._version import __version__
 
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
-BLOCK = 1 << 28  # bytes copied to measure the bandwidth: far more than a cache holds
+BLOCK = 1 << 28  # bytes copied to measure the bandwidth: far more than processor caches hold
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Machine and versions, for the head of every result."""
+    """The machine, the versions and the date, for the head of a result."""
     cuda = device.startswith("cuda")
     return {
         "machine": torch.cuda.get_device_name(device) if cuda else _processor(),
@@ -44,13 +44,13 @@ def _processor() -> str:
 
 
 def synchronize(device: str) -> None:
-    """Wait for what was launched."""
+    """Wait for the kernels that were launched on a GPU."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
 def bandwidth(device: str, rounds: int = 7) -> float:
-    """Bytes a second that a copy moves, read and written: the best of a few, as a bound is."""
+    """Bytes per second, read and written, of the fastest of several copies."""
     source = torch.ones(BLOCK // 4, device=device)
     target = torch.empty_like(source)
     seconds = []
@@ -64,14 +64,14 @@ def bandwidth(device: str, rounds: int = 7) -> float:
 
 
 def free_bytes(device: str) -> int | None:
-    """Bytes that can still be allocated, None where nobody says."""
+    """Bytes that can still be allocated, None if unknown."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     return _kilobytes("/proc/meminfo", "MemAvailable")
 
 
 def _kilobytes(file: str, entry: str) -> int | None:
-    """Bytes that a file of the kernel's names in kilobytes."""
+    """Bytes of an entry that a file of the kernel gives in kilobytes, None without the entry."""
     try:
         lines = Path(file).read_text().splitlines()
     except OSError:
@@ -81,7 +81,7 @@ def _kilobytes(file: str, entry: str) -> int | None:
 
 
 def resident_bytes(device: str) -> int | None:
-    """Bytes held now: by the allocator on CUDA, by the process on the CPU."""
+    """Bytes in use now: allocated on CUDA, resident in the process on the CPU."""
     if device.startswith("cuda"):
         return int(torch.cuda.memory_allocated(device))
     try:
@@ -91,7 +91,7 @@ def resident_bytes(device: str) -> int | None:
 
 
 def forget_peak(device: str) -> None:
-    """Let `peak_bytes` begin again at what is held now."""
+    """Reset `peak_bytes` to the bytes in use now."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -100,14 +100,14 @@ def forget_peak(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int | None:
-    """The most bytes held since `forget_peak`: allocated on a GPU, resident in a process."""
+    """The most bytes in use since `forget_peak`: allocated on CUDA, resident on the CPU."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))
     return _kilobytes("/proc/self/status", "VmHWM")
 
 
 def energy_meter(device: str) -> tuple[Callable[[], float] | None, str]:
-    """A counter of joules so far, or None and why there is none."""
+    """A function that returns the joules so far, or None, and the name or the reason."""
     if device.startswith("cuda"):
         if find_spec("pynvml") is None:
             return None, "NVML is absent: pip install nvidia-ml-py"

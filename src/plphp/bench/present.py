@@ -1,4 +1,4 @@
-"""A benchmark's result as files: numbers, a table, a picture."""
+"""Files of a benchmark's result: JSON, tables in Markdown, and a figure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plphp.errors import InputError
+from plphp.errors import InputError, how_to_install
 
 Shown = Mapping[str, Any]
 
 
 def write(found: Shown, out: Path) -> None:
-    """result.json, result.md and result.png in a directory. Raises InputError if that fails."""
+    """Write result.json, result.md and result.png. Raises InputError if that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "result.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -24,7 +24,7 @@ def write(found: Shown, out: Path) -> None:
 
 
 def title(found: Shown) -> str:
-    """What was measured, in a line."""
+    """The setting that was measured, in one line."""
     setting = found["setting"]
     shape = setting["shape"]
     return (
@@ -35,7 +35,7 @@ def title(found: Shown) -> str:
 
 
 def markdown(found: Shown) -> str:
-    """The tables of a result, with what they were measured on."""
+    """The tables of a result, after the setting and the machine."""
     about, setting = found["about"], found["setting"]
     lines = [
         f"{title(found)}; {setting['rounds']} rounds of {setting['new_tokens']} tokens, A B A B.",
@@ -50,17 +50,17 @@ def markdown(found: Shown) -> str:
     return "\n".join(lines) + "\n"
 
 
-Rows = tuple[list[str], list[list[str]]]  # the header, then the cells
+Rows = tuple[list[str], list[list[str]]]  # the header and the cells of every row
 
 
 def sections(found: Shown) -> dict[str, Rows]:
-    """Every table of a result: its name, its header, its rows."""
+    """The tables of a result by name."""
     made: dict[str, Rows] = {"A decode step": _steps(found["steps"])}
     made["Cache and attention of all layers, a step"] = _ratios(found["attention"])
     if found["prefill"]:
         made["The prompt"] = _ratios(found["prefill"])
     made["Scoring, choosing and compacting a prompt"] = _pruning(found)
-    made["What fits beside the weights"] = room(
+    made["What fits beside the weights"] = capacity_table(
         found["fits"], found["setting"]["context"], found["setting"]["batch"]
     )
     return made
@@ -97,12 +97,12 @@ def _pruning(found: Shown) -> Rows:
     return ["", "ms", "of the prompt"], [[*cells, f"{spent['median'] / whole:.2%}"]]
 
 
-def room(fits: Sequence[Shown], context: int, batch: int) -> Rows:
-    """The table of what fits, of rows as `plphp.bench.room.fits` gives them."""
+def capacity_table(fits: Sequence[Shown], context: int, batch: int) -> Rows:
+    """The table of the results of `plphp.bench.capacity.fits`, one per memory size."""
     header = ["GiB", f"tokens x {batch}, full", "pruned", f"rows of {context:,}, full", "pruned"]
     return header, [
         [f"{row['memory_bytes'] / 2**30:g}"]
-        + [f"{row[what][way]:,}" for what in ("context", "batch") for way in ("full", "pruned")]
+        + [f"{row[what][side]:,}" for what in ("context", "batch") for side in ("full", "pruned")]
         for row in fits
     ]
 
@@ -121,11 +121,11 @@ def _ratio(row: Shown) -> str:
 
 
 def _draw(found: Shown, path: Path) -> None:
-    """Milliseconds a step as bars, what the bytes allow as a mark in each."""
+    """Draw the milliseconds of a step as bars, and its bound as a mark in each."""
     try:
         import matplotlib
     except ImportError:
-        raise InputError("--out draws a picture: pip install 'plphp[eval]'") from None
+        raise InputError(f"--out draws a picture: {how_to_install('eval')}") from None
     matplotlib.use("Agg")  # no window system needed
     from matplotlib import pyplot as plt
 
@@ -139,6 +139,6 @@ def _draw(found: Shown, path: Path) -> None:
     axes.barh(names, [row["ms"] for row in rows], xerr=errors, color="#88ccee", ecolor="#555555")
     for place, row in enumerate(rows):
         axes.plot([row["bound_ms"]] * 2, [place - 0.4, place + 0.4], color="#cc3311")
-    axes.set_xlabel("milliseconds a decode step, median and quartiles; red: what the bytes allow")
+    axes.set_xlabel("milliseconds per decoding step, median and quartiles; red: the bound")
     figure.savefig(path, dpi=120)
     plt.close(figure)

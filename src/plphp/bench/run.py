@@ -1,4 +1,4 @@
-"""One benchmark: a shape or a model, a context, what is kept, and what it is held against."""
+"""One benchmark: the decoding steps and the prefill of several variants of the cache."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 from plphp.bench import machine
 from plphp.bench.caches import Setting
+from plphp.bench.capacity import fits
 from plphp.bench.layer import attention_seconds, pruning_seconds
-from plphp.bench.room import fits
 from plphp.bench.shapes import needed_bytes
 from plphp.bench.steps import WARM, Measured, bound_seconds, race
-from plphp.bench.ways import DEFAULT, Way, ways
+from plphp.bench.variants import DEFAULT, Variant, variants
 from plphp.errors import InputError
 
 ATTENTION_STEPS = 20
@@ -25,11 +25,14 @@ MEMORIES = tuple(gib << 30 for gib in (16, 24, 48, 80, 141))
 
 @dataclass(frozen=True)
 class Options:
-    """rates: a forced share of vision tokens kept a layer, repeated over the layers
-    rounds: how often each way has its turn; steps: new tokens of a turn
-    prefill: whether the prompt is timed as well, which takes a CPU long
-    against: what else has its turn, see `ways`
-    memories: bytes, for the table of what fits
+    """What a benchmark measures.
+
+    rates: share of vision tokens that each layer keeps; a shorter tuple is repeated over the layers
+    rounds: how often each variant is measured
+    steps: new tokens in a round
+    prefill: whether the prefill is timed as well, which takes long on a CPU
+    against: names of further variants, see `variants`
+    memories: memory sizes in bytes, for the table of what fits
     """
 
     rates: tuple[float, ...]
@@ -41,7 +44,7 @@ class Options:
 
 
 def check_memory(setting: Setting) -> None:
-    """Raise InputError, before anything is allocated, for a run that would not fit."""
+    """Raise InputError, before anything is allocated, if the run does not fit into memory."""
     size = setting.dtype.itemsize
     need = needed_bytes(setting.shape, setting.context, setting.batch, size)
     free = machine.free_bytes(setting.device)
@@ -55,21 +58,24 @@ def check_memory(setting: Setting) -> None:
 def bench(
     model: Any, setting: Setting, options: Options, advance: Callable[[], None]
 ) -> dict[str, Any]:
-    """Everything that one run finds, as plain numbers ready for JSON; times in milliseconds."""
-    room = options.steps + WARM
-    chosen = ways(model, setting, options.rates, room, options.against)
+    """All results of one run as plain values for JSON; times in milliseconds.
+
+    advance: called after each round of each variant
+    """
+    answer_columns = options.steps + WARM
+    chosen = variants(model, setting, options.rates, answer_columns, options.against)
     moved = machine.bandwidth(setting.device)
     found = race(model, setting, chosen, options.steps, options.rounds, advance)
-    moved = max(moved, machine.bandwidth(setting.device))  # a bound is the best of the machine
+    moved = max(moved, machine.bandwidth(setting.device))  # the bound uses the faster measurement
     stock = found[0]
-    read = [way for way in chosen if way.name == "stock" or (way.policy and not way.compiled)]
+    read = [one for one in chosen if one.name == "stock" or (one.policy and not one.compiled)]
     prefill = _prefill(model, setting, read, options.rounds) if options.prefill else None
     return {
         "about": machine.describe(setting.device),
         "setting": _plain(setting, options),
         "copy_gb_s": round(moved / 1e9, 2),
         "energy": machine.energy_meter(setting.device)[1],
-        "steps": [_row(way, stock, setting, moved) for way in found],
+        "steps": [_row(variant, stock, setting, moved) for variant in found],
         "attention": _attention(setting, options),
         "prefill": prefill,
         "pruning_ms": _pruning(setting, options),
@@ -94,34 +100,34 @@ def _plain(setting: Setting, options: Options) -> dict[str, Any]:
     }
 
 
-def _row(way: Measured, stock: Measured, setting: Setting, moved: float) -> dict[str, Any]:
-    low, high = way.spread()
-    bound = bound_seconds(setting, way.kv_bytes, moved)
-    ratio, least, most = way.ratio(stock)
+def _row(variant: Measured, stock: Measured, setting: Setting, moved: float) -> dict[str, Any]:
+    low, high = variant.spread()
+    bound = bound_seconds(setting, variant.kv_bytes, moved)
+    ratio, least, most = variant.ratio(stock)
     return {
-        "name": way.name,
-        "ms": _ms(way.seconds),
+        "name": variant.name,
+        "ms": _ms(variant.seconds),
         "ms_quartiles": [_ms(low), _ms(high)],
-        "rounds_ms": [_ms(median(steps)) for steps in way.steps],
-        "tokens_per_second": round(setting.batch / way.seconds, 3),
+        "rounds_ms": [_ms(median(steps)) for steps in variant.steps],
+        "tokens_per_second": round(setting.batch / variant.seconds, 3),
         "over_stock": [round(ratio, 3), round(least, 3), round(most, 3)],
-        "kv_bytes": way.kv_bytes,
-        "resident_bytes": way.resident,
+        "kv_bytes": variant.kv_bytes,
+        "resident_bytes": variant.resident,
         "bound_ms": _ms(bound),
-        "of_bound": round(bound / way.seconds, 3),
-        "joules_per_token": round(median(way.joules), 4) if way.joules else None,
+        "of_bound": round(bound / variant.seconds, 3),
+        "joules_per_token": round(median(variant.joules), 4) if variant.joules else None,
     }
 
 
 def _attention(setting: Setting, options: Options) -> list[dict[str, Any]]:
-    """A layer's cache and attention at the mean rate, times the layers."""
+    """The cache and attention of a layer at the mean rate, times the number of layers."""
     rate = sum(options.rates) / len(options.rates)
     found = attention_seconds(setting, rate, ATTENTION_STEPS, options.rounds)
     return _against_stock(found, setting.shape.layers)
 
 
 def _pruning(setting: Setting, options: Options) -> dict[str, float]:
-    """What pruning adds to the prompt, over all layers: the median and its spread."""
+    """The time that pruning adds to a prefill in all layers: median, lowest and highest."""
     rate = sum(options.rates) / len(options.rates)
     found = pruning_seconds(setting, rate, options.rounds)
     layers = setting.shape.layers
@@ -129,21 +135,23 @@ def _pruning(setting: Setting, options: Options) -> dict[str, float]:
     return {"median": median(found), "least": min(found), "most": max(found)}
 
 
-def _prefill(model: Any, setting: Setting, chosen: list[Way], rounds: int) -> list[dict[str, Any]]:
-    """The prompt itself, read stock and pruned in turn; the first turn warms up."""
+def _prefill(
+    model: Any, setting: Setting, chosen: list[Variant], rounds: int
+) -> list[dict[str, Any]]:
+    """Prefills of the variants in turn. The first round is a warm-up and is not counted."""
     ids = torch.ones(setting.batch, setting.context, dtype=torch.int64, device=setting.device)
-    seconds: dict[str, list[float]] = {way.name: [] for way in chosen}
+    seconds: dict[str, list[float]] = {variant.name: [] for variant in chosen}
     peaks: dict[str, int | None] = {}
     for turn in range(rounds + 1):
-        for way in chosen:
+        for variant in chosen:
             machine.forget_peak(setting.device)
             held = machine.resident_bytes(setting.device) or 0
-            with way.attach(), torch.inference_mode():
+            with variant.attach(), torch.inference_mode():
                 spent = _timed(model, ids, setting.device)
             peak = machine.peak_bytes(setting.device)
-            peaks[way.name] = None if peak is None else max(peak - held, 0)
+            peaks[variant.name] = None if peak is None else max(peak - held, 0)
             if turn:
-                seconds[way.name].append(spent)
+                seconds[variant.name].append(spent)
     rows = _against_stock(seconds)
     return [{**row, "peak_bytes": peaks[row["name"]]} for row in rows]
 
@@ -158,7 +166,7 @@ def _fits(setting: Setting, options: Options) -> list[dict[str, Any]]:
 
 
 def _against_stock(found: dict[str, list[float]], times: int = 1) -> list[dict[str, Any]]:
-    """Rows of seconds by round, each over those of "stock"; `times` as many are shown."""
+    """Times `times` the seconds of each round, and their ratios to those of "stock"."""
     rows = []
     for name, seconds in found.items():
         ratios = [mine / theirs for mine, theirs in zip(seconds, found["stock"], strict=True)]

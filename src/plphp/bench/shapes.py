@@ -1,7 +1,7 @@
-"""Language models of real sizes with random weights: for speed and memory, never for answers.
+"""Language models of real sizes with random weights, to measure time and memory.
 
-A shape is the decoder of a vision-language model. The vision tower is the same work for every cache
-and is left out; vision tokens are marked by hand.
+A shape is the decoder of a vision-language model. The vision tower is left out, because its work
+does not depend on the cache; a `vision_mask` says which columns are vision tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from plphp.hf import compat
 class Shape:
     """The sizes of a decoder.
 
-    config: its class, None for a model that is loaded
-    head, weights: its head size and what a step reads of it, where they do not follow
+    config: the class of its config, None for a loaded model
+    head: size of a head; None for hidden / heads
+    weights: weights that a decoding step reads; None to compute them from the sizes
     """
 
     name: str
@@ -41,7 +42,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Weights that a decode step reads: all but the embedding table."""
+        """Number of weights that a decoding step reads: all except the input embeddings."""
         if self.weights is not None:
             return self.weights
         wide = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
@@ -49,7 +50,7 @@ class Shape:
         return self.layers * layer + self.hidden * self.vocabulary
 
     def kv_bytes(self, tokens: float, size: int) -> int:
-        """Bytes of the keys and values of so many tokens. size: bytes of a number."""
+        """Bytes of the keys and values of this many tokens. size: bytes of one number."""
         return int(2 * self.layers * self.kv_heads * self.head_dim * size * tokens)
 
 
@@ -66,7 +67,10 @@ SHAPES: dict[str, Shape] = {shape.name: shape for shape in _TABLE}
 
 
 def shape_of(name: str, layers: int | None) -> Shape:
-    """A shape by name, cut to its first layers if asked. Raises InputError."""
+    """A shape by its name. Raises InputError for an unknown one.
+
+    layers: how many of its layers to use, None for all
+    """
     if name not in SHAPES:
         raise InputError(f"--shape: unknown shape {name!r}; known are {', '.join(SHAPES)}")
     shape = SHAPES[name]
@@ -78,8 +82,15 @@ def shape_of(name: str, layers: int | None) -> Shape:
 
 
 def shape_of_model(name: str, model: Any) -> Shape:
-    """The shape of the decoder inside a loaded model."""
+    """The shape of a loaded model's decoder.
+
+    Raises InputError for a decoder whose layers differ in size: one shape cannot describe it.
+    """
     config = compat.text_config(model)
+    sizes = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    hidden, heads, kv_heads, inner = (compat.config_value(config, size) for size in sizes)
+    if any(isinstance(value, list) for value in (hidden, heads, kv_heads, inner)):
+        raise InputError(f"{name}: the sizes of its layers differ, which bench cannot describe")
     decoder = model.get_decoder()
     read = (
         sum(p.numel() for p in decoder.parameters()) - decoder.get_input_embeddings().weight.numel()
@@ -88,18 +99,18 @@ def shape_of_model(name: str, model: Any) -> Shape:
         name,
         None,
         config.num_hidden_layers,
-        config.hidden_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.intermediate_size,
+        hidden,
+        heads,
+        kv_heads,
+        inner,
         config.vocab_size,
         compat.head_dim(config),
-        read + config.hidden_size * config.vocab_size,
+        read + hidden * config.vocab_size,
     )
 
 
 def build(shape: Shape, dtype: torch.dtype, device: str) -> Any:
-    """A transformers decoder of a shape, on a device, ready to generate."""
+    """A transformers decoder of this shape, on the device and in evaluation mode."""
     config = shape.config(
         num_hidden_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -115,6 +126,6 @@ def build(shape: Shape, dtype: torch.dtype, device: str) -> Any:
 
 
 def needed_bytes(shape: Shape, context: int, batch: int, size: int) -> int:
-    """What a run allocates, about: weights, one full cache and what is made of it."""
+    """Bytes that a run allocates, approximately: the weights, a full cache and a copy of it."""
     table = shape.vocabulary * shape.hidden
     return size * (shape.parameters + table) + 2 * shape.kv_bytes(batch * context, size)

@@ -1,4 +1,4 @@
-"""Decode steps side by side: A B A B, medians, spread, and the bytes that each must move."""
+"""Decoding steps of several variants, measured in turn (A B A B)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import torch
 from plphp.bench.caches import Setting
 from plphp.bench.compare import cache_bytes
 from plphp.bench.machine import energy_meter, resident_bytes, synchronize
-from plphp.bench.ways import Way, stepper
+from plphp.bench.variants import Variant, stepper
+from plphp.hf import compat
 
-WARM = 2  # steps of every round that are not counted
+WARM = 2  # steps at the start of each round that are not counted
 
 
 @dataclass
 class Measured:
-    """One way, over all rounds.
+    """The measurements of one variant over all rounds.
 
-    steps: seconds of each step, by round
-    kv_bytes: allocated for the cache before the first step
-    resident: bytes that the process or the device held then
-    joules: a token, where the machine tells
+    steps: for each round the seconds of its steps
+    kv_bytes: bytes allocated for the cache before the first step
+    resident: bytes in use by the process or on the device at that time
+    joules: for each round the joules per token; empty if the machine does not measure them
     """
 
     name: str
@@ -36,11 +37,11 @@ class Measured:
 
     @property
     def seconds(self) -> float:
-        """Median over rounds of their medians."""
+        """Seconds of a step: the median over the rounds of their medians."""
         return median(median(steps) for steps in self.steps)
 
     def ratio(self, other: Measured) -> tuple[float, float, float]:
-        """This over other, round by round: median, lowest, highest."""
+        """Ratios of this variant's step to the other's by round: median, lowest, highest."""
         pairs = zip(self.steps, other.steps, strict=True)
         ratios = [median(mine) / median(theirs) for mine, theirs in pairs]
         return median(ratios), min(ratios), max(ratios)
@@ -57,21 +58,21 @@ class Measured:
 def race(
     model: Any,
     setting: Setting,
-    ways: Sequence[Way],
+    variants: Sequence[Variant],
     new_tokens: int,
     rounds: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Measured]:
-    """Let every way decode in turn, round after round, each on the cache of a fresh prompt.
+    """Measure every variant once in each round, each time on a new cache.
 
-    advance: called after every turn
+    advance: called after each measurement
     """
-    found = [Measured(way.name) for way in ways]
-    forwards = [stepper(model, way, setting) for way in ways]
+    found = [Measured(variant.name) for variant in variants]
+    forwards = [stepper(model, variant, setting) for variant in variants]
     for _ in range(rounds):
-        for way, forward, measured in zip(ways, forwards, found, strict=True):
-            with way.attach(), torch.inference_mode():
-                _turn(forward, setting, way.make(), new_tokens, measured)
+        for variant, forward, measured in zip(variants, forwards, found, strict=True):
+            with variant.attach(), torch.inference_mode():
+                _turn(forward, setting, variant.make(), new_tokens, measured)
             advance()
     return found
 
@@ -79,7 +80,7 @@ def race(
 def _turn(
     forward: Callable[..., Any], setting: Setting, cache: Any, new_tokens: int, measured: Measured
 ) -> None:
-    """Decode one answer. The cache is all that differs between the ways."""
+    """Decode one answer, in the same way for all variants, and add its times to `measured`."""
     token = torch.ones(setting.batch, 1, dtype=torch.int64, device=setting.device)
     measured.kv_bytes = cache_bytes(cache)
     measured.resident = resident_bytes(setting.device)
@@ -92,7 +93,7 @@ def _turn(
         places = torch.full_like(token, position + step)
         synchronize(setting.device)
         start = time.perf_counter()
-        forward(input_ids=token, position_ids=places, past_key_values=cache, use_cache=True)
+        forward(input_ids=token, position_ids=places, use_cache=True, **{compat.CACHE: cache})
         synchronize(setting.device)
         steps.append(time.perf_counter() - start)
     if meter is not None:
@@ -101,6 +102,6 @@ def _turn(
 
 
 def bound_seconds(setting: Setting, kv_bytes: int, bandwidth: float) -> float:
-    """What no step can beat: weights and live keys and values, moved once."""
+    """Seconds to move the weights and the live keys and values once."""
     weights = setting.shape.parameters * setting.dtype.itemsize
     return (weights + kv_bytes) / bandwidth

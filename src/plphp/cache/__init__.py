@@ -1,28 +1,13 @@
-"""WHERE kept tokens live: buffers of one layer, byte accounting, the report."""
+"""Where kept tokens are stored: the buffers of one layer, and the bytes that they take."""
 
-from plphp.cache.earlier import EarlierImage, images_left, images_of, in_rows, told
+from typing import TYPE_CHECKING
+
+from plphp._renamed import old_names
 from plphp.cache.memory import allocated
-from plphp.cache.report import LayerReport, Report, Seen, layer_report, untouched_report
 from plphp.cache.static import StaticStore, bucketed
 from plphp.cache.store import KVStore, slack, take
-from plphp.cache.traffic import RecallReport
 
-__all__ = [
-    "EarlierImage",
-    "KVStore",
-    "LayerReport",
-    "RecallReport",
-    "Report",
-    "Seen",
-    "StaticStore",
-    "allocated",
-    "bucketed",
-    "images_left",
-    "images_of",
-    "in_rows",
-    "layer_report",
-    "slack",
-    "take",
-    "told",
-    "untouched_report",
-]
+if not TYPE_CHECKING:  # a type checker is to see the new names only
+    __getattr__ = old_names(__name__)
+
+__all__ = ["KVStore", "StaticStore", "allocated", "bucketed", "slack", "take"]

@@ -1,4 +1,4 @@
-"""Byte accounting: what is allocated, counted by storage, and what full caches would take."""
+"""Counts the bytes that tensors keep allocated."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from torch import Tensor
 
 
 def allocated(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind the tensors, slack and fillers included."""
+    """Bytes of the distinct storages of the tensors, slack and fillers included.
+
+    A view counts with its whole storage, because the view keeps all of it allocated.
+    """
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -1,7 +1,7 @@
-"""Keys and values of one decoder layer, in buffers with room to append.
+"""Keys and values of one decoder layer, in buffers with slack for the next tokens.
 
-Rows are right-aligned: row b owns slots [start[b], end) of the buffers, so that every row ends at
-the same slot, a decode step writes one contiguous slice, and a batch of equal rows needs no mask.
+Rows are right-aligned: row b uses the slots [start[b], end), so that all rows end at the same slot.
+Then a decode step writes one contiguous slice, and a batch of equally long rows needs no mask.
 """
 
 from __future__ import annotations
@@ -11,78 +11,87 @@ from torch import Tensor
 
 from plphp.policy import KeepPlan
 
-SLACK_SHARE, SLACK_LEAST = 16, 16  # room to append: a 16th of what is held, at least 16 slots
+SLACK_DIVISOR, MIN_SLACK = 16, 16  # slack is a 16th of the slots in use, at least 16 slots
 
 
 class KVStore:
-    """Keys (B, Hkv, C, D) and values (B, Hkv, C, Dv), of which slots [0, end) are written.
+    """Keys (B, Hkv, C, D) and values (B, Hkv, C, Dv), of which the slots [0, end) are in use.
 
-    start: (B,) int64 first slot of each row; slots before it hold nothing and must be hidden
-    ragged: whether any start is above 0, known on the host so that equal rows cost no mask
-    logical: columns seen so far, dropped ones and padding included; the next token's column
-    positions: (B, Hkv, C) int32 column of each slot, kept only where a sliding window needs it
+    start: (B,) int64, the first slot of each row; the slots before it are fillers
+    ragged: whether any start is above 0; known on the host, since only then a mask is needed
+    end: physical length, the number of slots in use, fillers included
+    logical: logical length, the number of columns seen; also the column of the next token
+    window: size of the sliding window in columns, None for full attention
+    columns: (B, Hkv, C) int32, the column in each slot; None without a sliding window
 
-    What is stored carries no gradient.
+    No gradient passes through the stored tensors.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, window: int | None = None) -> None:
-        """Adopt a prompt's (B, Hkv, N, D) as it is: `compact` copies what is kept, once."""
+        """Use the keys and values (B, Hkv, N, D) of a prompt as buffers, without a copy."""
         batch, heads, length, _ = keys.shape
         self.keys, self.values = keys.detach(), values.detach()
         self.window = window
         self.start = torch.zeros(batch, dtype=torch.int64, device=keys.device)
-        self.positions: Tensor | None = None
+        self.columns: Tensor | None = None
         if window is not None:
             columns = torch.arange(length, dtype=torch.int32, device=keys.device)
-            self.positions = columns.expand(batch, heads, length).contiguous()
+            self.columns = columns.expand(batch, heads, length).contiguous()
         self.ragged = False
         self.end = self.logical = length
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add T columns (B, Hkv, T, D) for every row."""
+        """Append T columns to every row: keys (B, Hkv, T, D) and values (B, Hkv, T, Dv)."""
         added = keys.shape[2]
         self._grow(self.end + added)
         self.keys[:, :, self.end : self.end + added] = keys.detach()
         self.values[:, :, self.end : self.end + added] = values.detach()
-        if self.positions is not None:
+        if self.columns is not None:
             columns = torch.arange(self.logical, self.logical + added, device=keys.device)
-            self.positions[:, :, self.end : self.end + added] = columns
+            self.columns[:, :, self.end : self.end + added] = columns
         self.end += added
         self.logical += added
 
     def held(self) -> tuple[Tensor, Tensor]:
-        """Views of the written slots: keys (B, Hkv, end, D), values (B, Hkv, end, Dv)."""
+        """Views of the slots in use: keys (B, Hkv, end, D), values (B, Hkv, end, Dv)."""
         return self.keys[:, :, : self.end], self.values[:, :, : self.end]
 
     def compact(self, plan: KeepPlan, reserve: int | None = None) -> None:
-        """Keep only the plan's slots, in fresh buffers; the old ones are freed with their views."""
+        """Copy the slots of a plan into new buffers. The old ones are freed once no view is left.
+
+        plan: its `columns` are slots of this store
+        reserve: how many slots of slack to allocate; by default as `slack` says, less on short
+            prompts
+        """
         longest = plan.columns.shape[-1]
-        # On short prompts slack would outweigh what was dropped: half of it is freed for sure.
+        # On short prompts the default slack may be more than what was dropped. At most half of the
+        # dropped slots become slack, so that memory is always freed.
         spare = min(slack(longest), (self.end - longest) // 2) if reserve is None else reserve
         capacity = longest + spare
         self.keys = take(self.keys, plan.columns, capacity)
         self.values = take(self.values, plan.columns, capacity)
-        if self.positions is not None:
-            self.positions = take(self.positions[..., None], plan.columns, capacity)[..., 0]
-        self.start = longest - plan.lengths
+        if self.columns is not None:
+            self.columns = take(self.columns[..., None], plan.columns, capacity)[..., 0]
+        self.start = plan.start
         self.ragged = plan.ragged
         self.end = longest
 
     def name_columns(self, plan: KeepPlan, logical: int) -> None:
-        """Say which columns the held slots are: tokens left before this layer, as planned.
+        """Record which columns the slots hold, if tokens left the hidden states before this layer.
 
-        plan: columns (B, 1 or Hkv, end) of the `logical` columns that the model was given
+        plan: its `columns` (B, 1 or Hkv, end) are those of the slots in use
+        logical: number of columns that the model was given
         """
-        self.start = self.end - plan.lengths
+        self.start = plan.start
         self.ragged = plan.ragged
         self.logical = logical
-        if self.positions is not None:
-            self.positions = plan.columns.to(torch.int32).expand_as(self.positions).contiguous()
+        if self.columns is not None:
+            self.columns = plan.columns.to(torch.int32).expand_as(self.columns).contiguous()
 
     def visible(self, queries: int) -> Tensor | None:
-        """Which slots the last `queries` columns attend to, True for yes.
+        """The mask of the last `queries` columns, True where one attends to a slot.
 
-        (B or 1, Hkv or 1, queries, end) bool, or None where every query sees every slot.
+        Returns (B or 1, Hkv or 1, queries, end) bool, or None if each attends to every slot.
         """
         device = self.start.device
         slots = torch.arange(self.end, device=device)
@@ -93,28 +102,29 @@ class KVStore:
             last = torch.arange(self.end - queries, self.end, device=device)
             causal = (slots <= last[:, None])[None, None]
             mask = causal if mask is None else mask & causal
-        if self.window is not None and self.logical > self.window and self.positions is not None:
-            ask = torch.arange(self.logical - queries, self.logical, device=device)[:, None]
-            near = self.positions[:, :, None, : self.end] > ask - self.window
-            mask = near if mask is None else mask & near
+        if self.window is not None and self.logical > self.window and self.columns is not None:
+            query_columns = torch.arange(self.logical - queries, self.logical, device=device)
+            columns = self.columns[:, :, None, : self.end]
+            in_window = columns > query_columns[:, None] - self.window
+            mask = in_window if mask is None else mask & in_window
         return mask
 
     def reorder(self, rows: Tensor) -> None:
-        """Rows (B',) of the batch, in a new order or repeated: beams, batch selection."""
+        """Select rows (B',) int64 of the batch, in any order and also repeated, as for beams."""
         rows = rows.to(self.keys.device)
         self.keys, self.values = self.keys[rows], self.values[rows]
         self.start = self.start[rows]
-        if self.positions is not None:
-            self.positions = self.positions[rows]
+        if self.columns is not None:
+            self.columns = self.columns[rows]
 
     def crop(self, columns: int) -> None:
-        """Forget the last `columns` columns, all of them text after the last image."""
+        """Remove the last `columns` columns, which must be text after the last image."""
         self.end -= columns
         self.logical -= columns
 
     def split(self, columns: int) -> tuple[Tensor, Tensor]:
-        """Take the last `columns` columns out: keys (B, Hkv, columns, D), values."""
-        keys, values = (held[:, :, self.end - columns :].clone() for held in self.held())
+        """Remove the last `columns` columns; return their keys (B, Hkv, columns, D) and values."""
+        keys, values = (x[:, :, self.end - columns :].clone() for x in self.held())
         self.crop(columns)
         return keys, values
 
@@ -122,33 +132,41 @@ class KVStore:
         """Move every buffer to a device."""
         self.keys, self.values = self.keys.to(device), self.values.to(device)
         self.start = self.start.to(device)
-        if self.positions is not None:
-            self.positions = self.positions.to(device)
+        if self.columns is not None:
+            self.columns = self.columns.to(device)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the layer keeps allocated."""
-        every = [self.keys, self.values, self.start]
-        return every if self.positions is None else [*every, self.positions]
+        tensors = [self.keys, self.values, self.start]
+        return tensors if self.columns is None else [*tensors, self.columns]
 
-    def _grow(self, need: int) -> None:
-        if need <= self.keys.shape[2]:
+    def _grow(self, length: int) -> None:
+        """Make the buffers large enough for `length` slots."""
+        if length <= self.keys.shape[2]:
             return
-        capacity = need + slack(need)
+        capacity = length + slack(length)
         self.keys = _extend(self.keys, self.end, capacity)
         self.values = _extend(self.values, self.end, capacity)
-        if self.positions is not None:
-            self.positions = _extend(self.positions[..., None], self.end, capacity)[..., 0]
+        if self.columns is not None:
+            self.columns = _extend(self.columns[..., None], self.end, capacity)[..., 0]
 
 
 def slack(length: int) -> int:
-    """Free slots that go with `length` used ones: growth is amortised, the waste is bounded."""
-    return max(SLACK_LEAST, length // SLACK_SHARE)
+    """How many slots of slack to allocate with `length` slots in use.
+
+    The slack is proportional to the length, so that the copies of growing buffers cost a constant
+    time per token, and at most a 16th of a long buffer is unused.
+    """
+    return max(MIN_SLACK, length // SLACK_DIVISOR)
 
 
 def take(source: Tensor, columns: Tensor, capacity: int | None = None) -> Tensor:
-    """(B, Hkv, C, D) at columns (B, Hkv, K) -> a buffer (B, Hkv, capacity, D), K slots written.
+    """Copy chosen slots of a buffer into a new one.
 
-    capacity: K by default
+    source: (B, Hkv, C, D)
+    columns: (B, Hkv, K) int64, the slots to copy, other ones in each row and KV head
+    capacity: slots of the new buffer, K by default
+    Returns (B, Hkv, capacity, D), of which the first K slots are written.
     """
     batch, heads, longest = columns.shape
     capacity = longest if capacity is None else capacity
@@ -157,7 +175,8 @@ def take(source: Tensor, columns: Tensor, capacity: int | None = None) -> Tensor
     if source.device.type != "cpu":
         torch.gather(source, 2, columns[..., None].expand_as(kept), out=kept)
         return target
-    # On the CPU one index_select a head moves whole rows of D, 5 to 10 times faster than a gather.
+    # On the CPU one index_select for each head is 5 to 10 times faster than a gather, because it
+    # copies D numbers at a time.
     for row in range(batch):
         for head in range(heads):
             torch.index_select(source[row, head], 0, columns[row, head], out=kept[row, head])
@@ -165,6 +184,7 @@ def take(source: Tensor, columns: Tensor, capacity: int | None = None) -> Tensor
 
 
 def _extend(source: Tensor, used: int, capacity: int) -> Tensor:
+    """A larger buffer with the first `used` slots of `source`."""
     target = source.new_empty(*source.shape[:2], capacity, source.shape[-1])
     target[:, :, :used] = source[:, :, :used]
     return target

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from plphp.cli.console import one_line, progress, say
+from plphp.cli.requests import digest, file_digest
+from plphp.errors import InputError
+from plphp.inputs import image_files, lines
 
-from plphp.cli.console import stderr
-from plphp.errors import InputError, PlphpError
+KEYS = ("id", "images", "prompt")
+TORN = re.compile(rb'\{"line": \d+[,}]')  # how a record begins
 
 
 @dataclass(frozen=True)
@@ -26,79 +28,179 @@ class Line:
     prompt: str = ""
     id: Any = None
     error: str = ""
+    row: bytes = b""
+
+    def request(self, key: Mapping[str, Any]) -> str:
+        """What is asked, in 16 characters: the line, what its images hold, and how it is answered.
+
+        key: what all lines share, the model and the method
+        """
+        pictures = [file_digest(path) for path in self.images]
+        return digest([key, self.id, self.prompt, pictures, self.error, self.row.hex()])
 
 
-def run_batch(
-    job: Any, source: Path, out: Path, prompt: str | None, answer: Callable[..., Any], quiet: bool
-) -> None:
-    """Answer every line of `source` into `out`.
+@dataclass
+class Batch:
+    """A batch under way. Its lines stand in `part`, which no other process may write meanwhile.
+
+    key: what all lines share; done, failed: lines that an earlier run left, and errors among them
+    """
+
+    source: Path
+    out: Path
+    part: Path
+    key: Mapping[str, Any]
+    lines: list[Line]
+    file: IO[bytes]
+    done: int = 0
+    failed: int = 0
+
+    def run(self, job: Any, answer: Callable[..., Any], quiet: bool) -> None:
+        """Answer what is left. `out` appears only when it is whole."""
+        with progress(quiet) as bar:
+            task = bar.add_task("answering", total=len(self.lines), completed=self.done)
+            for line in self.lines[self.done :]:
+                record = _record(job, line, answer)
+                self.failed += "error" in record
+                self._write({**record, "request": line.request(self.key)})
+                bar.advance(task)
+        if self.out.exists():
+            raise InputError(
+                f"{self.out} has appeared meanwhile: the answers are in {self.part}; move either"
+            )
+        os.replace(self.part, self.out)
+        say(f"{len(self.lines)} lines in {self.out}, errors: {self.failed}")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """One line in one write, on the disk before the next begins."""
+        try:
+            self.file.write(lines.dump(record).encode("utf-8"))
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise InputError(
+                f"{self.part}: {error.strerror}; the same command goes on from here"
+            ) from error
+
+    def resume(self) -> None:
+        """Count what an earlier run left. Raises InputError for what is not of this batch.
+
+        Nothing is changed before all of it is known to be ours; then a torn last line is cut off.
+        """
+        self.file.seek(0)
+        data = self.file.read()
+        whole = data.rfind(b"\n") + 1
+        for row in lines.split_lines(data[:whole]):
+            record = self._known(row)
+            self._check(record)
+            self.failed += "error" in record
+            self.done += 1
+        torn = data[whole:]
+        if torn and not TORN.match(torn) and not b'{"line": 0123456789'.startswith(torn):
+            raise self._foreign()
+        self.file.truncate(whole)
+
+    def _known(self, row: bytes) -> dict[str, Any]:
+        try:
+            record = lines.load(row)
+        except InputError:
+            raise self._foreign() from None
+        if not isinstance(record, dict) or not {"line", "request"} <= record.keys():
+            raise self._foreign()
+        return record
+
+    def _check(self, record: Mapping[str, Any]) -> None:
+        number = self.done
+        if number >= len(self.lines):
+            raise InputError(
+                f"{self.part} has more lines than {self.source}: it belongs to another batch; move "
+                "it away, or give another --out"
+            )
+        asked = self.lines[number].request(self.key)
+        if (record["line"], record["request"]) != (number, asked):
+            raise InputError(
+                f"{self.part} is of another batch: its line {number} was asked something else (an "
+                "image, a prompt, the model, the method or an option differs); go on with the "
+                "same command and files, or move it away, or give another --out"
+            )
+
+    def _foreign(self) -> InputError:
+        return InputError(
+            f"{self.part} is needed for work in progress and is not of such a batch: move it away, "
+            "or give another --out"
+        )
+
+
+@contextmanager
+def open_batch(
+    source: Path, out: Path, prompt: str | None, key: Mapping[str, Any]
+) -> Iterator[Batch]:
+    """The batch as the command and an earlier run left it.
 
     Work in progress stands in `out`.part, a line at a time: an interrupted batch is resumed by the
-    same command, and `out` itself appears only when it is whole.
+    same command. Raises InputError if that file is another's, or in use.
     """
     part = out.with_name(out.name + ".part")
-    lines = list(read_lines(source, prompt))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done, failed = finished(part)
-    if done > len(lines):
-        raise InputError(f"{part} has more lines than {source}: it belongs to another batch")
-    with part.open("a", encoding="utf-8") as file, _progress(quiet) as progress:
-        task = progress.add_task("answering", total=len(lines), completed=done)
-        for line in lines[done:]:
-            record = _record(job, line, answer)
-            failed += "error" in record
-            _write(file, record)
-            progress.advance(task)
-    os.replace(part, out)
-    print(f"{len(lines)} lines in {out}, errors: {failed}", file=sys.stderr)
+    asked = list(read_lines(source, prompt))
+    if os.path.lexists(part) and not part.is_file():
+        raise InputError(f"{part} is needed for work in progress and is no file: move it away")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = part.open("a+b")
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}") from error
+    with file:
+        lines.lock(file, str(part))
+        if out.exists() or not _is_still(part, file):
+            raise InputError(f"{out} has just been finished by another process")
+        batch = Batch(source, out, part, key, asked, file)
+        batch.resume()
+        yield batch
+
+
+def _is_still(part: Path, file: IO[bytes]) -> bool:
+    """Whether a file still has the name by which it was opened."""
+    return part.exists() and os.path.samestat(part.stat(), os.fstat(file.fileno()))
 
 
 def read_lines(source: Path, prompt: str | None) -> Iterator[Line]:
     """The prompts of a directory of images, or of a JSONL file with images and prompt."""
     if source.is_dir():
-        known = Image.registered_extensions()
-        files = sorted(p for p in source.iterdir() if p.suffix.lower() in known)
+        files = image_files(source)
         if not files:
             raise InputError(f"--batch {source}: no image files in this directory")
         for number, path in enumerate(files):
             yield Line(number, (str(path),), prompt or "", path.name)
         return
-    try:
-        text = source.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--batch {source}: not UTF-8 text ({error.reason})") from error
-    for number, row in enumerate(text.splitlines()):
+    data = lines.read_bytes(source, f"--batch {source}")
+    for number, row in enumerate(lines.split_lines(data)):
         yield _parse(number, row, prompt, source.parent)
 
 
-def finished(part: Path) -> tuple[int, int]:
-    """Whole lines that an earlier run left and how many are errors; a torn last line is cut off."""
-    if not part.exists():
-        return 0, 0
-    data = part.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with part.open("r+b") as file:
-            file.truncate(len(whole))
-    rows = whole.decode("utf-8").splitlines()
-    return len(rows), sum("error" in json.loads(row) for row in rows)
-
-
-def _parse(number: int, row: str, prompt: str | None, folder: Path) -> Line:
+def _parse(number: int, row: bytes, prompt: str | None, folder: Path) -> Line:
     try:
-        entry = json.loads(row)
-    except json.JSONDecodeError as error:
-        return Line(number, error=f"not JSON: {error.msg} at column {error.colno}")
+        entry = lines.load(row)
+    except InputError as error:
+        return Line(number, error=str(error), row=row)
     if not isinstance(entry, dict):
-        return Line(number, error="not a JSON object with images and prompt")
+        return Line(number, error="not a JSON object with images and prompt", row=row)
     images, question = entry.get("images", []), entry.get("prompt", prompt)
     images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(i, str) for i in images):
-        return Line(number, id=entry.get("id"), error="images must be a list of file names")
-    if not isinstance(question, str):
-        return Line(number, id=entry.get("id"), error="prompt must be a text")
+    wrong = _wrong(entry, images, question)
+    if wrong:
+        return Line(number, id=entry.get("id"), error=wrong, row=row)
     paths = tuple(str(folder / image) for image in images)  # as seen from the JSONL file
-    return Line(number, paths, question, entry.get("id"))
+    return Line(number, paths, str(question), entry.get("id"))
+
+
+def _wrong(entry: Mapping[str, Any], images: Any, question: Any) -> str:
+    """Why the object of a line cannot be answered, or nothing."""
+    unknown = [key for key in entry if key not in KEYS]
+    if unknown:
+        return f"unknown key {unknown[0]!r}: a line has {', '.join(KEYS)}, and nothing else"
+    if not isinstance(images, list) or not all(isinstance(i, str) for i in images):
+        return "images must be a list of file names"
+    return "" if isinstance(question, str) else "prompt must be a text"
 
 
 def _record(job: Any, line: Line, answer: Callable[..., Any]) -> dict[str, Any]:
@@ -108,25 +210,8 @@ def _record(job: Any, line: Line, answer: Callable[..., Any]) -> dict[str, Any]:
     if line.error:
         return {**record, "error": line.error}
     try:
-        text, report = answer(job, line.images, line.prompt)
-    except PlphpError as error:
-        return {**record, "error": " ".join(str(error).split())}
+        text, report = answer(job.seeded(line.number), line.images, line.prompt)
+    except Exception as error:  # one line of many: the others are answered
+        return {**record, "error": one_line(error)}
     costs = {name: getattr(report, name) for name in ("retention", "kv_bytes", "kv_bytes_full")}
     return {**record, "answer": text, **costs}
-
-
-def _write(file: IO[str], record: dict[str, Any]) -> None:
-    """One line in one write, on the disk before the next begins."""
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _progress(quiet: bool) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=stderr(), disable=quiet)

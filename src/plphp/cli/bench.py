@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from plphp.cli import options as o
-from plphp.cli.console import stderr, stdout
+from plphp.cli.console import progress, say, shown, stdout
 from plphp.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,9 +31,9 @@ def bench(
     layers: Annotated[
         int | None, typer.Option(help="Only so many layers, where the whole does not fit.")
     ] = None,
-    context: Annotated[int, typer.Option(min=64, help="Columns of the prompt.")] = 2048,
-    images: Annotated[int, typer.Option(min=1, help="Images that share them.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    context: Annotated[int, typer.Option(min=64, max=o.MOST, help="Columns of the prompt.")] = 2048,
+    images: Annotated[int, typer.Option(min=1, max=o.MOST, help="Images that share them.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=o.MOST, help="Rows.")] = 1,
     keep: Annotated[
         str, typer.Option(help="Shares of the vision tokens kept, repeated over the layers.")
     ] = ".4",
@@ -43,8 +42,8 @@ def bench(
         typer.Option(help="Beside stock and pruned: short, static, pruned-static, int4, fp8, or "
                      "methods such as snapkv; commas between."),
     ] = "short",
-    new_tokens: Annotated[int, typer.Option(min=2, help="Steps of a turn.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each way.")] = 5,
+    new_tokens: Annotated[int, typer.Option(min=2, max=o.MOST, help="Steps of a turn.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, max=o.MOST, help="Turns of each way.")] = 5,
     prefill: Annotated[bool, typer.Option(help="Time the prompt too.")] = False,
     memory: Annotated[
         str, typer.Option(help="GiB for the table of what fits.")
@@ -63,21 +62,69 @@ def bench(
 
     from plphp.bench.caches import Setting
     from plphp.bench.run import Options
-    from plphp.bench.ways import check_names
+    from plphp.bench.variants import check_names
 
-    if gpu and not torch.cuda.is_available():
-        raise InputError("--gpu: PyTorch sees no CUDA device here")
+    _check_asked(context, images, out)
     memories = tuple(int(gib * 2**30) for gib in _numbers(memory, "--memory", "24,80"))
     names = tuple(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
     check_names(names)
     options = Options(_rates(keep), rounds, new_tokens, prefill, names, memories)
-    kind, device = getattr(torch, dtype), "cuda" if gpu else "cpu"
+    kind, device = getattr(torch, dtype), _device(gpu)
     loaded, chosen = _chosen(shape, layers, model, dtype, device)
+    _check_shares(keep, options.rates, chosen.layers)
     setting = Setting(chosen, context, batch, images, kind, device)
     found = _measure(loaded, setting, options, as_json)
     _show(found, out, as_json)
     if model is None and not as_json:
-        stdout().print(f"[dim]{NOTE}[/dim]")
+        stdout().print(NOTE, style="dim")
+
+
+def _device(gpu: bool) -> str:
+    import torch
+
+    if gpu and not torch.cuda.is_available():
+        raise InputError("--gpu: PyTorch sees no CUDA device here")
+    return "cuda" if gpu else "cpu"
+
+
+def _check_asked(context: int, images: int, out: Path | None) -> None:
+    """Raise InputError for more images than columns, and for an `out` that cannot be used."""
+    from plphp.bench.caches import TEXT
+
+    if images > context - TEXT:
+        raise InputError(
+            f"--images {images} share --context {context} with {TEXT} columns of text: at most "
+            f"{context - TEXT} images, one column each, fit"
+        )
+    _check_out(out)
+
+
+def _check_shares(keep: str, rates: tuple[float, ...], layers: int) -> None:
+    """Raise InputError for shares that no layer would take."""
+    if len(rates) > layers:
+        raise InputError(
+            f"--keep {keep}: {len(rates)} shares for {layers} layers; give as many or fewer"
+        )
+
+
+def _check_out(out: Path | None) -> None:
+    """Raise InputError for a directory whose files would be lost."""
+    if out is None:
+        return
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: a file, and the results need a directory")
+    for name in ("result.json", "result.md", "result.png"):
+        if (out / name).exists() and not _is_result(out / "result.json"):
+            raise InputError(f"--out {out}: its {name} is no result of plphp: give another --out")
+
+
+def _is_result(path: Path) -> bool:
+    from plphp.inputs import lines
+
+    try:
+        return {"setting", "steps"} <= dict(lines.load(path.read_bytes())).keys()
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _show(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
@@ -86,7 +133,7 @@ def _show(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
         from plphp.bench.present import write
 
         write(found, out)
-        print(f"result.json, result.md and result.png in {out}", file=sys.stderr)
+        say(f"result.json, result.md and result.png in {out}")
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -102,8 +149,6 @@ def _chosen(
 
     if model is None:
         return None, shape_of(shape, layers)
-    if layers is not None:
-        raise InputError("--layers cuts a --shape; a --model is measured whole")
     from plphp.inputs import load
 
     loaded = load(model, dtype, device).model
@@ -117,21 +162,21 @@ def _measure(loaded: Any, setting: Setting, options: Options, quiet: bool) -> di
     from plphp.bench.shapes import build
 
     check_memory(setting)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=stderr(), disable=quiet, transient=True) as progress:
-        task = progress.add_task(f"decoding on {machine.describe(setting.device)['machine']}")
+    with progress(quiet, transient=True) as bar:
+        task = bar.add_task(f"decoding on {machine.describe(setting.device)['machine']}")
         model = loaded or build(setting.shape, setting.dtype, setting.device)
-        progress.update(task, total=(2 + len(options.against)) * options.rounds)
-        return run(model, setting, options, lambda: progress.advance(task))
+        bar.update(task, total=(2 + len(options.against)) * options.rounds)
+        return run(model, setting, options, lambda: bar.advance(task))
 
 
 def _numbers(text: str, option: str, example: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"{option} {text}: not numbers, such as {example}") from None
+    if not all(0 <= number < math.inf for number in numbers):
+        raise InputError(f"{option} {text}: numbers must be 0 or more, such as {example}")
+    return numbers
 
 
 def _rates(text: str) -> tuple[float, ...]:
@@ -146,11 +191,11 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
     from plphp.bench.present import sections, title
 
     for name, (header, rows) in sections(found).items():
-        table = Table(title=f"{name}: {title(found)}" if name == "A decode step" else name)
+        table = Table(title=shown(f"{name}: {title(found)}") if name == "A decode step" else name)
         for column in header:
             table.add_column(column, justify="left" if column == header[0] else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(shown, row))
         if name == "A decode step":
             table.caption = (
                 f"bound: bytes over {found['copy_gb_s']} GB/s; energy: {found['energy']}"

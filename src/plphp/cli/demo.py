@@ -1,4 +1,4 @@
-"""`plphp demo`: the embedded model with its full and its pruned cache, side by side."""
+"""`plphp demo`: answers of the embedded model with the full and with the pruned cache."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from plphp.cli import options as o
-from plphp.cli.console import stderr, stdout
+from plphp.cli.console import shown, stderr, stdout
 from plphp.policy import Policy
 
 if TYPE_CHECKING:
     from plphp.bench import Comparison
+    from plphp.cli.demo_comparison import Prompt
 
 NOTE = (
     "The embedded model is a small one for demonstration (5.4M parameters, pictures of coloured "
@@ -82,11 +84,13 @@ def demo(
 ) -> None:
     """Ask the embedded model about bundled pictures, with its full and with a pruned cache."""
     policy = o.chosen_policy("plphp", r=r, delta_r=delta_r, alpha=alpha, beta=beta)
-    answers = ask(policy, device, dtype, rounds, quiet=as_json)
-    from plphp.cli.beside import beside, table
+    from plphp.cli.demo_comparison import answers_of_variants, table
     from plphp.inputs import load
 
-    others = beside(load("embedded", dtype, device))
+    embedded = load("embedded", dtype, device)
+    prompts = bundled_prompts(embedded)
+    answers = ask(embedded, prompts, policy, rounds, quiet=as_json)
+    others = answers_of_variants(embedded, prompts)
     if as_json:
         questions = [answer.to_dict() for answer in answers]
         numbers = summary(answers)
@@ -99,13 +103,14 @@ def demo(
     console.print(_layers(max(answers, key=lambda a: sum(a.compared.report.prompt))))
     console.print(_costs(answers))
     console.print(table(others))
-    for line in (*_words(answers), f"[dim]{NOTE}[/dim]"):
+    for line in _words(answers):
         console.print(line)
-    console.print(f"See what question 1 kept: {_command()} inspect, then open report.html.")
+    console.print(NOTE, style="dim")
+    console.print(shown(f"See what question 1 kept: {_command()} inspect, then open report.html."))
 
 
 def _command() -> str:
-    """How this very command is called from where the user stands."""
+    """The command that calls plphp from the current directory."""
     called = Path(sys.argv[0])
     on_path = shutil.which("plphp")
     if on_path is not None and called.exists() and Path(on_path).samefile(called):
@@ -113,18 +118,26 @@ def _command() -> str:
     return os.path.relpath(called) if called.name == "plphp" and called.exists() else "plphp"
 
 
-def ask(policy: Policy, device: str, dtype: str, rounds: int, quiet: bool) -> list[Answer]:
-    """Answer every bundled question, full and pruned in turn."""
-    from plphp.bench import compare
-    from plphp.inputs import load, open_image
+def bundled_prompts(embedded: Any) -> list[Prompt]:
+    """The questions of the demo, each with the inputs of the model."""
+    from plphp.inputs import open_image
 
     root = Path(str(files("plphp.demo")))
-    questions = json.loads((root / "questions.json").read_text())
-    embedded = load("embedded", dtype, device)
-    answers = []
-    for q in track(questions, "asking", console=stderr(), disable=quiet, transient=True):
+    prompts = []
+    for q in json.loads((root / "questions.json").read_text(encoding="utf-8")):
         pictures = [open_image(root / "pictures" / name) for name in q["images"]]
-        inputs = embedded.inputs(pictures, q["question"])
+        prompts.append((q, embedded.inputs(pictures, q["question"])))
+    return prompts
+
+
+def ask(
+    embedded: Any, prompts: Sequence[Prompt], policy: Policy, rounds: int, quiet: bool
+) -> list[Answer]:
+    """Answer every question with the full and with the pruned cache in turn."""
+    from plphp.bench import compare
+
+    answers = []
+    for q, inputs in track(prompts, "asking", console=stderr(), disable=quiet, transient=True):
         compared = compare(embedded.model, inputs, policy, rounds, do_sample=False)
         answers.append(
             Answer(
@@ -141,7 +154,7 @@ def ask(policy: Policy, device: str, dtype: str, rounds: int, quiet: bool) -> li
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, Any]:
-    """The demo in a few numbers; times are medians over questions."""
+    """The results of the demo in a few numbers. Times are medians over the questions."""
     runs = [(a.compared.full, a.compared.pruned) for a in answers]
     return {
         "questions": len(answers),
@@ -162,10 +175,10 @@ def _answers(answers: Sequence[Answer]) -> Table:
     for name in ("question", "expected", "full cache", "pruned cache"):
         table.add_column(name, overflow="fold")
     for number, a in enumerate(answers, start=1):
-        pictures = f"[dim]({len(a.images)} picture{'s' if len(a.images) > 1 else ''})[/dim]"
+        pictures = f"({len(a.images)} picture{'s' if len(a.images) > 1 else ''})"
         table.add_row(
             str(number),
-            f"{a.question} {pictures}",
+            Text.assemble(a.question, " ", (pictures, "dim")),
             a.expected,
             _mark(a.full, a.expected),
             _mark(a.pruned, a.expected),
@@ -173,16 +186,18 @@ def _answers(answers: Sequence[Answer]) -> Table:
     return table
 
 
-def _mark(answer: str, expected: str) -> str:
-    """The answer, green where it is right; else red, each word that is wrong underlined."""
+def _mark(answer: str, expected: str) -> Text:
+    """The answer: green if it is right, otherwise red with each wrong word underlined."""
     if answer == expected:
-        return f"[green]{answer}[/green]"
+        return Text(shown(answer), style="green")
     wanted = expected.split()
     words = [
-        word if i < len(wanted) and wanted[i] == word else f"[underline]{word}[/underline]"
+        Text(shown(word), style="" if wanted[i : i + 1] == [word] else "underline")
         for i, word in enumerate(answer.split())
     ]
-    return f"[red]{' '.join(words)}[/red]"
+    marked = Text(" ").join(words)
+    marked.stylize("red")
+    return marked
 
 
 def _layers(answer: Answer) -> Table:
@@ -231,7 +246,7 @@ def _costs(answers: Sequence[Answer]) -> Table:
 
 
 def _words(answers: Sequence[Answer]) -> list[str]:
-    """Where pruning helps and where it hurts, in words."""
+    """Lines that say what pruning saved and which answers it changed."""
     s = summary(answers)
     hurt = [a.task for a in answers if a.full == a.expected != a.pruned]
     lines = [

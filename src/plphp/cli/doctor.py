@@ -3,50 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Annotated, Any, cast
 
 import typer
 
 from plphp.cli import options as o
 from plphp.cli.console import stdout
-from plphp.errors import PlphpError
-from plphp.policy import PLPHP, steps
+from plphp.cli.diagnosis import Diagnosis, diagnose
+from plphp.policy import PLPHP
 
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What can be said of a model from its config and its code.
-
-    token_bytes: keys and values of one token over all layers, as many bytes as an unpruned cache
-        spends on it; prunable_bytes: the part of it in layers that can be pruned
-    full, pruned: bytes of the prompt that was asked about; pruned runs from every layer
-        indifferent to every layer attentive
-    """
-
-    model: str
-    model_type: str
-    prunable: bool
-    reason: str
-    found_by: str
-    layers: int
-    prunable_layers: tuple[int, ...]
-    windows: tuple[int | str | None, ...]
-    token_bytes: int
-    prunable_bytes: int
-    images: int
-    tokens_per_image: int
-    text_tokens: int
-    full: int
-    pruned: tuple[int, int, int]
+__all__ = ["Diagnosis", "diagnose", "doctor"]
 
 
 def doctor(
     model: Annotated[str, typer.Argument(help="'embedded', a local directory, or a hub id.")],
     images: Annotated[int, typer.Option(min=0, help="Images of the prompt to estimate.")] = 1,
     tokens_per_image: Annotated[
-        int, typer.Option(min=1, help="Vision tokens that an image takes.")
-    ] = 1024,
+        int | None,
+        typer.Option(min=1, help="Vision tokens that an image takes. [what the model says]"),
+    ] = None,
     text_tokens: Annotated[int, typer.Option(min=0, help="Text tokens of that prompt.")] = 64,
     r: o.Rate = None,
     delta_r: o.DeltaR = None,
@@ -59,6 +35,7 @@ def doctor(
     from plphp.inputs import load_config
 
     config = load_config(model, trust_remote_code)
+    processor = None if tokens_per_image else _processor(model, trust_remote_code)
     found = diagnose(
         model,
         config,
@@ -68,6 +45,7 @@ def doctor(
         tokens_per_image,
         text_tokens,
         trust_remote_code,
+        processor,
     )
     if as_json:
         print(json.dumps(asdict(found), indent=1))
@@ -77,134 +55,61 @@ def doctor(
         raise typer.Exit(1)
 
 
-def diagnose(
-    name: str,
-    config: Any,
-    policy: PLPHP,
-    dtype: str,
-    images: int,
-    tokens_per_image: int,
-    text_tokens: int,
-    trust: bool = False,
-) -> Diagnosis:
-    """Attach to the model on the meta device: the same checks as a real one, no memory."""
-    from plphp.hf import compat
-
-    layers, reason = _layers(config, trust)
-    text = config.get_text_config(decoder=True)
-    windows = compat.layer_windows(text)
-    length = images * tokens_per_image + text_tokens
-    per_layer = _layer_bytes(text, dtype)
-    # A window that is shorter than the prompt leaves its layer alone.
-    pruned = [i for i in layers if compat.covers(windows[i], length)]
-    alone = len(windows) - len(pruned)
-
-    def taken(rate: float) -> int:
-        kept = text_tokens + images * _kept(tokens_per_image, rate)
-        return per_layer * (alone * length + len(pruned) * kept)
-
-    return Diagnosis(
-        model=name,
-        model_type=config.model_type,
-        prunable=not reason,
-        reason=reason,
-        found_by=_found_by(config),
-        layers=len(windows),
-        prunable_layers=layers,
-        windows=tuple(windows),
-        token_bytes=per_layer * len(windows),
-        prunable_bytes=per_layer * len(pruned),
-        images=images,
-        tokens_per_image=tokens_per_image,
-        text_tokens=text_tokens,
-        full=per_layer * len(windows) * length,
-        pruned=(
-            taken(policy.r - policy.delta_r),
-            taken(policy.r),
-            taken(policy.r + policy.delta_r),
-        ),
-    )
-
-
-def _layers(config: Any, trust: bool) -> tuple[tuple[int, ...], str]:
-    """The layers that can be pruned, or none and the reason."""
-    from plphp.hf import prune
+def _processor(name: str, trust: bool) -> Any:
+    """The model's processor as far as its files lie here; None where they do not."""
+    from transformers import AutoProcessor
 
     try:
-        with prune(_shell(config, trust)) as pruning:
-            return pruning.layers, ""
-    except PlphpError as error:
-        return (), str(error)
-
-
-def _kept(tokens: int, rate: float) -> int:
-    """Tokens of an image that a rate keeps."""
-    import torch
-
-    rates = torch.tensor([rate], dtype=torch.float64)
-    return int(steps.share(rates, torch.tensor([[tokens]])))
-
-
-def _shell(config: Any, trust: bool) -> Any:
-    """The model without weights."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
-        if type(config) in auto._model_mapping:
-            with torch.device("meta"):
-                return auto.from_config(config, trust_remote_code=trust)
-    from plphp.errors import UnsupportedModelError
-
-    raise UnsupportedModelError(
-        f"{config.model_type} is not a vision-language model that transformers can generate with"
-    )
-
-
-def _layer_bytes(text: Any, dtype: str) -> int:
-    """Bytes of one token's key and value in one layer."""
-    import torch
-
-    from plphp.hf import compat
-
-    kind = getattr(text, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
-    kind = kind if isinstance(kind, torch.dtype) else torch.bfloat16
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * int(heads) * compat.head_dim(text) * kind.itemsize
-
-
-def _found_by(config: Any) -> str:
-    from plphp.models import FAMILIES, describes_vision
-
-    if not describes_vision(config):
-        return "mm_token_type_ids of the processor, or a vision_mask of your own"
-    known = "its entry in plphp.models" if config.model_type in FAMILIES else "no entry, so by runs"
-    return f"the image and video token ids of the config; images told apart by {known}"
+        return AutoProcessor.from_pretrained(name, trust_remote_code=trust, local_files_only=True)
+    except Exception:
+        return None  # the config answers instead
 
 
 def _print(d: Diagnosis) -> None:
     lines = [f"{d.model} ({d.model_type}): " + ("can be pruned" if d.prunable else "cannot")]
     if not d.prunable:
         lines.append(f"because: {d.reason}")
-    lines += [
-        f"vision tokens: found by {d.found_by}",
-        f"layers: {len(d.prunable_layers)} of {d.layers} can be pruned",
-        f"bytes a vision token: {d.token_bytes:,} in all layers, {d.prunable_bytes:,} prunable",
+    lines.append(f"vision tokens: found by {d.found_by}")
+    lines.append(f"vision tokens an image: {d.tokens_per_image:,} ({d.tokens_from})")
+    lines.append(f"layers: {len(d.prunable_layers)} of {d.layers} can be pruned at this prompt")
+    if d.attachable_layers != d.prunable_layers:
+        lines[-1] += f", {len(d.attachable_layers)} at shorter ones"
+    lines += [*_bytes(d), *_kinds(d), *(f"note: {note}" for note in d.notes)]
+    console = stdout()
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _bytes(d: Diagnosis) -> list[str]:
+    """What the prompt takes, measured on transformers' own cache."""
+    prompt = (
         f"a prompt of {d.images} x {d.tokens_per_image} vision tokens and {d.text_tokens} text "
-        f"tokens: {d.full:,} bytes full",
+        "tokens"
+    )
+    if d.full is None:
+        return [f"{prompt}: bytes unknown, {d.unmeasured}"]
+    lines = [
+        f"bytes a vision token: {d.token_bytes:,} in all layers, {d.prunable_bytes:,} prunable",
+        f"{prompt}: {d.full:,} bytes full",
     ]
-    if d.prunable:
+    if d.other_bytes:
+        lines.append(f"beside keys and values the cache holds {d.other_bytes:,} bytes")
+    if d.prunable and d.pruned is not None:
         low, middle, high = d.pruned
         lines.append(
             f"pruned: {middle:,} bytes if every layer is balanced, between {low:,} (all "
             f"indifferent) and {high:,} (all attentive)"
         )
+    return lines
+
+
+def _kinds(d: Diagnosis) -> list[str]:
+    """The layers that do not attend to everything before them."""
     odd = sorted({w for w in d.windows if isinstance(w, str)})
     windows = sorted({w for w in d.windows if isinstance(w, int)})
+    lines = []
     if windows:
         lines.append(f"sliding windows of {windows}: pruned while they cover the whole prompt")
     if odd:
         lines.append(f"left alone: layers of kind {', '.join(odd)}")
-    console = stdout()
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+    return lines

@@ -8,7 +8,7 @@ import os
 import platform
 from typing import Any
 
-from plphp import __version__
+from plphp._version import __version__
 from plphp.cli.options import Json
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "triton", "vllm", "pillow")

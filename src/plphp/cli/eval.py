@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from plphp.cli import options as o
-from plphp.cli.console import stderr
-from plphp.errors import InputError
+from plphp.cli.console import progress, say, shown
+from plphp.errors import InputError, how_to_install
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,10 +33,12 @@ def evaluate(
         str, typer.Option(help="Names, 'all', NAME:paper (own defaults), plphp:calibrated.")
     ] = "plphp,random,uniform",
     budgets: Annotated[str, typer.Option(help="Shares of the vision K/V kept.")] = ".6,.4,.2,.1",
-    limit: Annotated[int, typer.Option(min=1, help="Samples a task.")] = 300,
-    seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 7001,
-    batch: Annotated[int, typer.Option(min=1, help="Rows that are generated together.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    limit: Annotated[int, typer.Option(min=1, max=o.MOST, help="Samples a task.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the samples.")] = 7001,
+    batch: Annotated[
+        int, typer.Option(min=1, max=o.MOST, help="Rows that are generated together.")
+    ] = 16,
+    max_new_tokens: o.MaxNewTokens = 128,
     images: Annotated[
         Path | None, typer.Option(help="A directory of images without labels: task 'folder'.")
     ] = None,
@@ -50,16 +50,20 @@ def evaluate(
     """Compare pruning methods by what they lose: task by task, at equal budgets. Resumable."""
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"{', '.join(missing)} not installed: pip install 'plphp[eval]'")
+        raise InputError(f"{', '.join(missing)} not installed: {how_to_install('eval')}")
     plan, added = _plan(
         out, tasks, methods, budgets, limit, seed, batch, max_new_tokens, images, prompt, shard
     )
     if added:
-        print(f"added to --methods, as controls: {', '.join(added)}", file=sys.stderr)
+        say(f"added to --methods, as controls: {', '.join(added)}")
     from plphp.eval.run import run
 
     loaded = source.load()
-    about = _about(source.model, loaded, source.device)
+    if prompt is not None:
+        from plphp.inputs import check_prompt
+
+        check_prompt(loaded, prompt)
+    about = _about(source, loaded)
     with _progress(plan, as_json) as watch:
         run(loaded, plan, about, watch)
     _finish(plan, as_json)
@@ -84,11 +88,7 @@ def _plan(
 def _tasks(names: str, images: Path | None, prompt: str | None) -> tuple[Task, ...]:
     from plphp.eval.tasks import SUITES, TASKS, folder
 
-    if (images is None) != (prompt is None):
-        raise InputError("--images DIR and --prompt TEXT go together")
     if images is not None and prompt is not None:
-        if names != "all":
-            raise InputError("--images goes without --tasks: it is a task of its own")
         return (folder(images, prompt),)
     wanted = list(TASKS) if names == "all" else [n.strip() for n in names.split(",") if n.strip()]
     wanted = [name for one in wanted for name in SUITES.get(one, [one])]
@@ -111,17 +111,20 @@ def _shard(text: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
-def _about(model: str, loaded: Any, device: str) -> dict[str, Any]:
+def _about(source: o.Source, loaded: Any) -> dict[str, Any]:
     """What a run that goes on with this one must share, besides its plan."""
     import torch
     import transformers
 
-    from plphp import __version__
+    from plphp._version import __version__
+    from plphp.cli.requests import digest, model_identity
 
     return {
-        "model": model,
+        "model": source.model,
+        "files": digest(model_identity(source.model)),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": device,
+        "device": source.device,
+        "attn": source.attn,
         "plphp": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -133,27 +136,24 @@ Watch = Callable[[str, int, int], Callable[[int], None]]
 
 @contextmanager
 def _progress(plan: Plan, quiet: bool) -> Iterator[Watch]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
     guess = plan.limit * len(plan.settings) // plan.shard[1]  # lines of a task in this shard
-    progress = Progress(*columns, console=stderr(), disable=quiet, speed_estimate_period=SECONDS)
+    bars = progress(quiet, speed_estimate_period=SECONDS)
 
     def watch(name: str, total: int, done: int) -> Callable[[int], None]:
-        if not progress.tasks:  # nothing is shown before there is something to do
-            progress.start()
-            progress.add_task(name, total=guess * len(plan.tasks))
-        bar = progress.tasks[0]
+        if not bars.tasks:  # nothing is shown before there is something to do
+            bars.start()
+            bars.add_task(name, total=guess * len(plan.tasks))
+        bar = bars.tasks[0]
         # Lines of an earlier call do not count: they would make this one look fast.
         more = total - done - guess
-        progress.update(bar.id, description=name, total=(bar.total or 0) + more)
-        return lambda lines: progress.advance(bar.id, lines)
+        bars.update(bar.id, description=name, total=(bar.total or 0) + more)
+        return lambda lines: bars.advance(bar.id, lines)
 
     try:
         yield watch
     finally:
-        if progress.tasks:
-            progress.stop()
+        if bars.tasks:
+            bars.stop()
 
 
 def _finish(plan: Plan, as_json: bool) -> None:
@@ -163,10 +163,9 @@ def _finish(plan: Plan, as_json: bool) -> None:
     left = missing(plan.out, plan.settings, [task.name for task in plan.tasks])
     if left:
         i, n = plan.shard
-        print(
+        say(
             f"shard {i}/{n} is done; {left} lines of other shards are missing: the last one to "
-            "finish writes the summary, or the same command again",
-            file=sys.stderr,
+            "finish writes the summary, or the same command again"
         )
         return
     found = summarize(plan.out)
@@ -174,5 +173,5 @@ def _finish(plan: Plan, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    print((plan.out / "summary.md").read_text())
-    print(f"summary.json, summary.md and curves in {plan.out}", file=sys.stderr)
+    print(shown((plan.out / "summary.md").read_text(encoding="utf-8")))
+    say(f"summary.json, summary.md and curves in {plan.out}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,16 +15,16 @@ import typer
 from rich.table import Table
 
 from plphp.cli import options as o
-from plphp.cli.console import stderr, stdout
+from plphp.cli.console import say, shown, stderr, stdout
 from plphp.errors import InputError
 from plphp.policy import Policy
 
 if TYPE_CHECKING:
     from plphp.bench import Comparison
-    from plphp.cache import Report
     from plphp.hf import Pruning
     from plphp.inputs import Runnable
     from plphp.recall import Recall
+    from plphp.report import Report
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,26 @@ class Job:
     policy_name: str
     generation: Mapping[str, Any]
     recall: Recall | None = None
+    seed: int | None = None
+
+    def seeded(self, number: int) -> Job:
+        """The same job with the seed of a batch's line: an interruption changes no answer."""
+        return self if self.seed is None else replace(self, seed=(self.seed + number) % 2**32)
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How an answer is written: greedily where nothing is said."""
 
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128
+    max_new_tokens: o.MaxNewTokens = 128
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None
     top_p: Annotated[float | None, typer.Option(help="Sample from this probability mass.")] = None
-    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
+    top_k: Annotated[int | None, typer.Option(max=o.MOST, help="Sample from this many tokens.")] = (
+        None
+    )
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")
+    ] = None
 
     def options(self) -> dict[str, Any]:
         """What generate() is told. Raises InputError for what cannot be sampled from."""
@@ -52,7 +63,7 @@ class Sampling:
         said = {name: value for name, value in given.items() if value is not None}
         for name, value in said.items():
             most = 1 if name == "top_p" else None
-            if value <= 0 or (most is not None and value > most):
+            if not 0 < value < math.inf or (most is not None and value > most):
                 bounds = "above 0" if most is None else f"above 0 and at most {most}"
                 raise InputError(f"--{name.replace('_', '-')} must be {bounds}, got {value}")
         return {"max_new_tokens": self.max_new_tokens, "do_sample": bool(said), **said}
@@ -79,28 +90,34 @@ def generate(
     policy, parked = method.chosen(), method.parked()
     generation = sampling.options()
     images, videos = image or [], video or []
-    check_files(images, videos)
-    if batch is not None:
-        _check_batch(batch, out, [*images, *videos], compare, prompt)
-    else:
-        prompt = _standard_input() if prompt is None else prompt
-        if not prompt.strip():
-            raise InputError("the prompt is empty: give --prompt TEXT, or standard input")
+    check_files(images, videos, source.model)
     if compare and generation["do_sample"]:
         raise InputError("--compare needs greedy answers: drop the sampling options")
-    job = Job(source.load(), policy, method.policy, generation, parked)
-    if sampling.seed is not None:
-        from transformers import set_seed
-
-        set_seed(sampling.seed)
     if batch is not None and out is not None:
-        from plphp.cli.batch import run_batch
+        _check_batch(batch, out, prompt)
+        from plphp.cli.batch import open_batch
 
-        run_batch(job, batch, out, prompt, answer, as_json)
-    elif compare:
-        _print_comparison(job, images, videos, prompt or "", rounds, as_json)
+        key = _key(method, sampling, source)
+        with open_batch(batch, out, prompt, key) as work:
+            job = Job(source.load(), policy, method.policy, generation, parked, sampling.seed)
+            work.run(job, answer, as_json)
+        return
+    prompt = _standard_input() if prompt is None else prompt
+    if not prompt.strip():
+        raise InputError("the prompt is empty: give --prompt TEXT, or standard input")
+    job = Job(source.load(), policy, method.policy, generation, parked, sampling.seed)
+    if compare:
+        _print_comparison(job, images, videos, prompt, rounds, as_json)
     else:
-        _print_answer(job, images, videos, prompt or "", report, as_json)
+        _print_answer(job, images, videos, prompt, report, as_json)
+
+
+def _key(method: o.Method, sampling: Sampling, source: o.Source) -> dict[str, Any]:
+    """What all lines of a batch share: another batch must not go on with its answers."""
+    from plphp.cli.requests import model_identity
+
+    said = {"method": vars(method), "sampling": vars(sampling), "source": vars(source)}
+    return {**said, "model": model_identity(source.model)}
 
 
 def answer(
@@ -116,6 +133,10 @@ def answer(
     from plphp.inputs import make_inputs
 
     inputs = make_inputs(job.loaded, images, prompt, videos)
+    if job.seed is not None:
+        from transformers import set_seed
+
+        set_seed(job.seed)
     extra = {} if streamer is None else {"streamer": streamer}
     with torch.inference_mode(), _attached(job) as pruning:
         tokens = job.loaded.model.generate(**inputs, **job.generation, **extra)
@@ -138,11 +159,7 @@ def _print_answer(
     full_report: bool,
     as_json: bool,
 ) -> None:
-    from transformers import TextStreamer
-
-    streamer = None
-    if not as_json:
-        streamer = TextStreamer(job.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = None if as_json else _streamer(job.loaded.tokenizer)
     text, report = answer(job, images, prompt, videos, streamer)
     if as_json:
         said = {**_what(job, images, prompt), "answer": text, "report": report.to_dict()}
@@ -150,7 +167,18 @@ def _print_answer(
         return
     sys.stdout.flush()
     short = "\n".join([report.summary, *report.remarks])
-    print(report if full_report else short, file=sys.stderr)
+    say(report if full_report else short)
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Prints an answer as it comes, nothing of which may control the terminal."""
+    from transformers import TextStreamer
+
+    class Shown(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(shown(text), stream_end)
+
+    return Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _print_comparison(
@@ -187,10 +215,10 @@ def _print_comparison(
     }
     for name, form in rows.items():
         full, pruned = (form.format(numbers[which][name]) for which in ("full", "pruned"))
-        table.add_row(name.replace("_", " "), full, pruned)
+        table.add_row(name.replace("_", " "), shown(full), shown(pruned))
     stdout().print(table)
     for line in compared.report.remarks:
-        print(line, file=sys.stderr)
+        say(line)
 
 
 def _comparison(job: Job, compared: Comparison) -> dict[str, dict[str, Any]]:
@@ -214,27 +242,23 @@ def _what(job: Job, images: Sequence[str], prompt: str) -> dict[str, Any]:
     }
 
 
-def check_files(images: Sequence[str], videos: Sequence[str]) -> None:
+def check_files(images: Sequence[str], videos: Sequence[str], model: str) -> None:
     """Say at once what cannot be read: a model takes a while to load."""
-    from plphp.inputs import open_image
+    from plphp.inputs import EMBEDDED, open_image
 
     for path in images:
         open_image(path)
     for path in videos:
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise InputError(f"video {path}: no such file")
+    if videos and model == EMBEDDED:
+        raise InputError("the embedded model reads pictures, not videos: choose a --model")
 
 
-def _check_batch(
-    batch: Path, out: Path | None, files: Sequence[str], compare: bool, prompt: str | None
-) -> None:
-    if out is None:
-        raise InputError("--batch needs --out FILE for its answers")
-    if out.exists():
+def _check_batch(batch: Path, out: Path, prompt: str | None) -> None:
+    if os.path.lexists(out):
         raise InputError(f"{out} exists already: move it away, or give another --out")
-    if files or compare:
-        raise InputError("--batch goes without --image, --video and --compare")
-    if not batch.exists():
+    if not os.path.exists(batch):
         raise InputError(f"--batch {batch}: no such file or directory")
     if batch.is_dir() and prompt is None:
         raise InputError("--batch with a directory needs --prompt, asked of every image")
@@ -243,4 +267,7 @@ def _check_batch(
 def _standard_input() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError("give --prompt TEXT, or the prompt on standard input")
-    return sys.stdin.read().strip()
+    try:
+        return sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not {error.encoding} text: {error.reason}") from error

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plphp.cli import options as o
-from plphp.cli.console import stderr, stdout
+from plphp.cli.console import shown, stderr, stdout
 from plphp.cli.generate import check_files
 from plphp.errors import InputError
 from plphp.policy import Policy
 
 if TYPE_CHECKING:
-    from plphp.report import Page
+    from plphp.inspector import Page
 
 PAGE = Path("report.html")
 
@@ -39,7 +39,7 @@ def inspect(
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Also ask the full model at every token.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    max_new_tokens: o.MaxNewTokens = 128,
     rounds: Annotated[int, typer.Option(min=1, help="How often each answer is timed.")] = 3,
     source: o.Source,
     as_json: o.Json = False,
@@ -52,12 +52,12 @@ def inspect(
         prompt = question if prompt is None else prompt
     if prompt is None or not prompt.strip():
         raise InputError("give --prompt TEXT, the question about the images")
-    check_files(images, videos)
+    check_files(images, videos, source.model)
     where = PAGE if out is None and not as_json else out
-    if where is not None and not where.resolve().parent.is_dir():
-        raise InputError(f"--out {where}: no such directory")
+    if where is not None:
+        _check_out(where)
     from plphp.inputs import make_inputs
-    from plphp.report import examine, shown_videos
+    from plphp.inspector import examine, shown_videos
 
     loaded = source.load()
     inputs = make_inputs(loaded, images, prompt, videos)
@@ -82,7 +82,7 @@ def inspect(
 def _present(page: Page, where: Path | None, as_json: bool) -> None:
     """The page as a file, and a line a method or all of it as JSON on standard output."""
     if where is not None:
-        from plphp.report import write_html
+        from plphp.inspector import write_html
 
         write_html(page, where)
     if as_json:
@@ -92,13 +92,29 @@ def _present(page: Page, where: Path | None, as_json: bool) -> None:
         same = "the full model's answer" if run.differs is None else f"differs at {run.differs + 1}"
         held = "kept" if run.recall is None else "in full on the device"
         stdout().print(f"{run.policy}: {run.retention:.0%} of the vision K/V {held}, {same}")
-    stdout().print(f"open {where} in a browser", soft_wrap=True)
+    stdout().print(shown(f"open {where} in a browser"), soft_wrap=True)
+
+
+def _check_out(where: Path) -> None:
+    """Raise InputError where no page can be written, or a file of another kind would be lost."""
+    if not where.resolve().parent.is_dir():
+        raise InputError(f"--out {where}: no such directory")
+    if where.exists() and not _is_page(where):
+        raise InputError(f"{where} exists and is no page of plphp: give another --out")
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file is an earlier page, which a new one may replace."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(15).lower() == b"<!doctype html>" and b"plphp inspect" in file.read(20_000)
 
 
 def example() -> tuple[list[str], str]:
     """Pictures and question of the demo's first example."""
     root = Path(str(files("plphp.demo")))
-    first = json.loads((root / "questions.json").read_text())[0]
+    first = json.loads((root / "questions.json").read_text(encoding="utf-8"))[0]
     return [str(root / "pictures" / name) for name in first["images"]], first["question"]
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from plphp.cli import needs
 from plphp.errors import InputError
 from plphp.policy import Policy, policy
 
@@ -18,6 +22,28 @@ if TYPE_CHECKING:
     from plphp.inputs import Runnable
     from plphp.recall import Recall
 
+
+@dataclass
+class Asked:
+    """What was asked of the command line as a whole; every context of a command holds it."""
+
+    debug: bool = False
+
+
+def _debug(ctx: typer.Context, wanted: bool) -> bool:
+    if wanted and isinstance(ctx.obj, Asked):
+        ctx.obj.debug = True
+    return wanted
+
+
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", callback=_debug, is_eager=True, help="Show tracebacks and what libraries log."
+    ),
+]
+MOST = 2**31 - 1  # of what is counted: tensors and loops hold no more
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Longest answer.")]
 PolicyName = Annotated[str, typer.Option("--policy", help="Pruning method.")]
 Rate = Annotated[
     float | None, typer.Option("--r", help="Retention rate of vision-balanced layers. [0.4]")
@@ -137,24 +163,40 @@ def chosen_policy(name: str, **options: Any) -> Policy:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that has an option for every field of the dataclasses it takes.
+    """A command that has an option for every field of the dataclasses it takes, and --debug.
 
-    typer reads signatures: the fields are written into one.
+    typer reads signatures: the fields are written into one. Options without an effect are refused.
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {name: kind for name, kind in hints.items() if _is_group(kind)}
 
     @functools.wraps(command)
-    def spread_out(**given: Any) -> None:
+    def spread_out(ctx: typer.Context, debug: bool, **given: Any) -> None:
+        if not (isinstance(ctx.obj, Asked) and ctx.obj.debug):
+            _silence()
+        needs.check(ctx, given)
         for name, kind in groups.items():
             given[name] = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
         command(**given)
 
     own = inspect.signature(command).parameters.values()
     parameters = [part for one in own for part in _parameters(one, hints[one.name])]
+    added = {"ctx": (typer.Context, inspect.Parameter.empty), "debug": (Debug, False)}
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kind)
+        for name, (kind, value) in added.items()
+    ]
     spread_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     spread_out.__annotations__ = {part.name: part.annotation for part in parameters}
     return spread_out
+
+
+def _silence() -> None:
+    """transformers' advice is for programmers; a command's own lines are what a user reads."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
 
 
 def _parameters(one: inspect.Parameter, kind: Any) -> list[inspect.Parameter]:

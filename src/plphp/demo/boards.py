@@ -4,7 +4,7 @@
 is n * n vision tokens. A *scene* scatters a few things of distinct colours; a *page* is a dense
 block of letters in one colour, to be read. Everything is drawn from a numpy ``Generator``, so a
 seed fixes it; the order of the draws is part of that contract. Letters are drawn with matplotlib's
-fonts (the extra `plphp[eval]`).
+fonts (the extra `eval`).
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""The embedded model: a 5.4M-parameter Qwen2-VL for pictures of coloured letters and shapes.
+"""The embedded model: a 5.4M-parameter Qwen2-VL for images of coloured letters and shapes.
 
-It reads 1 to 6 pictures of 112 to 224 px a side. The phrasings that it knows, all in lower case but
-for the letters that stand for themselves ("what color is the K?"), are in ``training/README.md``;
-``questions.json`` holds examples.
+It reads 1 to 6 images of 112 to 224 px a side. ``training/README.md`` lists the questions that it
+was trained on, and ``questions.json`` has examples. Questions are in lower case, except for letters
+that the images show ("what color is the K?").
 
-``AutoProcessor`` refuses to load without torchvision, although only its video half needs it. So the
-tokenizer and the PIL image processor are put together here, which also gives every machine the same
-pixels.
+``AutoProcessor`` needs torchvision, although only its video part uses it. Therefore the tokenizer
+and the PIL image processor are loaded separately here. All machines then compute the same pixels.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VL
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE_PAD = "<|image_pad|>"
 
-Prompt = tuple[Sequence[Image.Image], str]  # the pictures, then the question about them
+Prompt = tuple[Sequence[Image.Image], str]  # the images and the question about them
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model with the two things that make its inputs."""
+    """The embedded model with its tokenizer and its image processor."""
 
-    model: Any  # transformers decorates these classes into types that no checker can follow
+    model: Any  # transformers' decorators hide the type from type checkers
     tokenizer: Any
     image_processor: Any
 
     def inputs(self, images: Sequence[Image.Image], question: str) -> dict[str, Tensor]:
-        """What ``model.generate(**inputs)`` needs for one prompt, which may be without images."""
+        """The arguments of ``model.generate(**inputs)`` for one prompt, with or without images."""
         return self.inputs_of(images, self._chat(len(images), question))
 
     def inputs_of(self, images: Sequence[Image.Image], text: str) -> dict[str, Tensor]:
-        """The same for a text in the chat's form, with a placeholder for each image."""
+        """The arguments for a text in the chat format, with one placeholder per image."""
         pixels = self._pixels(images)
         merged = self.image_processor.merge_size**2
         sizes = [int(grid.prod()) // merged for grid in pixels.get("image_grid_thw", ())]
@@ -49,13 +48,13 @@ class Embedded:
         tokens = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            # Without these transformers silently takes 1-D positions, and the answers are wrong.
+            # Without these, transformers uses 1-D positions and the answers are wrong, silently.
             "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
         }
         return {name: tensor.to(self.model.device) for name, tensor in (tokens | pixels).items()}
 
     def batch(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Several prompts, padded on the left; their pictures follow one another, row by row."""
+        """The arguments for several prompts, padded on the left; images in the order of rows."""
         rows = [self.inputs(images, question) for images, question in prompts]
         length = max(row["input_ids"].shape[1] for row in rows)
         padding = {
@@ -94,7 +93,10 @@ class Embedded:
 def load(
     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", path: Path = WEIGHTS
 ) -> Embedded:
-    """The embedded model, or one that ``training/`` made, read without a network."""
+    """Load the embedded model, or one from ``training/``, without network access.
+
+    path: directory of the weights, the tokenizer and the image processor
+    """
     model = Qwen2VLForConditionalGeneration.from_pretrained(
         path, dtype=dtype, local_files_only=True
     )
@@ -106,7 +108,10 @@ def load(
 
 
 def _expand_placeholders(text: str, sizes: Sequence[int]) -> str:
-    """The template writes one placeholder a picture; the model wants one a vision token."""
+    """Replace each image's placeholder by as many as it has vision tokens.
+
+    The chat template writes one placeholder per image; the model needs one per vision token.
+    """
     before, *after = text.split(IMAGE_PAD)
     return before + "".join(
         IMAGE_PAD * size + part for size, part in zip(sizes, after, strict=True)

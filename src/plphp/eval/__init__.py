@@ -1,1 +1,1 @@
-"""How much a method loses: tasks, metrics, a resumable run, and what it shows."""
+"""Evaluation of pruning methods: tasks, metrics, a resumable run, and its summary."""

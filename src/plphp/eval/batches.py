@@ -1,4 +1,4 @@
-"""Samples in batches of similar length, and batches as what a model takes."""
+"""Batches of samples of similar length, and the inputs of a model for a batch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from plphp.eval.sample import Sample
 from plphp.inputs import Runnable
 from plphp.models import vision_spans
 
-MARGIN = 8  # tokens that an answer may be longer than the longest right one of its batch
+MARGIN = 8  # tokens that an answer may be longer than the longest reference answer of its batch
 TEXT = ("input_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that are generated together.
+    """Samples whose answers are generated together.
 
-    inputs: what generate() takes for the questions, padded on the left
-    first: the same for the earlier questions, whose cache the questions go on with; None without
-    shared: columns that both prompts begin with, images included
-    vision: (B,) vision tokens of each row
+    inputs: arguments of generate() for the questions, padded on the left
+    first: arguments for the questions of the first turn, where the questions are a second turn on
+        the same cache; else None
+    shared: number of columns that the prompts of both turns have in common, images included
+    vision: (B,) number of vision tokens of each row
     limit: the most tokens of an answer
     """
 
@@ -37,27 +38,28 @@ class Batch:
 
     @property
     def columns(self) -> int:
-        """Length of the prompt, padding included."""
+        """The number of columns of the prompt, padding included."""
         return int(self.inputs["input_ids"].shape[1])
 
     @property
     def prompt(self) -> Mapping[str, Tensor]:
-        """What is read with the pictures: the earlier question where there is one."""
+        """The arguments of the prompt with the images: the first turn's where there are two."""
         return self.inputs if self.first is None else self.first
 
     def later(self) -> dict[str, Tensor]:
-        """The questions as a later turn on a cache that has read the images."""
+        """The arguments of the second turn, on a cache that holds the images."""
         return {name: self.inputs[name] for name in TEXT}
 
 
 def in_batches(samples: Sequence[Sample], size: int, tokenizer: Any) -> list[list[Sample]]:
-    """Samples of similar length together: padding costs as much as tokens do.
+    """Batches of up to `size` samples of similar length, because padding takes computing time.
 
-    Depends on nothing but the arguments, so that an interrupted run goes on with the same batches.
+    The result depends on the arguments only, so that an interrupted run continues with the same
+    batches.
     """
 
     def kind(sample: Sample) -> int:
-        # A later turn has no padding inside: questions of one batch are equally long.
+        # A second turn has no padding of its own, so the questions of a batch have equal lengths.
         return len(tokenizer(sample.question)["input_ids"]) if sample.earlier else 0
 
     def length(sample: Sample) -> tuple[int, ...]:
@@ -71,7 +73,10 @@ def in_batches(samples: Sequence[Sample], size: int, tokenizer: Any) -> list[lis
 
 
 def make_batch(loaded: Runnable, samples: Sequence[Sample], longest: int) -> Batch:
-    """Encode rows. longest: tokens of an answer, at most; right answers say where less will do."""
+    """The batch of some samples.
+
+    longest: the most tokens of an answer; fewer if the reference answers are shorter
+    """
     inputs = loaded.batch([(s.images, s.question) for s in samples])
     first, shared = None, 0
     if samples[0].earlier is not None:
@@ -89,22 +94,25 @@ def make_batch(loaded: Runnable, samples: Sequence[Sample], longest: int) -> Bat
 
 
 def answer_tokens(tokenizer: Any, answer: str) -> int:
-    """Tokens of a text, those that every text begins with not counted."""
+    """The number of tokens of a text, without special tokens at its beginning."""
     return len(tokenizer(answer, add_special_tokens=False)["input_ids"])
 
 
 def _limit(tokenizer: Any, samples: Sequence[Sample], longest: int) -> int:
     known = [answer_tokens(tokenizer, answer) for s in samples for answer in s.answers]
-    # What runs on past every right answer is wrong already.
+    # An answer that is longer than every reference answer is wrong, so generation may stop.
     return min(longest, max(known) + MARGIN) if known else longest
 
 
 def _shared(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> int:
-    """Columns before the two prompts part; the same for all rows, padding included."""
+    """The number of leading columns that are equal in both prompts, in all rows.
+
+    Padding counts as a column.
+    """
     one, other = first["input_ids"], second["input_ids"]
     if one.shape[1] != other.shape[1]:
-        # Both are padded to their longest row: what differs is the length of the questions.
+        # Both prompts are padded to their longest row, so their questions differ in length.
         length = min(one.shape[1], other.shape[1])
         one, other = one[:, :length], other[:, :length]
-    parted = (one != other).any(0).nonzero()
-    return int(parted[0]) if len(parted) else one.shape[1]
+    different = (one != other).any(0).nonzero()
+    return int(different[0]) if len(different) else one.shape[1]

@@ -1,11 +1,12 @@
-"""CIDEr-D: consensus of a text with references, words weighed by how much they say.
+"""CIDEr-D: similarity of a text to references, with rare n-grams weighted higher.
 
     g_n(t)   = tf(t) * log(D / df(t))             over n-grams, df in the references of D samples
     CIDEr_n  = min(g(c), g(r)) . g(r) / (|g(c)| |g(r)|) * exp(-(|c| - |r|)^2 / (2 sigma^2))
     CIDEr-D  = 10 * mean over n = 1..4 and references
 
-Vedantam et al. 2015 (arXiv 1411.5726). Here because the usual package (pycocoevalcap) brings a
-hundred megabytes of Java for its other measures; `tests/peers/cider.py` compares with it.
+Vedantam et al. 2015 (arXiv 1411.5726). It is implemented here because the usual package
+(pycocoevalcap) brings a hundred megabytes of Java for its other metrics. `tests/peers/cider.py`
+compares the two.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-LONGEST = 4  # words of an n-gram
-SIGMA = 6.0  # words of difference in length that are forgiven
+LONGEST = 4  # most words of an n-gram
+SIGMA = 6.0  # words; scale of the penalty on differences in length
 
 Grams = Counter[tuple[str, ...]]
 
 
 def cider(said: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
-    """One score a sample, 0 to 10. answers: the references of each, at least one.
+    """CIDEr-D of each sample, 0 to 10.
 
-    Depends on all samples together: what every reference says is worth nothing. With one sample
-    everything is, and all scores are 0.
+    said: one text per sample; answers: the references of each sample, at least one
+
+    The scores depend on all samples together: an n-gram that occurs in the references of every
+    sample has weight 0. With a single sample all weights, and the score, are therefore 0.
     """
     references = [[_grams(text) for text in texts] for texts in answers]
     frequency: Grams = Counter()
@@ -48,7 +51,7 @@ def _grams(text: str) -> Grams:
 
 
 def _alike(candidate: Grams, reference: Grams, frequency: Grams, unit: float) -> float:
-    """Mean over n of the clipped cosine of two texts."""
+    """The clipped cosine similarity of two texts, averaged over n, with the length penalty."""
     weights = [
         {gram: count * (unit - math.log(max(frequency[gram], 1))) for gram, count in grams.items()}
         for grams in (candidate, reference)

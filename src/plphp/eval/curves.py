@@ -1,7 +1,7 @@
-"""Curves of a summary, as PNG files: score against the share of vision K/V that the device holds.
+"""Curves of a summary as PNG files: score against the share of vision K/V that the device holds.
 
-Colours are Paul Tol's, told apart by colour-blind readers; markers tell the rest. The controls,
-random and uniform, are grey and in every panel.
+The colours are Paul Tol's, which colour-blind readers can distinguish; markers help. The controls,
+random and uniform, are grey and appear in every panel.
 """
 
 from __future__ import annotations
@@ -14,52 +14,52 @@ from typing import Any
 import matplotlib
 from PIL import Image
 
-matplotlib.use("Agg")  # no window system needed; the package draws only into files
+matplotlib.use("Agg")  # no window system is needed, because figures are only written to files
 from matplotlib import pyplot as plt
 
 Shown = Mapping[str, Any]
-Look = tuple[str, str, str]  # colour, line style, marker
+Style = tuple[str, str, str]  # colour, line style, marker
 
 PALETTE = (
     "#cc3311", "#0077bb", "#009988", "#ee7733", "#33bbee", "#ee3377", "#332288", "#117733",
     "#999933", "#882255", "#aa4499", "#ddaa33", "#bbbb00", "#004488",
 )  # fmt: skip
 MARKERS = "osD^vP*X<>hdp8"
-VARIANT = {":paper": ("", "H"), ":calibrated": ("-.", "d")}  # in the colour of their method
+VARIANT = {":paper": ("", "H"), ":calibrated": ("-.", "d")}  # variants have their method's colour
 GREY = {"random": ("#999999", "--"), "uniform": ("#555555", ":")}
-METHOD: Look = ("#0077bb", "-", "o")  # where a panel has one method
+METHOD: Style = ("#0077bb", "-", "o")  # used in panels with one method
 LABELS = {"exact": "exact match", "vqa": "VQA accuracy", "words": "words in place"}
 ACROSS = 4  # panels side by side
-KL_AT = 0.2  # the budget whose KL is drawn by position
-LEAST = 1e-3  # nats; what is less is drawn there, on a logarithmic axis
+KL_AT = 0.2  # the budget of the figure of KL by position
+LEAST = 1e-3  # nats; smaller values are drawn at this value, because the axis is logarithmic
 
 
 def draw(summary: Shown, out: Path) -> list[Path]:
-    """curves.png, kl.png and curves-TASK.png in a directory; returns what was written."""
+    """Write curves.png, kl.png and curves-TASK.png into a directory, and return their paths."""
     tasks = {name: task for name, task in summary["tasks"].items() if _points(task)}
     if not tasks:
         return []
-    looks = _looks(tasks.values())
-    made = [_overview(tasks, looks, out / "curves.png"), _kl(tasks, looks, out / "kl.png")]
+    styles = _styles(tasks.values())
+    made = [_overview(tasks, styles, out / "curves.png"), _kl(tasks, styles, out / "kl.png")]
     for name, task in tasks.items():
         if not set(_points(task)) <= set(GREY):
             made.append(_one_task(name, task, out / f"curves-{name}.png"))
     return made
 
 
-def _overview(tasks: Mapping[str, Shown], looks: Shown, path: Path) -> Path:
-    """One panel a task, all methods in it; bands for the controls only, or nothing is seen."""
+def _overview(tasks: Mapping[str, Shown], styles: Shown, path: Path) -> Path:
+    """One panel per task with all methods. Only the controls have a band: more are unreadable."""
     figure, panels = _panels(len(tasks))
     for axes, (name, task) in zip(panels, tasks.items(), strict=False):
         for method, rows in _points(task).items():
-            _line(axes, task, rows, looks[method], band=method in GREY, label=method)
+            _line(axes, task, rows, styles[method], band=method in GREY, label=method)
         axes.set_title(name, fontsize=10)
         _frame(axes, task)
     return _save(figure, panels, path)
 
 
 def _one_task(name: str, task: Shown, path: Path) -> Path:
-    """One panel a method, with its band, before the controls."""
+    """One panel per method, with its interval and the controls."""
     points = _points(task)
     methods = [method for method in points if method not in GREY]
     figure, panels = _panels(len(methods))
@@ -74,13 +74,13 @@ def _one_task(name: str, task: Shown, path: Path) -> Path:
     return _save(figure, panels, path)
 
 
-def _kl(tasks: Mapping[str, Shown], looks: Shown, path: Path) -> Path:
-    """KL from the unpruned model, summed along its own answer: how fast both part. By task."""
+def _kl(tasks: Mapping[str, Shown], styles: Shown, path: Path) -> Path:
+    """One panel per task: KL(full || pruned), summed over the tokens of the unpruned answer."""
     figure, panels = _panels(len(tasks))
     for axes, (name, task) in zip(panels, tasks.items(), strict=False):
         for row in _rows(task):
-            if row["budget"] == KL_AT and row["method"] in looks:
-                color, style, _ = looks[row["method"]]
+            if row["budget"] == KL_AT and row["method"] in styles:
+                color, style, _ = styles[row["method"]]
                 values = [max(value, LEAST) for value in accumulate(row["kl_by_position"])]
                 axes.plot(range(1, len(values) + 1), values, style, color=color,
                           linewidth=1.4, label=row["method"])  # fmt: skip
@@ -95,17 +95,17 @@ def _line(
     axes: Any,
     task: Shown,
     rows: Sequence[Shown],
-    look: tuple[str, str, str],
+    style: Style,
     band: bool,
     label: str,
 ) -> None:
-    """A method's points, joined with the full cache if it was run at several budgets."""
-    color, style, marker = look
+    """Draw a method's points, connected to the full cache if there are several budgets."""
+    color, line, marker = style
     full = next(row for row in task["settings"] if row["method"] == "full")
     points = sorted([*rows, full] if len(rows) > 1 else rows, key=lambda row: float(row["kept"]))
     x = [row["kept"] for row in points]
     mean, low, high = ([row["score"][name] for row in points] for name in ("mean", "low", "high"))
-    axes.plot(x, mean, style, color=color, marker=marker, markersize=4, linewidth=1.4, label=label)
+    axes.plot(x, mean, line, color=color, marker=marker, markersize=4, linewidth=1.4, label=label)
     if band and len(x) == 1:
         axes.vlines(x, low, high, color=color, linewidth=1.4)
     elif band:
@@ -135,7 +135,7 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
 
 
 def _save(figure: Any, panels: Sequence[Any], path: Path) -> Path:
-    """One legend for all panels, below them; each name once."""
+    """Write the figure, with one legend for all panels below them."""
     named = {
         label: handle
         for axes in panels
@@ -146,7 +146,7 @@ def _save(figure: Any, panels: Sequence[Any], path: Path) -> Path:
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    # A palette holds lines and bands in half the bytes.
+    # A palette of 256 colours halves the file.
     Image.open(path).convert("RGB").quantize(256, kmeans=1).save(path, optimize=True)
     return path
 
@@ -156,7 +156,7 @@ def _rows(task: Shown) -> Iterator[Shown]:
 
 
 def _points(task: Shown) -> dict[str, list[Shown]]:
-    """Method -> its rows, without the full cache."""
+    """The rows of each method by name, without the full cache."""
     found: dict[str, list[Shown]] = {}
     for row in _rows(task):
         if row["method"] != "full":
@@ -164,13 +164,13 @@ def _points(task: Shown) -> dict[str, list[Shown]]:
     return found
 
 
-def _looks(tasks: Any) -> dict[str, Look]:
-    """Method -> colour, line style, marker; the same in every figure."""
+def _styles(tasks: Any) -> dict[str, Style]:
+    """The style of each method by name, the same in all figures."""
     methods = dict.fromkeys(method for task in tasks for method in _points(task))
     bases = dict.fromkeys(method.partition(":")[0] for method in methods if method not in GREY)
-    looks: dict[str, Look] = {name: (*GREY[name], "") for name in methods if name in GREY}
+    styles: dict[str, Style] = {name: (*GREY[name], "") for name in methods if name in GREY}
     for i, base in enumerate(bases):
         color = PALETTE[i % len(PALETTE)]
-        looks[base] = (color, "-", MARKERS[i % len(MARKERS)])
-        looks |= {f"{base}{end}": (color, *style) for end, style in VARIANT.items()}
-    return looks
+        styles[base] = (color, "-", MARKERS[i % len(MARKERS)])
+        styles |= {f"{base}{end}": (color, *rest) for end, rest in VARIANT.items()}
+    return styles

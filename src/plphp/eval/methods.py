@@ -8,7 +8,7 @@ from typing import Any
 
 from plphp.errors import InputError
 from plphp.hf import calibrate
-from plphp.policy import POLICIES, Policy, policy
+from plphp.policy import ALIASES, POLICIES, Policy, policy
 from plphp.recall import HOMES, Recall
 
 PAPER = ":paper"  # a method with its own defaults instead of a budget
@@ -50,13 +50,13 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
 
     Raises InputError for an unknown name and for a share that is none.
     """
-    names = list(dict.fromkeys(_split(methods, "--methods")))
+    names = list(dict.fromkeys(map(_full_name, _split(methods, "--methods"))))
     for name in names:
         base, _, home = name.removesuffix(PAPER).partition(PARKED)
         right = base in POLICIES or name == f"plphp{CALIBRATED}"
         right = right and name != f"full{PARKED}host"
-        if not right or (home or HOMES[0]) not in HOMES or name.endswith(PARKED):
-            known = ", ".join(known_methods())
+        if not right or (home and home not in HOMES) or name.endswith(PARKED):
+            known = ", ".join([*known_methods(), *ALIASES])
             raise InputError(
                 f"--methods: unknown method {name!r}; known are {known}, and NAME+HOME with recall "
                 f"from {', '.join(HOMES)}"
@@ -71,6 +71,14 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
             # Everything kept is what "full" stands for.
             settings += [Setting(name, share) for share in dict.fromkeys(shares) if share < 1]
     return settings, [name for name in added if name != "full"]
+
+
+def _full_name(name: str) -> str:
+    """A method's own name where an alias such as "recommended" stands for it."""
+    for alias, own in ALIASES.items():
+        if name == alias or name.startswith((alias + PAPER, alias + PARKED)):
+            return own + name.removeprefix(alias)
+    return name
 
 
 def make(setting: Setting, model: Any, samples: Sequence[Mapping[str, Any]] = ()) -> Policy:

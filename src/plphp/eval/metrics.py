@@ -1,6 +1,7 @@
-"""How right a text is: scores of one answer, from kept libraries where they exist.
+"""Metrics of a single answer, from maintained libraries where there are any.
 
-All but `wer` are 0 to 1, 1 the best. CIDEr needs all answers of a task at once: see `cider.py`.
+All metrics but `wer` are from 0 to 1, and 1 is best. CIDEr needs all answers of a task at once; see
+`cider.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import jiwer
 from anls_star import anls_score
 
-Answers = Sequence[str]  # what counts as right, at least one text
+Answers = Sequence[str]  # the reference answers, at least one
 
 ARTICLES = {"a", "an", "the"}
 NUMBERS = {
@@ -23,26 +24,27 @@ NUMBERS = {
         ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     )
 }
-# A comma or a point inside a number belongs to it; other marks part words.
+# A comma or a point inside a number belongs to the number; other marks separate words.
 MARKS = re.compile(rf"(?<!\d)[.,]|[.,](?!\d)|[{re.escape(string.punctuation.replace('.', ''))}]")
-PEOPLE = 3  # who must agree for a VQA answer to count in full
+PEOPLE = 3  # the number of people with the same answer from which a VQA answer scores 1
 
 
 def exact(said: str, answers: Answers) -> float:
-    """Whether the answer is one of the right ones, to the letter."""
+    """Exact match: 1 if the answer, without surrounding spaces, equals a reference; else 0."""
     return float(said.strip() in answers)
 
 
 def words(said: str, answers: Answers) -> float:
-    """The share of words that are right and in their place; the longer text counts."""
+    """The share of words that are equal at equal positions, of the length of the longer text."""
     return max(_words(said.split(), answer.split()) for answer in answers)
 
 
 def vqa(said: str, answers: Answers) -> float:
-    """VQA accuracy (Antol et al. 2015): three people of those asked must have said the same.
+    """VQA accuracy (Antol et al. 2015): 1 if three reference answers equal the answer.
 
-    Mean over the answers of all people but one; with a single right answer, whether it is said.
-    Case, articles, punctuation and numbers as words do not count.
+    It is a third of the number of equal reference answers, at most 1, averaged over all subsets of
+    the references with one left out. With a single reference it is 1 or 0. Case, articles,
+    punctuation and number words are normalized.
     """
     plain = _plain(said)
     agree = [_plain(answer) == plain for answer in answers]
@@ -53,20 +55,20 @@ def vqa(said: str, answers: Answers) -> float:
 
 
 def anls(said: str, answers: Answers) -> float:
-    """Normalized Levenshtein similarity to the nearest right answer, 0 where it is under .5.
+    """ANLS: normalized Levenshtein similarity to the nearest reference answer, 0 if below .5.
 
-    By `anls_star`, which generalizes the measure of Biten et al. 2019.
+    Computed by `anls_star`, which generalizes the metric of Biten et al. 2019.
     """
     return float(anls_score(tuple(answers), said))
 
 
 def rouge_l(said: str, answers: Answers) -> float:
-    """F-measure of the longest common subsequence of words (Lin 2004), by `rouge_score`."""
+    """ROUGE-L (Lin 2004): F-measure of the longest common word subsequence, by `rouge_score`."""
     return max(float(_rouge().score(answer, said)["rougeL"].fmeasure) for answer in answers)
 
 
 def wer(said: str, answers: Answers) -> float:
-    """Word error rate by `jiwer`, the lowest over the answers: 0 is perfect, no upper bound."""
+    """Word error rate by `jiwer`, the lowest over the references. 0 is best; no upper bound."""
     return min(float(jiwer.wer(answer, said)) for answer in answers)
 
 
@@ -81,11 +83,11 @@ TEXT_METRICS: dict[str, Callable[[str, Answers], float]] = {
 
 
 def score(said: str, answers: Answers) -> dict[str, float]:
-    """Every metric of one answer; none where there is no right one."""
+    """All metrics of one answer by name; empty without a reference answer."""
     return dict(_score(said, tuple(answers))) if answers else {}
 
 
-@lru_cache(1024)  # most methods say the same of the same sample
+@lru_cache(1024)  # most methods give the same answer to a sample
 def _score(said: str, answers: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
     return tuple((name, round(metric(said, answers), 6)) for name, metric in TEXT_METRICS.items())
 

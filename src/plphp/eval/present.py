@@ -13,5 +13,5 @@ from plphp.eval.tables import markdown
 def write(summary: dict[str, Any], out: Path) -> None:
     """summary.json, summary.md, and the curves."""
     write_json(out / "summary.json", summary)
-    (out / "summary.md").write_text(markdown(summary))
+    (out / "summary.md").write_text(markdown(summary), encoding="utf-8", errors="backslashreplace")
     draw(summary, out)

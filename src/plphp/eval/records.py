@@ -1,4 +1,4 @@
-"""From answers to lines: what is written down of every sample."""
+"""The lines that a run stores for each sample, made from answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from plphp.inputs import Runnable
 
 @dataclass(frozen=True)
 class Asked:
-    """A batch that the untouched model has answered."""
+    """A batch and the answers of the unpruned model to it."""
 
     loaded: Runnable
     batch: Batch
@@ -27,18 +27,19 @@ class Asked:
 
     @cached_property
     def own(self) -> list[str]:
-        """The untouched model's answers."""
+        """The unpruned model's answers as text."""
         return self.texts(self.reference.tokens)
 
     def texts(self, tokens: Tensor) -> list[str]:
-        """Answers (B, T) as text."""
+        """Answers (B, T) int64 as text."""
         return [self.loaded.decode(row) for row in tokens]
 
     def full_lines(self) -> list[Line]:
-        """Lines of the untouched model.
+        """The lines of the unpruned model, one per sample.
 
-        kept: share of the vision K/V; kv_bytes: a row's part of the batch's; vision: tokens of the
-        images; tokens: of the answer, its end included
+        kept: share of vision K/V
+        kv_bytes: bytes of the batch's cache divided by the number of rows
+        vision: number of vision tokens; tokens: of the answer, its end token included
         """
         size = self.reference.kv_bytes // len(self.own)
         return [
@@ -55,10 +56,10 @@ class Asked:
         ]
 
     def lines(self, found: Answers) -> list[Line]:
-        """Lines of a pruned model.
+        """The lines of a pruned model, one per sample.
 
-        kl, agree: KL(full || pruned) in nats and top-1 agreement, a number each token of the
-        untouched model's answer
+        kl, agree: KL(full || pruned) in nats and top-1 agreement, one number per token of the
+            unpruned model's answer
         """
         rows = len(self.own)
         return [
@@ -79,9 +80,9 @@ class Asked:
         return {"id": sample.id, "answer": text, **scores, "same": text == self.own[row]}
 
     def _one_token(self, sample: Sample, row: int) -> bool:
-        """Whether the answer is decided by its first token, which the unpruned prompt gives."""
+        """Whether the first token, which comes from the unpruned prompt, determines the answer."""
         if not sample.answers:
-            return self.reference.lengths[row] <= 2  # with its end token
+            return self.reference.lengths[row] <= 2  # a token and the end token
         return _shortest(self.loaded.tokenizer, sample.answers) <= 1
 
 

@@ -1,9 +1,8 @@
-"""The run: every sample of every task by every method at every budget.
+"""The run: every method answers every sample of every task at every budget.
 
-    task -> batch -> setting        so that a batch's pictures are read once for all settings
-
-Each batch is first answered by the untouched model. That is the row "full", and what the others
-are compared with, token by token.
+The loops are task -> batch -> setting, so that the images of a batch are computed once for all
+settings. The unpruned model answers each batch first. Its answers are the row "full", and the
+answers of the other settings are compared with them token by token.
 """
 
 from __future__ import annotations
@@ -18,29 +17,30 @@ import torch
 from plphp.errors import PlphpError
 from plphp.eval.answers import Answers, Reference, answer, refer
 from plphp.eval.batches import Batch, in_batches, make_batch
+from plphp.eval.feature_cache import remembered
 from plphp.eval.methods import CALIBRATED, FULL, Setting, make
 from plphp.eval.records import Asked
 from plphp.eval.sample import Sample, Task
 from plphp.eval.shrink import Shrinker, shrinker
 from plphp.eval.store import Done, Store
 from plphp.eval.tasks import TASKS
-from plphp.eval.tower import remembered
-from plphp.hf.replan import Prompt, read
+from plphp.hf.shared_prefill import SharedPrefill, read
 from plphp.inputs import Runnable
 from plphp.policy import Policy, policy
 
-CALIBRATE_ON = ("needle", "describe", "transcribe", "long")  # drawn with another seed
-CALIBRATE_SAMPLES = 8  # of each
+CALIBRATE_ON = ("needle", "describe", "transcribe", "long")  # tasks, drawn with another seed
+CALIBRATE_SAMPLES = 8  # per task
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run.
+    """The tasks and settings of a run.
 
-    limit: samples a task
-    batch: rows that are generated together
-    longest: tokens of an answer, at most
-    shard: (i, n): every n-th batch, beginning with the i-th
+    out: directory of the run
+    limit: samples per task
+    batch: rows per batch
+    longest: the most tokens of an answer
+    shard: (i, n): this process runs every n-th batch, beginning with the i-th
     """
 
     tasks: tuple[Task, ...]
@@ -55,10 +55,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """A plan under way: the model, its policies, where lines go.
+    """A plan that is being run.
 
-    policies: of every setting that can run, `skipped` the reasons of the others
-    advance: told how many lines are done
+    policies: the policy of each setting that can run
+    skipped: the reason for each setting that cannot run
+    advance: called with the number of lines that were added
     """
 
     loaded: Runnable
@@ -72,12 +73,12 @@ class Job:
 def run(
     loaded: Runnable, plan: Plan, about: Mapping[str, Any], watch: Callable[[str, int, int], Any]
 ) -> None:
-    """Do what is left of a plan.
+    """Run the part of a plan that is not finished.
 
-    about: settings beyond the plan's that another run must share to go on with this one
-    watch: called with a task's name, its lines in this shard and how many of them are done; returns
-        what to call with the number of lines that were added
-    Raises InputError if `plan.out` holds a run of other settings.
+    about: further settings that must be equal for an interrupted run to be continued
+    watch: called with a task's name, its number of lines in this shard and the number of finished
+        lines; it returns a function to call with the number of lines that were added
+    Raises InputError if `plan.out` holds a run with other settings.
     """
     store = Store(plan.out, plan.shard)
     fixed = {"limit": plan.limit, "seed": plan.seed, "batch": plan.batch}
@@ -101,7 +102,7 @@ def run(
 
 
 def _policies(loaded: Runnable, plan: Plan) -> tuple[dict[Setting, Policy], dict[Setting, str]]:
-    """Policies of the settings that can be made, and why the others cannot."""
+    """The policy of each setting that can run, and the reason for each other setting."""
     policies: dict[Setting, Policy] = {}
     skipped: dict[Setting, str] = {}
     samples = (
@@ -118,7 +119,7 @@ def _policies(loaded: Runnable, plan: Plan) -> tuple[dict[Setting, Policy], dict
 
 
 def _calibration(loaded: Runnable, plan: Plan) -> list[Mapping[str, Any]]:
-    """Prompts of another seed than the evaluated ones."""
+    """The inputs of prompts with another seed than the evaluated ones."""
     drawn = [TASKS[name].draw(CALIBRATE_SAMPLES, plan.seed + 1) for name in CALIBRATE_ON]
     return [loaded.inputs(s.images, s.question) for samples in drawn for s in samples]
 
@@ -142,7 +143,7 @@ def _run_task(job: Job, task: Task, batches: Sequence[Sequence[Sample]], done: D
 def _run_batch(
     job: Job, task: Task, samples: Sequence[Sample], wanted: Mapping[Setting, Sequence[Sample]]
 ) -> dict[Setting, str]:
-    """Append the lines of a batch; returns settings that turned out not to run, and why."""
+    """Append the lines of a batch. Returns the settings that failed, with the reason."""
     failed = {}
     batch = make_batch(job.loaded, samples, job.plan.longest)
     with torch.inference_mode(), remembered(job.loaded.model):
@@ -169,11 +170,11 @@ def _run_batch(
 
 
 def _answer(
-    job: Job, setting: Setting, batch: Batch, reference: Reference, prompt: Prompt
+    job: Job, setting: Setting, batch: Batch, reference: Reference, prompt: SharedPrefill
 ) -> Answers:
     model, chosen = job.loaded.model, job.policies[setting]
     if chosen.kind == "images":
-        # Nothing is pruned of the smaller pictures: the same code path, everything kept.
+        # The smaller images are not pruned: `full` runs the same code and keeps everything.
         batch, chosen = _smaller(job, batch, chosen), policy("full")
         prompt = read(model, batch.prompt, chosen.window)
     return answer(model, chosen, batch, reference, prompt, setting.recall)
@@ -182,7 +183,7 @@ def _answer(
 def _smaller(job: Job, batch: Batch, chosen: Policy) -> Batch:
     by: Shrinker = shrinker(job.loaded)
     small = make_batch(by.loaded, by.shrink(batch.samples, chosen), job.plan.longest)
-    # What is kept counts against the vision tokens of the pictures as they were.
+    # The kept share counts against the vision tokens of the original images.
     return replace(small, vision=batch.vision)
 
 

@@ -1,4 +1,4 @@
-"""What is asked: samples, and the tasks that draw them."""
+"""Samples, and the tasks that draw them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from PIL.Image import Image
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about some pictures.
+    """One question about some images.
 
-    id: unique in its task, the same for the same seed
-    answers: what counts as right, the first of them the one that texts are compared with; empty
-        for pictures without labels, which are scored by agreement with the unpruned model only
-    earlier: a question that was answered before on the same pictures and the same cache, so that
-        what is left of them was chosen for it
+    id: unique in its task, and the same for the same seed
+    answers: the reference answers; empty for images without labels, for which agreement with the
+        unpruned model is the score
+    earlier: the question of a first turn on the same images and the same cache, for which their
+        tokens were selected; None without a first turn
     """
 
     id: str
@@ -30,9 +30,9 @@ class Sample:
 class Task:
     """A source of held-out samples.
 
-    what: one line for people: what is asked, and what its score can and cannot show
-    draw: (count, seed) -> samples; the first ones of a longer draw are those of a shorter one
-    metric: its main one, a key of `metrics.TEXT_METRICS`; None for agreement only
+    what: one line of description: the questions, and the limits of the score
+    draw: function (count, seed) -> samples; a larger count adds samples at the end
+    metric: the main metric, a key of `metrics.TEXT_METRICS`; None for agreement only
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The control that prunes nothing: pictures made smaller until they take as many tokens."""
+"""The control `downsample`: images are made smaller until they take as few tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from plphp.inputs import Loaded, Runnable
 
 @dataclass(frozen=True)
 class Shrinker:
-    """A model that takes small pictures as they are.
+    """A model whose image processor does not enlarge small images.
 
-    loaded: the same model behind an image processor that enlarges nothing
-    native: one that enlarges them as usual: it says how large a picture is to the model
-    multiple: pixels a side of one vision token
+    loaded: the model with such an image processor
+    native: the original image processor, which gives the size of an image for the model
+    multiple: side of the square of pixels that makes one vision token
     """
 
     loaded: Runnable
@@ -27,14 +27,14 @@ class Shrinker:
     multiple: int
 
     def shrink(self, samples: Sequence[Sample], policy: Any) -> list[Sample]:
-        """Samples with smaller pictures. policy: one of kind "images"."""
+        """The samples with smaller images. policy: of kind "images"."""
         return [
             replace(sample, images=tuple(self.smaller(image, policy) for image in sample.images))
             for sample in samples
         ]
 
     def smaller(self, image: Image.Image, policy: Any) -> Image.Image:
-        """One picture, at the size that the policy gives it."""
+        """One image, at the size that the policy gives it."""
         _, rows, columns = (int(n) for n in self.native(images=[image])["image_grid_thw"][0])
         patch = self.multiple // self.native.merge_size
         size = policy.size(columns * patch, rows * patch, self.multiple)
@@ -42,9 +42,9 @@ class Shrinker:
 
 
 def shrinker(loaded: Runnable) -> Shrinker:
-    """A shrinker for a model whose image tokens follow the size of the picture.
+    """The shrinker of a model whose number of vision tokens depends on the size of the image.
 
-    Raises UnsupportedModelError for any other: there a smaller picture takes as many tokens.
+    Raises UnsupportedModelError for other models, for which a smaller image has as many tokens.
     """
     processor: Any = getattr(loaded, "image_processor", None)
     if processor is None:
@@ -53,19 +53,19 @@ def shrinker(loaded: Runnable) -> Shrinker:
     size = dict(getattr(processor, "size", None) or {})
     if not isinstance(patch, int) or not isinstance(merge, int) or "shortest_edge" not in size:
         raise UnsupportedModelError(
-            "downsample needs a processor whose vision tokens follow the size of the picture "
-            "(patch_size, merge_size and size['shortest_edge'], as Qwen-VL's): this model reads "
-            "every picture at sizes of its own"
+            "downsample needs a processor whose number of vision tokens depends on the size of the "
+            "image (with patch_size, merge_size and size['shortest_edge'], such as Qwen-VL's): "
+            "the processor of this model resizes images to sizes of its own"
         )
     multiple = patch * merge
-    willing = type(processor)(
+    without_enlarging = type(processor)(
         **{**processor.to_dict(), "size": {**dict(size), "shortest_edge": multiple**2}}
     )
-    return Shrinker(_with(loaded, willing), processor, multiple)
+    return Shrinker(_with(loaded, without_enlarging), processor, multiple)
 
 
 def _with(loaded: Runnable, processor: Any) -> Runnable:
-    """The same model behind another image processor."""
+    """The same model with another image processor."""
     if isinstance(loaded, Loaded):
         import copy
 

@@ -1,12 +1,11 @@
-"""What a run shows: means with intervals, paired differences, everything else as plain means.
+"""The summary of a run: scores with intervals, paired differences, and means of other measures.
 
-Intervals are 95 % percentile bootstraps over samples. All settings of a task are resampled with the
-same draws, so that ratios and differences are paired.
+Intervals are 95 % percentile bootstraps over samples. All settings of a task use the same
+resamples, so that ratios and differences are paired.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,20 +18,23 @@ from numpy.typing import NDArray
 from plphp.eval.cider import cider
 from plphp.eval.methods import CONTROLS, FULL, Setting, known_methods
 from plphp.eval.metrics import TEXT_METRICS
-from plphp.eval.store import Line, read_lines, read_tasks
+from plphp.eval.store import Line, read_json, read_lines, read_tasks
 from plphp.eval.tasks import TASKS
 
 Floats = NDArray[np.float64]
 
 RESAMPLES, SEED = 2000, 0
-COMPARED = ("random", "uniform", "plphp-shared", "downsample")  # with whom every method is paired
-AGREEMENT = "agreement"  # the main metric where nothing is known to be right
-FEW = 0.2  # KL by position ends where fewer of the answers get that far
+COMPARED = ("random", "uniform", "plphp-shared", "downsample")  # each method is compared with them
+AGREEMENT = "agreement"  # the main metric of tasks without reference answers
+FEW = 0.2  # KL by position ends where a smaller share of the answers is that long
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The lines of one setting, one a sample in the order of the task, and what they score."""
+    """The lines of one setting, one per sample in the order of the task.
+
+    metric: the main metric of the task
+    """
 
     setting: Setting
     lines: Sequence[Line]
@@ -44,9 +46,10 @@ class Rows:
 
     @staticmethod
     def value(line: Line, metric: str) -> float:
-        """One number of a line; agreement and KL from the second token on.
+        """The value of one metric in a line; agreement and KL are means from the second token on.
 
-        The first token comes from the prompt's own forward, which pruning a cache leaves alone.
+        The first token comes from the prompt's forward, which does not change when a cache is
+        pruned.
         """
         if metric == AGREEMENT:
             return _mean(line["agree"][1:]) if "agree" in line else 1.0
@@ -56,9 +59,9 @@ class Rows:
 
 
 def summarize(out: Path) -> dict[str, Any]:
-    """Everything that a run found, as plain numbers ready for JSON. Needs no model."""
-    found: dict[str, Any] = {"about": json.loads((out / "run.json").read_text())}
-    found["policies"] = json.loads((out / "policies.json").read_text())
+    """The summary of a run in the directory `out`, as JSON values. No model is needed."""
+    found: dict[str, Any] = {"about": read_json(out / "run.json")}
+    found["policies"] = read_json(out / "policies.json")
     tasks = {task["task"]: task for task in read_tasks(out)}
     ordered = sorted(tasks, key=lambda name: (list(TASKS) + list(tasks)).index(name))
     found["tasks"] = {name: _task(tasks[name], list(read_lines(out, name))) for name in ordered}
@@ -66,7 +69,7 @@ def summarize(out: Path) -> dict[str, Any]:
 
 
 def missing(out: Path, settings: Sequence[Setting], tasks: Sequence[str]) -> int:
-    """How many lines a run still lacks; a setting that could not run lacks none."""
+    """The number of lines that a run lacks. A setting that could not run lacks none."""
     wanted = 0
     for task in read_tasks(out):
         if task["task"] not in tasks:
@@ -91,7 +94,8 @@ def _task(task: Mapping[str, Any], lines: Sequence[Line]) -> dict[str, Any]:
         if "id" in line:
             by.setdefault(_setting(line), {})[line["id"]] = line
     full = by[FULL]
-    # Answers of one token come from the unpruned prompt: they prove nothing and stand apart.
+    # An answer of one token comes from the unpruned prompt, so it does not depend on the method
+    # and is reported separately.
     apart = [name for name in samples if full[name]["one_token"]]
     names = [name for name in samples if not full[name]["one_token"]]
     metric = task["metric"] or AGREEMENT
@@ -144,9 +148,10 @@ def _settings(
 def _paired(
     setting: Setting, rows: Mapping[Setting, Rows], means: Mapping[Setting, Floats]
 ) -> dict[str, Any]:
-    """Differences to the other methods at the same budget.
+    """The differences to the methods of `COMPARED` at the same budget.
 
-    A method at its own defaults meets them at the largest budget that keeps no more than it.
+    A method with default options, and no budget, is compared at the largest budget that does not
+    exceed its kept share.
     """
     if setting == FULL:
         return {}
@@ -172,7 +177,7 @@ def _verdict(interval: Mapping[str, float]) -> str:
 
 
 def _plain(rows: Rows, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything without an interval."""
+    """The values that have no interval."""
     lines = rows.lines
     known = [name for name in (*TEXT_METRICS, "same") if name in lines[0]]
     metrics = {name: _round(np.mean([line[name] for line in lines])) for name in known}
@@ -204,7 +209,7 @@ def _by_pictures(rows: Rows, samples: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 
 def _by_position(values: Sequence[Sequence[float]]) -> list[float]:
-    """Mean over the answers that get as far as a position, from the first token on."""
+    """The mean at each position, from the first token on, over the answers that are that long."""
     means = []
     for position in range(max(map(len, values))):
         there = [row[position] for row in values if len(row) > position]
@@ -224,16 +229,16 @@ def _setting(line: Line) -> Setting:
 
 
 def _order(setting: Setting) -> tuple[int, float, str]:
-    """The full cache, the controls, the methods as they are registered; large budgets first."""
+    """A sort key: full cache, controls, other methods as registered; large budgets first."""
     names = [*CONTROLS, *(name for name in known_methods() if name not in CONTROLS)]
     place = names.index(setting.method) if setting.method in names else len(names)
     return place, -(setting.budget or 2.0), setting.method
 
 
 def _average(values: Sequence[float]) -> float | None:
-    """Mean of what there is: an answer that ends at once has nothing after its first token."""
-    there = [value for value in values if value == value]
-    return _round(np.mean(there)) if there else None
+    """The mean of the values that are not NaN; a one-token answer has no values and is NaN."""
+    known = [value for value in values if value == value]
+    return _round(np.mean(known)) if known else None
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -241,5 +246,5 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _round(value: Any) -> float:
-    """Six digits: what is beyond depends on the order of sums."""
+    """Round to six significant digits; later digits depend on the order of summation."""
     return float(f"{float(value):.6g}")

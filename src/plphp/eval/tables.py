@@ -1,4 +1,4 @@
-"""A summary as Markdown tables."""
+"""The summary of a run as Markdown tables."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ Shown = Mapping[str, Any]
 
 
 def markdown(summary: Shown) -> str:
-    """The whole summary: one table a task, a line a method and budget."""
+    """The whole summary: one table per task, one line per method and budget."""
     about = ", ".join(f"{name} {value}" for name, value in summary["about"].items())
     parts = ["# What pruning loses", about]
     for name, task in summary["tasks"].items():
         parts += [f"## {name}", _head(task), "\n".join(_table(task))]
         if any(PARKED in row["method"] for row in task["settings"]):
-            parts.append("Kept of NAME+HOME: device bytes, what is parked in main memory left out.")
+            parts.append(
+                "For NAME+HOME, kept is the share of device bytes, without parked tokens in main "
+                "memory."
+            )
         parts += [f"Could not run: {reason}" for reason in _skipped(task)]
     return "\n\n".join(parts) + "\n"
 
 
 def _head(task: Shown) -> str:
-    apart = f" {task['one_token']} answers of one token are apart." if task["one_token"] else ""
+    apart = ""
+    if task["one_token"]:
+        apart = f" {task['one_token']} answers of one token are not included."
     return (
         f"{task['what']}. {task['samples']} samples, {task['vision_tokens']:.0f} vision tokens and "
         f"{task['answer_tokens']:.0f} answer tokens on average; score: {task['metric']}.{apart}"
@@ -54,7 +59,7 @@ def _table(task: Shown) -> Iterator[str]:
 
 
 def interval(found: Shown | None, digits: int = 3) -> str:
-    """mean [low, high], or a dash."""
+    """A mean and its interval as "mean [low, high]"; "-" for None."""
     if found is None:
         return "-"
     mean, low, high = (f"{found[name]:.{digits}f}" for name in ("mean", "low", "high"))
@@ -62,16 +67,17 @@ def interval(found: Shown | None, digits: int = 3) -> str:
 
 
 def words(found: Shown | None) -> str:
-    """A paired comparison: what the method does against the other, and the difference."""
+    """A paired comparison as text: the verdict and the mean difference; "-" for None."""
     return "-" if found is None else f"{found['verdict']} ({found['mean']:+.3f})"
 
 
 def number(value: float | None) -> str:
+    """A number with three decimals; "-" for None."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def _skipped(task: Shown) -> Sequence[str]:
-    """One line a reason, with the settings that it holds for."""
+    """One line per reason, with the settings that could not run for it."""
     reasons: dict[str, list[str]] = {}
     for row in task["settings"]:
         if "skipped" in row:

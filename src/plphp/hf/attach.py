@@ -1,269 +1,179 @@
-"""Attach pruning to a model and take it off again."""
+"""`plphp.prune`: attaches pruning to a model, and the hooks that run in its forwards."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from types import TracebackType
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from plphp.cache import Report
-from plphp.errors import UnsupportedModeError, UnsupportedModelError
-from plphp.hf import compat
+from plphp.errors import UnsupportedModeError
+from plphp.hf import compat, stock
+from plphp.hf.attached import MARK, Pruning, base_model
 from plphp.hf.attention import ConfigView, pass_layer, pruned_attention
-from plphp.hf.cache import PrunedCache, own_cache
-from plphp.hf.generate import UNSUPPORTED_METHODS, refuse_method, wrap
+from plphp.hf.cache import PrunedCache
+from plphp.hf.generate import (
+    REFUSED_METHODS,
+    merged_options,
+    own_cache,
+    refuse_checkpointing,
+    refuse_method,
+    wrap,
+)
 from plphp.hf.positions import later_positions, position_shift
-from plphp.hf.recall import checked
+from plphp.hf.recall import checked_recall
 from plphp.hf.report import build_report
-from plphp.hf.sequence import attach_sequence, decoder_layers, refuse_turn
-from plphp.hf.turn import Mask, Turn
-from plphp.models import describes_vision, refusal, sequence_refusal
-from plphp.policy import PLPHP, Policy, SequencePolicy
+from plphp.hf.sequence import decoder_layers, refuse_prompt
+from plphp.hf.targets import attach_kind, chosen_policy, prunable
+from plphp.hf.vision_mask import checked_mask
+from plphp.policy import Policy
 from plphp.recall import Recall
 
 logger = logging.getLogger("plphp")
 
-MARK = "_plphp"  # attribute of an attached model that holds its Pruning
-
-
-class Pruning:
-    """Pruning attached to one model object; `remove()` or leaving the `with` takes it off.
-
-    report: of the last finished prefill; `cache.report` of a `PrunedCache` is exact where several
-        threads generate on one model
-    """
-
-    def __init__(
-        self, model: Any, policy: Policy, vision_mask: Mask, recall: Recall | None = None
-    ) -> None:
-        self.model = model
-        self.policy = policy
-        self.recall = recall
-        self.vision_mask = vision_mask
-        self.report: Report | None = None
-        self.layers: tuple[int, ...] = ()  # decoder layers that are attached
-        self.over_ranks = compat.over_ranks(model)
-        self._undo: list[Callable[[], None]] = []
-
-    def __enter__(self) -> Pruning:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Leave the model as it was. Safe to call twice."""
-        while self._undo:
-            self._undo.pop()()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise UnsupportedModeError("an attached model cannot be copied: remove() the pruning first")
-
-    def __reduce__(self) -> Any:
-        raise UnsupportedModeError("an attached model cannot be saved: remove() the pruning first")
-
-    def _set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an instance attribute; undone by restoring what the instance itself held."""
-        before = vars(owner).get(name)
-        had = name in vars(owner)
-        setattr(owner, name, value)
-        undo = (lambda: setattr(owner, name, before)) if had else (lambda: delattr(owner, name))
-        self._undo.append(undo)
-
 
 def prune(
     model: Any,
-    policy: Policy | None = None,
+    policy: Policy | type[Policy] | str | None = None,
     *,
-    vision_mask: Mask = None,
+    vision_mask: Any = None,
     recall: Recall | str | None = None,
 ) -> Pruning:
-    """Prune the vision tokens of everything that `model` generates until `remove()`.
+    """Attach a pruning to a model: every prompt that it reads is pruned until `remove()`.
 
-    model: a transformers vision-language model, or a PEFT wrapper around one
-    policy: by default PLPHP(), the paper's
-    vision_mask: (B, N) int64 coded as `vision_spans` returns it, or a function from input_ids to
-        it, for models whose vision tokens cannot be found
-    recall: park what the policy drops and read it again when a later token looks for it, a
-        `plphp.Recall` or the name of its home; by default dropped tokens are gone
+    model: a transformers vision-language model, or a PEFT or torch.compile wrapper around one
+    policy: what to keep: a policy, a policy class or the name of a policy, the last two with their
+        default options. By default PLPHP() with the options of the paper
+    vision_mask: which tokens are vision tokens, for models where plphp cannot find them: (B, N)
+        integers coded as `vision_spans` returns them (a tensor, an array or nested lists), or a
+        function from input_ids (B, N) to such a tensor
+    recall: a `plphp.Recall`, or the name of its home with default options: vision tokens that the
+        policy drops are parked, and read again when a later token attends to them. By default
+        dropped tokens are lost
 
-    Raises UnsupportedModelError, UnsupportedModeError (the model is attached already) or
-    UnsupportedTransformersError, with what to do, before anything is changed.
+    Raises UnsupportedModelError, UnsupportedModeError (such as for a model that is attached
+    already), UnsupportedTransformersError, InputError (a ValueError) or InputTypeError (also a
+    TypeError). The message says what to do, and the model has not been changed.
     """
     compat.check_version()
-    model = _base(model)
-    modules = _prunable(model, vision_mask)
-    recall, policy = checked(recall, PLPHP() if policy is None else policy, model)
-    undo = _attach_kind(model, policy, modules)
-    pruning = Pruning(model, policy, vision_mask, recall)
+    model = base_model(model)
+    mask = checked_mask(vision_mask)
+    prunable(model, mask)
+    recall, chosen = checked_recall(recall, chosen_policy(policy), model)
+    return Pruning(model, chosen, mask, recall, _attach)
+
+
+def _attach(pruning: Pruning) -> None:
+    """Set all hooks and attributes. Raises as `prune` does, before anything is changed."""
+    model = pruning.model
+    modules = prunable(model, pruning.vision_mask)
+    pruning._undo += attach_kind(model, pruning.policy, modules)
     compat.register_attention(pruned_attention)
-    pruning._undo += undo
     pruning.layers = tuple(module.layer_idx for module in modules)
+    pruning.decoder = decoder_layers(model, modules)
     for module in modules:
         pruning._set(module, "config", ConfigView(module))
         handle = module.register_forward_pre_hook(pass_layer, with_kwargs=True)
         pruning._undo.append(handle.remove)
-    before = model.register_forward_pre_hook(_begin(pruning), with_kwargs=True)
-    after = model.register_forward_hook(_finish(pruning), with_kwargs=True)
+    # Partials, not closures: pickling or copying the model then reaches `pruning`, which raises
+    # an error that says what to do.
+    begin, finish = partial(_begin, pruning), partial(_finish, pruning)
+    before = model.register_forward_pre_hook(begin, with_kwargs=True)
+    after = model.register_forward_hook(finish, with_kwargs=True, always_call=True)
     pruning._undo += [before.remove, after.remove]
+    if vars(model).get("_compiled_call_impl") is not None:
+        # model.compile() has compiled a call without these hooks, and torch would go on using it.
+        pruning._set(model, "_compiled_call_impl", None)
     if hasattr(model, "generate"):
         pruning._set(model, "generate", wrap(pruning, model.generate))
-    for name in UNSUPPORTED_METHODS:
+        prepare = model._prepare_generation_config
+        pruning._set(model, "_prepare_generation_config", merged_options(pruning, prepare))
+    for name, why in REFUSED_METHODS.items():
         if hasattr(model, name):
-            pruning._set(model, name, refuse_method(name))
+            pruning._set(model, name, refuse_method(name, why))
     pruning._set(model, MARK, pruning)
-    return pruning
 
 
-def _attach_kind(model: Any, policy: Policy, modules: list[Any]) -> list[Callable[[], None]]:
-    """Hooks of a method that works on hidden states, none for others. Raises what `prune` does."""
-    if policy.kind == "images":
-        raise UnsupportedModeError(
-            f"{type(policy).__name__} makes pictures smaller, before the model: resize them to "
-            "policy.size(width, height, multiple) and leave the model as it is"
-        )
-    policy.check(len(modules))
-    if not isinstance(policy, SequencePolicy):
-        return []
-    if reason := sequence_refusal(model.config):
-        raise UnsupportedModelError(f"{model.config.model_type}: {reason}")
-    layers = decoder_layers(model, modules)
-    if len(layers) < len(compat.layer_windows(compat.text_config(model))):
-        raise UnsupportedModelError(
-            f"{type(policy).__name__} drops hidden states, and some layers of this decoder have no "
-            "ordinary attention: what they need would be missing"
-        )
-    return attach_sequence(policy, layers)
+def _begin(
+    pruning: Pruning, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of the model: give it a pruned cache, and begin a prompt where one begins.
+
+    The images are located in the forward that brings the prompt's last column.
+    """
+    cache = _cache_of(pruning, kwargs)
+    keyword = compat.cache_keyword(type(model).forward) or compat.CACHE
+    kwargs = compat.with_cache(kwargs, keyword, cache)
+    source = {**({"input_ids": args[0]} if args else {}), **kwargs}
+    given = source.get("input_ids")
+    given = source.get("inputs_embeds") if given is None else given
+    if given is None:
+        raise ValueError("a forward of an attached model needs input_ids or inputs_embeds")
+    batch, columns = given.shape[:2]
+    if not cache._generating:
+        cache.check()
+        past = int(cache.get_seq_length())
+        if columns > 1 or past == 0:  # a forward outside generate(): its input is a prompt
+            refuse_checkpointing(pruning)
+            cache._begin(columns, source, pruning)
+        positions = later_positions(model, cache.shift, past, columns, source)
+        if positions is not None:
+            kwargs["position_ids"] = positions
+    prefill = cache.shared.prefill
+    if prefill is not None and int(cache.get_seq_length()) + columns >= prefill.prompt.end:
+        prefill.locate(batch, kwargs.get("attention_mask"))
+        refuse_prompt(cache, prefill, columns)
+    cache._in_forward = True
+    return args, kwargs
 
 
-def attached(model: Any) -> Pruning | None:
-    """The pruning attached to a model, if any."""
-    found: Pruning | None = vars(_base(model)).get(MARK)
-    return found
+def _cache_of(pruning: Pruning, kwargs: dict[str, Any]) -> PrunedCache:
+    """The cache of a forward; a new one if the call has none.
 
-
-def _base(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _prunable(model: Any, vision_mask: Mask) -> list[Any]:
-    """The attention modules to attach to, or the reason why there are none."""
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise UnsupportedModelError(
-            f"plphp.prune needs a transformers model, got {type(model).__name__}"
-        )
-    kind = getattr(model.config, "model_type", "unknown")
-    if reason := refusal(model.config):
-        raise UnsupportedModelError(f"{kind}: {reason}")
-    if vision_mask is None and not describes_vision(model.config):
-        raise UnsupportedModelError(
-            f"{kind} names no image or video tokens in its config: either it is not a "
-            "vision-language model, or pass vision_mask=..., coded as plphp.vision_spans returns it"
-        )
-    config = compat.text_config(model)
-    windows = compat.layer_windows(config)
-    modules = compat.attention_modules(model, config)
-    ordinary = {i for i, window in enumerate(windows) if not isinstance(window, str)}
-    chosen = [module for i, module in sorted(modules.items()) if i in ordinary]
-    if not chosen:
-        raise UnsupportedModelError(
-            f"{kind} has no decoder layer that can be pruned: none with ordinary self-attention "
-            "calls transformers' attention interface"
-        )
-    for module in chosen:
-        if isinstance(module.config, ConfigView):
-            raise UnsupportedModeError(
-                "this model is attached already: remove() that pruning first"
-            )
-        if hasattr(module, "sinks"):
-            raise UnsupportedModelError(f"{kind} uses attention sinks; it cannot be scored")
-        compat.original_attention(module, module.config)
-    return chosen
-
-
-Hook = Callable[..., Any]
-
-
-def _begin(pruning: Pruning) -> Hook:
-    """Model pre-hook: every forward gets a pruned cache, and a prompt's last one its spans."""
-
-    def begin(
-        model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache = _cache_of(model, kwargs)
-        kwargs = {**kwargs, "past_key_values": cache}
-        source = {**({"input_ids": args[0]} if args else {}), **kwargs}
-        given = source.get("input_ids")
-        given = source.get("inputs_embeds") if given is None else given
-        if given is None:
-            raise ValueError("a forward of an attached model needs input_ids or inputs_embeds")
-        batch, columns = given.shape[:2]
-        if not cache.generating:
-            cache.check()
-            past = int(cache.get_seq_length())
-            if columns > 1 or past == 0:  # a bare forward: what it brings is the prompt
-                prompt = Turn(columns, source, pruning.model.config, pruning.vision_mask)
-                cache.open(prompt, pruning.policy)
-            positions = later_positions(model, cache.shift, past, columns, source)
-            if positions is not None:
-                kwargs["position_ids"] = positions
-        turn = cache.shared.turn
-        if turn is not None and int(cache.get_seq_length()) + columns >= turn.end:
-            turn.locate(batch, kwargs.get("attention_mask"))
-            refuse_turn(cache, turn, columns)
-        return args, kwargs
-
-    return begin
-
-
-def _cache_of(model: nn.Module, kwargs: dict[str, Any]) -> PrunedCache:
-    """The cache of a forward, made if there is none. Raises for what pruning cannot serve."""
+    Raises UnsupportedModeError for options and caches that pruning cannot be combined with.
+    """
+    cache = compat.given_cache(kwargs)
     if kwargs.get("output_attentions"):
         raise UnsupportedModeError(
             "output_attentions=True is not available: dropped tokens have no attention to return"
         )
-    cache = kwargs.get("past_key_values")
-    wanted = kwargs.get("use_cache")
-    if wanted is None and cache is None:
-        wanted = getattr(compat.text_config(model), "use_cache", True)
-    if wanted is False:
+    if kwargs.get("use_cache") is False:
         raise UnsupportedModeError(
             "a forward without a cache cannot be pruned: use_cache=True, or remove()"
         )
-    if cache is None:
-        kwargs["use_cache"] = True
-    if isinstance(cache, PrunedCache) and cache.generating:
-        return cache  # generate() has looked at it, and a compiled step should not again
-    return own_cache(cache, model)
+    if isinstance(cache, PrunedCache) and cache._generating:
+        return cache  # generate() has checked it; a compiled step must not check again
+    if getattr(pruning.model.config, "output_attentions", False):
+        raise UnsupportedModeError(
+            "model.config.output_attentions is set, and dropped tokens have no attention to "
+            "return: set it to False"
+        )
+    kwargs["use_cache"] = True  # also where the config of the checkpoint says otherwise
+    return own_cache(cache, pruning)
 
 
-def _finish(pruning: Pruning) -> Hook:
-    """Model hook: a prompt that has been read becomes a report."""
+def _finish(
+    pruning: Pruning, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Forward hook of the model: make the report once a prompt has been read.
 
-    def finish(
-        model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        cache = kwargs["past_key_values"]
-        turn = cache.shared.turn
-        if turn is None or turn.spans is None:
-            return
-        drafts = int(cache.get_seq_length()) - turn.end
-        cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, turn)
-        cache.shared.last_image = max(cache.shared.last_image, turn.last_image)
-        pruning.report = report = build_report(cache, turn)
-        cache.tell(report)
-        cache.shared.spans = turn.spans if cache.shared.recall is not None else None
-        cache.shared.turn = None
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s", report.summary)
-
-    return finish
+    output: None where the forward raised an exception
+    """
+    cache = compat.given_cache(kwargs)
+    if not isinstance(cache, PrunedCache):
+        return  # `_begin` has refused the call
+    cache._in_forward = False
+    prefill = cache.shared.prefill
+    if output is None or prefill is None or prefill.located is None:
+        return
+    drafts = int(cache.get_seq_length()) - prefill.prompt.end
+    cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, prefill.located)
+    stock.release_views(cache.layers)
+    report = build_report(cache, prefill)
+    cache._finish(report)
+    if cache._generating or not hasattr(pruning.calls, "left_out"):
+        # Otherwise it is a forward that generate() adds for a negative prompt, with its own cache.
+        pruning.report = report
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("%s", report.summary)

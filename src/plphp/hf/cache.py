@@ -1,36 +1,50 @@
-"""A transformers cache whose layers are pruned once their prompt has been read."""
+"""`PrunedCache`, a transformers cache whose layers are pruned after each prompt."""
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from plphp.cache import EarlierImage, Report, allocated
+from plphp.cache import allocated
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
-from plphp.hf.layer import PrunedLayer, Shared, spans_until
-from plphp.hf.turn import Turn
-from plphp.policy import Policy
+from plphp.hf.attached import Pruning, attached
+from plphp.hf.layer import PrunedLayer, Shared, layer_tensors, spans_until
+from plphp.hf.prompt import Prefill, Prompt
+from plphp.policy.base import check_count
+from plphp.report import EarlierImage, Report
 
 
 class PrunedCache(Cache):
-    """Keys and values of one conversation, pruned turn by turn.
+    """Keys and values of one conversation, pruned after each prompt.
 
-    `generate(..., past_key_values=cache)` on an attached model keeps it for later turns.
-    max_len: columns (prompt and answer) to make room for at once; grows as needed without it.
-    static: keep lengths on the device and buffers in place, for compiled decoding; needs max_len.
-    Holds no gradients: a prompt's own forward can be differentiated, later tokens see constants.
-    Raises UnsupportedModeError for a model that is not attached.
+    Pass it to `generate(..., cache=cache)` on an attached model in every turn. Before transformers
+    5.24 the keyword is `past_key_values`; an attached model accepts both names in every version.
+
+    model: an attached model; the cache works with it only, and only under its present `recall`
+    max_len: columns (prompt and answer) to allocate at once; without it the buffers grow as needed
+    static: keep lengths on the device and never move the buffers, for compiled decoding; it needs
+        max_len
+    report: `Report` of the last prompt that was read into this cache, None before the first. Unlike
+        `Pruning.report` it is right if several threads generate on one model
+
+    Gradients pass through the forward of a prompt, but not through the cache to later tokens.
+    `copy.deepcopy` makes an independent conversation; `save` and `load` store it in a file.
+
+    Raises UnsupportedModeError for a model that is not attached and for `static` with recall, and
+    ValueError for a bad `max_len`.
     """
 
     def __init__(self, model: nn.Module, max_len: int | None = None, static: bool = False) -> None:
-        from plphp.hf.attach import attached
-
+        if max_len is not None:
+            check_count("max_len", max_len, 1)
         pruning = attached(model)
         if pruning is None:
             raise UnsupportedModeError(
@@ -51,31 +65,33 @@ class PrunedCache(Cache):
             over_ranks=pruning.over_ranks,
             recall=pruning.recall,
         )
-        self.generating = False  # inside generate(): forwards after the prompt are its steps
+        self._model = weakref.ref(pruning.model)  # a file says which model it belongs to
         self.report: Report | None = None
-        self.shift: Tensor | None = None  # (B,) position minus column of what comes next
-        self.order: Tensor | None = None  # (B,) rows of the report that ours are, None as they were
-        self.found: tuple[EarlierImage, ...] = ()  # what a file said in place of a report
+        self.shift: Tensor | None = None  # (B,) position id minus column of new text
+        self._generating = False  # whether generate() runs: forwards after the prompt are its steps
+        self._in_forward = False  # whether the attached model runs: it alone may write to the cache
+        self._order: Tensor | None = None  # (B,) rows of the report, where the cache has others
+        self._found: tuple[EarlierImage, ...] = ()  # read from a file that has no report
         super().__init__(layers=self._layers(0))
 
     def _layers(self, prompt: int) -> list[Any]:
-        """A pruned layer wherever the layer's attention covers a prompt of that many columns.
+        """New layers for a prompt of `prompt` columns, pruned ones where that is possible.
 
-        Past a sliding window the prompt's last token does not see what would be ranked: such a
-        layer, and one of another kind, gets what transformers itself would use.
+        If a sliding window is shorter than the prompt, the last token cannot score all vision
+        tokens. Such a layer, and one of another kind, is what transformers itself would use.
         """
         layers: list[Any] = compat.stock_layers(self.config)
-        own = []
+        pruned = []
         for index, window in enumerate(compat.layer_windows(self.config)):
             if compat.covers(window, prompt):
                 layers[index] = PrunedLayer(window, self.shared)
-                own.append(index)
+                pruned.append(index)
         self.shared.depth = len(layers)
-        self.shared.prunable = tuple(index for index in own if index in self.shared.attached)
+        self.shared.prunable = tuple(index for index in pruned if index in self.shared.attached)
         return layers
 
     def _renewed(self, prompt: int) -> list[Any]:
-        """Layers for a first prompt, with the static buffers that `reset` left behind."""
+        """New layers for a first prompt. They reuse the static buffers that `reset` left."""
         before = dict(self.pruned_layers())
         layers = self._layers(prompt)
         for index, layer in enumerate(layers):
@@ -85,7 +101,7 @@ class PrunedCache(Cache):
 
     @property
     def config(self) -> Any:
-        """Config of the language model that the cache belongs to."""
+        """Config of the language model to which the cache belongs."""
         return self.shared.config
 
     @property
@@ -95,84 +111,148 @@ class PrunedCache(Cache):
 
     @property
     def max_len(self) -> int | None:
-        """Columns that there is room for, None for as many as come."""
+        """Columns for which buffers are allocated at once, None if they grow as needed."""
         return self.shared.max_len
 
     def check(self) -> None:
         """Raise UnsupportedModeError if an exception left this cache in the middle of a forward."""
         lengths = {int(layer.get_seq_length()) for _, layer in self.pruned_layers()}
-        if self.shared.turn is not None or len(lengths) > 1:
+        if self.shared.prefill is not None or len(lengths) > 1:
             raise UnsupportedModeError(
                 "this cache was interrupted in the middle of a forward; start a new one"
             )
 
-    def settle(self) -> None:
-        """End a generate(): a prompt of which nothing was read, after a refusal, is forgotten."""
-        self.generating = False
-        if self.shared.turn is None:
+    def _settle(self) -> None:
+        """End a generate(). Forget its prompt if an error was raised before any of it was read."""
+        self._generating = False
+        if self.shared.prefill is None:
             return
         lengths = {int(layer.get_seq_length()) for _, layer in self.pruned_layers()}
-        if lengths == {self.shared.turn.begin}:
-            self.shared.turn = None
+        if lengths == {self.shared.prefill.prompt.begin}:
+            self.shared.prefill = None
 
-    def open(self, turn: Turn, policy: Policy) -> None:
-        """Announce a prompt; the forwards that follow bring its columns."""
+    def _begin(
+        self, length: int, source: Mapping[str, Any], pruning: Pruning, generating: bool = False
+    ) -> Prefill:
+        """Begin a prompt of `length` columns, which the next forwards bring.
+
+        source: the keyword arguments that describe the prompt
+        generating: whether generate() brings it; then forwards after the prompt are its steps
+        """
         self.check()
-        self.shared.policy = policy
+        self.shared.policy = pruning.policy
         for _, layer in self.pruned_layers():
             layer.thaw()
-        turn.begin = self.get_seq_length()
-        if self.max_len is not None and self.static and turn.end > self.max_len:
-            raise ValueError(f"the prompt ends at column {turn.end}, max_len is {self.max_len}")
-        if turn.begin == 0:
-            self.layers = self._renewed(turn.length)
+        begin = int(self.get_seq_length())
+        spans = self.shared.spans if self.shared.recall is not None and begin else None
+        earlier = None if spans is None else spans_until(spans, begin)
+        prompt = Prompt(
+            begin, length, source, pruning.model.config, pruning.vision_mask, earlier, self.static
+        )
+        if self.max_len is not None and self.static and prompt.end > self.max_len:
+            raise ValueError(f"the prompt ends at column {prompt.end}, max_len is {self.max_len}")
+        if begin == 0:
+            self.layers = self._renewed(length)
             if self.static and not all(isinstance(layer, PrunedLayer) for layer in self.layers):
                 raise UnsupportedModeError(
                     "static=True needs every layer to be prunable; this model has others: "
                     "use static=False"
                 )
-        turn.static = self.static
-        if self.shared.recall is not None and self.shared.spans is not None and turn.begin:
-            turn.earlier = spans_until(self.shared.spans, turn.begin)
-        self.shared.turn = turn
+        self.shared.prefill, self._generating = Prefill(prompt), generating
+        return self.shared.prefill
+
+    def _finish(self, report: Report) -> None:
+        """End a prompt that has been read, and store its report."""
+        assert self.shared.prefill is not None
+        where = self.shared.prefill.where
+        self.report, self._order = report, None
+        self.shared.last_image = max(self.shared.last_image, where.last_image)
+        self.shared.spans = where.spans if self.shared.recall is not None else None
+        self.shared.prefill = None
+
+    def _check_writer(self) -> None:
+        """Raise UnsupportedModeError unless the attached model runs: others need every column."""
+        if not self._in_forward:
+            raise UnsupportedModeError(
+                "this plphp.PrunedCache was given to a model that is not attached, or to part of a "
+                "model: call plphp.prune(model) and then the model itself; without pruning, use a "
+                "cache of transformers"
+            )
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' interface: append keys and values of one layer."""
+        self._check_writer()
+        return super().update(*args, **kwargs)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' interface: replace the state of a convolution."""
+        self._check_writer()
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' interface: replace the state of a recurrent layer."""
+        self._check_writer()
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedCache:
+        """An independent conversation, for the same attached model."""
+        self.check()
+        shared, report = self.shared, self.report
+        # Objects that belong to the model or never change are not copied.
+        for item in (shared.config, shared.policy, shared.recall, shared.over_ranks):
+            memo[id(item)] = item
+        if report is not None:
+            memo[id(report.seen)] = report.seen
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy({**vars(self), "_in_forward": False}, memo)
+        return copied
+
+    def __copy__(self) -> PrunedCache:
+        raise UnsupportedModeError("two caches cannot share their layers: use copy.deepcopy")
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedModeError(
+            "a plphp.PrunedCache cannot be pickled: cache.save(path) writes it, and "
+            "plphp.PrunedCache.load(model, path) reads it"
+        )
 
     def pruned_layers(self) -> Iterator[tuple[int, PrunedLayer]]:
+        """Index and layer of every pruned layer."""
         for index, layer in enumerate(self.layers):
             if isinstance(layer, PrunedLayer):
                 yield index, layer
 
     def reset(self) -> None:
-        """Forget the conversation. A static cache keeps its buffers for the next one."""
+        """Forget the conversation. A static cache keeps its buffers for the next conversation."""
         super().reset()
-        self.shift, self.report, self.generating = None, None, False
-        self.order, self.found = None, ()
-        self.shared.turn, self.shared.last_image, self.shared.spans = None, 0, None
+        self.shift, self.report, self._generating = None, None, False
+        self._order, self._found = None, ()
+        self.shared.prefill, self.shared.last_image, self.shared.spans = None, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put rows (B',) in a new order, positions of later turns included."""
+        """transformers' interface: put the rows in the order (B',) int64, as beam search does."""
         super().reorder_cache(beam_idx)
         self._rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """transformers' interface: keep these rows (B',) only."""
         super().batch_select_indices(indices)
         self._rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """transformers' interface: repeat every row."""
         super().batch_repeat_interleave(repeats)
         if self.shift is not None:
             self._rows(torch.arange(len(self.shift)).repeat_interleave(repeats))
 
     def _rows(self, rows: Tensor) -> None:
-        """Rows (B',) of what the cache itself knows of each."""
+        """Select rows (B',) of the state that the cache itself holds for each row."""
         if self.shift is not None:
             self.shift = self.shift[rows.to(self.shift.device)]
         if self.shared.spans is not None:
             self.shared.spans = self.shared.spans[rows.to(self.shared.spans.device)]
-        self.order = rows if self.order is None else self.order[rows.to(self.order.device)]
-
-    def tell(self, report: Report) -> None:
-        """Take the report of a prompt that has just been read."""
-        self.report, self.order = report, None
+        self._order = rows if self._order is None else self._order[rows.to(self._order.device)]
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that the cache keeps allocated."""
@@ -182,56 +262,39 @@ class PrunedCache(Cache):
             yield from layer_tensors(layer)
 
     def move(self, device: torch.device | str) -> None:
-        """Move every layer to a device.
+        """Move every pruned layer to a device. Raises UnsupportedModeError for a static cache.
 
-        Not named `to`: accelerate calls that on every argument of a module that it dispatches.
+        The name is not `to`, because accelerate calls `to` on every argument of a module.
         """
         for _, layer in self.pruned_layers():
             layer.move(torch.device(device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the conversation to a safetensors file; see `storage.save_cache`."""
+        """Write the conversation to a safetensors file; raises as `storage.save_cache`."""
         from plphp.hf.storage import save_cache
 
         save_cache(self, path)
 
     @classmethod
     def load(cls, model: Any, path: str | os.PathLike[str]) -> PrunedCache:
-        """Read a conversation that `save` wrote, for an attached model of the same kind."""
+        """Read a conversation that `save` wrote; raises as `storage.load_cache`.
+
+        model: an attached model, the same as when it was saved
+        """
         from plphp.hf.storage import load_cache
 
         return load_cache(model, path)
 
     def recalled(self) -> list[list[Tensor]]:
-        """What was read of the images at every step; see `plphp.hf.recall.recalled`."""
+        """The vision tokens that were read, if `Recall(record=True)` was given.
+
+        One list a layer, with one tensor (B, Hkv, k) int64 on the CPU a token decoded since the
+        last prompt: row-logical positions, ascending, filled up with -1.
+        """
         from plphp.hf.recall import recalled
 
         return recalled(self)
 
     def kv_bytes(self) -> int:
-        """Bytes allocated for this cache, counted by storage."""
+        """Bytes allocated for this cache: the sizes of the distinct storages of its tensors."""
         return allocated(self.tensors())
-
-
-def layer_tensors(layer: Any) -> Iterator[Tensor]:
-    """Every tensor that one layer keeps allocated, ours or one of transformers'."""
-    if not isinstance(layer, PrunedLayer):
-        yield from compat.held_tensors(layer)
-        return
-    for store in (layer.store, layer.spare, layer.parked):
-        if store is not None:
-            yield from store.tensors()
-
-
-def own_cache(cache: Any, model: Any) -> PrunedCache:
-    """The cache that a call brought, or a new one. Raises UnsupportedModeError for any other."""
-    if cache is None:
-        return PrunedCache(model)
-    if not isinstance(cache, PrunedCache):
-        raise UnsupportedModeError(
-            f"an attached model cannot use a {type(cache).__name__}: pass "
-            "past_key_values=plphp.PrunedCache(model), or none"
-        )
-    if cache.config is not compat.text_config(model):
-        raise UnsupportedModeError("this cache belongs to another model; make one for this model")
-    return cache

@@ -1,10 +1,10 @@
-"""What plphp relies on in transformers, and what differs between its versions, in one place."""
+"""The parts of transformers that plphp relies on, and the differences between its versions."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -12,22 +12,27 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import cache_utils
+from transformers import GenerationMixin, cache_utils
 from transformers.modeling_utils import AttentionInterface
 
 from plphp.errors import UnsupportedModelError, UnsupportedTransformersError
 
 OLDEST = Version("5.16")
-ATTENTION = "plphp"  # our name in transformers' public registry of attention functions
+TESTED = Version("5.24")  # the newest release line that the tests have seen
+# What pyproject.toml asks for. A newer release is tried; `check_seam` says if it cannot work.
+BOUNDS = f">={OLDEST},<{TESTED.major}.{TESTED.minor + 1}"
+ATTENTION = "plphp"  # plphp's name in transformers' registry of attention functions
+# The keyword that carries the cache was renamed in 5.24. An attached model accepts both names.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 def check_version() -> None:
-    """Raise UnsupportedTransformersError where a seam is missing, whatever the version says."""
-    found = Version(transformers.__version__)
-    if found < OLDEST:
+    """Raise UnsupportedTransformersError if transformers is too old, or lacks what plphp needs."""
+    installed = Version(transformers.__version__)
+    if installed < OLDEST:
         raise UnsupportedTransformersError(
-            f"plphp needs transformers {OLDEST} or newer, found {found}: "
-            "pip install -U transformers"
+            f"plphp needs transformers {OLDEST} or newer, found {installed}: "
+            f"pip install 'transformers{BOUNDS}'"
         )
     for owner, name in (
         (AttentionInterface, "register"),
@@ -38,35 +43,81 @@ def check_version() -> None:
     ):
         if not hasattr(owner, name):
             raise UnsupportedTransformersError(
-                f"transformers {found} has no {owner.__name__}.{name}, which plphp attaches to; "
-                "install the newest version that plphp names in its README"
+                f"transformers {installed} has no {owner.__name__}.{name}, which plphp needs: "
+                f"pip install 'transformers{BOUNDS}'"
             )
+
+
+def cache_keyword(function: Callable[..., Any]) -> str | None:
+    """The name of the parameter of `function` that takes the cache, None if it takes none."""
+    parameters = inspect.signature(function).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+# The name that generate() and the outputs of models use in the installed version.
+CACHE = cache_keyword(GenerationMixin.prepare_inputs_for_generation) or CACHE_NAMES[0]
+
+
+def given_cache(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among keyword arguments, or in the output of a model, under either name."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def with_cache(kwargs: Mapping[str, Any], name: str, cache: Any) -> dict[str, Any]:
+    """The same keyword arguments with `cache` under the one name that the callee knows."""
+    return {key: kwargs[key] for key in kwargs if key not in CACHE_NAMES} | {name: cache}
+
+
+def check_seam() -> None:
+    """Raise UnsupportedTransformersError if plphp cannot attach to transformers' own Llama.
+
+    Called if plphp could not attach to a model: it tells whether transformers is too new, or the
+    model unusual.
+    """
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    if not _has_seam(LlamaAttention):
+        raise UnsupportedTransformersError(
+            f"plphp knows transformers {OLDEST} to {TESTED}, and found no way to attach to "
+            f"attention in {transformers.__version__}: pip install 'transformers{BOUNDS}'"
+        )
+
+
+def _has_seam(module: type[nn.Module]) -> bool:
+    """Whether plphp can attach to a class of attention modules.
+
+    Its forward must take the cache by keyword, and further keywords for the attention function.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    return cache_keyword(module.forward) is not None and any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters
+    )
 
 
 def attention_modules(model: nn.Module, config: Any) -> dict[int, nn.Module]:
     """Layer index -> self-attention module of the text decoder.
 
-    Found by what the seam needs: a layer index, a cache passed by keyword, a config that names the
-    attention function, and free keyword arguments that reach that function.
+    A module counts if it has what plphp needs: a layer index, a cache passed by keyword, a config
+    that names the attention function, and keyword arguments that reach that function.
+
+    config: of the text decoder
     """
-    found: dict[int, nn.Module] = {}
+    modules: dict[int, nn.Module] = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int) or not hasattr(module, "is_causal"):
             continue
         if getattr(getattr(module, "config", None), "model_type", None) != config.model_type:
             continue
-        parameters = inspect.signature(type(module).forward).parameters
-        free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if "past_key_values" in parameters and free:
-            found[index] = module
-    return found
+        if _has_seam(type(module)):
+            modules[index] = module
+    return modules
 
 
 def _layer_kinds(config: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Kind and options of every layer that has a cache of its own.
+    """Kind and options of every layer in the cache.
 
-    Up to 5.19 the options are one dict for all layers; later releases have one a layer.
+    Up to transformers 5.19 all layers share one dict of options; later each layer has its own.
     """
     kinds, options = cache_utils.get_layer_types_and_kwargs(config)
     each = [options] * len(kinds) if isinstance(options, dict) else options
@@ -74,14 +125,15 @@ def _layer_kinds(config: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def layer_windows(config: Any) -> list[int | str | None]:
-    """For every cached layer: None (full attention), a sliding window, or another kind's name.
+    """The attention of every layer in the cache.
 
-    Layers of another kind (linear, chunked, shared KV) cannot be pruned and are left alone.
+    None means full attention, a number the sliding window in tokens, and a text the name of any
+    other kind (linear, chunked, keys and values shared with other layers), which is never pruned.
     """
     windows: list[int | str | None] = []
-    lent = _lenders(config)
+    shared = _layers_with_shared_keys(config)
     for index, (kind, options) in enumerate(_layer_kinds(config)):
-        if index in lent:
+        if index in shared:
             windows.append("shared_kv")
         elif kind == "full_attention":
             windows.append(None)
@@ -93,14 +145,17 @@ def layer_windows(config: Any) -> list[int | str | None]:
 
 
 def covers(window: int | str | None, prompt: int) -> TypeGuard[int | None]:
-    """Whether a layer of `layer_windows` attends to all of a prompt, so that it can be pruned."""
+    """Whether a layer attends to all of a prompt, so that it can be pruned.
+
+    window: as `layer_windows` returns it; prompt: number of columns
+    """
     return window is None or (isinstance(window, int) and window >= prompt)
 
 
-def _lenders(config: Any) -> set[int]:
+def _layers_with_shared_keys(config: Any) -> set[int]:
     """Layers whose keys and values later layers attend to as well (Gemma 3n, Gemma 4).
 
-    Those layers choose for themselves what they look at: what they borrow has to stay whole.
+    They are not pruned, because the later layers may attend to other tokens than they do.
     """
     kinds = getattr(config, "layer_types", None) or []
     first = len(kinds) - (getattr(config, "num_kv_shared_layers", None) or 0)
@@ -108,35 +163,42 @@ def _lenders(config: Any) -> set[int]:
 
 
 def held_tensors(layer: Any) -> list[Tensor]:
-    """What one of transformers' own cache layers holds: keys and values, or states.
+    """The tensors of one of transformers' own cache layers: keys and values, or states.
 
-    Those of quantized layers come in pairs with their scales, some of them wrapped as one tensor.
+    Quantized layers hold them together with scales: in tuples, or inside one tensor subclass.
     """
-    found: list[Tensor] = []
-    left = list(vars(layer).values())
-    while left:
-        value = left.pop()
+    tensors: list[Tensor] = []
+    values = list(vars(layer).values())
+    while values:
+        value = values.pop()
         if isinstance(value, dict):
-            left += value.values()
+            values += value.values()
         elif isinstance(value, tuple | list):
-            left += value
+            values += value
         elif is_traceable_wrapper_subclass(value):
-            left += [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+            values += [getattr(value, name) for name in value.__tensor_flatten__()[0]]
         elif isinstance(value, Tensor):
-            found.append(value)
-    return found[::-1]
+            tensors.append(value)
+    return tensors[::-1]
+
+
+def is_recurrent(config: Any) -> bool:
+    """Whether some layers hold a recurrent state, from which no token can be removed again."""
+    kind = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
+    return kind is not None and any(isinstance(layer, kind) for layer in stock_layers(config))
 
 
 def stock_layers(config: Any) -> list[Any]:
-    """The cache layers that transformers itself would use."""
+    """New cache layers, as transformers itself makes them for a model with this config."""
     mapping = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
     return [mapping[kind](**options) for kind, options in _layer_kinds(config)]
 
 
 def original_attention(module: nn.Module, config: Any) -> Callable[..., Any]:
-    """The attention function that the module would call under its own config.
+    """The attention function that a module calls when it is not attached.
 
-    `eager` is a function of the model's own file and in no registry.
+    config: the original one. "eager" names a function in the model's own file, which is in no
+    registry. Raises UnsupportedModelError if the module does not use the attention interface.
     """
     name = config._attn_implementation
     file = sys.modules[type(module).__module__]
@@ -152,16 +214,17 @@ def original_attention(module: nn.Module, config: Any) -> Callable[..., Any]:
 
 
 def softcap(config: Any, kwargs: dict[str, Any]) -> float | None:
-    """The soft cap that the model's own attention function applies to its logits, if any.
+    """The soft cap that the model's own attention function applies to its logits, or None.
 
-    Up to 5.19 "sdpa" leaves it out without a word, so its users never had it; later it refuses.
+    Up to transformers 5.19 "sdpa" ignores the soft cap silently, so it is ignored here too. Later
+    versions raise an error.
     """
     cap: float | None = kwargs.get("softcap")
     return None if config.original._attn_implementation == "sdpa" else cap
 
 
 def scale(query: Tensor, kwargs: dict[str, Any]) -> float:
-    """What the model multiplies its logits with. query (B, H, T, D)."""
+    """The factor of the attention logits. query (B, H, T, D)."""
     given = kwargs.get("scaling")
     return float(query.shape[-1] ** -0.5 if given is None else given)
 
@@ -171,30 +234,61 @@ def text_config(model: nn.Module) -> Any:
     return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The config of every decoder layer, or a single one if the layers do not differ.
+
+    If they differ (Gemma 4), their attributes cannot be read from `config` itself.
+    """
+    return list(getattr(config, "per_layer_config", None) or [config])
+
+
+def config_value(config: Any, name: str) -> Any:
+    """An attribute of a language model's config, None if the config does not have it.
+
+    If it differs between layers (Gemma 4), the list of the values of all layers.
+    """
+    values = [getattr(layer, name, None) for layer in layer_configs(config)]
+    return values[0] if all(value == values[0] for value in values) else values
+
+
 def head_dim(config: Any) -> int:
-    """Numbers of a key in one head, of a language model's config."""
-    given = getattr(config, "head_dim", None)
-    return int(given or config.hidden_size // config.num_attention_heads)
+    """D, the size of a key in one head; the smallest if layers differ.
+
+    config: of a language model, or of one layer
+    """
+    return min(
+        int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+        for layer in layer_configs(config)
+    )
+
+
+def kv_heads(config: Any) -> list[int]:
+    """Hkv of every decoder layer, or a single number if the layers do not differ."""
+    return [
+        int(getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads)
+        for layer in layer_configs(config)
+    ]
 
 
 def register_attention(function: Callable[..., Any]) -> None:
-    """Offer a stateless function under our name; only attached modules ask for it."""
+    """Register an attention function as "plphp". Only attached modules use that name."""
     AttentionInterface.register(ATTENTION, function)
 
 
 def over_ranks(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """A mean over the tensor-parallel ranks of a model loaded with tp_plan, or None without.
+    """A function that averages a tensor over tensor-parallel ranks.
 
-    transformers keeps the mesh on the model; each rank holds an equal share of every layer's heads.
+    None if the model was not loaded with tp_plan. transformers stores the device mesh on the model.
+    Every rank holds equally many heads of each layer, so the mean of means is the mean.
     """
     mesh = getattr(model, "_device_mesh", None)
     if mesh is None:
         return None
     names = mesh.mesh_dim_names or ()
-    part = mesh["tp"] if "tp" in names and mesh.ndim > 1 else mesh
-    if part.ndim != 1 or part.size() == 1 or (names and "tp" not in names):
+    axis = mesh["tp"] if "tp" in names and mesh.ndim > 1 else mesh
+    if axis.ndim != 1 or axis.size() == 1 or (names and "tp" not in names):
         return None
-    group, size = part.get_group(), int(part.size())
+    group, size = axis.get_group(), int(axis.size())
 
     def mean(tensor: Tensor) -> Tensor:
         summed = tensor.clone()

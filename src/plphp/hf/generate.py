@@ -1,127 +1,166 @@
-"""What an attached model's generate() accepts, and what it refuses with a reason."""
+"""The methods of an attached model that plphp replaces: generate(), and those that it refuses."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from plphp.errors import UnsupportedModeError
-from plphp.hf.cache import PrunedCache, own_cache
+from plphp.hf import compat
+from plphp.hf.attached import Pruning
+from plphp.hf.cache import PrunedCache
+from plphp.hf.options import (
+    Options,
+    check_fits,
+    drop_or_refuse,
+    refuse_options,
+    unsupported_options,
+)
 from plphp.hf.positions import later_positions
-from plphp.hf.turn import Turn
-from plphp.policy import SequencePolicy
+from plphp.recall import Recall
 
-ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-UNSUPPORTED_METHODS = ("generate_batch", "init_continuous_batching")
+BATCHES = (
+    "batches continuously in a paged cache that pruning does not reach: use generate(), or vLLM "
+    "with plphp's plugin"
+)
+SAVES = "would save a model that is attached: remove() the pruning first"
+REFUSED_METHODS = {
+    "generate_batch": BATCHES,
+    "init_continuous_batching": BATCHES,
+    "save_pretrained": SAVES,
+    "push_to_hub": SAVES,
+}
 
 
-def wrap(pruning: Any, original: Callable[..., Any]) -> Callable[..., Any]:
-    """A generate() that gives the original one a pruned cache and knows where the prompt ends."""
+def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
+    """The generate() of an attached model. It calls the original one with a pruned cache.
 
-    def generate(
-        inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    The decoder layers cannot see where a prompt ends: it may come in chunks, or with guessed
+    tokens after it. So the prompt is announced to the cache here, before the first forward.
+    """
+
+    @wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
         model = pruning.model
-        refuse(model, generation_config, kwargs)
-        if isinstance(pruning.policy, SequencePolicy):
-            refuse_pieces(pruning.policy, generation_config, kwargs)
-        # "dynamic" asks for what we bring anyway, but may not stand beside a cache.
-        kwargs.pop("cache_implementation", None)
-        if getattr(generation_config, "cache_implementation", None) is not None:
-            generation_config = copy.copy(generation_config)
-            generation_config.cache_implementation = None
-        cache = own_cache(kwargs.pop("past_key_values", None), model)
+        kwargs = by_name(original, args, kwargs)
+        options = Options(kwargs, getattr(model, "generation_config", None))
+        refuse_options(options)
+        refuse_checkpointing(pruning)
+        cache = own_cache(compat.given_cache(kwargs), pruning)
         cache.check()
-        source = dict(kwargs)
+        kwargs = compat.with_cache(kwargs, compat.CACHE, cache)
+        source, inputs = dict(kwargs), kwargs.get("inputs")
         if inputs is not None:
             source["input_ids" if inputs.dim() == 2 else "inputs_embeds"] = inputs
         if source.get("input_ids") is None and source.get("inputs_embeds") is None:
-            # generate() begins with a token of its own: text, whatever its id
+            # generate() starts from its own token, which is text. No vision token has the id -1.
             source["input_ids"] = torch.full((1, 1), -1, device=model.device)
         past = int(cache.get_seq_length())
         length = new_columns(source, past)
+        left_out = drop_or_refuse(options, unsupported_options(pruning.policy, cache, past))
         positions = later_positions(model, cache.shift, past, length, source)
-        if positions is not None:  # else generate() would take those of the model's last prompt
+        if positions is not None:  # generate() would use the positions of the model's last prompt
             columns = length if source.get("input_ids") is None else source["input_ids"].shape[1]
             kwargs["position_ids"] = torch.nn.functional.pad(positions, (columns - length, 0))
         if cache.static:
-            _fit(cache, past + length, kwargs)
-        cache.open(Turn(length, source, model.config, pruning.vision_mask), pruning.policy)
-        cache.generating = True
+            check_fits(cache, past + length, options)
+        cache._begin(length, source, pruning, generating=True)
+        outer = vars(pruning.calls).copy()
+        pruning.calls.left_out = left_out
         try:
-            return original(inputs, generation_config, *args, past_key_values=cache, **kwargs)
+            return original(**kwargs)
         finally:
-            cache.settle()
+            cache._settle()
+            vars(pruning.calls).clear()
+            vars(pruning.calls).update(outer)
 
     return generate
 
 
-def _fit(cache: PrunedCache, prompt: int, kwargs: dict[str, Any]) -> None:
-    """Raise for an answer that a static cache cannot hold or take back."""
-    if any(kwargs.get(name) is not None for name in ASSISTED):
-        raise UnsupportedModeError("assisted decoding takes tokens back: use static=False")
-    answer = kwargs.get("max_new_tokens")
-    if answer is not None and cache.max_len is not None and prompt + answer - 1 > cache.max_len:
-        raise ValueError(
-            f"{prompt} columns and {answer} new tokens do not fit max_len={cache.max_len}"
-        )
+def merged_options(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
+    """The model's method that merges options, changed to leave out what pruning cannot use.
+
+    Such options are defaults of the checkpoint: if the call itself had given one, `refuse_options`
+    or `drop_or_refuse` would have raised an error before.
+    """
+
+    @wraps(original)
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        config, rest = original(*args, **kwargs)
+        config.use_cache, config.cache_implementation = True, None
+        for name in getattr(pruning.calls, "left_out", ()):
+            setattr(config, name, None)
+        return config, rest
+
+    return prepare
 
 
-def refuse_pieces(policy: SequencePolicy, generation_config: Any, kwargs: dict[str, Any]) -> None:
-    """Raise UnsupportedModeError where a prompt would not be read alone and in one forward."""
-    for name in (*ASSISTED, "prefill_chunk_size"):
-        if (kwargs.get(name) or getattr(generation_config, name, None)) is not None:
-            raise UnsupportedModeError(
-                f"{type(policy).__name__} drops hidden states: {name} would split the prompt or "
-                "add to it; drop it, or use a method that prunes the cache"
-            )
+def own_cache(cache: Any, pruning: Pruning) -> PrunedCache:
+    """The cache that a call was given, or a new one if it was given none.
 
-
-def refuse(model: nn.Module, generation_config: Any, kwargs: dict[str, Any]) -> None:
-    """Raise UnsupportedModeError for a mode that pruning cannot serve, before anything runs."""
-
-    def option(name: str) -> Any:
-        for source in (generation_config, getattr(model, "generation_config", None)):
-            if name in kwargs:
-                return kwargs[name]
-            if getattr(source, name, None) is not None:
-                return getattr(source, name)
-        return None
-
-    if option("use_cache") is False:
-        raise UnsupportedModeError("use_cache=False leaves no cache to prune; drop it or remove()")
-    kind = option("cache_implementation")
-    if kind not in (None, "dynamic"):
+    Raises UnsupportedModeError for a cache of another class, of another model, or made for another
+    `recall`.
+    """
+    if cache is None:
+        return PrunedCache(pruning.model)
+    if not isinstance(cache, PrunedCache):
         raise UnsupportedModeError(
-            f"cache_implementation={kind!r} brings a cache of its own; drop it: an attached model "
-            "makes a plphp.PrunedCache"
+            f"an attached model cannot use a {type(cache).__name__}: pass "
+            "cache=plphp.PrunedCache(model), or none"
         )
-    own = getattr(model, "generation_config", None)
-    if getattr(own, "cache_implementation", None) is not None:
-        # generate() merges it into whatever is passed, and refuses it beside our cache.
+    if cache.config is not compat.text_config(pruning.model):
+        raise UnsupportedModeError("this cache belongs to another model; make one for this model")
+    if cache.shared.recall != pruning.recall:
         raise UnsupportedModeError(
-            "model.generation_config.cache_implementation is set; set it to None, the default: an "
-            "attached model makes a plphp.PrunedCache"
+            f"this cache was made {_with(cache.shared.recall)}, and the model is attached "
+            f"{_with(pruning.recall)}: make a new plphp.PrunedCache, or attach the model as before"
         )
-    if option("output_attentions"):
+    return cache
+
+
+def refuse_checkpointing(pruning: Pruning) -> None:
+    """Raise UnsupportedModeError where gradient checkpointing would run without a cache."""
+    if any(m.training and getattr(m, "gradient_checkpointing", False) for m in pruning.decoder):
         raise UnsupportedModeError(
-            "output_attentions=True is not available: dropped tokens have no attention to return"
+            "gradient checkpointing in training mode runs the decoder without a cache, so nothing "
+            "could be pruned: call model.eval() or switch checkpointing off first"
         )
-    if isinstance(kwargs.get("custom_generate"), str):
-        raise UnsupportedModeError(
-            "custom_generate code from a hub may bypass the cache; pass none, or remove()"
-        )
+
+
+def _with(recall: Recall | None) -> str:
+    """How a message names a recall."""
+    return "without recall" if recall is None else f"with recall={recall!r}"
+
+
+def by_name(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All arguments of a generate() by name. Raises TypeError for one that is given twice.
+
+    Some models have a generate() of their own, whose positional arguments differ.
+    """
+    signature = inspect.signature(function)
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        signature = inspect.signature(partial(GenerationMixin.generate, None))
+    given = signature.bind_partial(*args).arguments
+    if twice := given.keys() & kwargs:
+        raise TypeError(f"generate() got multiple values for argument {min(twice)!r}")
+    return {**given, **kwargs}
 
 
 def new_columns(source: dict[str, Any], past: int) -> int:
-    """Columns that this call adds to a cache that has seen `past`, as transformers counts them.
+    """The number of columns that a call adds to a cache that has seen `past` columns.
 
-    Prompts repeat the conversation, unless an attention mask longer than the ids says that only
-    what is new was passed.
+    As in transformers, the inputs repeat the whole conversation, unless the attention mask is
+    longer than the ids: then only the new columns were passed.
+
+    source: the arguments of the call, by name
+    Raises ValueError if no column is new, or if neither input_ids nor inputs_embeds is given.
     """
     for name in ("input_ids", "inputs_embeds"):
         given = source.get(name)
@@ -135,13 +174,10 @@ def new_columns(source: dict[str, Any], past: int) -> int:
     raise ValueError("a prompt needs input_ids or inputs_embeds")
 
 
-def refuse_method(name: str) -> Callable[..., Any]:
-    """A stand-in for a method of the model that would silently not prune."""
+def refuse_method(name: str, why: str) -> Callable[..., Any]:
+    """A method that raises UnsupportedModeError, in place of one that pruning cannot support."""
 
     def refused(*args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedModeError(
-            f"{name}() batches continuously in a paged cache that pruning does not reach: use "
-            "generate(), or vLLM with plphp's plugin"
-        )
+        raise UnsupportedModeError(f"{name}() {why}")
 
     return refused

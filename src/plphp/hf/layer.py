@@ -1,8 +1,8 @@
-"""One decoder layer of a pruned cache, and what the layers of a conversation share."""
+"""`PrunedLayer`, one decoder layer of a pruned cache, and the state that its layers share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,27 +12,31 @@ from transformers.cache_utils import CacheLayerMixin
 
 from plphp.cache import KVStore, StaticStore, bucketed
 from plphp.errors import UnsupportedModeError
-from plphp.hf.turn import Turn
+from plphp.hf import compat
+from plphp.hf.prompt import Prefill
 from plphp.policy import KeepPlan, Policy
 from plphp.recall import Home, Recall
 
 
 @dataclass
 class Shared:
-    """What the layers of one conversation know in common.
+    """State that all layers of one conversation share.
 
-    It knows no layer: a cache that its own layers pointed back to would wait for Python's garbage
-    collector, and keys and values of finished generations with it.
+    It holds no reference to a layer or cache. A reference cycle would keep the keys and values of
+    finished generations allocated until Python's garbage collector runs.
 
-    config: of the language model; max_len, static: as given to `PrunedCache`
+    config: of the language model
+    max_len, static: as given to `PrunedCache`
+    policy: of the pruning that reads or has read the prompt
     attached: indices of the layers that pruning is attached to
     over_ranks: mean over tensor-parallel ranks, None without them
-    depth, prunable: how many layers there are, and the indices of those that are pruned
-    turn: the prompt on its way in, None between prompts
-    last_image: columns up to the last vision token
-    watch: called after a layer's attention, see `watch.Watch`
-    recall: what becomes of dropped tokens, None to destroy them
-    spans: (B, columns) of all prompts read so far, kept for recall
+    depth: number of decoder layers in the cache
+    prunable: indices of the layers that are pruned
+    prefill: state of the prompt that is being read, None between prompts
+    last_image: the column after the last vision token of the conversation, 0 without any
+    watch: a function called after a layer's attention, see `attention_probe`, or None
+    recall: where and how dropped tokens are parked, None if they are lost
+    spans: (B, columns) int64 of all prompts read so far, with recall only, else None
     """
 
     config: Any
@@ -43,28 +47,35 @@ class Shared:
     over_ranks: Any
     depth: int = 0
     prunable: tuple[int, ...] = ()
-    turn: Turn | None = None
+    prefill: Prefill | None = None
     last_image: int = 0
     watch: Callable[..., None] | None = None
     recall: Recall | None = None
     spans: Tensor | None = None
 
     def reserve(self, longest: int, logical: int) -> int | None:
-        """Slots to keep free beside `longest` kept ones of `logical` columns; None by default."""
+        """Slots to keep free after a compaction, for the columns up to `max_len`.
+
+        longest: slots in use; logical: columns seen. None without `max_len`: the store decides.
+        """
         if self.max_len is None:
             return None
-        more = max(self.max_len - logical, 1)
-        return bucketed(longest + more) - longest if self.static else more
+        to_come = max(self.max_len - logical, 1)
+        return bucketed(longest + to_come) - longest if self.static else to_come
 
 
 class PrunedLayer(CacheLayerMixin):
-    """One decoder layer: transformers' interface over a `KVStore`.
+    """One decoder layer of the cache: transformers' interface to the store of the layer.
 
-    Lengths that transformers asks for are logical ones, as if nothing had been dropped.
-    store: what it holds, None before the first token
-    raw: whether that is every column, as the model's own masks expect
-    parked: the vision tokens that are not in the store, with recall
-    spare: static buffers of a conversation that `reset` ended, to be filled again
+    Methods without a docstring are described by transformers' `CacheLayerMixin`. transformers is
+    given logical lengths, as if nothing had been dropped.
+
+    store: keys and values that the layer holds, None before the first token
+    raw: whether the store holds every column, so that the model's own masks fit it
+    parked: the home of the vision tokens that are parked, None without recall
+    spare: static buffers that `reset` left, to be filled again by the next conversation
+    compute_device: where the layer was before `offload`, None if it was never moved
+    recent: (B, H, T, D) last queries of the chunks read so far, None if no chunk is waiting
     """
 
     is_croppable = True
@@ -79,12 +90,12 @@ class PrunedLayer(CacheLayerMixin):
         self.parked: Home | None = None
         self.spare: StaticStore | None = None
         self.is_compileable = shared.static
-        self.home: torch.device | None = None
-        self.recent: Tensor | None = None  # the last queries of a prompt that comes in chunks
+        self.compute_device: torch.device | None = None
+        self.recent: Tensor | None = None
 
     @property
     def keys(self) -> Tensor | None:
-        """(B, Hkv, slots, D) of what is held, as transformers' own layers show it."""
+        """(B, Hkv, slots, D) of the slots in use, for transformers; None in a static cache."""
         return self.store.held()[0] if isinstance(self.store, KVStore) else None
 
     @keys.setter
@@ -92,6 +103,7 @@ class PrunedLayer(CacheLayerMixin):
 
     @property
     def values(self) -> Tensor | None:
+        """(B, Hkv, slots, Dv), as `keys`."""
         return self.store.held()[1] if isinstance(self.store, KVStore) else None
 
     @values.setter
@@ -103,22 +115,25 @@ class PrunedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append new keys and values (B, Hkv, T, D); return all that is held."""
+        """Append new keys and values (B, Hkv, T, D); return those of all slots in use."""
         if self.store is None:
             self.is_initialized = True
             self.store = KVStore(key_states, value_states, self.window)
             return key_states, value_states
-        if self.shared.recall is not None and self.shared.turn is not None and not self.raw:
+        if self.shared.recall is not None and self.shared.prefill is not None and not self.raw:
             restore(self)
         self.store.append(key_states, value_states)
         return self.store.held()
 
     def with_recent(self, query: Tensor) -> Tensor:
-        """Queries (B, H, T, D) of a forward, after those kept of the chunks before it."""
+        """Queries (B, H, T, D) of a forward, with the last ones of earlier chunks before them."""
         return query if self.recent is None else torch.cat([self.recent, query], 2)
 
     def compact(self, plan: KeepPlan, drafts: tuple[Tensor, Tensor] | None = None) -> None:
-        """Keep what a plan says. drafts: keys and values that came after the prompt, kept whole."""
+        """Keep the columns of a plan, in new buffers.
+
+        drafts: keys and values (B, Hkv, T, D) of guessed tokens after the prompt; all are kept
+        """
         assert isinstance(self.store, KVStore)
         longest = plan.columns.shape[-1]
         self.store.compact(plan, self.shared.reserve(longest, self.store.logical))
@@ -129,10 +144,10 @@ class PrunedLayer(CacheLayerMixin):
             self._freeze(self.store)
 
     def _freeze(self, store: KVStore) -> None:
-        """Move lengths to the device: what follows is decoding.
+        """Make the store static for decoding, with its lengths on the device.
 
-        Buffers of the prompt before are filled again where they fit: a CUDA graph that was
-        captured over them is replayed, and nothing is allocated.
+        The buffers of an earlier prompt are filled again if the new one fits into them. Then a
+        CUDA graph that was captured with them is replayed, and nothing is allocated.
         """
         if self.spare is not None and self.spare.refill(store):
             self.store = self.spare
@@ -155,8 +170,8 @@ class PrunedLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        most = self.shared.max_len
-        return most if self.shared.static and most is not None else -1
+        max_len = self.shared.max_len
+        return max_len if self.shared.static and max_len is not None else -1
 
     def reset(self) -> None:
         self.spare = self.store if isinstance(self.store, StaticStore) else None
@@ -176,14 +191,17 @@ class PrunedLayer(CacheLayerMixin):
             self._rows(rows.repeat_interleave(repeats))
 
     def _rows(self, rows: Tensor) -> None:
-        """Rows (B',) of what is held and parked."""
+        """Put the rows (B',) of stored and parked tokens in a new order, or repeat them."""
         assert self.store is not None
         self.store.reorder(rows)
         if self.parked is not None:
             self.parked.reorder(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last columns: text after the last image, of which every column is held."""
+        """Remove the last columns, which must be text after the last image.
+
+        Raises UnsupportedModeError if that reaches into an image, whose tokens may be dropped.
+        """
         columns = abs(tokens_to_remove)
         if self.store is None:
             return
@@ -200,22 +218,28 @@ class PrunedLayer(CacheLayerMixin):
         self.move(torch.device("cpu"))
 
     def prefetch(self) -> None:
-        if self.home is not None:
-            self.move(self.home)
+        if self.compute_device is not None:
+            self.move(self.compute_device)
 
     def move(self, device: torch.device) -> None:
-        """Move what is held; `prefetch` brings it back to where it was computed."""
+        """Move stored and parked tokens to a device. `prefetch` moves them back.
+
+        Raises UnsupportedModeError for a static cache.
+        """
         if isinstance(self.store, StaticStore):
             raise UnsupportedModeError("a static cache stays on its device")
         if self.store is not None:
-            self.home = self.home or self.store.keys.device
+            self.compute_device = self.compute_device or self.store.keys.device
             self.store.to(device)
         if self.parked is not None:
             self.parked.move(device)
 
 
 def restore(layer: PrunedLayer) -> None:
-    """Make a layer hold every column again, for a prompt that reads the whole conversation."""
+    """Store every column of a layer again, for a prompt that attends to the whole conversation.
+
+    With recall nothing is lost: text is in the store, and vision tokens come from their home.
+    """
     store, home, spans = layer.store, layer.parked, layer.shared.spans
     assert isinstance(store, KVStore) and spans is not None
     spans = spans_until(spans.to(store.start.device), store.logical)
@@ -223,21 +247,31 @@ def restore(layer: PrunedLayer) -> None:
     text, vision = ((where[:, None]).expand(heads) for where in (spans == 0, spans > 0))
     used = torch.arange(store.end, device=spans.device) >= store.start[:, None, None]
     used = used.expand(heads)
-    found = None if home is None else home.tokens(store)
+    parked = None if home is None else home.tokens(store)
     if home is not None:
         used = used & ~home.vision_slots(store)
     whole = []
-    for number, held in enumerate(store.held()):
-        full = held.new_zeros(*held.shape[:2], store.logical, held.shape[-1])
-        full[text] = held[used]
-        if found is not None:
-            full[vision] = found[number]
+    for number, stored in enumerate(store.held()):  # the keys, then the values
+        full = stored.new_zeros(*stored.shape[:2], store.logical, stored.shape[-1])
+        full[text] = stored[used]
+        if parked is not None:
+            full[vision] = parked[number]
         whole.append(full)
     layer.store = KVStore(whole[0], whole[1], layer.window)
     layer.raw, layer.parked = True, None
 
 
 def spans_until(spans: Tensor, columns: int) -> Tensor:
-    """(B, columns) of the spans of a conversation; what was answered since is text."""
+    """Spans (B, columns) of a conversation. Columns after its last prompt are answer, so text."""
     spans = spans[:, :columns]
     return torch.nn.functional.pad(spans, (0, columns - spans.shape[1]))
+
+
+def layer_tensors(layer: Any) -> Iterator[Tensor]:
+    """Every tensor that a cache layer keeps allocated, plphp's or one of transformers'."""
+    if not isinstance(layer, PrunedLayer):
+        yield from compat.held_tensors(layer)
+        return
+    for store in (layer.store, layer.spare, layer.parked):
+        if store is not None:
+            yield from store.tensors()

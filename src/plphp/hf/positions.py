@@ -1,8 +1,9 @@
-"""Positions of a conversation's later turns, from its cache and not from the model object.
+"""Position ids of the later turns of a conversation.
 
-M-RoPE models (Qwen-VL, GLM-V) keep on the model by how much positions run ahead of or behind the
-columns, so that the next conversation overwrites it. A `PrunedCache` keeps that shift itself, and
-later turns are given explicit positions computed from it.
+In M-RoPE models (Qwen-VL, GLM-V) positions and columns differ. transformers stores the difference
+(`rope_deltas`) on the model object, where the next conversation overwrites it. So a `PrunedCache`
+stores the difference of its own conversation, called shift, and later turns are given explicit
+position ids that are computed from it.
 """
 
 from __future__ import annotations
@@ -13,26 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.hf.turn import Turn
+from plphp.hf.prompt import Located
 from plphp.models import processor_inputs
 
 
 def mrope_module(model: Any) -> Any:
-    """The part of a model that computes multimodal positions, or None."""
+    """The module of a model that computes M-RoPE positions, None if the model has none."""
     for module in (model, getattr(model, "model", None)):
         if hasattr(module, "rope_deltas") and hasattr(module, "get_rope_index"):
             return module
     return None
 
 
-def position_shift(model: Any, position_ids: Tensor | None, drafts: int, turn: Turn) -> Tensor:
-    """(B,) position minus column of the text that follows a prompt.
+def position_shift(model: Any, position_ids: Tensor | None, drafts: int, where: Located) -> Tensor:
+    """(B,) int64, position id minus column, for the text that follows a prompt.
 
-    position_ids (B, T) or (axes, B, T) of the forward that brought the prompt's last column, and
-    `drafts` more after it; None where the model computed them and left its deltas behind.
+    position_ids: (B, T) or (axes, B, T) of the forward that brought the prompt's last column. None
+        if the model computed them; then its `rope_deltas` are those of this prompt
+    drafts: how many columns of that forward come after the prompt
+    where: the images of the prompt
     """
-    assert turn.spans is not None
-    spans, column = turn.spans, turn.end - 1
+    spans, column = where.spans, where.end - 1
     if position_ids is not None:
         last = position_ids.reshape(-1, *position_ids.shape[-2:])[-1, :, -1 - drafts]
         return (last - column).expand(len(spans)).to(spans.device)
@@ -48,10 +50,14 @@ def position_shift(model: Any, position_ids: Tensor | None, drafts: int, turn: T
 def later_positions(
     model: Any, shift: Tensor | None, past: int, length: int, source: Mapping[str, Any]
 ) -> Tensor | None:
-    """(3, B, length) M-RoPE positions of the columns that a later turn adds to `past` others.
+    """(3, B, length) int64 M-RoPE positions of the columns that a later turn adds.
 
-    source: the turn's own inputs; its grids describe the images that it adds. None where the model
-    finds the positions by itself: a first turn, ordinary RoPE, or positions given by the caller.
+    shift: (B,) as `position_shift` returns it, None before the first prompt
+    past: columns that the cache has seen; length: columns that the turn adds
+    source: inputs of the turn. Its grids describe only the images that it adds
+
+    Returns None if the model computes the right positions: in a first turn, with ordinary RoPE, or
+    if the caller gives position_ids.
     """
     module = mrope_module(model)
     if module is None or not past or shift is None or source.get("position_ids") is not None:
@@ -63,15 +69,15 @@ def later_positions(
     new = None if mask is None or mask.dim() != 2 else mask[:, -length:].to(shift.device)
     if ids is None or kinds is None or not grids or not bool(kinds[:, -length:].any()):
         count = torch.arange(length, device=shift.device)
-        if new is not None:  # padding between turns is not counted
+        if new is not None:  # padding between turns has no positions
             count = new.long().cumsum(-1).sub(1).clamp(min=0)
         return (start + count).expand(3, -1, -1)
-    more = {name: source[name] for name in ("second_per_grid_ts",) if name in source}
+    timing = {name: source[name] for name in ("second_per_grid_ts",) if name in source}
     positions: Tensor = module.get_rope_index(
         ids[:, -length:],
         mm_token_type_ids=kinds[:, -length:],
         attention_mask=None if new is None else new.to(ids.device),
         **grids,
-        **more,
+        **timing,
     )[0]
     return positions + start.to(positions.device)

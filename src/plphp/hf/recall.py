@@ -1,4 +1,4 @@
-"""Recall inside a cache: parked when a prompt has been read, whole again while the next one is."""
+"""Recall in a cache: parks the tokens of a layer, and reports where they are and what was read."""
 
 from __future__ import annotations
 
@@ -6,33 +6,46 @@ from typing import Any
 
 from torch import Tensor
 
-from plphp.cache import KVStore, RecallReport, allocated
-from plphp.errors import UnsupportedModeError
+from plphp.cache import KVStore, allocated
+from plphp.errors import InputTypeError, UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer
-from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, SequencePolicy, policy
-from plphp.recall import Recall, as_recall, park
+from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, policy
+from plphp.recall import HOMES, Recall, as_recall, park
+from plphp.report import RecallReport
 
 
-def checked(given: Recall | str | None, chosen: Policy, model: Any) -> tuple[Recall | None, Policy]:
-    """What recall and which policy a model is attached with.
+def checked_recall(
+    given: Recall | str | None, chosen: Policy, model: Any
+) -> tuple[Recall | None, Policy]:
+    """The recall and the policy that a model is attached with.
 
-    A budget of 1 parks nothing: it is the policy that keeps everything.
-    Raises UnsupportedModeError for a policy that ranks no cache, ValueError for bad options and for
-    a budget that codes of this model's keys and values do not fit.
+    given: as the caller gave it to `plphp.prune`
+    chosen: the caller's policy. With a budget of 1 nothing is parked, so the result is no recall
+        and the policy that keeps everything
+
+    Raises UnsupportedModeError for a policy that does not prune the cache, InputTypeError for a
+    wrong type, and ValueError for bad options and for a budget below the size of the codes.
     """
+    if isinstance(given, type) and issubclass(given, Recall):
+        given = given()
+    if given is not None and not isinstance(given, Recall | str):
+        raise InputTypeError(
+            f"recall must be a plphp.Recall, the name of its home ({', '.join(HOMES)}) or None, "
+            f"got {given!r}"
+        )
     recall = as_recall(given)
     if recall is None:
         return None, chosen
-    if isinstance(chosen, SequencePolicy) or not isinstance(chosen, CachePolicy):
+    if not isinstance(chosen, CachePolicy):
         raise UnsupportedModeError(
-            f"{type(chosen).__name__} does not rank what a cache holds, which recall needs: take a "
+            f"{type(chosen).__name__} does not rank what a cache holds, which recall needs: use a "
             "method that prunes the cache, or leave recall out"
         )
-    least = recall.least_share(compat.head_dim(compat.text_config(model)), model.dtype.itemsize)
-    if 0 < recall.budget < least:
+    lowest = recall.least_share(compat.head_dim(compat.text_config(model)), model.dtype.itemsize)
+    if 0 < recall.budget < lowest:
         raise ValueError(
-            f"budget must be at least {least:.3f} for home={recall.home!r}, the share of this "
+            f"budget must be at least {lowest:.3f} for home={recall.home!r}, the share of this "
             f"model's vision K/V that its codes take, got {recall.budget}: take fewer bits, "
             "home='host', or 0 to hold nothing in full"
         )
@@ -40,14 +53,14 @@ def checked(given: Recall | str | None, chosen: Policy, model: Any) -> tuple[Rec
 
 
 def park_layer(layer: PrunedLayer, view: LayerView) -> KeepPlan:
-    """Park a layer's vision tokens; returns what its store should be compacted to."""
+    """Park the vision tokens of a layer. Returns the plan to which its store must be compacted."""
     chosen, recall = layer.shared.policy, layer.shared.recall
     assert isinstance(chosen, CachePolicy) and isinstance(layer.store, KVStore)
     assert recall is not None
     if not view.most_images():
         return chosen.plan(view)
-    among = layer.shared.prunable
-    place = (among.index(view.layer), len(among))
+    layers = layer.shared.prunable
+    place = (layers.index(view.layer), len(layers))
     layer.parked = home = park(layer.store, chosen.look(view), recall, place)
     plan, home.plan = home.plan, None
     assert plan is not None
@@ -55,33 +68,35 @@ def park_layer(layer: PrunedLayer, view: LayerView) -> KeepPlan:
 
 
 def recall_report(cache: Any) -> RecallReport | None:
-    """What is where after a prompt; None where nothing is parked."""
+    """Where the vision tokens are after a prompt, in bytes. None if nothing is parked."""
     recall: Recall = cache.shared.recall
-    found = [layer.parked for _, layer in cache.pruned_layers() if layer.parked is not None]
-    if not found:
+    homes = [layer.parked for _, layer in cache.pruned_layers() if layer.parked is not None]
+    if not homes:
         return None
-    parked = [x for home in found for x in home.parked()]
-    every = parked + [x for home in found for x in home.tensors()]
+    parked = [x for home in homes for x in home.parked()]
+    tensors = parked + [x for home in homes for x in home.tensors()]
     return RecallReport(
         home=recall.home,
         budget=recall.budget,
-        full=sum(home.full for home in found),
-        resident=sum(home.resident for home in found),
-        device=sum(home.device for home in found),
+        full=sum(home.full for home in homes),
+        resident=sum(home.resident for home in homes),
+        device=sum(home.device for home in homes),
         parked=allocated(parked),
-        index=allocated(every) - allocated(parked),
-        token_bytes=found[0].token_bytes,
-        fetched=tuple(home.fetched for home in found),
+        index=allocated(tensors) - allocated(parked),
+        token_bytes=homes[0].token_bytes,
+        where=homes[0].where,
+        fetched=tuple(home.fetched for home in homes),
         read=tuple(recalled(cache)),
     )
 
 
 def recalled(cache: Any) -> list[list[Tensor]]:
-    """Layer by layer and token by token since the last prompt, what every KV head read of images.
+    """The vision tokens that each layer has read at each step since the last prompt.
 
-    Each (B, Hkv, k) int64 on the CPU: row-logical positions of vision tokens, ascending, -1 pads.
-    Tokens that were taken back are left out, and rows are those that the cache has now. Empty
-    without `Recall(record=True)`, and of layers that were left alone.
+    Returns one list a layer, with one tensor a decoded token: (B, Hkv, k) int64 on the CPU, the
+    row-logical positions that each KV head read, ascending, filled up with -1. Decoded tokens that
+    were removed again have no entry, and the rows are those that the cache has now. A list is empty
+    without `Recall(record=True)`, and for a layer that was left alone.
     """
     homes = (getattr(layer, "parked", None) for layer in cache.layers)
     return [[] if home is None else home.log for home in homes]

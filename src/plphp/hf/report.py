@@ -1,4 +1,4 @@
-"""From what a prompt's layers kept to the report that a user reads."""
+"""Builds the `Report` of a prompt from the plans and the stores of its layers."""
 
 from __future__ import annotations
 
@@ -7,117 +7,139 @@ from typing import Any
 
 from torch import Tensor
 
-from plphp.cache import (
+from plphp.cache import allocated
+from plphp.hf import stock
+from plphp.hf.cache import PrunedCache
+from plphp.hf.layer import PrunedLayer, layer_tensors
+from plphp.hf.prompt import Prefill
+from plphp.hf.recall import recall_report
+from plphp.models import processor_inputs
+from plphp.policy import SequencePolicy
+from plphp.recall import HOMES, Recall
+from plphp.report import (
     EarlierImage,
     LayerReport,
     Report,
     Seen,
-    allocated,
+    earlier_images_note,
     images_left,
     images_of,
     in_rows,
     layer_report,
-    told,
     untouched_report,
 )
-from plphp.hf import compat
-from plphp.hf.cache import PrunedCache, layer_tensors
-from plphp.hf.layer import PrunedLayer
-from plphp.hf.recall import recall_report
-from plphp.hf.turn import Turn
-from plphp.models import processor_inputs
-from plphp.policy import SequencePolicy
 
 
-def build_report(cache: PrunedCache, turn: Turn) -> Report:
-    """The report of a finished prefill; what it tells is on the CPU."""
-    assert turn.spans is not None
-    counts, recall = turn.spans.cpu(), cache.shared.recall
-    earlier = images_found(cache) if turn.begin else ()
-    lost = [told(earlier, None if recall is None else recall.home)] if earlier else []
-    layers = tuple(_layer(cache, turn, index) for index in range(_depth(cache)))
+def build_report(cache: PrunedCache, prefill: Prefill) -> Report:
+    """The report of a finished prefill. Its tensors are on the CPU."""
+    where, recall = prefill.where, cache.shared.recall
+    spans = where.spans.cpu()
+    earlier = images_found(cache) if prefill.prompt.begin else ()
+    lost = [earlier_images_note(earlier, _rounding_home(recall))] if earlier else []
+    layers = tuple(_layer(cache, prefill, index) for index in range(_depth(cache)))
     return Report(
         layers=layers,
         kv_bytes=cache.kv_bytes(),
         kv_bytes_full=sum(layer.kv_bytes_full for layer in layers),
-        prompt=tuple((counts >= 0).sum(-1).tolist()),
-        images=tuple(counts.amax(-1).clamp(min=0).tolist()),
-        notes=(*turn.notes, *_notes(cache, turn), *lost),
-        seen=_seen(turn, counts),
+        prompt=tuple((spans >= 0).sum(-1).tolist()),
+        images=tuple(spans.amax(-1).clamp(min=0).tolist()),
+        notes=(*where.notes, *_notes(cache, prefill), *lost),
+        seen=_seen(prefill, spans),
         recall=recall_report(cache),
         earlier=earlier,
     )
 
 
+def _rounding_home(recall: Recall | None) -> str | None:
+    """The name of a home that parks rounded numbers, None for others."""
+    return None if recall is None or HOMES[recall.home].exact else recall.home
+
+
 def images_found(cache: PrunedCache) -> tuple[EarlierImage, ...]:
-    """The images of all turns so far, as the next prompt finds them."""
+    """The images of all turns so far, with the share of each that the next prompt finds."""
     if cache.shared.recall is not None and cache.shared.spans is not None:
         return images_of(cache.shared.spans.cpu())
-    found = cache.found if cache.report is None else images_left(cache.report)
-    return found if cache.order is None else in_rows(found, cache.order.tolist())
+    images, report = cache._found, cache.report
+    if report is not None:
+        assert report.seen is not None
+        images = images_left(report.seen, report.layers, report.earlier)
+    return images if cache._order is None else in_rows(images, cache._order.tolist())
 
 
-def _layer(cache: PrunedCache, turn: Turn, index: int) -> LayerReport:
-    report = _kept(cache, turn, index)
+def _layer(cache: PrunedCache, prefill: Prefill, index: int) -> LayerReport:
+    """The report of one layer, with its bytes."""
+    report = _kept(cache, prefill, index)
     if index >= len(cache.layers):
         return report
     layer = cache.layers[index]
-    held, full = allocated(layer_tensors(layer)), _full_bytes(layer, turn.end)
-    return replace(report, kv_bytes=held, kv_bytes_full=full)
+    kv_bytes, full = allocated(layer_tensors(layer)), _full_bytes(layer, prefill.prompt.end)
+    return replace(report, kv_bytes=kv_bytes, kv_bytes_full=full)
 
 
-def _seen(turn: Turn, spans: Tensor) -> Seen:
-    """What is drawn of a prompt later. Pixels are left out: a report may be kept for long."""
-    given = processor_inputs(turn.source).items()
-    small = {name: t for name, t in given if isinstance(t, Tensor) and t.dim() <= 2}
-    ids = turn.source.get("input_ids")
+def _seen(prefill: Prefill, spans: Tensor) -> Seen:
+    """What the inspector needs to draw a prompt. Pixels are left out to save memory.
+
+    spans: (B, N) int64 on the CPU
+    """
+    source = prefill.prompt.source
+    inputs = processor_inputs(source).items()
+    small = {name: t for name, t in inputs if isinstance(t, Tensor) and t.dim() <= 2}
+    ids = source.get("input_ids")
     ids = None if ids is None else ids[:, -spans.shape[1] :]
-    return Seen(spans, turn.positions().cpu(), turn.config, small, ids)
+    return Seen(spans, prefill.where.positions().cpu(), prefill.prompt.config, small, ids)
 
 
-def _kept(cache: PrunedCache, turn: Turn, index: int) -> LayerReport:
-    if index in turn.plans:
-        return layer_report(index, *turn.plans[index])
-    assert turn.spans is not None
+def _kept(cache: PrunedCache, prefill: Prefill, index: int) -> LayerReport:
+    """What one layer kept, without its bytes."""
+    if index in prefill.plans:
+        return layer_report(index, *prefill.plans[index])
     pair = _pair(cache.layers[index]) if index < len(cache.layers) else []
-    kv_heads = pair[0].shape[1] if pair else 0  # such as a linear layer: it has no entries
-    return untouched_report(index, turn.spans, turn.positions(), kv_heads)
+    kv_heads = pair[0].shape[1] if pair else 0  # 0 for a layer without keys, such as a linear one
+    return untouched_report(index, prefill.where.spans, prefill.where.positions(), kv_heads)
 
 
 def _depth(cache: PrunedCache) -> int:
-    """Decoder layers; up to 5.19 those that share other layers' keys are none of the cache's."""
+    """Number of decoder layers. The cache may have fewer.
+
+    Up to transformers 5.19 a cache has no layer for those that use the keys of another layer.
+    """
     return max(len(cache.layers), getattr(cache.config, "num_hidden_layers", 0))
 
 
 def _pair(layer: Any) -> list[Tensor]:
-    """Keys and values (B, Hkv, slots, D) of a layer, none where it holds no such thing."""
-    owner = layer.store if isinstance(layer, PrunedLayer) else layer
-    pair = [getattr(owner, name, None) for name in ("keys", "values")]
+    """Keys and values (B, Hkv, slots, D) of a layer, an empty list if it has none."""
+    holder = layer.store if isinstance(layer, PrunedLayer) else layer
+    pair = [getattr(holder, name, None) for name in ("keys", "values")]
     return [tensor for tensor in pair if isinstance(tensor, Tensor)]
 
 
-def _full_bytes(layer: Any, seen: int) -> int:
-    """Bytes of all columns seen, dropped ones included; a layer left alone counts as it is."""
+def _full_bytes(layer: Any, columns: int) -> int:
+    """Bytes that transformers' own cache would take: with dropped columns and without slack.
+
+    columns: how many the layer has seen
+    """
     if not isinstance(layer, PrunedLayer):
-        return allocated(compat.held_tensors(layer))
+        return stock.content_bytes(layer)
+    if layer.window is not None:  # transformers keeps only what the next token attends to
+        columns = min(columns, max(layer.window - 1, 1))
     total = 0
     for tensor in _pair(layer):
         batch, heads, _, dim = tensor.shape
-        total += batch * heads * seen * dim * tensor.element_size()
+        total += batch * heads * columns * dim * tensor.element_size()
     return total
 
 
-def _notes(cache: PrunedCache, turn: Turn) -> list[str]:
-    assert turn.spans is not None
-    notes = []
-    if not bool((turn.spans > 0).any()):
+def _notes(cache: PrunedCache, prefill: Prefill) -> list[str]:
+    """Remarks on the layers and the policy."""
+    notes, policy = [], cache.shared.policy
+    if prefill.where.images <= 0:
         notes.append("nothing was pruned: the prompt has no vision tokens")
     pruned = {index for index, _ in cache.pruned_layers()}
     alone = [index for index in range(_depth(cache)) if index not in pruned]
-    if cache.shared.policy.kind == "layers" and cache.shared.recall is None:
+    if policy.kind == "layers" and cache.shared.recall is None:
         notes.append("planned after the last layer: until then the whole prompt was held")
-    if turn.leaving is not None and isinstance(cache.shared.policy, SequencePolicy):
-        at = cache.shared.policy.leave_at(len(cache.layers))
+    if prefill.remaining is not None and isinstance(policy, SequencePolicy):
+        at = policy.leave_at(len(cache.layers))
         notes.append(f"tokens left before layer {at}: earlier layers hold them all")
     if alone:
         why = (

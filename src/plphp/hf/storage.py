@@ -1,33 +1,34 @@
-"""A conversation's cache on disk: safetensors with a checked header, never pickle."""
+"""Saves the cache of a conversation to a file, and loads it.
+
+When a file is read, every name, shape, dtype, count and range is checked.
+
+The format is described in docs/caches.md; the file itself is read and written in `cache_file`.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from plphp.cache import EarlierImage, KVStore
+from plphp.cache import KVStore
 from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf.cache import PrunedCache
+from plphp.hf.cache_file import check_whole, read_file, short, write_file
+from plphp.hf.fingerprint import differences, fingerprint, name_of
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.report import images_found
-from plphp.recall import Home, Recall, restored, state
-
-FORMAT = 1
-PARKED = "parked."
+from plphp.hf.stored import PARKED, Stored
+from plphp.recall import Recall
 
 
 def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
-    """Write what a cache holds, slack left out. The file appears only when it is whole.
+    """Write a cache to a file, without slack. The file appears only when it is complete.
 
-    Raises UnsupportedModeError for a cache in the middle of a forward, or with layers that pruning
-    left to transformers.
+    Raises UnsupportedModeError for a static or an empty cache, for one in the middle of a forward
+    and for one with layers that are not pruned; InputError for a path that cannot be written.
     """
     cache.check()
     tensors: dict[str, Tensor] = {}
@@ -39,136 +40,103 @@ def save_cache(cache: PrunedCache, path: str | os.PathLike[str]) -> None:
             )
         store = layer.store
         if not isinstance(store, KVStore):
-            what = "is empty" if store is None else "is static"
-            raise UnsupportedModeError(f"the cache {what}: it cannot be saved")
+            state = "is empty" if store is None else "is static"
+            raise UnsupportedModeError(f"the cache {state}: it cannot be saved")
         keys, values = store.held()
-        held = {"keys": keys, "values": values, "start": store.start}
-        if store.positions is not None:
-            held["positions"] = store.positions[..., : store.end]
-        # Contiguous copies: neither slack nor what a view hides goes to disk.
-        tensors |= {f"{index}.{name}": t.contiguous() for name, t in held.items()}
-        numbers = {name: getattr(store, name) for name in ("end", "logical", "window")}
-        layers.append({**numbers, "raw": layer.raw, "parked": None})
+        of_layer = {"keys": keys, "values": values, "start": store.start}
+        if store.columns is not None:
+            of_layer["positions"] = store.columns[..., : store.end]
+        numbers: dict[str, Any] = {n: getattr(store, n) for n in ("end", "logical", "window")}
+        numbers |= {"raw": layer.raw, "dtype": name_of(keys.dtype), "parked": None}
         if layer.parked is not None:
-            parked, layers[-1]["parked"] = state(layer.parked)
-            tensors |= {f"{index}.{PARKED}{name}": t for name, t in parked.items()}
+            saved = layer.parked.saved()
+            of_layer |= {f"{PARKED}{name}": tensor for name, tensor in saved.tensors.items()}
+            numbers["parked"] = dict(saved.numbers)
+        tensors |= {f"{index}.{name}": tensor for name, tensor in of_layer.items()}
+        layers.append(numbers)
     for name, tensor in (("shift", cache.shift), ("spans", cache.shared.spans)):
         if tensor is not None:
-            tensors[name] = tensor.contiguous()
+            tensors[name] = tensor
     header = {
-        "format": FORMAT,
         "model_type": cache.config.model_type,
+        "model": fingerprint(cache.config, cache._model()),
         "last_image": cache.shared.last_image,
-        "recall": _said(cache.shared.recall),
+        "recall": _options(cache.shared.recall),
         "images": [asdict(image) for image in images_found(cache)],
         "layers": layers,
     }
-    target = Path(path)
-    part = target.with_name(target.name + ".part")
-    save_file(tensors, part, metadata={"plphp": json.dumps(header)})
-    os.replace(part, target)
+    # Contiguous copies, because a view would be written with its whole storage, slack included.
+    write_file(path, header, {name: x.contiguous().cpu() for name, x in tensors.items()})
 
 
 def load_cache(model: Any, path: str | os.PathLike[str]) -> PrunedCache:
-    """Read a cache for an attached model. Raises InputError for what does not fit the model."""
+    """Read a cache for an attached model, onto its device.
+
+    Raises InputError for a file that cannot be read, is damaged or does not fit the model, and
+    UnsupportedModeError for a model that is not attached.
+    """
     cache = PrunedCache(model)
+    header, tensors = read_file(path, most=16 * len(cache.layers) + 8)
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("plphp", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not a saved plphp cache: {error}") from error
-    _check_header(cache, header, path)
+        stored = Stored(model, header, tensors, _checked_layers(cache, header))
+        stored.common(cache)
+        for index, layer in enumerate(cache.layers):
+            stored.layer(index, layer, index in cache.shared.prunable)
+        stored.check_names()
+        check_whole(header, tensors)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
     device = next(model.parameters()).device
-    for index, numbers in enumerate(header["layers"]):
-        layer = cache.layers[index]
-        layer.store = store = _store(tensors, index, numbers, cache.config, path)
-        layer.parked = _parked(tensors, index, numbers, cache.shared.recall, store, path)
-        store.to(device)
+    for _, layer in cache.pruned_layers():
+        assert isinstance(layer.store, KVStore)
+        layer.store.to(device)
         if layer.parked is not None:
             layer.parked.move(device)
-        layer.raw, layer.is_initialized = bool(numbers["raw"]), True
-    shift, spans = (tensors.get(name) for name in ("shift", "spans"))
-    cache.shift = None if shift is None else shift.to(device)
+    assert cache.shift is not None
+    cache.shift = cache.shift.to(device)
+    spans = cache.shared.spans
     cache.shared.spans = None if spans is None else spans.to(device)
-    cache.shared.last_image = int(header["last_image"])
-    cache.found = tuple(EarlierImage(**image) for image in header.get("images", []))
-    cache.check()
     return cache
 
 
-def _check_header(cache: PrunedCache, header: dict[str, Any], path: Any) -> None:
-    if header.get("format") != FORMAT:
-        raise InputError(f"{path} is not a plphp cache of format {FORMAT}")
-    if header.get("model_type") != cache.config.model_type:
-        raise InputError(
-            f"{path} belongs to a {header.get('model_type')!r} model, this one is "
-            f"{cache.config.model_type!r}"
-        )
-    recall = header.get("recall")
-    if recall != _said(cache.shared.recall):
-        options = ", ".join(f"{name}={value!r}" for name, value in (recall or {}).items())
-        how = f"with recall=plphp.Recall({options})" if recall else "without recall"
-        raise InputError(f"{path} was saved {how}: attach the model like that to read it")
-    layers = header.get("layers", [])
-    if len(layers) != len(cache.layers):
-        raise InputError(f"{path} has {len(layers)} layers, the model has {len(cache.layers)}")
-    windows = [getattr(layer, "window", None) for layer in cache.layers]
-    if [numbers.get("window") for numbers in layers] != windows:
-        raise InputError(f"{path} was made with other attention windows than the model's")
-
-
-def _said(recall: Recall | None) -> dict[str, Any] | None:
-    """What recall was asked for, as a header says it."""
+def _options(recall: Recall | None) -> dict[str, Any] | None:
+    """The options of recall, as in a header."""
     return None if recall is None else asdict(recall)
 
 
-def _parked(
-    tensors: dict[str, Tensor],
-    index: int,
-    numbers: dict[str, Any],
-    recall: Recall | None,
-    store: KVStore,
-    path: Any,
-) -> Home | None:
-    """One layer's parked tokens, None where nothing was."""
-    if numbers.get("parked") is None or recall is None:
-        return None
-    begin = f"{index}.{PARKED}"
-    own = {n.removeprefix(begin): t for n, t in tensors.items() if n.startswith(begin)}
-    try:
-        return restored(recall, own, numbers["parked"], store)
-    except ValueError as error:
-        raise InputError(f"{path}, layer {index}: {error}") from error
+def _checked_layers(cache: PrunedCache, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a header for the layers.
 
-
-def _store(
-    tensors: dict[str, Tensor], index: int, numbers: dict[str, Any], config: Any, path: Any
-) -> KVStore:
-    """One layer, after its shapes and numbers have been checked against each other."""
-
-    def wrong(what: str) -> InputError:
-        return InputError(f"{path}, layer {index}: {what}; the file is damaged or not this model's")
-
-    try:
-        keys, values, start = (tensors[f"{index}.{name}"] for name in ("keys", "values", "start"))
-    except KeyError as error:
-        raise wrong(f"{error} is missing") from error
-    end, logical = numbers.get("end"), numbers.get("logical")
-    if not isinstance(end, int) or not isinstance(logical, int) or not 0 < end <= logical:
-        raise wrong("its lengths make no sense")
-    if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] != end:
-        raise wrong(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit")
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if keys.shape[1] != heads or keys.dtype != values.dtype or not keys.is_floating_point():
-        raise wrong(f"{keys.shape[1]} KV heads of {keys.dtype}, the model has {heads}")
-    if start.shape != keys.shape[:1] or bool(((start < 0) | (start >= end)).any()):
-        raise wrong("its row starts make no sense")
-    store = KVStore(keys, values, numbers.get("window"))
-    if store.window is not None:
-        positions = tensors.get(f"{index}.positions")
-        if positions is None or positions.shape != keys.shape[:3]:
-            raise wrong("positions are missing")
-        store.positions = positions
-    store.start, store.ragged, store.logical = start, bool((start > 0).any()), logical
-    return store
+    Raises InputError if the cache belongs to another model, or to one attached in another way.
+    """
+    kind = header.get("model_type")
+    if kind != cache.config.model_type:
+        raise InputError(
+            f"it belongs to a model of type {short(kind)}, this one is {cache.config.model_type!r}"
+        )
+    if header["format"] != 1:
+        saved, model = header.get("model"), fingerprint(cache.config, cache._model())
+        if not isinstance(saved, dict):
+            raise InputError("it does not say which model it belongs to")
+        for name in differences(saved, model):
+            raise InputError(
+                f"it belongs to another model: {name} is {short(saved.get(name))} there, and "
+                f"{short(model[name])} in this one"
+            )
+    recall = header.get("recall")
+    if recall != _options(cache.shared.recall):
+        how = "without recall"
+        if isinstance(recall, dict) and recall:
+            options = (f"{name[:20]}={short(value)}" for name, value in recall.items())
+            how = f"with recall=plphp.Recall({', '.join(options)})"
+        how = how if len(how) < 200 else f"{how[:200]}..."
+        raise InputError(f"it was saved {how}: attach the model like that to read it")
+    layers = header.get("layers")
+    if not isinstance(layers, list) or not all(isinstance(numbers, dict) for numbers in layers):
+        raise InputError("it does not say what its layers hold")
+    if len(layers) != len(cache.layers):
+        raise InputError(f"it has {len(layers)} layers, the model has {len(cache.layers)}")
+    windows = [getattr(layer, "window", None) for layer in cache.layers]
+    if [numbers.get("window") for numbers in layers] != windows:
+        raise InputError("it was made with other attention windows than the model's")
+    return layers

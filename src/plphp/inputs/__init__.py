@@ -1,6 +1,6 @@
 """Models and files as a user names them, turned into what a generation needs."""
 
-from plphp.inputs.images import open_image
+from plphp.inputs.images import image_files, open_image, upright
 from plphp.inputs.models import (
     EMBEDDED,
     Loaded,
@@ -10,7 +10,7 @@ from plphp.inputs.models import (
     load,
     load_config,
 )
-from plphp.inputs.prompts import make_inputs
+from plphp.inputs.prompts import check_prompt, make_inputs
 
 __all__ = [
     "EMBEDDED",
@@ -18,8 +18,11 @@ __all__ = [
     "Prompt",
     "Runnable",
     "check_device",
+    "check_prompt",
+    "image_files",
     "load",
     "load_config",
     "make_inputs",
     "open_image",
+    "upright",
 ]

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from plphp.errors import InputError, UnsupportedModelError
+from plphp.errors import InputError, PlphpError, UnsupportedModelError
+from plphp.inputs.shell import check_depth
 
 EMBEDDED = "embedded"
 
@@ -96,20 +97,21 @@ def load(
 ) -> Runnable:
     """The embedded model, a local directory, or a hub id. Raises InputError with what to do.
 
-    device: a torch device, or "auto" to spread the layers over all of them
+    dtype: "auto" is what the weights have, or "float32", "bfloat16", "float16"
+    device: a torch device, or "auto" to spread the layers over all of them; the embedded model,
+        which is small, takes one of them
     """
     spread = device == "auto" and name != EMBEDDED
-    device = "cpu" if device == "auto" else device
+    if device == "auto":
+        device = "cuda" if name == EMBEDDED and torch.cuda.is_available() else "cpu"
     check_device(device)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     kind: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-    if name == EMBEDDED or (_is_qwen2_vl(name) and not _has_torchvision()):
-        from plphp.demo.model import WEIGHTS
+    if name == EMBEDDED:
         from plphp.demo.model import load as load_embedded
 
-        path = WEIGHTS if name == EMBEDDED else Path(name)
-        embedded = load_embedded(torch.float32 if kind == "auto" else kind, device, path)
+        embedded = load_embedded(torch.float32 if kind == "auto" else kind, device)
         if attention:
             _set_attention(embedded.model, attention)
         return embedded
@@ -126,14 +128,34 @@ def load(
             f"{name} ({config.model_type}) is not a vision-language model that transformers knows"
         )
     with _reading(name):
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust)
+        bare = _needs_no_processor(name, config)
+        processor = None if bare else AutoProcessor.from_pretrained(name, trust_remote_code=trust)
         model = AutoModelForImageTextToText.from_pretrained(name, **options)
-    return Loaded((model if spread else model.to(device)).eval(), processor)
+        model = (model if spread else model.to(device)).eval()
+        return _embedded_like(model, name) if bare else Loaded(model, processor)
+
+
+def _embedded_like(model: Any, name: str) -> Runnable:
+    """A local Qwen2-VL with its pictures' half of the processor: the other needs torchvision."""
+    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+    from plphp.demo.model import Embedded
+
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+    pictures = Qwen2VLImageProcessorPil.from_pretrained(name, local_files_only=True)
+    return Embedded(model, tokenizer, pictures)
+
+
+def is_embedded(loaded: Runnable) -> bool:
+    """Whether this is the model that comes with the package, not one of its kind."""
+    from plphp.demo.model import WEIGHTS
+
+    return bool(loaded.model.name_or_path == str(WEIGHTS))
 
 
 def load_config(name: str, trust: bool = False) -> Any:
     """The config of a model by name. Raises InputError for what is no model."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     if name == EMBEDDED:
         from plphp.demo.model import WEIGHTS
@@ -147,7 +169,16 @@ def load_config(name: str, trust: bool = False) -> Any:
     if name.startswith((".", "/", "~")) and not path.exists():
         raise InputError(f"{name}: no such directory")
     with _reading(name):
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        check_depth(name, PreTrainedConfig.get_config_dict(name)[0])
+        try:
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        except (OSError, ValueError, ImportError, RecursionError):
+            raise
+        except Exception as error:  # of all kinds: each config class checks its own fields
+            raise InputError(
+                f"cannot load {name}: its config.json says what its model does not take "
+                f"({_first_sentence(error)}); correct it"
+            ) from error
 
 
 @contextmanager
@@ -155,15 +186,30 @@ def _reading(name: str) -> Iterator[None]:
     """Turn what transformers says about a model that cannot be read into one line."""
     try:
         yield
-    except OSError as error:
-        if "connect" in str(error) or "offline" in str(error):
-            raise InputError(
-                f"{name} is not on this machine and the model hub cannot be reached; give a local "
-                "directory, or unset HF_HUB_OFFLINE and check the network"
-            ) from error
-        raise InputError(f"cannot load {name}: {_first_sentence(error)}") from error
-    except (ValueError, ImportError) as error:
-        raise InputError(f"cannot load {name}: {_first_sentence(error)}") from error
+    except (PlphpError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except RecursionError as error:
+        raise InputError(
+            f"cannot load {name}: its config.json is nested too deeply to be read; correct it"
+        ) from error
+    except Exception as error:
+        raise InputError(_refusal(name, error)) from error
+
+
+def _refusal(name: str, error: Exception) -> str:
+    """What an error of transformers means for a model. Its name may hold any word: where the
+    model is on this machine, the hub has nothing to do with it."""
+    away = isinstance(error, OSError) and ("connect" in str(error) or "offline" in str(error))
+    if away and not Path(name).exists():
+        return (
+            f"{name} is not on this machine and the model hub cannot be reached; give a local "
+            "directory, or unset HF_HUB_OFFLINE and check the network"
+        )
+    if isinstance(error, (ValueError, ImportError)) and "trust_remote_code=" in str(error):
+        return f"{name} comes with Python code of its own: --trust-remote-code runs it"
+    kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else type(error).__name__
+    reason = ": ".join(part for part in (kind, _first_sentence(error)) if part)
+    return f"cannot load {name}: {reason or type(error).__name__}"
 
 
 def _first_sentence(error: Exception) -> str:
@@ -173,10 +219,12 @@ def _first_sentence(error: Exception) -> str:
 def check_device(device: str) -> None:
     """Raise InputError for a device that torch does not have here."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        empty = torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         reason = _first_sentence(error)
         raise InputError(f"--device {device} cannot be used here: {reason}") from error
+    if empty.is_meta:
+        raise InputError(f"--device {device} holds no numbers: give cpu, cuda, mps, ...")
 
 
 def _set_attention(model: Any, attention: str) -> None:
@@ -186,11 +234,9 @@ def _set_attention(model: Any, attention: str) -> None:
         raise InputError(f"--attn {attention}: {error}") from error
 
 
-def _is_qwen2_vl(name: str) -> bool:
-    """A local Qwen2-VL: its processor needs torchvision, its pictures do not."""
-    if not (Path(name) / "config.json").is_file():
-        return False
-    return bool(load_config(name).model_type == "qwen2_vl")
+def _needs_no_processor(name: str, config: Any) -> bool:
+    """A local Qwen2-VL without torchvision, which its processor needs and its pictures do not."""
+    return bool(config.model_type == "qwen2_vl" and Path(name).is_dir() and not _has_torchvision())
 
 
 def _has_torchvision() -> bool:

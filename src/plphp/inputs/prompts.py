@@ -4,40 +4,118 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from plphp.errors import InputError
+from plphp.errors import InputError, UnsupportedModelError
 from plphp.inputs.images import open_image
-from plphp.inputs.models import Loaded, Runnable
+from plphp.inputs.models import Loaded, Runnable, is_embedded
+from plphp.models import vision_spans
+from plphp.models.spans import vision_token_ids
+
+MARKS = ("image_token", "video_token")  # names that processors have for their placeholders
 
 
 def make_inputs(
     loaded: Runnable, images: Sequence[str], prompt: str, videos: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """The model's inputs. Raises InputError for files, shapes and lengths that do not fit."""
+    """The model's inputs. Raises InputError for files, shapes and lengths that do not fit, and
+    where the model's processor leaves an image or a video out."""
+    check_prompt(loaded, prompt)
     pictures = [open_image(path) for path in images]
+    if videos and not isinstance(loaded, Loaded):
+        raise InputError(
+            "the embedded model reads pictures, not videos: choose a --model"
+            if is_embedded(loaded)
+            else "videos of this model need torchvision, which is not installed: pip install "
+            "torchvision"
+        )
+
+    def encode(images: int, videos: Sequence[str]) -> dict[str, Tensor]:
+        if videos and isinstance(loaded, Loaded):
+            return loaded.inputs(pictures[:images], prompt, [Path(path) for path in videos])
+        return loaded.inputs(pictures[:images], prompt)
+
+    try:
+        inputs = encode(len(pictures), videos)
+        config = loaded.model.config
+        if pictures and _images(config, inputs) < len(pictures) + len(videos):
+            _check_more(config, inputs, encode(len(pictures) - 1, videos), images[-1])
+        if videos:
+            _check_more(config, inputs, encode(len(pictures), videos[:-1]), videos[-1])
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # processors and readers of videos fail in ways of their own
+        names = ", ".join([*images, *videos]) or "the prompt"
+        raise InputError(f"{names}: the model's processor refuses: {error}") from error
+    _check_length(config, inputs, len(images))
+    return inputs
+
+
+def check_prompt(loaded: Runnable, prompt: str) -> None:
+    """Raise InputError for a prompt that is empty, no text, or holds the model's own marks."""
     if not prompt.strip():
         raise InputError("the prompt is empty")
     try:
-        if not videos:
-            inputs = loaded.inputs(pictures, prompt)
-        elif isinstance(loaded, Loaded):
-            inputs = loaded.inputs(pictures, prompt, [Path(path) for path in videos])
-        else:
-            raise InputError("the embedded model reads pictures, not videos: choose a --model")
-    except (ValueError, ImportError) as error:
-        if isinstance(error, InputError):
-            raise
-        names = ", ".join([*images, *videos])
-        raise InputError(f"{names}: the model's processor refuses: {error}") from error
-    limit = getattr(
-        loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None
-    )
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the prompt is not text: character {error.start} is half of a pair of surrogates, or "
+            "a byte that is not UTF-8"
+        ) from None
+    for mark in sorted(_marks(loaded)):
+        if mark in prompt:
+            raise InputError(
+                f"the prompt holds {mark}, which stands for an image or a video in this model's "
+                "prompts: leave it out, the images are put in by themselves"
+            )
+
+
+def _marks(loaded: Runnable) -> set[str]:
+    """What stands for an image or a video in the text that a model reads."""
+    holders = (getattr(loaded, "processor", None), loaded.tokenizer)
+    found = {getattr(holder, name, None) for holder in holders for name in MARKS}
+    ids = list(vision_token_ids(loaded.model.config))
+    convert: Any = getattr(loaded.tokenizer, "convert_ids_to_tokens", None)
+    if ids and convert is not None:
+        found |= set(convert(ids))
+    return {mark for mark in found if isinstance(mark, str) and mark.strip()}
+
+
+def _images(config: Any, inputs: dict[str, Tensor]) -> int:
+    """How many images and videos the prompt has a place for."""
+    try:
+        return int(vision_spans(config, **inputs).max())
+    except UnsupportedModelError:
+        return 0
+
+
+def _vision(config: Any, inputs: dict[str, Tensor]) -> int:
+    """How many tokens of the prompt are vision; all of them where that cannot be told."""
+    try:
+        return int((vision_spans(config, **inputs) > 0).sum())
+    except UnsupportedModelError:
+        return int(inputs["input_ids"].shape[1])
+
+
+def _check_more(
+    config: Any, inputs: dict[str, Tensor], fewer: dict[str, Tensor], name: str
+) -> None:
+    """Raise InputError if a prompt holds no more than one without this file."""
+    if _vision(config, inputs) <= _vision(config, fewer):
+        raise InputError(
+            f"{name}: the model's processor leaves it out of the prompt: this model does not read "
+            "it; give it what it reads, or another --model"
+        )
+
+
+def _check_length(config: Any, inputs: dict[str, Tensor], images: int) -> None:
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     length = inputs["input_ids"].shape[1]
     if limit is not None and length >= limit:
         raise InputError(
-            f"the prompt takes {length} tokens with {len(images)} images and the model holds "
+            f"the prompt takes {length} tokens with {images} images and the model holds "
             f"{limit}: use fewer or smaller images"
         )
-    return inputs

@@ -1,7 +1,9 @@
-"""Which tokens are vision: one small entry a model family."""
+"""Which tokens of a prompt are vision tokens. One small entry per model family."""
 
+from plphp.models.boxes import Box, Patch, Places
+from plphp.models.expected import image_tokens
 from plphp.models.families import FAMILIES, places, refusal, sequence_refusal
-from plphp.models.patches import Box, Patch, Places, Shown
+from plphp.models.patches import Shown
 from plphp.models.spans import describes_vision, find_spans, processor_inputs, vision_spans
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "Shown",
     "describes_vision",
     "find_spans",
+    "image_tokens",
     "places",
     "processor_inputs",
     "refusal",

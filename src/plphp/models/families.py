@@ -1,6 +1,7 @@
-"""What is particular about a model family's images: one small entry each.
+"""How each model family writes images into a prompt: one small entry per family.
 
-A family that is not listed is found by its config's token ids, every unbroken run an image.
+For a family without an entry, the config's token ids say which tokens are vision tokens, and each
+unbroken run of them is one image.
 """
 
 from __future__ import annotations
@@ -9,32 +10,40 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from plphp.models import layouts, patches, sizes
+from plphp.models.boxes import Places
 from plphp.models.layouts import Layout
-from plphp.models.patches import Patches, Places, Shown
+from plphp.models.patches import Patches, Shown
 from plphp.models.sizes import Sizes
 
 
 @dataclass(frozen=True)
 class Family:
-    """images, videos: tokens per image and per video, where the processor's outputs tell
-    layout: which runs make up an image, where they do not
-    places, video_places: where the tokens of an image or a video lie in it
-    frames: frames of a video are written as images are, and only a caller can tell
-    refused: why the family cannot be pruned, where it cannot
-    whole: why no token can leave its hidden states (FastV, VTW), where none can
+    """The properties of one model family.
+
+    images, videos: functions that compute the tokens of each image and of each video from the
+        processor's outputs
+    layout: function that groups runs of vision tokens into images, used where the token counts are
+        unknown
+    places, video_places: functions that compute the part of an image or a video that each vision
+        token shows
+    frames: whether the prompt marks the frames of a video as it marks images, so that the token
+        ids do not tell them apart
+    refused: the reason why the family cannot be pruned, or an empty string
+    sequence_refused: the reason why tokens cannot leave the hidden states (FastV, VTW), or an empty
+        string
     """
 
     images: Sizes = sizes.unknown
     videos: Sizes = sizes.unknown
-    layout: Layout = layouts.apart
+    layout: Layout = layouts.run_per_image
     places: Patches = patches.unknown
     video_places: Patches = patches.unknown
     frames: bool = False
     refused: str = ""
-    whole: str = ""
+    sequence_refused: str = ""
 
 
-DEEPSTACK = "image features are added to the hidden states of several layers, so no token may leave"
+DEEPSTACK = "image features are added to the hidden states of several layers: tokens cannot leave"
 
 GRIDS = Family(
     images=sizes.grid("image_grid_thw"),
@@ -42,7 +51,7 @@ GRIDS = Family(
     places=patches.grid("image_grid_thw"),
     video_places=patches.grid("video_grid_thw"),
 )
-DEEPSTACK_GRIDS = replace(GRIDS, whole=DEEPSTACK)
+DEEPSTACK_GRIDS = replace(GRIDS, sequence_refused=DEEPSTACK)
 TILES_THEN_WHOLE = Family(layout=layouts.whole_last, places=patches.tiled())
 GENERIC = Family()
 
@@ -55,7 +64,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_moe": GRIDS,
     "glm4v": GRIDS,
     "glm4v_moe": GRIDS,
-    # Mantis-SigLIP-Llama3 is this class
+    # Mantis-SigLIP-Llama3 uses this class.
     "llava": Family(images=sizes.patches, places=patches.square),
     "llava_next": Family(images=sizes.anyres, places=patches.anyres),
     "llava_onevision": Family(
@@ -64,39 +73,43 @@ FAMILIES: dict[str, Family] = {
         places=patches.anyres,
         video_places=patches.pooled_frames,
     ),
-    "idefics2": Family(layout=layouts.fives, places=patches.latents),
+    "idefics2": Family(layout=layouts.one_or_five_runs, places=patches.latents),
     "idefics3": TILES_THEN_WHOLE,
     "smolvlm": replace(TILES_THEN_WHOLE, frames=True),
     "aya_vision": TILES_THEN_WHOLE,
-    # <img> and </img> around all tiles of an image, or a frame
+    # <img> and </img> surround all tiles of an image, or one frame of a video.
     "internvl": Family(frames=True, places=patches.tiled()),
     "ovis2": Family(
-        layout=layouts.chained,
+        layout=layouts.joined_by_one_token,
         places=patches.tiled(whole_first=True, grid=patches.by_row_tokens),
     ),
-    "cohere2_vision": Family(layout=layouts.chained, places=patches.tiled()),
+    "cohere2_vision": Family(layout=layouts.joined_by_one_token, places=patches.tiled()),
     "mistral3": Family(
-        images=sizes.merged_patches, layout=layouts.chained, places=patches.rows_of_patches
+        images=sizes.merged_patches,
+        layout=layouts.joined_by_one_token,
+        places=patches.rows_of_patches,
     ),
-    # each crop of pan and scan (off by default) is written as an image, and counts as one
+    # Each crop of pan and scan (off by default) is written as an image, and counts as one.
     "gemma3": Family(images=sizes.fixed("mm_tokens_per_image"), places=patches.pooled),
     "paligemma": Family(images=sizes.patches, places=patches.square),
     "mllama": Family(
-        refused="vision tokens live in cross-attention layers, not in the KV cache of the prompt; "
-        "there is nothing that this method could drop"
+        refused="its vision tokens are in cross-attention layers and not in the KV cache of the "
+        "prompt, so that there is nothing to prune"
     ),
 }
 
 
 def sequence_refusal(config: Any) -> str:
-    """Why no token can leave the hidden states of such models; empty where it can."""
-    return FAMILIES.get(getattr(config, "model_type", ""), GENERIC).whole
+    """The reason why no token can leave the hidden states of such a model, or an empty string."""
+    return FAMILIES.get(getattr(config, "model_type", ""), GENERIC).sequence_refused
 
 
 def places(shown: Shown, video: bool = False) -> Places:
-    """A rectangle for every vision token of an image or video, None for tokens without one.
+    """The part of the image or video that each of its vision tokens shows, in prompt order.
 
-    An empty list where the family does not say, or says another number of tokens than there are.
+    None stands for a token that shows no part, such as a line end. The list is empty where the
+    family has no such function, or where the function finds another number of tokens than the
+    prompt has.
     """
     family = FAMILIES.get(getattr(shown.config, "model_type", ""), GENERIC)
     found = (family.video_places if video else family.places)(shown)
@@ -104,19 +117,21 @@ def places(shown: Shown, video: bool = False) -> Places:
 
 
 def refusal(config: Any) -> str:
-    """Why models of this config cannot be pruned; empty where nothing speaks against it."""
+    """The reason why models of this config cannot be pruned, or an empty string."""
     family = FAMILIES.get(getattr(config, "model_type", ""), GENERIC)
     if family.refused:
         return family.refused
     if getattr(config, "is_encoder_decoder", False):
         return (
-            "its encoder reads the images and its decoder reaches them by cross-attention: there "
-            "are no vision tokens in the decoder's KV cache that this method could drop"
+            "it is an encoder-decoder model whose decoder reads the images by cross-attention: its "
+            "KV cache holds no vision tokens that could be pruned"
         )
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    if getattr(text, "kv_lora_rank", None):
+    # Where layers differ, transformers refuses to read such an attribute of the config itself.
+    layers = getattr(text, "per_layer_config", None) or [text]
+    if any(getattr(layer, "kv_lora_rank", None) for layer in layers):
         return (
-            "its layers cache one compressed latent a token for all heads (multi-head latent "
-            "attention): no head could keep tokens of its own"
+            "its layers cache one compressed latent vector per token for all heads (multi-head "
+            "latent attention), so that heads cannot keep different tokens"
         )
     return ""

@@ -1,7 +1,7 @@
-"""Which runs of vision tokens make up one image, where the prompt's other tokens tell.
+"""Grouping of runs of vision tokens into images, by the other tokens of the prompt.
 
-Each function takes the runs of one kind in one row, in order, and the row's ids (None where a
-prompt came without ids), and deals the runs out to images.
+Each function takes the runs of one kind (image or video) in one row, in order, and the token ids of
+the row, or None for a prompt without token ids. It returns the runs of each image.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ Run = tuple[int, int]  # columns [start, stop) of one unbroken run of vision tok
 Layout = Callable[[list[Run], list[int] | None], list[list[Run]]]
 
 
-def apart(runs: list[Run], ids: list[int] | None) -> list[list[Run]]:
-    """Every run is an image."""
+def run_per_image(runs: list[Run], ids: list[int] | None) -> list[list[Run]]:
+    """Each run is one image."""
     return [[run] for run in runs]
 
 
-def chained(runs: list[Run], ids: list[int] | None) -> list[list[Run]]:
-    """Runs with one token between them are one image.
+def joined_by_one_token(runs: list[Run], ids: list[int] | None) -> list[list[Run]]:
+    """Runs that are separated by a single token are one image.
 
-    Ovis2's <col> and <row>, Cohere2's line breaks, Pixtral's [IMG_BREAK]; between two images stand
-    an end and a start token at least.
+    The single tokens are Ovis2's <col> and <row>, Cohere2's line breaks and Pixtral's [IMG_BREAK].
+    Two images are separated by at least an end token and a start token.
     """
     chains: list[list[Run]] = []
     for run in runs:
@@ -32,25 +32,27 @@ def chained(runs: list[Run], ids: list[int] | None) -> list[list[Run]]:
     return chains
 
 
-def fives(runs: list[Run], ids: list[int] | None) -> list[list[Run]]:
-    """Idefics2: four quarters and the whole, one <fake_token_around_image> between them, or a run.
+def one_or_five_runs(runs: list[Run], ids: list[int] | None) -> list[list[Run]]:
+    """Idefics2: an image is one run, or five: its four quarters and the whole image.
 
-    Five touching images that are not split look like one that is; splitting is the default.
+    One <fake_token_around_image> separates the five runs. Five adjacent images that are not split
+    cannot be told from one that is split, and are treated as one; splitting is the processor's
+    default.
     """
     images: list[list[Run]] = []
-    for chain in chained(runs, ids):
+    for chain in joined_by_one_token(runs, ids):
         step = 5 if len(chain) % 5 == 0 else 1
         images += [chain[i : i + step] for i in range(0, len(chain), step)]
     return images
 
 
 def whole_last(runs: list[Run], ids: list[int] | None) -> list[list[Run]]:
-    """Idefics3, SmolVLM, Aya Vision: tiles first, then the whole image behind a tag of its own.
+    """Idefics3, SmolVLM, Aya Vision: the tiles of an image, then the whole image after a tag token.
 
-    What stands before a row's last run is that tag, whatever its id: every image ends with it.
+    Every image ends with its whole view, so the token before the last run of a row is the tag.
     """
     if ids is None or not runs:
-        return apart(runs, ids)
+        return run_per_image(runs, ids)
     tag = ids[runs[-1][0] - 1]
     images: list[list[Run]] = [[]]
     for run in runs:

@@ -1,8 +1,8 @@
-"""Where vision tokens lie in the picture that the user gave: one function a kind of model.
+"""The part of the original image that each vision token shows: one function per kind of model.
 
-Processors stretch, crop, pad and tile pictures before a model sees them. Each function here undoes
-that: for every vision token of one image or video, in prompt order, a rectangle in the picture's
-own pixels, or None for a token without a place (line ends, class tokens).
+Processors stretch, crop, pad and tile images before a model sees them. Each function here reverses
+that. It returns, for every vision token of one image or video in prompt order, a rectangle in
+pixels of the original, or None for a token that shows no part of it (line ends, class tokens).
 """
 
 from __future__ import annotations
@@ -10,53 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from plphp.models import sizes
+from plphp.models.boxes import TILES, Box, Patch, Places, cells, clip, grid_cells, padded
 from plphp.models.layouts import Run
-
-WHOLE, TILES = 0, 1  # views: a model may see a picture twice, as a whole and cut into tiles
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle, in pixels of the picture."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    @property
-    def width(self) -> float:
-        return self.right - self.left
-
-    @property
-    def height(self) -> float:
-        return self.bottom - self.top
-
-
-@dataclass(frozen=True)
-class Patch:
-    """Where one vision token looks.
-
-    view: WHOLE or TILES; frame: which shown frame of a video, 0 for a picture
-    """
-
-    box: Box
-    view: int = WHOLE
-    frame: int = 0
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One image or video as a model was shown it.
+    """One image or video as it appears in a prompt.
 
+    config: the model's config
     size: (width, height) of the original, in pixels
-    runs: columns of its vision tokens in the prompt; after: the id of the token behind each run
-    index: which image, or which video, it is among those of its call
-    inputs: what the processor returned beside pixels; processor: its image processor, if at hand
+    runs: columns [start, stop) of its vision tokens in the prompt
+    index: its index among the images, or among the videos, of the call
+    inputs: the processor's outputs without the pixels
+    processor: the image processor, or None
+    after: the id of the token after each run
     """
 
     config: Any
@@ -76,17 +47,19 @@ class Shown:
         return Box(0, 0, *self.size)
 
 
-Places = list[Patch | None]
 Patches = Callable[[Shown], Places]
 
 
 def unknown(shown: Shown) -> Places:
-    """Nothing is known of where this family's tokens lie."""
+    """For families whose tokens cannot be located: no rectangles."""
     return []
 
 
 def grid(name: str) -> Patches:
-    """Qwen-VL, GLM-4V: `name` holds (t, h, w) patches of a stretched picture, merged in squares."""
+    """Qwen-VL, GLM-4V: a token is a square of merged patches of the stretched image.
+
+    name: the processor output with the numbers (frames, rows, columns) of patches
+    """
 
     def places(shown: Shown) -> Places:
         frames, rows, columns = (int(n) for n in shown.inputs[name][shown.index])
@@ -98,26 +71,26 @@ def grid(name: str) -> Patches:
 
 
 def square(shown: Shown) -> Places:
-    """LLaVA, PaliGemma: one square of patches, of the stretched, cropped or padded picture."""
+    """LLaVA, PaliGemma: a square of patches of the stretched, cropped or padded image."""
     if shown.config.vision_config.model_type == "pixtral":
         return rows_of_patches(shown)
-    own = shown.tokens - sizes.side(shown.config) ** 2
-    return [None] * own + _square(_input(shown), shown.config, shown.whole)
+    class_tokens = shown.tokens - sizes.side(shown.config) ** 2
+    return [None] * class_tokens + _square(_shown_part(shown), shown.config, shown.whole)
 
 
 def pooled(shown: Shown) -> Places:
-    """Gemma 3: a square of averages over patches of the stretched picture."""
+    """Gemma 3: a square of tokens, each the average of several patches of the stretched image."""
     return cells(shown.whole, math.isqrt(shown.tokens), math.isqrt(shown.tokens))
 
 
 def rows_of_patches(shown: Shown) -> Places:
-    """Pixtral, Mistral 3: each run is a row of the stretched picture."""
+    """Pixtral, Mistral 3: each run is one row of patches of the stretched image."""
     start, stop = shown.runs[0]
     return cells(shown.whole, len(shown.runs), stop - start)
 
 
 def latents(shown: Shown) -> Places:
-    """Idefics2: latents that each look at a whole quarter, or at the whole picture."""
+    """Idefics2: latent tokens, each of which attends to a whole quarter or to the whole image."""
     each = shown.runs[0][1] - shown.runs[0][0]
     whole: Places = [Patch(shown.whole)] * each
     if len(shown.runs) == 1:
@@ -127,17 +100,17 @@ def latents(shown: Shown) -> Places:
 
 
 def squarest(shown: Shown, count: int) -> tuple[int, int]:
-    """Rows and columns of so many tiles, as near to squares of the picture as can be."""
+    """The rows and columns of `count` tiles whose shape is closest to a square."""
     width, height = shown.size
     pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
     return min(pairs, key=lambda p: abs(math.log((width / p[1]) / (height / p[0]))))
 
 
 def by_row_tokens(shown: Shown, count: int) -> tuple[int, int]:
-    """Rows and columns of Ovis2's tiles, which its <row> tokens tell.
+    """The rows and columns of Ovis2's tiles, found from the <row> tokens of the prompt.
 
-    transformers takes its grid for (columns, rows), so wide pictures get tall grids: nothing but
-    the prompt says what was done.
+    transformers reads Ovis2's grid as (columns, rows), so that wide images get tall grids. The
+    prompt alone shows the grid that was used.
     """
     row = shown.config.visual_indicator_token_ids[4]
     rows = 1 + shown.after.count(row)
@@ -147,9 +120,12 @@ def by_row_tokens(shown: Shown, count: int) -> tuple[int, int]:
 def tiled(
     whole_first: bool = False, grid: Callable[[Shown, int], tuple[int, int]] = squarest
 ) -> Patches:
-    """Idefics3, InternVL, Aya, Cohere2, Ovis2: tiles of the stretched picture, and all of it once.
+    """Idefics3, InternVL, Aya, Cohere2, Ovis2: tiles of the stretched image, and the whole image.
 
-    Each tile is a run, or `image_seq_length` tokens where they touch.
+    whole_first: whether the whole image comes before its tiles
+    grid: function from (image, number of tiles) to the rows and columns of tiles
+
+    Each tile is one run, or `image_seq_length` tokens where tiles are adjacent.
     """
 
     def places(shown: Shown) -> Places:
@@ -170,15 +146,16 @@ def tiled(
 
 
 def anyres(shown: Shown) -> Places:
-    """LLaVA-NeXT, LLaVA-OneVision: all of it as a square, then unpadded tiles with line ends.
+    """LLaVA-NeXT, LLaVA-OneVision: the whole image as a square, then unpadded tiles with line ends.
 
-    OneVision pads the pictures of a prompt of several to a square instead, with one line end.
+    In a prompt with several images, OneVision pads each to a square instead, and writes one line
+    end.
     """
     config, (width, height) = shown.config, shown.size
-    own: Places = [None] * sizes.classes(config)
-    base = own + _square(shown.whole, config, shown.whole)
+    class_tokens: Places = [None] * sizes.classes(config)
+    base = class_tokens + _square(shown.whole, config, shown.whole)
     if shown.tokens == len(base) + 1:
-        return [*own, *_square(_padded(shown.whole), config, shown.whole), None]
+        return [*class_tokens, *_square(padded(shown.whole), config, shown.whole), None]
     found = sizes.tiling(config, height, width)
     scale = min(found.canvas[1] / width, found.canvas[0] / height)
     tops, lefts = (
@@ -188,88 +165,49 @@ def anyres(shown: Shown) -> Places:
         )
     )
     tiles: Places = []
-    for row in _between(tops, lefts, shown.whole, TILES, 0):
+    for row in grid_cells(tops, lefts, shown.whole, TILES, 0):
         tiles += [*row, None]
     return base + tiles
 
 
 def pooled_frames(shown: Shown) -> Places:
-    """LLaVA-OneVision: every frame is a square pooled to half its side; one line end a video."""
+    """LLaVA-OneVision: each frame is a square pooled to half its side; one line end per video."""
     side = math.ceil(sizes.side(shown.config) / 2)
-    seen = _seen(shown.whole, shown.config)
+    seen = _covered(shown.whole, shown.config)
     frames = range((shown.tokens - 1) // side**2)
     return [*(p for f in frames for p in cells(seen, side, side, frame=f)), None]
 
 
-def cells(box: Box, rows: int, columns: int, view: int = WHOLE, frame: int = 0) -> Places:
-    """A box cut into rows and columns, row by row."""
-    tops = [box.top + i * box.height / rows for i in range(rows + 1)]
-    lefts = [box.left + i * box.width / columns for i in range(columns + 1)]
-    return [p for row in _between(tops, lefts, None, view, frame) for p in row]
-
-
-def _between(
-    tops: list[float], lefts: list[float], within: Box | None, view: int, frame: int
-) -> list[Places]:
-    """Cells between edges, row by row; what lies outside of `within` is cut off."""
-    return [
-        [
-            _cut(Patch(Box(left, top, right, bottom), view, frame), within)
-            for left, right in pairwise(lefts)
-        ]
-        for top, bottom in pairwise(tops)
-    ]
-
-
-def _cut(patch: Patch, within: Box | None) -> Patch | None:
-    if within is None:
-        return patch
-    box = Box(
-        max(patch.box.left, within.left),
-        max(patch.box.top, within.top),
-        min(patch.box.right, within.right),
-        min(patch.box.bottom, within.bottom),
-    )
-    return Patch(box, patch.view, patch.frame) if box.width > 0 and box.height > 0 else None
-
-
 def _square(box: Box, config: Any, within: Box) -> Places:
-    """The tower's patches of its square input, which shows `box` of a picture."""
+    """The patches of the vision tower's square input, which shows `box`, clipped to `within`."""
     side = sizes.side(config)
-    return [_cut(patch, within) for patch in cells(_seen(box, config), side, side) if patch]
+    return [clip(patch, within) for patch in cells(_covered(box, config), side, side) if patch]
 
 
-def _seen(box: Box, config: Any) -> Box:
-    """What whole patches cover of a tower's input: 27 x 14 of SigLIP's 384 pixels."""
+def _covered(box: Box, config: Any) -> Box:
+    """The part of `box` that whole patches cover; SigLIP's patches cover 27 x 14 of 384 pixels."""
     share = sizes.side(config) * config.vision_config.patch_size / config.vision_config.image_size
     return Box(box.left, box.top, box.left + share * box.width, box.top + share * box.height)
 
 
-def _padded(box: Box) -> Box:
-    """The smallest square around a box, of the same centre."""
-    more = abs(box.width - box.height) / 2
-    across, down = (0.0, more) if box.width > box.height else (more, 0.0)
-    return Box(box.left - across, box.top - down, box.right + across, box.bottom + down)
-
-
-def _input(shown: Shown) -> Box:
-    """What a LLaVA's square input shows of the picture. CLIP crops the middle, SigLIP stretches."""
-    made, box = shown.processor, shown.whole
-    if getattr(made, "do_pad", False):
-        box = _padded(box)
+def _shown_part(shown: Shown) -> Box:
+    """The part of the image that LLaVA's square input shows: CLIP crops it, SigLIP stretches it."""
+    processor, box = shown.processor, shown.whole
+    if getattr(processor, "do_pad", False):
+        box = padded(box)
     kind = shown.config.vision_config.model_type
-    crops = getattr(made, "do_center_crop", "clip" in kind and "siglip" not in kind)
+    crops = getattr(processor, "do_center_crop", "clip" in kind and "siglip" not in kind)
     if not crops:
         return box
-    edge = _entry(getattr(made, "size", None), "shortest_edge")
-    share = _entry(getattr(made, "crop_size", None), "height") / edge if edge else 1.0
+    edge = _size_entry(getattr(processor, "size", None), "shortest_edge")
+    share = _size_entry(getattr(processor, "crop_size", None), "height") / edge if edge else 1.0
     half = share * min(box.width, box.height) / 2
     x, y = (box.left + box.right) / 2, (box.top + box.bottom) / 2
     return Box(x - half, y - half, x + half, y + half)
 
 
-def _entry(size: Any, name: str) -> float:
-    """A number of a processor's size, which is a mapping or an object."""
+def _size_entry(size: Any, name: str) -> float:
+    """One number of a processor's size, which is a mapping or an object; 0 where it is missing."""
     found = size.get(name) if isinstance(size, Mapping) else getattr(size, name, None)
     return float(found or 0)
 
@@ -277,7 +215,12 @@ def _entry(size: Any, name: str) -> float:
 def _tile_edges(
     config: Any, length: int, canvas: int, cut: int, count: int, scale: float
 ) -> list[float]:
-    """Where tokens begin along one side of a picture that was scaled and padded onto tiles."""
+    """The edges of tokens along one side of an image that was scaled and padded onto tiles.
+
+    length: of the side, in pixels; canvas: of all tiles together, in pixels
+    cut: patches left after the padding is cut off; count: tokens along the side
+    scale: factor by which the image was scaled
+    """
     size, patch = int(config.vision_config.image_size), int(config.vision_config.patch_size)
     side = sizes.side(config)
     first = (side * (canvas // size) - cut) // 2

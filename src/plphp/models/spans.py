@@ -1,8 +1,8 @@
-"""Which tokens of a prompt belong to which image: the spans that every policy reads."""
+"""Spans: the code of each column of a prompt, which says to which image its token belongs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise, repeat
 from typing import Any
 
@@ -16,9 +16,10 @@ from plphp.models.sizes import NEEDED, Inputs
 from plphp.policy.view import PADDING
 
 IMAGE, VIDEO = 1, 2  # codes of mm_token_type_ids
+DEEPEST = 4  # configs inside configs
 FRAMES = (
-    "images of one size may be frames of a video, which this family writes as images: each counts "
-    "as an image of its own unless vision_mask=... says otherwise"
+    "adjacent images of one size may be frames of a video, which this family marks as images: each "
+    "counts as an image of its own unless vision_mask=... says otherwise"
 )
 
 
@@ -32,12 +33,15 @@ def vision_spans(
 ) -> Tensor:
     """Spans (B, N) int64 of a prompt: 0 text, i > 0 the row's i-th image or video, -1 padding.
 
-    input_ids (B, N) int64, attention_mask (B, N) 0 for padding, mm_token_type_ids (B, N) as the
-    processor gives them. `inputs` takes what else the processor returned (image_grid_thw,
-    image_sizes, ...): it separates images that touch. Vision tokens come from mm_token_type_ids,
-    else from the config's image and video token ids.
+    config: the model's config
+    input_ids: (B, N) int64
+    attention_mask: (B, N), 0 for padding
+    mm_token_type_ids: (B, N) int64, from the processor
+    inputs: the other outputs of the processor (image_grid_thw, image_sizes, ...). They separate
+        adjacent images
 
-    Raises UnsupportedModelError where neither tells which tokens are vision.
+    The vision tokens are those of mm_token_type_ids, or, without it, those with the config's image
+    and video token ids. Raises UnsupportedModelError where neither is given.
     """
     return find_spans(config, input_ids, attention_mask, mm_token_type_ids, inputs)[0]
 
@@ -49,7 +53,7 @@ def find_spans(
     mm_token_type_ids: Tensor | None,
     inputs: Inputs,
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """`vision_spans`, with notes on images that could not be told apart."""
+    """The spans of `vision_spans`, and notes on images that could not be told apart."""
     kinds = _kinds(config, input_ids, mm_token_type_ids)
     if attention_mask is not None:
         kinds = kinds.masked_fill(attention_mask == 0, PADDING)
@@ -67,31 +71,62 @@ def find_spans(
     return spans.to(kinds.device), tuple(notes)
 
 
+NAMES = {
+    IMAGE: ("image_token_id", "image_token_index", "image_patch_id", "img_context_token_id"),
+    VIDEO: ("video_token_id", "video_token_index"),
+}
+
+
 def vision_token_ids(config: Any) -> dict[int, int]:
-    """Token id -> IMAGE or VIDEO, from the names that configs use."""
-    names = {
-        IMAGE: ("image_token_id", "image_token_index", "image_patch_id"),
-        VIDEO: ("video_token_id", "video_token_index"),
-    }
+    """The config's image and video token ids. Maps a token id to IMAGE or VIDEO.
+
+    What the config does not name itself is looked up in its sub-configs, the outer ones first.
+    """
     found: dict[int, int] = {}
-    for kind, keys in names.items():
-        for key in keys:
-            value = getattr(config, key, None)
-            if isinstance(value, int):
-                found.setdefault(value, kind)
+    for kind, keys in NAMES.items():
+        for level in _levels(config):
+            named = [value for part in level for key in keys if _is_id(value := _get(part, key))]
+            if named:
+                found |= {value: kind for value in named if value not in found}
+                break
     return found
 
 
-def _kinds(config: Any, input_ids: Tensor | None, mm_token_type_ids: Tensor | None) -> Tensor:
-    """(B, N) int64: 0 text, IMAGE, VIDEO.
+def _levels(config: Any) -> Iterator[list[Any]]:
+    """The config, then the configs inside it, then those inside these."""
+    level = [config]
+    for _ in range(DEEPEST):
+        yield level
+        level = [inner for part in level for inner in _parts(part) if _is_config(inner)]
 
-    Placeholder ids say where features are, token types whether they are an image's or a video's:
-    some processors give start, end and tile tokens the type of an image too, or no type at all.
+
+def _parts(config: Any) -> list[Any]:
+    return list((config if isinstance(config, Mapping) else vars(config)).values())
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, Mapping) or hasattr(value, "model_type")
+
+
+def _get(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _kinds(config: Any, input_ids: Tensor | None, mm_token_type_ids: Tensor | None) -> Tensor:
+    """The kind of each column, (B, N) int64: 0 text, IMAGE or VIDEO.
+
+    The placeholder ids of the config say which columns are vision, and mm_token_type_ids whether
+    they belong to an image or a video. Token types alone do not suffice where ids are given: some
+    processors give start, end and tile tokens the type of an image too, or give no type.
     """
-    named = _named(config, input_ids)
+    by_id = _kinds_by_id(config, input_ids)
     if mm_token_type_ids is None:
-        if named is not None:
-            return named
+        if by_id is not None:
+            return by_id
         what = "input_ids" if vision_token_ids(config) else "an image_token_id in the config"
         raise UnsupportedModelError(
             f"cannot tell which tokens of {config.model_type!r} are vision tokens: no "
@@ -100,13 +135,13 @@ def _kinds(config: Any, input_ids: Tensor | None, mm_token_type_ids: Tensor | No
         )
     types = mm_token_type_ids.long()
     types = torch.where((types == IMAGE) | (types == VIDEO), types, 0)  # audio counts as text
-    if named is None or not bool((named > 0).any()):
+    if by_id is None or not bool((by_id > 0).any()):
         return types
-    return torch.where((named > 0) & (types > 0), types, named)
+    return torch.where((by_id > 0) & (types > 0), types, by_id)
 
 
-def _named(config: Any, input_ids: Tensor | None) -> Tensor | None:
-    """Kinds (B, N) by the config's token ids; None where it names none or there are no ids."""
+def _kinds_by_id(config: Any, input_ids: Tensor | None) -> Tensor | None:
+    """Kinds (B, N) by the config's token ids; None without token ids in the config or input_ids."""
     names = vision_token_ids(config)
     if input_ids is None or not names:
         return None
@@ -125,15 +160,15 @@ def _images(
     kind: int,
     notes: list[str],
 ) -> list[list[list[Run]]]:
-    """For every row the images of one kind, each a list of runs."""
+    """The images of one kind in each row; an image is a list of runs. Adds to `notes`."""
     runs = [_runs(row, kind) for row in rows]
     if not any(runs):
         return [[] for _ in rows]
     counts = (family.images if kind == IMAGE else family.videos)(config, inputs)
     if counts is not None:
-        cut = _cut(runs, counts)
-        if cut is not None:
-            return cut
+        assigned = _assign_runs(runs, counts)
+        if assigned is not None:
+            return assigned
         name = "images" if kind == IMAGE else "videos"
         notes.append(f"{name} were told apart by the text between them only")
     each = [None] * len(rows) if ids is None else ids
@@ -144,12 +179,13 @@ def _images(
 
 
 def _may_be_frames(images: list[list[Run]]) -> bool:
-    """Whether two neighbours are one run each and equally long, as the frames of a video are."""
+    """Whether two adjacent images are single runs of one length, as the frames of a video are."""
     sizes = [sum(stop - start for start, stop in image) * (len(image) == 1) for image in images]
     return any(a == b > 0 for a, b in pairwise(sizes))
 
 
 def _runs(row: list[int], kind: int) -> list[Run]:
+    """The unbroken runs of columns of one kind in a row."""
     runs: list[Run] = []
     for column, value in enumerate(row):
         if value != kind:
@@ -161,13 +197,14 @@ def _runs(row: list[int], kind: int) -> list[Run]:
     return runs
 
 
-def _cut(runs: list[list[Run]], counts: list[int] | int) -> list[list[list[Run]]] | None:
-    """Deal runs out to images of known sizes: touching images part, broken ones join.
+def _assign_runs(runs: list[list[Run]], counts: list[int] | int) -> list[list[list[Run]]] | None:
+    """Assign runs to images of known sizes: adjacent images are split, interrupted ones joined.
 
-    None where the sizes do not add up to the runs.
+    runs: per row; counts: tokens of each image, or of all images. Returns None where the sizes do
+    not add up to the lengths of the runs.
     """
     tokens = sum(stop - start for row in runs for start, stop in row)
-    sizes = repeat(counts) if isinstance(counts, int) else iter(_newest(counts, tokens))
+    sizes = repeat(counts) if isinstance(counts, int) else iter(_last_sizes(counts, tokens))
     images: list[list[list[Run]]] = []
     for row in runs:
         images.append([])
@@ -187,8 +224,8 @@ def _cut(runs: list[list[Run]], counts: list[int] | int) -> list[list[list[Run]]
     return images
 
 
-def _newest(sizes: list[int], tokens: int) -> list[int]:
-    """The last sizes, as far as they are needed: a later turn may repeat those of earlier ones."""
+def _last_sizes(sizes: list[int], tokens: int) -> list[int]:
+    """The last sizes that add up to `tokens`, because a later turn may repeat earlier images."""
     first = len(sizes)
     while first and tokens > 0:
         first -= 1
@@ -197,10 +234,10 @@ def _newest(sizes: list[int], tokens: int) -> list[int]:
 
 
 def describes_vision(config: Any) -> bool:
-    """Whether the config alone names its vision tokens."""
+    """Whether the config has an image or video token id."""
     return bool(vision_token_ids(config))
 
 
 def processor_inputs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a model call that help to separate images."""
+    """The arguments of a model call that `find_spans` reads to separate images."""
     return {name: kwargs[name] for name in NEEDED if kwargs.get(name) is not None}

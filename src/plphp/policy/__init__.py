@@ -1,10 +1,16 @@
-"""WHAT to keep: pure tensor functions and small frozen dataclasses. Imports torch only."""
+"""Pruning policies: which tokens to keep. Pure tensor functions and small frozen dataclasses.
+
+This package imports torch only. The package can be called: `plphp.policy("snapkv", budget=.2)` is
+`plphp.policy.policy("snapkv", budget=.2)`, which raises ValueError for an unknown name or option.
+"""
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
-from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy
+from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy, plan_views
 from plphp.policy.downsample import Downsample
 from plphp.policy.fastv import FastV
 from plphp.policy.full import Full
@@ -38,7 +44,8 @@ POLICIES: dict[str, Any] = {
     "downsample": Downsample,
 }
 
-ALIASES = {"recommended": "novelty"}  # chosen on other samples than docs/accuracy.md reports
+# The recommended policy was chosen on other samples than those that docs/accuracy.md reports.
+ALIASES = {"recommended": "novelty"}
 
 __all__ = [
     "ALIASES",
@@ -52,16 +59,18 @@ __all__ = [
     "Policy",
     "SequencePolicy",
     "calibrated",
+    "plan_views",
     "policy",
 ]
 
 
 def policy(name: str, **options: Any) -> Policy:
-    """A policy by its name and its options: `policy("plphp", r=.3)`, `policy("snapkv", budget=.2)`.
+    """Make a policy by name: `policy("plphp", r=.3)`, `policy("snapkv", budget=.2)`.
 
-    Every method takes `budget`, the share of vision K/V kept over all layers, 0 to 1.
-    "recommended" is the best single decision at the prompt that we know (docs/methods.md).
-    Raises ValueError for an unknown name or option, and for a value out of range, naming it.
+    Every policy has the option `budget`, the share of vision K/V kept over all layers, 0 to 1.
+    "recommended" is the best policy that we know among those that select tokens once, at the end
+    of the prompt; see docs/methods.md. Raises ValueError, naming it, for an unknown name, an
+    unknown option or a value out of range.
     """
     name = ALIASES.get(name, name)
     if name not in POLICIES:
@@ -73,3 +82,17 @@ def policy(name: str, **options: Any) -> Policy:
             raise ValueError(f"policy {name!r} has no option {option!r}; it has {', '.join(known)}")
     made: Policy = POLICIES[name](**options)
     return made
+
+
+class _Callable(ModuleType):
+    """This package, which is also the function that users know as `plphp.policy("name")`.
+
+    A function of that name in `plphp` would hide the package from `import plphp.policy as P`.
+    """
+
+    def __call__(self, name: str, **options: Any) -> Policy:
+        return policy(name, **options)
+
+
+_Callable.__call__.__doc__ = policy.__doc__
+sys.modules[__name__].__class__ = _Callable

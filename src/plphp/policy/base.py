@@ -1,16 +1,18 @@
-"""What all methods share: the base owns the invariants, a method says what tokens are worth.
+"""Base classes of the policies. A policy scores tokens; the base class keeps the invariants.
 
-Kinds of methods, and when they decide:
-    layer     each layer when its attention has run; its keys and values are compacted at once
-    layers    all layers after the last one, because they share a budget; the peak is the full cache
-    sequence  tokens leave the hidden states before some layer: the layers after it never see them
-    images    before the model, by making the pictures smaller; nothing for `plphp.prune` to do
+A policy is of one of four kinds, which say when it selects tokens:
+    layer     after the attention of each layer; the layer's keys and values are compacted at once
+    layers    for all layers after the last one, because the layers share a budget; until then the
+              cache holds the whole prompt
+    sequence  before one layer: dropped tokens leave the hidden states, and no later layer computes
+              them
+    images    before the model: the images are made smaller, and `plphp.prune` has nothing to do
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,42 +27,55 @@ Scope = Literal["image", "global"]
 
 
 class Policy:
-    """A frozen dataclass whose fields are its options; bad ones are a ValueError naming the field.
+    """Base class of all policies: a frozen dataclass whose fields are the policy's options.
 
-    A method of a user's own may derive from it and give `plan`, or from `CachePolicy` and give
-    `look`.
+    An option out of range raises a ValueError that names the field. A policy of your own derives
+    from `Policy` and implements `plan`, or derives from `CachePolicy` and implements `look`.
     """
 
     @property
     def kind(self) -> Kind:
-        """When the method decides."""
+        """When the policy selects tokens; see the module docstring."""
         return "layer"
 
     @property
     def window(self) -> int:
-        """Last prompt tokens whose attention the method wants to see."""
+        """The number of last prompt tokens whose attention the policy reads."""
         return 1
 
+    @property
+    def prunes_cache(self) -> bool:
+        """Whether the policy prunes only the cache, so that the prompt's forward is unchanged."""
+        return self.kind in ("layer", "layers")
+
+    def scores_layer(self, layer: int, layers: int) -> bool:
+        """Whether the method looks at the layer with this index, of `layers`."""
+        return True
+
     def check(self, layers: int) -> None:
-        """Raise ValueError for options that a decoder of so many layers cannot serve."""
+        """Raise ValueError for options that do not fit a decoder with this number of layers."""
 
     def plan(self, view: LayerView) -> KeepPlan:
-        """What every row and KV head keeps of one layer, equally much for all heads of a row.
+        """The columns of one layer that every row and KV head keeps.
 
-        Tensors stay on the device of `view.probs`.
+        All KV heads of a row keep the same number of columns. Tensors stay on the device of
+        `view.probs`.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a method makes of one layer: small enough to wait for the other layers.
+    """A policy's scores and retention rate for one layer.
 
-    scores: (B, Hkv, N) float32, what each column is worth to each KV head, the higher the better
+    A look is small, so that a policy of kind "layers" can hold one per layer until the last layer.
+
+    scores: (B, Hkv, N) float32, the score of each column for each KV head; the highest are kept
     spans: (B, N) int64, as in `LayerView`
-    rate: (B,) float64, the share of its vision tokens that the layer asks for, at least 0
-    gamma: (B,) float32 vision attention
-    classes: (B,) int64 index into LAYER_CLASSES, -1 for a method without classes
+    rate: (B,) float64, the share of its vision tokens that the layer asks for, at least 0; NaN
+        where a row has no vision tokens
+    gamma: (B,) float32, vision attention; NaN where a row has no vision tokens
+    classes: (B,) int64, index into LAYER_CLASSES, -1 for a policy without layer classes
     """
 
     scores: Tensor
@@ -71,24 +86,34 @@ class Look:
 
 
 class CachePolicy(Policy):
-    """A method that scores vision tokens: it gives `look`, the rest is the same for all of them."""
+    """Base class of policies that prune the cache. A subclass implements `look` only.
 
-    scope: Scope = "image"  # a share of every image, or one ranking over all images of a row
+    min_tokens, round_to: options of the policies that declare them as fields, as `PLPHP` does
+    """
+
+    scope: Scope = "image"  # the rate counts for each image, or for all images of a row together
     min_tokens: int = 0
     round_to: int = 1
 
     def look(self, view: LayerView) -> Look:
-        """What every column of a layer is worth, and which share the layer asks for."""
+        """Score every column of a layer, and say which share of vision tokens the layer keeps."""
         raise NotImplementedError
 
     def plan(self, view: LayerView) -> KeepPlan:
-        """What to keep of one layer. One host read: the kept length."""
+        """The columns to keep of one layer. The host reads from the device once: the kept length.
+
+        The shapes are those of `KeepPlan`.
+        """
         look = self.look(view)
         return self.choose(look, look.rate)
 
     def plan_all(self, looks: Sequence[Look]) -> list[KeepPlan]:
-        """What to keep of every layer, rates scaled so that their mean is `budget` in each row."""
-        budget: float = self.budget  # type: ignore[attr-defined]  # an option of such methods
+        """The columns to keep of every layer, for a policy of kind "layers".
+
+        looks: one per layer. Their rates are scaled so that the mean over layers is `budget` in
+        each row.
+        """
+        budget: float = self.budget  # type: ignore[attr-defined]  # such policies have this option
         rates = steps.meet_budget(torch.stack([look.rate.cpu() for look in looks]), budget)
         return [
             self.choose(look, rate.to(look.scores.device))
@@ -96,15 +121,14 @@ class CachePolicy(Policy):
         ]
 
     def choose(self, look: Look, rate: Tensor) -> KeepPlan:
-        """All text and the best-scored vision tokens at a rate (B,) float64."""
-        quota, total = self.counts(rate, look.spans)
-        keep = steps.select(look.scores, look.spans, quota, total)
-        return pack(keep, look.gamma, rate, look.classes)
+        """Keep all text and the vision tokens with the highest scores, at a rate (B,) float64."""
+        return keep_best(look, rate, *self.counts(rate, look.spans))
 
     def counts(self, rate: Tensor, spans: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Vision tokens to keep, int64: per image (B, m), and in all (B,) where that is more.
+        """The numbers of vision tokens to keep, int64: per image (B, m) and per row (B,).
 
-        rate (B,) float64, spans (B, N).
+        rate (B,) float64, spans (B, N) int64. The number per row is None where it is the sum of
+        the numbers per image.
         """
         sizes = steps.image_sizes(spans)
         quota = sizes.clamp(max=self.min_tokens)
@@ -117,30 +141,65 @@ class CachePolicy(Policy):
         return quota, steps.round_up(total, spans, self.round_to)
 
 
-class SequencePolicy(CachePolicy):
-    """A method whose dropped tokens leave the hidden states, for all later layers.
+class SequencePolicy(Policy):
+    """Base class of policies that remove tokens from the hidden states, for all later layers.
 
-    `plan` sees the layer before they leave, as a layer of one KV head.
+    The policy scores tokens at the last layer that computes all of them. It sees that layer as a
+    layer with one KV head, because all heads of a later layer lose the same tokens.
     """
-
-    scope: Scope = "global"
 
     @property
     def kind(self) -> Kind:
-        """Tokens leave the hidden states."""
+        """Always "sequence"."""
         return "sequence"
 
-    def leave_at(self, layers: int) -> int:
-        """Index of the first layer that does without them, 1 to `layers`. Raises ValueError."""
+    def look(self, view: LayerView) -> Look:
+        """Score every column, and say which share of the vision tokens stays."""
         raise NotImplementedError
 
+    def plan(self, view: LayerView) -> KeepPlan:
+        """The columns that stay: all text, and the best vision tokens in one ranking per row."""
+        look = self.look(view)
+        sizes = steps.image_sizes(look.spans)
+        total = steps.share(look.rate, sizes.sum(-1, keepdim=True))[:, 0]
+        return keep_best(look, look.rate, torch.zeros_like(sizes), total)
+
+    def leave_at(self, layers: int) -> int:
+        """The index of the first layer that does not compute the dropped tokens, 1 to `layers`.
+
+        Raises ValueError for options that do not fit a decoder with this number of layers.
+        """
+        raise NotImplementedError
+
+    def scores_layer(self, layer: int, layers: int) -> bool:
+        """The last layer that sees all tokens."""
+        return layer == self.leave_at(layers) - 1
+
     def check(self, layers: int) -> None:
-        """Raise ValueError where `leave_at` does."""
+        """Raise the ValueError of `leave_at`."""
         self.leave_at(layers)
 
 
+def keep_best(look: Look, rate: Tensor, quota: Tensor, total: Tensor | None) -> KeepPlan:
+    """Keep all text, the best `quota` tokens of each image, and the best others up to `total`.
+
+    quota (B, m) int64 per image, total (B,) int64 per row or None. rate (B,) float64 is the rate
+    that the plan reports.
+    """
+    keep = steps.select(look.scores, look.spans, quota, total)
+    return pack(keep, look.gamma, rate, look.classes)
+
+
+def plan_views(policy: Policy, views: Mapping[int, LayerView]) -> dict[int, KeepPlan]:
+    """The plans of a policy that prunes the cache. views, and the result: by layer index."""
+    if isinstance(policy, CachePolicy) and policy.kind == "layers":
+        plans = policy.plan_all([policy.look(view) for view in views.values()])
+        return dict(zip(views, plans, strict=True))
+    return {index: policy.plan(view) for index, view in views.items()}
+
+
 def flat_look(view: LayerView, scores: Tensor, rate: float) -> Look:
-    """A look that asks for one rate whatever the layer does. scores (B, Hkv, N)."""
+    """A look whose rate does not depend on the layer's attention. scores (B, Hkv, N) float32."""
     gamma = view.over_ranks(steps.vision_attention(view.probs, view.spans))
     asked = torch.full_like(gamma, rate, dtype=torch.float64).masked_fill(gamma.isnan(), torch.nan)
     classes = torch.full_like(gamma, -1, dtype=torch.int64)

@@ -1,9 +1,10 @@
-"""Downsampling: the picture made smaller to the same number of tokens. No paper; the control.
+"""Downsampling: each image is made smaller, so that it takes fewer tokens. A control; no paper.
 
     (rows, columns) of tokens -> (rows', columns'),  rows' columns' <= ceil(budget rows columns)
 
-with the aspect ratio kept as well as whole tokens allow. It makes the prompt faster too, and on
-many tasks it beats what prunes the cache: whoever claims a method's worth shows it beside this.
+The aspect ratio is kept as closely as whole tokens allow. Downsampling makes the prefill faster
+too, and on many tasks it loses less than policies that prune the cache. A comparison of policies
+should therefore include it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from plphp.policy.base import Kind, Policy, check_share
 
 @dataclass(frozen=True)
 class Downsample(Policy):
-    """Smaller pictures. budget: the share of vision tokens kept, above 0, to 1. ValueError."""
+    """Smaller images.
+
+    budget: the share of vision tokens kept, above 0 and at most 1
+    Raises ValueError, naming the field, for a value out of range.
+    """
 
     budget: float = 0.4
 
@@ -31,7 +36,11 @@ class Downsample(Policy):
         return "images"
 
     def size(self, width: int, height: int, multiple: int) -> tuple[int, int]:
-        """Pixels (width, height) of the smaller picture; `multiple` pixels a side are one token."""
+        """The size (width, height) in pixels of the smaller image.
+
+        width, height: of the original, in pixels
+        multiple: side of the square of pixels that makes one vision token
+        """
         columns, rows = max(round(width / multiple), 1), max(round(height / multiple), 1)
         most = math.ceil(self.budget * rows * columns - 1e-6)
         shrink = math.sqrt(self.budget)

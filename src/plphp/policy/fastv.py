@@ -1,11 +1,11 @@
-"""FastV (Chen et al. 2024, arXiv 2403.06764): after a few layers, half of the image is gone.
+"""FastV (Chen et al. 2024, arXiv 2403.06764): layers from K on compute half of the vision tokens.
 
     s[j]  = mean_h p[h, j] in layer K - 1, p the attention of the last prompt token
     keep  = all text, and of V the top ceil(keep |V| - 1e-6) by s, in all layers from K on (from 0)
 
-What leaves is not computed any further: the prompt gets faster, layers before K keep everything in
-their caches. The paper ranks by the attention that a token receives from all others; its authors'
-program, and this one, by what it receives from the last token.
+Dropped tokens are not computed in layers from K on, so the prefill is faster. Layers before K keep
+all tokens in their caches. The paper ranks a token by the attention that it receives from all other
+tokens; its authors' program and this one rank it by the attention of the last prompt token.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from plphp.policy.view import LayerView
 
 @dataclass(frozen=True)
 class FastV(SequencePolicy):
-    """Image tokens leave the hidden states before one layer.
+    """A share of the vision tokens leaves the hidden states before layer K (arXiv 2403.06764).
 
-    layer: K, the first layer that does without them, at least 1
-    keep: the share of vision tokens that stays
-    budget: the share of vision K/V kept over all layers, instead of `keep`; at least K / layers
-    Raises ValueError, for a budget out of reach when the model is attached.
+    layer: K, the first layer that does not compute the dropped tokens, at least 1
+    keep: the share of vision tokens that stays from layer K on, 0 to 1; .5 by default
+    budget: the share of vision K/V kept over all layers, in place of `keep`; at least K / layers
+    Raises ValueError, naming the field. A budget below K / layers is refused when a model is
+    attached, because the number of layers is not known before.
     """
 
     layer: int = 2
-    keep: float = 0.5
+    keep: float | None = None
     budget: float | None = None
 
     def __post_init__(self) -> None:
         check_count("layer", self.layer, 1)
-        check_share("keep", self.keep)
-        if self.budget is not None:
-            check_share("budget", self.budget)
+        for name in ("keep", "budget"):
+            if getattr(self, name) is not None:
+                check_share(name, getattr(self, name))
+        if self.keep is not None and self.budget is not None:
+            raise ValueError("budget and keep say the same thing: give one of them")
 
     def leave_at(self, layers: int) -> int:
         if self.layer >= layers:
@@ -50,7 +53,7 @@ class FastV(SequencePolicy):
 
     def look(self, view: LayerView) -> Look:
         layers = view.layers
-        keep = self.keep
+        keep = 0.5 if self.keep is None else self.keep
         if self.budget is not None:
             keep = max(self.budget * layers - self.layer, 0.0) / (layers - self.layer)
         return flat_look(view, steps.shared_scores(view), keep)

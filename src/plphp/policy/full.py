@@ -1,4 +1,4 @@
-"""Keep everything: what all other methods are compared with, through the same code as they."""
+"""No pruning: the control that all policies are compared with. It runs through the same code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plphp.policy.view import LayerView
 
 @dataclass(frozen=True)
 class Full(CachePolicy):
-    """No pruning. budget: 1; anything else is a ValueError."""
+    """All tokens are kept. budget: 1; another value raises ValueError."""
 
     budget: float = 1.0
 

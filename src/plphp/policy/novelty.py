@@ -1,14 +1,15 @@
-"""Novelty: keep what says something that the rest of its image does not. Ours; no paper.
+"""Novelty: keep the tokens whose values differ most from the mean of their image. No paper.
 
-    mu[g, i] = mean over j in V_i of v[g, j]                      what image i says on the average
-    s[g, j]  = || v[g, j] - mu[g, i] ||  for j in V_i             how far token j is from that
+    mu[g, i] = mean over j in V_i of v[g, j]                      mean value of image i
+    s[g, j]  = || v[g, j] - mu[g, i] ||  for j in V_i             distance of token j from it
     keep     = all text; of each image i for KV head g the top ceil(floor budget |V_i| - 1e-6) by
                s[g, .], then the best of all images up to ceil(budget |V| - 1e-6)
 
-v[g, j] is the value that KV head g would read from token j. Tokens near the mean stand in for one
-another: sky, paper, wall. No attention is looked at, so nothing is chosen for the first words of an
-answer or for the first question of a conversation. KeyDiff (arXiv 2504.15364) drops what is near
-the mean key of a text; docs/accuracy.md has what this one keeps and loses beside other methods.
+v[g, j] is the value vector of token j in KV head g. Tokens near the mean, such as those of a plain
+background, can replace one another. The score does not depend on the attention of any token, so the
+selection is not fitted to the first words of an answer or to the first question of a conversation.
+KeyDiff (arXiv 2504.15364) drops text tokens near the mean key. docs/accuracy.md compares Novelty
+with the other policies.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from plphp.policy.view import LayerView
 
 @dataclass(frozen=True)
 class Novelty(CachePolicy):
-    """Tokens whose values differ most from their image's mean.
+    """Keep the tokens whose values differ most from the mean value of their image.
 
     budget: the share of vision tokens kept, 0 to 1
-    floor: which part of the budget every image gets for itself, 0 to 1; images compete for the rest
-    Raises ValueError.
+    floor: the part of the budget that is reserved for each image, 0 to 1; one ranking over all
+        images assigns the rest
+    Raises ValueError, naming the field, for a value out of range.
     """
 
     budget: float = 0.4
@@ -44,7 +46,7 @@ class Novelty(CachePolicy):
         return flat_look(view, novelty(view.values, view.spans, view.most_images()), self.budget)
 
     def counts(self, rate: Tensor, spans: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As in the base: here a part for each image (B, m), and all that is kept (B,)."""
+        """As in the base class: the part reserved for each image (B, m), and the total (B,)."""
         sizes = steps.image_sizes(spans)
         quota = steps.share(rate * self.floor, sizes)
         whole = steps.share(rate, sizes.sum(-1, keepdim=True))[:, 0]
@@ -52,10 +54,10 @@ class Novelty(CachePolicy):
 
 
 def novelty(values: Tensor, spans: Tensor, images: int) -> Tensor:
-    """(B, Hkv, N) float32: distance of values (B, Hkv, N, Dv) from the mean of their image.
+    """The distance of each value from the mean value of its image, (B, Hkv, N) float32.
 
-    spans (B, N) of up to `images` images a row; text and padding are one more each, which nothing
-    ranks.
+    values (B, Hkv, N, Dv), spans (B, N) int64. images: the largest number of images in a row. Text
+    and padding are treated as one image each; their distances are not used.
     """
     index = (spans + 1)[:, None, :, None].expand(values.shape)
     groups = torch.arange(-1, images + 1, device=spans.device)

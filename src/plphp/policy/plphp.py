@@ -1,13 +1,14 @@
 """PLPHP: per-layer, per-head vision token pruning (Meng et al. 2025, arXiv 2502.14504).
 
-    gamma_l   = mean_h sum_{j in V} p[h, j]                      how much layer l looks at images
+    gamma_l   = mean_h sum_{j in V} p[h, j]                      vision attention of layer l
     r_l       = r + delta_r  if gamma_l >= alpha  (attentive)
                 r - delta_r  if gamma_l <  beta   (indifferent)
                 r            otherwise            (balanced)
     s[g, j]   = mean_{h in group g} p[h, j]                      score of token j for KV head g
     keep      = all text; of each image i the top min(|V_i|, ceil(r_l |V_i| - 1e-6)) by s[g, .]
 
-p[h, j] is the post-softmax attention of the last prompt token. Shapes as in `steps`.
+p[h, j] is the post-softmax attention of the last prompt token in query head h to column j, V the
+vision tokens of a prompt, and V_i those of image i. Shapes as in `steps`.
 """
 
 from __future__ import annotations
@@ -36,19 +37,22 @@ Gqa = Literal["mean", "max"]
 
 @dataclass(frozen=True)
 class PLPHP(CachePolicy):
-    """The method of the paper (arXiv 2502.14504, section 3), with its defaults.
+    """The method of the paper (arXiv 2502.14504, section 3), with the paper's defaults.
 
-    r, delta_r: retention rate and its change, 0 <= r - delta_r and r + delta_r <= 1
-    alpha, beta: thresholds on vision attention, beta <= alpha
-    budget: "image" keeps the rate of every image, "global" ranks all images together; a number
-        scales the layers' rates so that this share of all vision K/V is kept, which can only be
-        known after the last layer: the whole prompt's cache is alive until then
-    gqa: how the query heads of a KV head vote, "mean" (the paper) or "max"
-    min_tokens: a floor on the kept tokens of each image
-    round_to: more is kept until the number of dropped tokens is a multiple: whole blocks of a
-        paged cache
+    r: retention rate of vision-balanced layers
+    delta_r: the amount that is added to r for vision-attentive layers and subtracted from it for
+        vision-indifferent layers; 0 <= r - delta_r and r + delta_r <= 1
+    alpha, beta: thresholds on gamma, the vision attention of a layer; beta <= alpha
+    budget: "image" applies the rate to each image, "global" ranks the tokens of all images
+        together. A number from 0 to 1 scales the rates of the layers so that this share of all
+        vision K/V is kept; the rates are then known after the last layer only, and until then the
+        cache holds the whole prompt
+    gqa: how the scores of the query heads of one KV head are combined, "mean" (the paper) or "max"
+    min_tokens: the least number of tokens kept of each image, or all tokens of a smaller image
+    round_to: more tokens are kept until the number of *dropped* vision tokens of a row is a
+        multiple of round_to, so that a paged cache can free whole blocks
 
-    Raises ValueError, naming the field, for anything else.
+    Raises ValueError, naming the field, for other values.
     """
 
     r: float = 0.4
@@ -69,7 +73,7 @@ class PLPHP(CachePolicy):
                 raise ValueError(f"{name} must be finite, got {value!r}")
         if self.delta_r < 0:
             raise ValueError(f"delta_r must be at least 0, got {self.delta_r}")
-        # 1e-9 forgives the last bit of sums such as .7 + .3, not a mistake.
+        # 1e-9 tolerates the rounding error of sums such as .7 + .3.
         if self.r - self.delta_r < -1e-9:
             raise ValueError(f"r - delta_r must be at least 0, got {self.r} - {self.delta_r}")
         if self.r + self.delta_r > 1 + 1e-9:
@@ -86,47 +90,51 @@ class PLPHP(CachePolicy):
 
     @property
     def kind(self) -> Kind:
-        """All layers together where the budget is a number."""
+        """One of "layers", where the budget is a number, and "layer"."""
         return "layer" if isinstance(self.budget, str) else "layers"
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
-        """Whether images are ranked together."""
+        """One of "global", where the tokens of all images are ranked together, and "image"."""
         return "global" if self.budget == "global" else "image"
 
     def rate(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes (B,) int64 (index into LAYER_CLASSES) and rates (B,) float64 of gamma (B,).
+        """The layer class and the retention rate of each row, from gamma (B,) float32.
 
-        Where gamma is NaN, because a row has no vision tokens, -1 and NaN.
+        Returns classes (B,) int64, an index into LAYER_CLASSES, and rates (B,) float64. A row
+        without vision tokens has gamma NaN, class -1 and rate NaN.
         """
         step = (gamma >= self.alpha).long() - (gamma < self.beta).long()
-        unseen = gamma.isnan()
-        # A table of the three rates would be copied to the device, and wait for it, in every layer.
+        no_vision = gamma.isnan()
+        # The rates are computed: indexing a table of three rates would copy it to the device in
+        # every layer, and the host would wait for the copy.
         rates = self.r + self.delta_r * step.double()
-        return (1 + step).masked_fill(unseen, -1), rates.masked_fill(unseen, torch.nan)
+        return (1 + step).masked_fill(no_vision, -1), rates.masked_fill(no_vision, torch.nan)
 
     def look(self, view: LayerView) -> Look:
-        """Scores of every KV head, and the rate of the layer's class."""
+        """The scores of every KV head, and the rate of the layer's class."""
         gamma = view.over_ranks(steps.vision_attention(view.probs, view.spans))
         classes, rate = self.rate(gamma)
         return Look(self.scores(view), view.spans, rate, gamma, classes)
 
     def scores(self, view: LayerView) -> Tensor:
-        """(B, Hkv, N) float32: what every KV head reads from every column."""
+        """The score of each column for each KV head, (B, Hkv, N) float32."""
         return steps.head_scores(view.probs, view.kv_heads, self.gqa)
 
 
 def calibrated(gammas: list[float], budget: float, spread: float = 0.75) -> PLPHP:
-    """PLPHP with alpha and beta at the 2/3 and 1/3 quantiles of observed vision attention.
+    """PLPHP with alpha and beta at the 2/3 and 1/3 quantiles of the observed vision attention.
 
-    r and delta_r = spread * r are such that these layers would keep `budget` on the average; where
-    r + delta_r would pass 1, delta_r = 1 - r.
+    gammas: vision attention of layers, as many prompts as you like
+    budget: the mean share of vision tokens that these layers keep, 0 to 1
+    spread: delta_r / r, 0 to 1; where r + delta_r would be above 1, delta_r is 1 - r
+    Raises ValueError for a budget or a spread out of range.
     """
     check_share("budget", budget)
     check_share("spread", spread)
     observed = torch.tensor(gammas, dtype=torch.float64)
     beta, alpha = torch.quantile(observed, torch.tensor([1 / 3, 2 / 3]).double()).tolist()
-    # Ties may make one class larger than another: r makes up for it.
+    # Equal gammas can make one class larger than another; r compensates for that.
     tilt = float((observed >= alpha).double().mean() - (observed < beta).double().mean())
     r = budget / (1 + spread * tilt)
     if r * (1 + spread) > 1:

@@ -1,8 +1,8 @@
-"""PLPHP without "per layer": every head keeps its own tokens, all layers at one rate.
+"""PLPHP without "per layer": each KV head keeps tokens of its own, at one rate for all layers.
 
     r_l = budget,  s[g, j] = mean_{h in group g} p[h, j]
 
-An ablation of arXiv 2502.14504: what do rates that follow the vision attention bring?
+An ablation of arXiv 2502.14504. It measures the effect of rates that depend on vision attention.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from plphp.policy.view import LayerView
 
 @dataclass(frozen=True)
 class PLPHPFlat(CachePolicy):
-    """Per-head selection at one rate. budget: the share kept, 0 to 1. Raises ValueError."""
+    """Per-head selection at one rate for all layers and images.
+
+    budget: the share of vision tokens kept, 0 to 1
+    Raises ValueError, naming the field, for a value out of range.
+    """
 
     budget: float = 0.4
 

@@ -1,10 +1,10 @@
-"""PyramidKV (Cai et al. 2024, arXiv 2406.02069) for vision tokens: SnapKV with fewer tokens above.
+"""PyramidKV (Cai et al. 2024, arXiv 2406.02069) for vision tokens: deeper layers keep fewer tokens.
 
     r_l = top + (bottom - top) * (1 - l / (L - 1)),  mean over layers = budget
-    top = budget / slope, bottom = 2 budget - top;  where bottom would pass 1: bottom = 1 and
+    top = budget / slope, bottom = 2 budget - top;  where bottom would be above 1: bottom = 1 and
     top = 2 budget - 1
 
-Layer 0 keeps most, the last layer least. Scores are SnapKV's.
+Layer 0 keeps the most tokens and the last layer the fewest. The scores are those of SnapKV.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from plphp.policy.view import LayerView
 
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
-    """SnapKV with layer budgets in a pyramid. Raises ValueError.
+    """SnapKV with a rate that falls linearly from the first layer to the last (arXiv 2406.02069).
 
-    budget, window, kernel: as SnapKV's, the budget a mean over layers
-    slope: how many times its mean share the last layer goes below it, at least 1 (1: no pyramid)
+    budget: the mean over layers of the share of vision tokens kept, 0 to 1
+    window, kernel: as in SnapKV
+    slope: budget divided by the rate of the last layer, at least 1; 1 gives all layers one rate
+    Raises ValueError, naming the field, for a value out of range.
     """
 
     slope: float = 20.0

@@ -1,7 +1,7 @@
-"""The steps that pruning methods share: plain functions from tensors to tensors.
+"""The steps that policies share: plain functions from tensors to tensors.
 
-Shapes: B rows, H query heads, Hkv KV heads, N prompt columns, m columns for images, at least as
-many as any row has.
+Shapes: B rows, H query heads, Hkv KV heads, N prompt columns, L layers. m is the width of tensors
+with one entry per image, at least the largest number of images in a row.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from plphp.policy.view import LayerView
 
 
 def vision_attention(probs: Tensor, spans: Tensor) -> Tensor:
-    """gamma (B,): mean over query heads of the attention mass on vision tokens (PLPHP, section 3).
+    """gamma (B,) float32: the attention on vision tokens, averaged over query heads.
 
-    probs (B, H, N) float32, spans (B, N). NaN where a row has no vision tokens.
+    probs (B, H, N) float32, spans (B, N) int64. NaN where a row has no vision tokens. Defined in
+    PLPHP, arXiv 2502.14504, section 3.
     """
     vision = spans > 0
     gamma = (probs * vision[:, None]).sum(-1).mean(-1)
@@ -24,9 +25,9 @@ def vision_attention(probs: Tensor, spans: Tensor) -> Tensor:
 
 
 def head_scores(probs: Tensor, kv_heads: int, gqa: str = "mean") -> Tensor:
-    """Scores (B, Hkv, N) of KV heads: the mean or max over the query heads that read them.
+    """Scores (B, Hkv, N): the mean or maximum of probs over the query heads of each KV head.
 
-    probs (B, H, N) float32; PLPHP, section 3, takes the mean.
+    probs (B, H, N) float32; gqa "mean" (PLPHP, section 3) or "max".
     """
     batch, heads, length = probs.shape
     grouped = probs.view(batch, kv_heads, heads // kv_heads, length)
@@ -34,31 +35,34 @@ def head_scores(probs: Tensor, kv_heads: int, gqa: str = "mean") -> Tensor:
 
 
 def shared_scores(view: LayerView) -> Tensor:
-    """Scores (B, Hkv, N) that are the same for all heads: the mean over every query head."""
+    """Scores (B, Hkv, N), equal for all KV heads: the mean over all query heads."""
     mean = view.over_ranks(view.probs.mean(1, keepdim=True))
     return mean.expand(-1, view.kv_heads, -1)
 
 
 def window_mean(window: Tensor) -> Tensor:
-    """(B, H, W, N) attention of the last prompt tokens -> (B, H, N) their mean (SnapKV, eq. 1).
+    """The mean (B, H, N) of the attention (B, H, W, N) of the last W prompt tokens.
 
-    Rows of zeros stand for tokens that a prompt does not have, and do not count.
+    A prompt with fewer than W tokens has zeros in their place, which the mean leaves out. SnapKV,
+    arXiv 2404.14469, equation 1.
     """
     tokens = (window[:, 0].sum(-1) > 0).sum(-1).clamp(min=1)
     return window.sum(2) / tokens[:, None, None]
 
 
 def meet_budget(asked: Tensor, budget: float) -> Tensor:
-    """Rates (L, B) in proportion to `asked` (L, B), none above 1, with the mean `budget` per row.
+    """Scale the rates `asked` (L, B) so that their mean over layers is `budget` in each row.
 
-    float64; NaN where a row asks for NaN, because it has no vision tokens. What a layer cannot
-    use, because it is whole, goes to the others; layers that ask for 0 get something last.
+    The result (L, B) is float64, from 0 to 1, and proportional to `asked` below 1. The part of the
+    budget that a layer with rate 1 cannot use goes to the other layers. A layer that asks for 0
+    gets tokens only when all others keep everything. NaN stays NaN: such a row has no vision
+    tokens.
     """
     want = asked.double().nan_to_num(0.0) + 1e-9
     layers = len(want)
     rates = torch.zeros_like(want)
     whole = torch.zeros_like(want, dtype=torch.bool)
-    for _ in range(layers):  # each round fills at least one more layer, or is the last to matter
+    for _ in range(layers):  # each round raises another layer to rate 1, or changes nothing more
         left = budget * layers - whole.sum(0)
         scale = left / want.masked_fill(whole, 0.0).sum(0).clamp(min=1e-12)
         rates = torch.where(whole, 1.0, want * scale)
@@ -67,32 +71,35 @@ def meet_budget(asked: Tensor, budget: float) -> Tensor:
 
 
 def image_sizes(spans: Tensor) -> Tensor:
-    """Tokens of each image (B, N) int64: of the i-th in column i - 1, zeros after the last.
+    """The number of tokens of each image, (B, N) int64. Entry i - 1 belongs to the i-th image.
 
-    How many images there are is not asked: a host read would wait for the layer.
+    Entries after the last image are 0. The result has N entries per row because reading the number
+    of images would make the host wait for the device.
     """
     sizes = spans.new_zeros(len(spans), spans.shape[1] + 1)
     return sizes.scatter_add_(1, spans.clamp(min=0), torch.ones_like(spans))[:, 1:]
 
 
 def share(rate: Tensor, sizes: Tensor) -> Tensor:
-    """min(size, ceil(rate * size - 1e-6)) int64 in float64: the tokens that a rate keeps.
+    """The number of tokens that a rate keeps: min(size, ceil(rate * size - 1e-6)), in float64.
 
-    rate (B,) and sizes (B, m) -> (B, m). The 1e-6 keeps .3 * 10 at 3 and not at 4.
+    rate (B,) and sizes (B, m) int64 -> (B, m) int64. Without the 1e-6, rounding errors would make
+    .3 of 10 tokens 4.
     """
     kept = torch.ceil(rate.double()[:, None] * sizes.double() - 1e-6)
     return torch.minimum(kept.nan_to_num(0.0).clamp(min=0).long(), sizes)
 
 
 def ranks(scores: Tensor, groups: Tensor) -> Tensor:
-    """Rank (B, Hkv, N) of each column among the columns of its group, 0 the highest score.
+    """The rank (B, Hkv, N) int64 of each column within its group; 0 is the highest score.
 
-    scores (B, Hkv, N); groups (B, N) or (B, Hkv, N) int64. Ties go to the lower position.
+    scores (B, Hkv, N) float32; groups (B, N) or (B, Hkv, N) int64, columns with equal numbers form
+    a group. Of equal scores the lower column comes first.
     """
     groups = (groups if groups.dim() == 3 else groups[:, None]).expand_as(scores)
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
-    # Sorting the score order by group keeps it inside each group: a rank is then the distance to
-    # the place where the group begins.
+    # A stable sort of the score order by group keeps the score order inside each group. A rank is
+    # then the distance from the place where the group begins.
     ordered, by_group = groups.gather(-1, by_score).sort(dim=-1, stable=True)
     order = by_score.gather(-1, by_group)
     place = torch.arange(scores.shape[-1], device=scores.device)
@@ -101,13 +108,16 @@ def ranks(scores: Tensor, groups: Tensor) -> Tensor:
 
 
 def select(scores: Tensor, spans: Tensor, quota: Tensor, total: Tensor | None = None) -> Tensor:
-    """Keep mask (B, Hkv, N): all text, the best `quota` of each image, then the best of the rest.
+    """The keep mask (B, Hkv, N) bool: all text and the vision tokens with the highest scores.
 
-    scores (B, Hkv, N), spans (B, N), quota (B, m) tokens per image, total (B,) vision tokens of a
-    row, at least the sum of its quota and by default just that. How many tokens are kept is the
-    same for all KV heads; which ones is each head's own choice.
+    scores (B, Hkv, N) float32, spans (B, N) int64
+    quota: (B, m) int64, tokens to keep of each image
+    total: (B,) int64, vision tokens to keep of each row, at least the sum of its quota; the best
+        tokens of all images beyond their quota fill it. None: the sum of the quota
+    All KV heads of a row keep the same number of tokens, and each KV head selects its own.
     """
-    # One column a code: nothing of padding (-1), all of text (0), an image's quota. No rank is N.
+    # limit has one entry per span code: 0 for padding (-1), N for text (0), which no rank reaches,
+    # and the quota of each image.
     limit = F.pad(F.pad(quota, (1, 0), value=scores.shape[-1]), (1, 0)).gather(1, spans + 1)
     keep = ranks(scores, spans) < limit[:, None]
     if total is None:
@@ -118,9 +128,10 @@ def select(scores: Tensor, spans: Tensor, quota: Tensor, total: Tensor | None = 
 
 
 def round_up(total: Tensor, spans: Tensor, multiple: int) -> Tensor:
-    """Raise vision totals (B,) until what a row drops is a multiple: whole blocks of a paged cache.
+    """Raise the kept vision tokens until the number of *dropped* ones is a multiple of `multiple`.
 
-    total (B,) int64, spans (B, N) -> (B,) int64, never above a row's vision tokens.
+    A paged cache can then free whole blocks. total (B,) int64, spans (B, N) int64 -> (B,) int64, at
+    most the number of vision tokens of the row.
     """
     dropped = ((spans > 0).sum(-1) - total).clamp(min=0)
     return total + dropped % multiple

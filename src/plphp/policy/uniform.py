@@ -1,9 +1,9 @@
-"""Uniform top-k: one rate for all layers, one selection for all heads of a layer.
+"""Uniform top-k: one rate for all layers, and one selection for all heads of a layer. A control.
 
     s[j] = mean_h p[h, j],  keep = of each image i the top min(|V_i|, ceil(budget |V_i| - 1e-6))
 
-The control that any method with layers or heads of its own has to beat at equal bytes. p[h, j] is
-the attention of the last prompt token.
+p[h, j] is the attention of the last prompt token. A policy that treats layers or heads differently
+should lose less than this one at equal bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from plphp.policy.view import LayerView
 
 @dataclass(frozen=True)
 class Uniform(CachePolicy):
-    """Top-k by mean attention. budget: the share kept, 0 to 1. Raises ValueError."""
+    """Top-k of each image by the mean attention of all heads.
+
+    budget: the share of vision tokens kept, 0 to 1
+    Raises ValueError, naming the field, for a value out of range.
+    """
 
     budget: float = 0.4
 

@@ -1,4 +1,4 @@
-"""What a policy sees of a layer, and what it answers."""
+"""The input of a policy, `LayerView`, and its output, `KeepPlan`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class LayerView:
     probs: (B, H, N) float32, post-softmax attention of each row's last prompt token
     spans: (B, N) int64, 0 text, i > 0 the i-th image or video, -1 padding (never attended)
     kv_heads: Hkv, a divisor of H; query head h reads KV head h // (H / Hkv)
-    layer, layers: index of this layer, from 0, and how many the decoder has
-    over_ranks: mean of a tensor over tensor-parallel ranks, which each see a share of the heads;
-        the tensor itself without them
-    window: (B, H, W, N) float32, the same attention of the last W prompt tokens, the last one
-        last; W is at most the policy's own `window`, and rows of zeros stand for tokens that a
-        prompt does not have
-    asked: (B, W) int64, the columns of those W tokens, -1 where there is none
-    keys, values: (B, Hkv, N, D) and (B, Hkv, N, Dv) that the layer holds, or None; a policy that
-        keeps them keeps the memory that it was asked to free
-    images: how many images a row has at most, None where nobody has counted
+    layer: index of this layer, from 0
+    layers: number of layers of the decoder
+    over_ranks: function that averages a tensor over tensor-parallel ranks, each of which holds a
+        part of the heads; without tensor parallelism it returns the tensor itself
+    window: (B, H, W, N) float32, attention of the last W prompt tokens, the last token last. W is
+        at most the policy's `window`. A row with fewer tokens than W has zeros in their place
+    asked: (B, W) int64, the columns of those W tokens, -1 where a row has none
+    keys, values: (B, Hkv, N, D) and (B, Hkv, N, Dv), the keys and values of the layer, or None. A
+        policy must not store them: pruning frees their memory
+    images: the largest number of images in a row, None where it is not known
     """
 
     probs: Tensor
@@ -47,21 +47,24 @@ class LayerView:
     images: int | None = None
 
     def most_images(self) -> int:
-        """How many images a row has at most; a host read where nobody has counted."""
+        """The largest number of images in a row. The host waits for it if `images` is None."""
         return max(int(self.spans.max()), 0) if self.images is None else self.images
 
 
 @dataclass(frozen=True)
 class KeepPlan:
-    """The columns that every row and KV head keeps, text included.
+    """The columns of one layer that every row and KV head keeps, text included.
 
     columns: (B, Hkv, K) int64, ascending and right-aligned: row b uses the last `lengths[b]`
-        entries, the entries before them are fillers that must be hidden
-    lengths: (B,) int64, kept columns of each row, one count for all its heads; K is their maximum
+        entries. The entries before them are fillers, which attention must mask out
+    lengths: (B,) int64, number of columns that each row keeps, the same for all its KV heads; K is
+        the largest of them
     gamma: (B,) float32, vision attention; NaN where a row has no vision tokens
-    rate: (B,) float64, retention rate that was asked for; NaN where a row has no vision tokens
-    classes: (B,) int64, index into LAYER_CLASSES; -1 where there is none
-    ragged: whether rows differ in length, so that fillers exist
+    rate: (B,) float64, retention rate that the policy asked for; NaN where a row has no vision
+        tokens
+    classes: (B,) int64, index into LAYER_CLASSES; -1 where a row has no vision tokens or the
+        policy has no layer classes
+    ragged: whether rows differ in length, so that there are fillers
     """
 
     columns: Tensor
@@ -71,20 +74,31 @@ class KeepPlan:
     classes: Tensor
     ragged: bool
 
+    @property
+    def start(self) -> Tensor:
+        """(B,) int64, the number of fillers before the kept columns of each row."""
+        return self.columns.shape[-1] - self.lengths
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, K) bool, False for fillers."""
+        entries = torch.arange(self.columns.shape[-1], device=self.lengths.device)
+        return entries >= self.start[:, None]
+
 
 LAYER_CLASSES = ("vision-indifferent", "vision-balanced", "vision-attentive")
 
 
 def pack(keep: Tensor, gamma: Tensor, rate: Tensor, classes: Tensor) -> KeepPlan:
-    """Turn a keep mask (B, Hkv, N) bool with equal counts over heads into a plan.
+    """Make a plan from a keep mask (B, Hkv, N) bool, with the same count in all heads of a row.
 
-    gamma, rate, classes: (B,) each, handed on as they are, see `KeepPlan`. One host read: K, and
-    whether all rows keep as many.
+    gamma, rate, classes: (B,) each, copied into the plan, see `KeepPlan`. The host reads from the
+    device once: the shortest and the longest row.
     """
     lengths = keep[:, 0].sum(-1)
     shortest, longest = torch.stack(lengths.aminmax()).tolist()
-    # A stable sort of the mask moves the kept columns to the end and leaves them ascending, so
-    # that every row ends at the same slot and later tokens append at one place for all rows.
+    # A stable sort of the mask moves the kept columns to the end and leaves them ascending. Every
+    # row then ends at the same slot, so that later tokens are appended at one slot for all rows.
     order = keep.to(torch.uint8).argsort(dim=-1, stable=True)
     columns = order[..., keep.shape[-1] - longest :]
     return KeepPlan(columns, lengths, gamma, rate, classes, shortest < longest)

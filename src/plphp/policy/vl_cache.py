@@ -1,4 +1,4 @@
-"""VL-Cache (Tu et al. 2024, arXiv 2410.23317) for vision tokens: sparse layers keep less.
+"""VL-Cache (Tu et al. 2024, arXiv 2410.23317) for vision tokens: sparse layers keep fewer tokens.
 
     A_l        attention of the post-vision prompt tokens (those after the last image), per head
     sparsity_l = share of the entries of A_l (keys at or before the query) that are below
@@ -7,8 +7,9 @@
     s[g, j]    = mean_{h in group g} sum over post-vision queries i of A_l[h, i, j]
     keep       = all text, and of V the top ceil(r_l |V| - 1e-6) by s[g, .], one ranking per head
 
-The paper clips what a layer gets and keeps recent text besides; here the rest of a clipped layer
-goes to the others, so that the budget is met, and all text is kept.
+The paper clips the rate of a layer, and keeps recent text only. Here the part of the budget that a
+layer with rate 1 cannot use goes to the other layers, so that the budget is met, and all text is
+kept.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from plphp.policy.view import LayerView
 
 @dataclass(frozen=True)
 class VLCache(CachePolicy):
-    """Sparsity-aware layer budgets, planned after the last layer.
+    """Layer rates from the sparsity of attention, planned after the last layer (arXiv 2410.23317).
 
     budget: the share of vision K/V kept over all layers, 0 to 1
-    threshold: below which share of its row's maximum an attention entry counts as nothing
-    window: how many of the last prompt tokens are looked at, as far as they are post-vision
-    Raises ValueError.
+    threshold: an attention entry below this share of the largest entry of its query counts as
+        zero, 0 to 1
+    window: the number of last prompt tokens whose attention is read; of these, the tokens after
+        the last vision token count, and always the last token
+    Raises ValueError, naming the field, for a value out of range.
     """
 
     budget: float = 0.4
@@ -59,7 +62,10 @@ class VLCache(CachePolicy):
         return replace(flat_look(view, scores, 1.0), rate=dense.double())
 
     def sparsity(self, view: LayerView, attention: Tensor, asks: Tensor) -> Tensor:
-        """(B,) float32, 0 to 1: attention (B, H, W, N) of the queries that `asks` (B, W) names."""
+        """The share of attention entries that count as zero, (B,) float32, 0 to 1.
+
+        attention (B, H, W, N) float32; asks (B, W) bool selects the queries that count.
+        """
         assert view.asked is not None
         columns = torch.arange(view.spans.shape[1], device=view.spans.device)
         seen = (columns <= view.asked[..., None]) & (view.spans >= 0)[:, None] & asks[..., None]
@@ -69,9 +75,10 @@ class VLCache(CachePolicy):
 
 
 def post_vision(spans: Tensor, asked: Tensor) -> Tensor:
-    """(B, W) bool: which of the queries at columns `asked` come after the last vision token.
+    """Which queries come after the last vision token, (B, W) bool.
 
-    The last prompt token always counts: a prompt may end with its image.
+    spans (B, N) int64; asked (B, W) int64, the columns of the queries. The last prompt token is
+    always included, because a prompt may end with an image.
     """
     columns = torch.arange(spans.shape[1], device=spans.device)
     last = torch.where(spans > 0, columns, -1).amax(-1, keepdim=True)

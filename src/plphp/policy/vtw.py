@@ -1,10 +1,10 @@
-"""VTW, visual tokens withdrawal (Lin et al. 2024, arXiv 2405.05803): deep layers see no image.
+"""VTW, visual tokens withdrawal (Lin et al. 2024, arXiv 2405.05803): deep layers compute text only.
 
     keep = all text, and no vision token in any layer from K on (from 0)
 
-What leaves is not computed any further: the prompt gets faster, layers before K keep everything.
-The paper finds K on samples of a task; by default it is half of the layers, as it is there for the
-models of its experiments.
+Dropped tokens are not computed in layers from K on, so the prefill is faster. Layers before K keep
+all tokens. The paper determines K from samples of a task; the default here is half of the layers,
+which is what the paper finds for its models.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from plphp.policy.view import LayerView
 
 @dataclass(frozen=True)
 class VTW(SequencePolicy):
-    """All image tokens leave the hidden states before one layer.
+    """All vision tokens leave the hidden states before layer K (arXiv 2405.05803).
 
-    layer: K, the first layer that does without them, at least 1; by default half of the layers
-    budget: the share of vision K/V kept over all layers, instead of `layer`: the nearest K
-    Raises ValueError.
+    layer: K, the first layer without vision tokens, at least 1; by default half of the layers
+    budget: the share of vision K/V kept over all layers, 0 to 1, instead of `layer`: K is the layer
+        that comes closest to it
+    Raises ValueError, naming the field, for a value out of range or for both options at once. A
+    layer above the decoder's is refused when a model is attached.
     """
 
     layer: int | None = None

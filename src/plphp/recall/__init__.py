@@ -1,24 +1,35 @@
-"""RECALL: what a policy drops is parked, and read again when a later token looks for it."""
+"""Recall: vision tokens that a policy drops are parked, and read again when they are needed."""
 
 from __future__ import annotations
 
 from plphp.cache import KVStore
 from plphp.policy import Look
 from plphp.recall.budget import Place
+from plphp.recall.home import HOMES, Home, Recall, as_recall
 from plphp.recall.host import HostHome
-from plphp.recall.options import HOMES, Recall, as_recall
-from plphp.recall.quantised import QuantisedHome
-from plphp.recall.state import restored, state
+from plphp.recall.quantised import Int2Home, Int4Home, QuantisedHome
+from plphp.recall.serialize import Saved, from_format_1
 
-Home = HostHome | QuantisedHome
+HOMES["host"] = HostHome
+HOMES["int4"] = Int4Home
+HOMES["int2"] = Int2Home
 
-__all__ = ["HOMES", "Home", "Recall", "as_recall", "park", "restored", "state"]
+__all__ = [
+    "HOMES",
+    "Home",
+    "HostHome",
+    "QuantisedHome",
+    "Recall",
+    "Saved",
+    "as_recall",
+    "from_format_1",
+    "park",
+]
 
 
 def park(store: KVStore, look: Look, recall: Recall, place: Place = (0, 1)) -> Home:
-    """The home of one layer's vision tokens, whose `plan` says what the store may keep.
+    """Park the vision tokens of one layer in the kind of home that `recall` names.
 
-    place: the layer's number among those that park, from 0, and how many there are
+    The arguments are those of `Home.park`.
     """
-    kind = HostHome if recall.home == "host" else QuantisedHome
-    return kind(store, look, recall, place)
+    return HOMES[recall.home].park(store, look, recall, place)

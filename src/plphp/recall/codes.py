@@ -1,11 +1,14 @@
-"""Numbers rounded to 4 or 2 bits, row by row (KIVI, Liu et al. 2024, arXiv 2402.02750).
+"""Codes: numbers rounded to 4 or 2 bits, row by row (KIVI, Liu et al. 2024, arXiv 2402.02750).
 
-    step = (max - low) / (2^bits - 1)   over a row. Keys: 32 tokens of one channel, because keys
-    code = round((x - low) / step)      have channels that stand out. Values: one token
+    step = (max - low) / (2^bits - 1)   for each row
+    code = round((x - low) / step)
 
-A row is its codes, the first number in the lowest bits, filled up to 16 bits, and then `step` and
-`low` in float16. PyTorch's quantized embeddings have the same format, and on the CPU their operator
-makes numbers of codes in one pass over memory; elsewhere tensor operations do.
+A row of keys is 32 tokens of one channel, because some channels of keys have a much larger range
+than others. A row of values is one token.
+
+In memory a row is its codes, the first number in the lowest bits, filled up to a multiple of 16
+bits, and then `step` and `low` as float16. PyTorch's quantized embeddings have the same format: on
+the CPU their operator decodes rows in one pass over memory. Elsewhere tensor operations are used.
 """
 
 from __future__ import annotations
@@ -19,19 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plphp.recall.options import GROUP, RANGE_BYTES
-
 Count = TypeVar("Count", int, Tensor)
 
-BLOCK = 2**19  # numbers that are there again at a time: 2 MiB, what two cores' caches hold
+GROUP = 32  # tokens of a channel of the keys that share a range
+RANGE_BYTES = 4  # bytes of a range: step and lowest number as float16
+BLOCK = 2**19  # numbers decoded at a time: 2 MiB, which fit into the caches of two cores
 
 
 @dataclass
 class KeyCodes:
-    """Keys (B, Hkv, P, D) in packed (B, Hkv, bytes) uint8.
+    """Codes of keys (B, Hkv, P, D).
 
-    Every channel's whole groups of tokens, channel by channel, and then their last tokens, where
-    they are no group: (D, P // GROUP, row) and (D, shorter row).
+    packed: (B, Hkv, bytes) uint8. The bytes of a KV head are the rows (D, P // GROUP, row) of whole
+        groups of tokens, and then the rows (D, shorter row) of the last P % GROUP tokens, if any
+    bits: 4 or 2; tokens: P; dim: D; group: tokens in a row
     """
 
     packed: Tensor
@@ -41,66 +45,79 @@ class KeyCodes:
     group: ClassVar[int] = GROUP
 
     def products(self, query: Tensor) -> Iterator[Tensor]:
-        """query (B, Hkv, T, D) float32 times every key: (B, Hkv, T, P) float32 in blocks of P."""
+        """Products of query (B, Hkv, T, D) float32 and all keys, in blocks along the P tokens.
+
+        Each is (B, Hkv, T, tokens of the block) float32.
+        """
         return (query @ block for block in self._blocks())
 
     def dense(self) -> Tensor:
-        """(B, Hkv, P, D) float32."""
-        return torch.cat([block.mT for block in self._blocks()], 2)
+        """The decoded keys (B, Hkv, P, D) float32."""
+        empty = self.packed.new_empty(*self.packed.shape[:2], 0, self.dim, dtype=torch.float32)
+        return torch.cat([empty, *(block.mT for block in self._blocks())], 2)
 
     def _blocks(self) -> Iterator[Tensor]:
-        """(B, Hkv, D, tokens) float32, in order."""
+        """The decoded keys, in blocks (B, Hkv, D, tokens) float32."""
         lead, (whole, rest) = self.packed.shape[:2], divmod(self.tokens, GROUP)
         row = row_bytes(GROUP, self.bits)
         end = self.dim * whole * row
         groups, last = self.packed[..., :end], self.packed[..., end:]
         if whole:
             rows = groups.view(*lead, self.dim, whole, row)
-            length = _share(lead.numel() * self.dim * GROUP)
+            length = _rows_in_block(lead.numel() * self.dim * GROUP)
             for part in torch.split(rows, length, 3):
                 yield from_rows(part, self.bits).flatten(3)
         if rest:
             yield from_rows(last.view(*lead, self.dim, -1), self.bits)[..., :rest]
 
     def through(self, change: Callable[[Tensor], Tensor]) -> KeyCodes:
-        """The same with its tensor changed: other rows, another device."""
+        """The same codes with the tensor replaced by `change` of it, such as on another device."""
         return replace(self, packed=change(self.packed))
 
 
 @dataclass
 class ValueCodes:
-    """Values (B, Hkv, P, Dv) in packed (B, Hkv, P, bytes) uint8."""
+    """Codes of values (B, Hkv, P, Dv).
+
+    packed: (B, Hkv, P, bytes) uint8, a row for each token
+    bits: 4 or 2; dim: Dv
+    """
 
     packed: Tensor
     bits: int
     dim: int
 
     def read(self, weights: Tensor) -> Tensor:
-        """weights (B, Hkv, T, P) float32 of the tokens: their sum (B, Hkv, T, Dv) float32."""
+        """The sum (B, Hkv, T, Dv) float32 of all values, with weights (B, Hkv, T, P) float32."""
         parts = torch.split(weights, self._length(), -1)
         sums = (part @ block for part, block in zip(parts, self._blocks(), strict=True))
         return reduce(torch.add, sums)
 
     def dense(self) -> Tensor:
-        """(B, Hkv, P, Dv) float32."""
-        return torch.cat(list(self._blocks()), 2)
+        """The decoded values (B, Hkv, P, Dv) float32."""
+        empty = self.packed.new_empty(*self.packed.shape[:2], 0, self.dim, dtype=torch.float32)
+        return torch.cat([empty, *self._blocks()], 2)
 
     def _blocks(self) -> Iterator[Tensor]:
+        """The decoded values, in blocks (B, Hkv, tokens, Dv) float32."""
         for part in torch.split(self.packed, self._length(), 2):
+            if not part.shape[2]:
+                return
             yield from_rows(part, self.bits)[..., : self.dim]
 
     def _length(self) -> int:
-        return _share(self.packed.shape[:2].numel() * self.dim)
+        """Tokens in a block."""
+        return _rows_in_block(self.packed.shape[:2].numel() * self.dim)
 
     def through(self, change: Callable[[Tensor], Tensor]) -> ValueCodes:
-        """The same with its tensor changed: other rows, another device."""
+        """The same codes with the tensor replaced by `change` of it, such as on another device."""
         return replace(self, packed=change(self.packed))
 
 
 def keys_to_codes(keys: Tensor, bits: int) -> KeyCodes:
-    """(B, Hkv, P, D) per channel in groups of tokens; the last group may be short."""
+    """Round keys (B, Hkv, P, D), each channel in groups of tokens; the last group may be short."""
     channels, whole = keys.mT, keys.shape[2] // GROUP * GROUP
-    packed = []
+    packed = [keys.new_empty(*keys.shape[:2], 0, dtype=torch.uint8)]
     if whole:
         groups = channels[..., :whole].reshape(*channels.shape[:3], -1, GROUP)
         packed.append(to_rows(groups, bits).flatten(2))
@@ -110,52 +127,67 @@ def keys_to_codes(keys: Tensor, bits: int) -> KeyCodes:
 
 
 def values_to_codes(values: Tensor, bits: int) -> ValueCodes:
-    """(B, Hkv, P, Dv) per token."""
+    """Round values (B, Hkv, P, Dv), each token by itself."""
     return ValueCodes(to_rows(values, bits), bits, values.shape[-1])
 
 
 def to_rows(x: Tensor, bits: int) -> Tensor:
-    """(..., n) -> (..., row_bytes(n)) uint8."""
+    """Round rows (..., n) to codes (..., row_bytes(n)) uint8, with the range of each row."""
     most, wide = 2**bits - 1, x.float()
     low = wide.amin(-1, keepdim=True).half()
     step = ((wide.amax(-1, keepdim=True) - low) / most).clamp(min=1e-6).half()
     codes = ((wide - low) / step).round().clamp(0, most).to(torch.uint8)
     codes = F.pad(codes, (0, -x.shape[-1] % (16 // bits)))
-    codes = codes.view(*x.shape[:-1], -1, 8 // bits)
+    codes = codes.view(*x.shape[:-1], codes.shape[-1] * bits // 8, 8 // bits)
     packed = reduce(torch.bitwise_or, (codes[..., i] << bits * i for i in range(8 // bits)))
     return torch.cat([packed, torch.cat([step, low], -1).view(torch.uint8)], -1)
 
 
 def from_rows(rows: Tensor, bits: int) -> Tensor:
-    """(..., bytes) uint8 -> (..., n) float32, n as it was filled up."""
+    """Decode rows (..., bytes) uint8 to (..., n) float32; n includes what fills up a row."""
     unpack = getattr(torch.ops.quantized, f"embedding_bag_{bits}bit_unpack", None)
     if rows.device.type == "cpu" and unpack is not None:
-        found: Tensor = unpack(rows.reshape(-1, rows.shape[-1]).contiguous())
-        return found.view(*rows.shape[:-1], -1)
+        numbers: Tensor = unpack(rows.reshape(-1, rows.shape[-1]).contiguous())
+        return numbers.view(*rows.shape[:-1], -1)
     return unpacked(rows, bits)
 
 
 def unpacked(rows: Tensor, bits: int) -> Tensor:
-    """`from_rows` in tensor operations."""
+    """`from_rows` in tensor operations, for any device."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=rows.device)
     codes: Tensor = (rows[..., :-RANGE_BYTES, None] >> shifts) & (2**bits - 1)
     ranges: Tensor = rows[..., -RANGE_BYTES:].contiguous().view(torch.float16).float()
-    found: Tensor = codes.flatten(-2) * ranges[..., :1] + ranges[..., 1:]
-    return found
+    numbers: Tensor = codes.flatten(-2) * ranges[..., :1] + ranges[..., 1:]
+    return numbers
 
 
 def row_bytes(numbers: Count, bits: int) -> Count:
-    """Bytes of a row of so many numbers, or of several rows of other lengths."""
+    """Bytes of a row of this many numbers. A tensor stands for several rows."""
     return 2 * ((numbers * bits + 15) // 16) + RANGE_BYTES
 
 
-def code_bytes(tokens: Tensor, dims: tuple[int, int], bits: int) -> Tensor:
-    """Bytes of the keys and values of so many tokens (B,) in a KV head."""
+def key_bytes(tokens: Count, dim: int, bits: int) -> Count:
+    """Bytes of the codes of the keys of this many tokens in a KV head. dim: D."""
     whole, rest = tokens // GROUP, tokens % GROUP
-    channel = whole * row_bytes(GROUP, bits) + row_bytes(rest, bits) * (rest > 0)
-    return dims[0] * channel + tokens * row_bytes(dims[1], bits)
+    return dim * (whole * row_bytes(GROUP, bits) + row_bytes(rest, bits) * (rest > 0))
 
 
-def _share(numbers: int) -> int:
-    """How many of something of so many numbers make a block."""
+def code_bytes(tokens: Tensor, dims: tuple[int, int], bits: int) -> Tensor:
+    """Bytes of the codes of keys and values in a KV head. tokens: (B,); dims: D and Dv."""
+    return key_bytes(tokens, dims[0], bits) + tokens * row_bytes(dims[1], bits)
+
+
+def one_more(dims: tuple[int, int], bits: int) -> float:
+    """Bytes that one more token adds to a group of keys that is not full. dims: D and Dv."""
+    return sum(dims) * bits / 8 + RANGE_BYTES
+
+
+def code_share(dim: int, bits: int, itemsize: int) -> float:
+    """Bytes of codes as a share of those of full keys and values, for many tokens. dim: D = Dv."""
+    ranges = RANGE_BYTES * (1 / GROUP + 1 / dim) / 2
+    return (bits / 8 + ranges) / itemsize
+
+
+def _rows_in_block(numbers: int) -> int:
+    """How many items of this many numbers are decoded at a time, at least 1."""
     return max(1, BLOCK // numbers)

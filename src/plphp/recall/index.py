@@ -1,15 +1,16 @@
-"""A small index of keys: enough to tell which of them a query looks for, in a few bytes a token.
+"""The index: a small approximation of keys, by which a query chooses tokens.
 
     B        = r4(the first `rank` principal directions of the keys)
     c[j]     = r4((k[j] - mean k) B (B^T B)^-1)      so that k[j] - mean k is about B c[j]
-    a[h, j]  = (q_h B) . c[j]                        the logit of query head h but for one number
+    a[h, j]  = (q_h B) . c[j]                        the logit of query head h, up to a constant
     score[j] = max over h of  (a[h, j] - max_i a[h, i])
 
-r4: rounded to 4 bits over the range of a direction, `codes.to_rows`. Keys of images lie near a
-subspace of few dimensions (Loki, arXiv 2406.02542), and taking the mean off shifts all logits of a
-query alike. c is fitted to the rounded directions: they span a subspace a little off, and that is
-all that rounding them does. What each query head of a KV head looks at most comes first: that chose
-better than sums of probabilities and than the sum of the queries, and costs no exponentials
+r4 rounds to 4 bits over the range of a direction (`codes.to_rows`). Keys of images lie near a
+subspace of few dimensions (Loki, arXiv 2406.02542). Subtracting the mean changes all logits of a
+query by the same number. c is fitted to the rounded directions, so that their rounding has no other
+effect than to turn the subspace a little. The score is relative to the highest logit of each query
+head, so that every query head gets the tokens to which it attends most. This chose better than sums
+of probabilities and than the sum of the queries, and it needs no exponentials
 (dev/studies/recall_index.py).
 """
 
@@ -23,14 +24,17 @@ from torch import Tensor
 
 from plphp.recall.codes import from_rows, row_bytes, to_rows
 
-EARLIER = 2.0**-20  # what a token loses to the one before it: equals go alike in every batch
-BITS = 4  # 8 choose no better, and take twice the bytes from the tokens (docs/recall.md)
+# Subtracted from the score for each earlier token, so that of equal scores the first always wins.
+TIE_STEP = 2.0**-20
+BITS = 4  # 8 bits choose no better, and take twice the bytes from the budget (docs/recall.md)
 
 
 @dataclass
 class KeyIndex:
-    """codes: (B, Hkv, rank, row of V), basis: (B, Hkv, rank, row of D), uint8 as `to_rows` has it.
+    """The index of V keys in every KV head.
 
+    codes: (B, Hkv, rank, bytes of V numbers) uint8, c in rows as `codes.to_rows` writes them
+    basis: (B, Hkv, rank, bytes of D numbers) uint8, the transpose of B in such rows
     tokens: V
     """
 
@@ -39,35 +43,40 @@ class KeyIndex:
     tokens: int
 
     def scores(self, query: Tensor) -> Tensor:
-        """(B, Hkv, V) float32 for queries (B, H, 1, D); the higher the better."""
+        """Scores (B, Hkv, V) float32 of the tokens for queries (B, H, 1, D)."""
         dim = query.shape[-1]
-        asked = query.reshape(*self.codes.shape[:2], -1, dim).float()
-        logits = asked @ from_rows(self.basis, BITS)[..., :dim].mT @ from_rows(self.codes, BITS)
+        grouped = query.reshape(*self.codes.shape[:2], -1, dim).float()
+        logits = grouped @ from_rows(self.basis, BITS)[..., :dim].mT @ from_rows(self.codes, BITS)
         logits = logits[..., : self.tokens]
         scores = (logits - logits.amax(-1, keepdim=True)).amax(2)
-        return torch.sub(scores, torch.arange(self.tokens, device=scores.device), alpha=EARLIER)
+        return torch.sub(scores, torch.arange(self.tokens, device=scores.device), alpha=TIE_STEP)
 
     def tensors(self) -> list[Tensor]:
+        """The tensors of the index."""
         return [self.codes, self.basis]
 
     def through(self, change: Callable[[Tensor], Tensor]) -> KeyIndex:
-        """The same with every tensor changed: other rows, another device."""
+        """The same index with each tensor replaced by `change` of it, such as on another device."""
         return KeyIndex(change(self.codes), change(self.basis), self.tokens)
 
 
 def build(keys: Tensor, valid: Tensor, rank: int) -> KeyIndex:
-    """The index of keys (B, Hkv, V, D), of which `valid` (B, V) bool count. rank: at most D."""
-    seen = valid[:, None, :, None]
-    own = keys.float() * seen
-    mean = own.sum(2, keepdim=True) / valid.sum(-1).clamp(min=1)[:, None, None, None]
-    own = (own - mean) * seen
-    directions = torch.linalg.eigh(own.mT @ own).eigenvectors[..., -rank:]
+    """Make the index of keys (B, Hkv, V, D).
+
+    valid: (B, V) bool, False for fillers, which do not count
+    rank: number of directions, at most D
+    """
+    mask = valid[:, None, :, None]
+    centred = keys.float() * mask
+    mean = centred.sum(2, keepdim=True) / valid.sum(-1).clamp(min=1)[:, None, None, None]
+    centred = (centred - mean) * mask
+    directions = torch.linalg.eigh(centred.mT @ centred).eigenvectors[..., -rank:]
     basis = to_rows(directions.mT, BITS)
-    rough = from_rows(basis, BITS)[..., : keys.shape[-1]]  # (B, Hkv, rank, D)
-    found = own @ rough.mT @ torch.linalg.pinv(rough @ rough.mT, hermitian=True)
-    return KeyIndex(to_rows(found.mT, BITS), basis, keys.shape[2])
+    rounded = from_rows(basis, BITS)[..., : keys.shape[-1]]  # (B, Hkv, rank, D)
+    fitted = centred @ rounded.mT @ torch.linalg.pinv(rounded @ rounded.mT, hermitian=True)
+    return KeyIndex(to_rows(fitted.mT, BITS), basis, keys.shape[2])
 
 
 def index_bytes(tokens: Tensor, dim: int, rank: int) -> Tensor:
-    """Bytes of a KV head's index over so many tokens (B,)."""
+    """Bytes (B,) of the index of one KV head. tokens: (B,); dim: D."""
     return rank * (row_bytes(tokens, BITS) + row_bytes(dim, BITS))

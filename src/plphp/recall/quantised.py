@@ -1,78 +1,148 @@
-"""Parked on the device in few bits: what is not kept in full is demoted, and all of it is read.
+"""The homes "int4" and "int2": tokens that are not resident are on the device, in codes.
 
-Nothing is chosen while an answer is written. Blocks of codes are made numbers again where attention
-reads them, keys first and then values, so that a whole layer is never dense at once.
+Every decode step attends to all vision tokens, so nothing is chosen after the prompt. Attention
+decodes the codes block by block, keys first and then values, so that the codes of a whole layer are
+never decoded at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from plphp.attention import coded_attention, side_by_side
+from plphp.attention import coded_attention, decode_attention, side_by_side
 from plphp.cache import KVStore, take
 from plphp.policy import KeepPlan, Look
-from plphp.recall.budget import Place, affordable, plan_within
-from plphp.recall.codes import code_bytes, keys_to_codes, values_to_codes
-from plphp.recall.options import RANGE_BYTES, Recall
-from plphp.recall.slots import at_hand, first_slots, vision_first
+from plphp.recall.budget import Place, affordable_tokens, plan_within
+from plphp.recall.codes import (
+    KeyCodes,
+    ValueCodes,
+    code_bytes,
+    code_share,
+    key_bytes,
+    keys_to_codes,
+    one_more,
+    row_bytes,
+    values_to_codes,
+)
+from plphp.recall.home import Recall
+from plphp.recall.serialize import Saved
+from plphp.recall.slot_order import Vision, first_slots, tokens_in_slots, vision_first
 
 
 class QuantisedHome:
-    """The vision tokens of one layer that are not kept in full: P of a row's V in a KV head.
+    """The codes of the vision tokens of one layer that are not resident, P of V in a KV head.
 
-    keys, values: their codes, rows of fewer tokens end in fillers
-    valid: (B, P) bool, which are no fillers; None where all count
-    columns: (B, Hkv, P) int32, a token's column, for sliding windows only
-    plan: as in `HostHome`
-    held: (B, Hkv, k) int64 in main memory, which token of its row each of the first k slots holds
-    count: (B,) int64 in main memory, vision tokens of each row
-    full, resident, device: as in `HostHome`
+    keys, values: the codes; rows with fewer than P tokens end with fillers
+    held: (B, Hkv, k) int64 in main memory, the number of the vision token in each of the first k
+        slots of a row, ascending; V for none
+    valid: (B, P) bool, False for fillers; None if there are none
+    columns: (B, Hkv, P) int32, the column of each token in codes; only with a sliding window
+    token_columns: (B, V) int64 in main memory, the column of each vision token; only with a sliding
+        window
+    count: (B,) int64 in main memory, number of vision tokens in each row
+    most: V, the largest of them
+    plan, full, resident, device, fetched, log: as in `Home`
     """
 
-    def __init__(self, store: KVStore, look: Look, recall: Recall, place: Place) -> None:
-        """Park the vision tokens of a store that holds the whole prompt.
+    bits: ClassVar[int]
+    where: ClassVar[str]
+    exact: ClassVar[bool] = False
+    options: ClassVar[frozenset[str]] = frozenset()
 
-        look: whom the policy would keep in full
-        """
-        assert recall.bits is not None
-        keys, values = store.held()
-        vision = look.spans > 0
-        tokens = vision.sum(-1)
-        unit = sum(x.shape[-1] * x.element_size() for x in (keys, values))
-        dims = (keys.shape[-1], values.shape[-1])
-        filled = 2 * dims[0]  # bytes that the last tokens' rows may be filled up with
-        small = code_bytes(tokens, dims, recall.bits) + filled
-        each = unit - sum(dims) * recall.bits / 8 - RANGE_BYTES
-        most = affordable(recall.budget, tokens, unit, each, small, least=0, place=place)
-        plan = plan_within(look, most)
-        ordered = vision_first(plan, look.spans)
-        self.plan: KeepPlan | None = ordered
-        self.held = at_hand(ordered, look.spans, most).cpu()
-        order, valid = left_over(plan, vision)
+    def __init__(
+        self, vision: Vision, keys: KeyCodes, values: ValueCodes, held: Tensor, store: KVStore
+    ) -> None:
+        """Called by `park` and `restored`. held: on the device of `vision`."""
+        order, valid = vision.not_resident(held)
+        windowed = store.window is not None
+        self.keys, self.values, self.held = keys, values, held.cpu()
         self.valid = None if bool(valid.all()) else valid
-        self.columns = order.int() if store.window is not None else None
-        self.keys = keys_to_codes(take(keys, order), recall.bits)
-        self.values = values_to_codes(take(values, order), recall.bits)
-        self.token_bytes = unit
-        heads = keys.shape[1]
-        self.resident, self.full = (int(x.sum()) * heads * unit for x in (most, tokens))
-        parked = code_bytes(tokens - most, dims, recall.bits)
+        self.columns = order.int() if windowed else None
+        self.token_columns = vision.order.cpu() if windowed else None
+        self.count, self.most = vision.tokens.cpu(), vision.most
+        self.token_bytes = unit_of(store)
+        heads, dims = held.shape[1], (keys.dim, values.dim)
+        resident = (held[:, 0] != vision.most).sum(-1)  # resident tokens of each row
+        self.resident, self.full = (
+            int(x.sum()) * heads * self.token_bytes for x in (resident, vision.tokens)
+        )
+        parked = code_bytes(vision.tokens - resident, dims, self.bits)
         self.device = self.resident + int(parked.sum()) * heads
-        self.count, self.tokens_a_row = tokens.cpu(), int(tokens.max())
+        self.plan: KeepPlan | None = None
         self.fetched: list[int] = []
         self.log: list[Tensor] = []
 
+    @classmethod
+    def check(cls, recall: Recall) -> None:
+        """Accept every budget: with 0 no token is resident."""
+
+    @classmethod
+    def least_share(cls, dim: int, itemsize: int) -> float:
+        """The bytes of codes as a share of the full bytes, for long prompts."""
+        return code_share(dim, cls.bits, itemsize)
+
+    @classmethod
+    def park(cls, store: KVStore, look: Look, recall: Recall, place: Place) -> Self:
+        """Park the tokens with the lowest scores. The others are resident."""
+        keys, values = store.held()
+        vision, dims = Vision.of(look.spans), (keys.shape[-1], values.shape[-1])
+        unit = unit_of(store)
+        filled = 2 * dims[0]  # bytes by which the rows of the last tokens may be filled up
+        fixed = code_bytes(vision.tokens, dims, cls.bits) + filled
+        each = unit - one_more(dims, cls.bits)
+        count = affordable_tokens(
+            recall.budget, vision.tokens, unit, each, fixed, minimum=0, place=place
+        )
+        plan = vision_first(plan_within(look, count), look.spans)
+        held = tokens_in_slots(plan, look.spans, count)
+        order, _ = vision.not_resident(held)
+        coded_keys = keys_to_codes(take(keys, order), cls.bits)
+        coded_values = values_to_codes(take(values, order), cls.bits)
+        home = cls(vision, coded_keys, coded_values, held, store)
+        home.plan = plan
+        return home
+
+    @classmethod
+    def restored(cls, saved: Saved, recall: Recall, store: KVStore, spans: Tensor) -> Self:
+        """Make a home from its saved form; see `Home.restored`."""
+        saved.only(("keys.codes", "values.codes", "held"))
+        vision, lead = Vision.of(spans), store.keys.shape[:2]
+        dim, value_dim = store.keys.shape[-1], store.values.shape[-1]
+        held = saved.held(torch.int64, store, vision, ascending=True)
+        parked = vision.not_resident(held)[0].shape[2]
+        keys = saved.tensor("keys.codes", (*lead, key_bytes(parked, dim, cls.bits)), torch.uint8)
+        row = row_bytes(value_dim, cls.bits)
+        values = saved.tensor("values.codes", (*lead, parked, row), torch.uint8)
+        return cls(
+            vision,
+            KeyCodes(keys, cls.bits, parked, dim),
+            ValueCodes(values, cls.bits, value_dim),
+            held,
+            store,
+        )
+
+    def saved(self) -> Saved:
+        """The codes, and `held`."""
+        codes = {"keys.codes": self.keys.packed, "values.codes": self.values.packed}
+        return Saved({**codes, "held": self.held})
+
     def attend(self, query: Tensor, store: KVStore, scale: float, softcap: float | None) -> Tensor:
-        """Attention output (B, H, T, Dv) of the last T columns over what is held and parked."""
+        """Attention output (B, H, T, Dv) of the last T columns to the store and the codes."""
+        if not self.keys.tokens:  # all tokens of an early layer may be resident
+            return decode_attention(query, store, scale, softcap)
         return coded_attention(query, store, self, scale, softcap)
 
     def visible(self, store: KVStore, queries: int) -> Tensor | None:
-        """(B or 1, Hkv or 1, T, end + P) bool, None where every query sees everything."""
-        own = store.visible(queries)
-        if own is None and self.valid is None and self.columns is None:
+        """The mask of the last T columns over the slots and then the tokens in codes.
+
+        Returns (B or 1, Hkv or 1, T, end + P) bool, or None if each attends to everything.
+        """
+        slots = store.visible(queries)
+        if slots is None and self.valid is None and self.columns is None:
             return None
         length = self.keys.tokens
         device = store.start.device
@@ -80,50 +150,61 @@ class QuantisedHome:
         if self.valid is not None:
             parked = parked & self.valid[:, None, None]
         if self.columns is not None and store.window is not None:
-            asking = torch.arange(store.logical - queries, store.logical, device=device)[:, None]
-            parked = parked & (self.columns[:, :, None] > asking - store.window)
-        if own is None:
-            own = torch.ones(1, 1, queries, store.end, dtype=torch.bool, device=device)
-        return side_by_side(own, parked)
+            query_columns = torch.arange(store.logical - queries, store.logical, device=device)
+            in_window = self.columns[:, :, None] > query_columns[:, None] - store.window
+            parked = parked & in_window
+        if slots is None:
+            slots = torch.ones(1, 1, queries, store.end, dtype=torch.bool, device=device)
+        return side_by_side(slots, parked)
 
     def looked_at(self, store: KVStore, queries: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """As in `HostHome`: what is held, and then what is parked, as numbers again."""
+        """The keys, mask and vision tokens of the last queries; see `Home.looked_at`.
+
+        The slots of the store come first, then the tokens in codes, decoded.
+        """
         keys, parked = store.held()[0], self.keys.dense().to(store.keys.dtype)
-        real = torch.ones(parked.shape[:3], dtype=torch.bool, device=parked.device)
+        coded = torch.ones(parked.shape[:3], dtype=torch.bool, device=parked.device)
         if self.valid is not None:
-            real = real & self.valid[:, None]
-        vision = torch.cat([self.vision_slots(store), real], 2)
+            coded = coded & self.valid[:, None]
+        vision = torch.cat([self.vision_slots(store), coded], 2)
         return torch.cat([keys, parked], 2), self.visible(store, queries), vision
 
     def vision_slots(self, store: KVStore) -> Tensor:
-        """(B, Hkv, end) bool: which of a store's slots hold vision tokens."""
-        return first_slots(self.held.to(store.start.device), self.tokens_a_row, store)
+        """(B, Hkv, end) bool: which slots of the store hold vision tokens."""
+        return first_slots(self.held.to(store.start.device), self.most, store)
+
+    def slot_columns(self, store: KVStore, row: int) -> Tensor:
+        """(Hkv, k) int64: the columns of the vision tokens in the first slots of a row."""
+        held = self.held[row]
+        assert self.token_columns is not None
+        return self.token_columns[row][held[:, held[0] != self.most]]
 
     def tokens(self, store: KVStore) -> tuple[Tensor, Tensor]:
-        """Keys and values (tokens of all rows and heads, D) of every vision token, in order."""
+        """Keys (n, D) and values (n, Dv) of every vision token; see `Home.tokens`."""
         batch, heads = self.held.shape[:2]
-        most = self.tokens_a_row
+        most = self.most
         parked = torch.ones(batch, heads, most + 1, dtype=torch.bool)
         parked.scatter_(2, self.held, False)
-        real = torch.arange(most) < self.count[:, None]
-        parked = (parked[..., :most] & real[:, None]).to(store.start.device)
-        resident = (real[:, None].to(parked.device)) & ~parked
-        # What is held in full lies in the store in the order of the tokens, as parked ones do.
-        here = self.vision_slots(store)
-        whole = []
-        coded_ones = self.values.packed[..., 0] >= 0
+        exists = torch.arange(most) < self.count[:, None]
+        parked = (parked[..., :most] & exists[:, None]).to(store.start.device)
+        exists = exists[:, None].expand(-1, heads, -1).to(parked.device)
+        resident = exists & ~parked
+        # Both the slots and the codes are in the order of the tokens.
+        slots = self.vision_slots(store)
+        tensors = []
+        valid = torch.ones(self.values.packed.shape[:3], dtype=torch.bool, device=parked.device)
         if self.valid is not None:
-            coded_ones = coded_ones & self.valid[:, None]
-        numbers = self.keys.dense(), self.values.dense()
-        for held, coded in zip(store.held(), numbers, strict=True):
-            full = held.new_zeros(*parked.shape, held.shape[-1])
-            full[resident] = held[here]
-            full[parked] = coded[coded_ones].to(full.dtype)
-            whole.append(full[real[:, None].expand(-1, heads, -1).to(parked.device)])
-        return whole[0], whole[1]
+            valid = valid & self.valid[:, None]
+        decoded = self.keys.dense(), self.values.dense()
+        for stored, numbers in zip(store.held(), decoded, strict=True):
+            every = stored.new_zeros(*parked.shape, stored.shape[-1])
+            every[resident] = stored[slots]
+            every[parked] = numbers[valid].to(every.dtype)
+            tensors.append(every[exists])
+        return tensors[0], tensors[1]
 
     def tensors(self) -> list[Tensor]:
-        """What lies on the device besides the layer's own buffers."""
+        """The tensors on the device, besides those of the layer's store."""
         return self.parked() + [x for x in (self.valid, self.columns) if x is not None]
 
     def parked(self) -> list[Tensor]:
@@ -131,35 +212,41 @@ class QuantisedHome:
         return [self.keys.packed, self.values.packed]
 
     def crop(self, store: KVStore, columns: int) -> None:
-        """A store has forgotten its last columns: nothing was chosen for them."""
+        """Do nothing: the codes do not depend on the columns after the prompt."""
 
     def reorder(self, rows: Tensor) -> None:
-        """Rows (B',) of the batch."""
-        self.held, self.count = (x[rows.cpu()] for x in (self.held, self.count))
+        """Select rows (B',) int64 of the batch, in any order and also repeated."""
+        on_host = rows.cpu()
+        self.held, self.count = self.held[on_host], self.count[on_host]
+        if self.token_columns is not None:
+            self.token_columns = self.token_columns[on_host]
         self._through(lambda x: x[rows.to(x.device)])
 
     def move(self, device: torch.device) -> None:
+        """Move the codes to a device."""
         self._through(lambda x: x.to(device))
 
     def _through(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor on the device by the result of a function."""
         self.keys, self.values = self.keys.through(change), self.values.through(change)
         self.valid = None if self.valid is None else change(self.valid)
         self.columns = None if self.columns is None else change(self.columns)
 
 
-def left_over(plan: KeepPlan, vision: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns (B, Hkv, P) of the vision tokens that a plan does not keep, and (B, P) which count.
+class Int4Home(QuantisedHome):
+    """The home "int4": codes of 4 bits a number."""
 
-    A row's last such token stands in for what it has not.
-    """
-    heads, longest = plan.columns.shape[1:]
-    used = torch.arange(longest, device=vision.device) >= longest - plan.lengths[:, None]
-    gone = vision[:, None].repeat(1, heads, 1)
-    gone &= ~torch.zeros_like(gone).scatter(2, plan.columns, used[:, None].expand_as(plan.columns))
-    count = gone[:, 0].sum(-1)
-    most = int(count.max())
-    places = torch.arange(most, device=vision.device)
-    order = gone.int().argsort(dim=-1, descending=True, stable=True)
-    last = (count - 1).clamp(min=0)[:, None]
-    near = torch.minimum(places, last)[:, None].expand(-1, heads, -1)
-    return order.gather(2, near), places < count[:, None]
+    bits = 4
+    where = "in int4"
+
+
+class Int2Home(QuantisedHome):
+    """The home "int2": codes of 2 bits a number."""
+
+    bits = 2
+    where = "in int2"
+
+
+def unit_of(store: KVStore) -> int:
+    """Bytes of one token's key and value in one KV head, in the model's dtype."""
+    return sum(x.shape[-1] * x.element_size() for x in (store.keys, store.values))

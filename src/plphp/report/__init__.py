@@ -1,26 +1,33 @@
-"""The inspector: what was kept, where, and what it cost, as one page or a few figures."""
+"""Reports: what a prefill kept and the bytes it takes, as data. `plphp.inspector` draws them."""
 
-from plphp.report.data import Answer, Layer, Page, Picture, Run, Steps
-from plphp.report.examine import examine
-from plphp.report.gather import page_of, page_of_report, run_of
-from plphp.report.html import notebook, render, write_html
-from plphp.report.plot import plot
-from plphp.report.videos import shown_videos
+from typing import TYPE_CHECKING
+
+from plphp._renamed import old_names
+from plphp.report.earlier_images import (
+    EarlierImage,
+    earlier_images_note,
+    images_left,
+    images_of,
+    in_rows,
+)
+from plphp.report.layers import LayerReport, Seen, layer_report, untouched_report
+from plphp.report.report import Drawing, Report
+from plphp.report.traffic import RecallReport
+
+if not TYPE_CHECKING:  # a type checker is to see the new names only
+    __getattr__ = old_names(__name__)
 
 __all__ = [
-    "Answer",
-    "Layer",
-    "Page",
-    "Picture",
-    "Run",
-    "Steps",
-    "examine",
-    "notebook",
-    "page_of",
-    "page_of_report",
-    "plot",
-    "render",
-    "run_of",
-    "shown_videos",
-    "write_html",
+    "Drawing",
+    "EarlierImage",
+    "LayerReport",
+    "RecallReport",
+    "Report",
+    "Seen",
+    "earlier_images_note",
+    "images_left",
+    "images_of",
+    "in_rows",
+    "layer_report",
+    "untouched_report",
 ]

@@ -1,7 +1,7 @@
-"""Hooks on the attention layers of one engine: nothing here changes a class of vLLM's.
+"""Hooks on the attention layers of one engine. No class of vLLM is changed.
 
-Touches: an Attention's `attn_backend`, so that metadata can be shifted, and its `impl.forward`,
-because nothing else of vLLM's sees the queries.
+Changes in vLLM: an Attention's `attn_backend`, so that its metadata leaves out freed blocks, and
+its `impl.forward`, because no extension point of vLLM gets the queries.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from plphp.vllm.worker import WorkerSide
 
 
 def attach(layer: Any, spec: Any, vllm_config: Any) -> blocks.LayerSpec:
-    """Hook one decoder layer, an Attention, and give it a cache group of few layers.
+    """Hook one decoder layer, an Attention, and return the spec that assigns its cache group.
 
-    Raises UnsupportedModelError for a layer that cannot have one, UnsupportedModeError for a mode
-    that cannot be pruned in.
+    layer: vLLM's Attention
+    spec: the KVCacheSpec that vLLM made for it
+    Raises UnsupportedModelError for a layer that cannot be pruned and UnsupportedModeError for a
+    mode of the engine in which pruning does not work.
     """
     name = layer.layer_name
     options = read_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
@@ -34,7 +36,7 @@ def attach(layer: Any, spec: Any, vllm_config: Any) -> blocks.LayerSpec:
     _check(layer, spec)
     if not issubclass(layer.attn_backend, Shifted):
         layer.attn_backend = shifted_backend(layer.attn_backend)
-        layer.impl.forward = watched(name, layer.impl.forward)
+        layer.impl.forward = observed_forward(name, layer.impl.forward)
     blocks.register()
     group = extract_layer_index(name) // options.layers_per_group
     given = {field.name: getattr(spec, field.name) for field in fields(spec)}
@@ -44,11 +46,11 @@ def attach(layer: Any, spec: Any, vllm_config: Any) -> blocks.LayerSpec:
 def _check(layer: Any, spec: Any) -> None:
     backend = layer.attn_backend.get_name()
     reasons = {
-        f"its attention backend is {backend}; plphp knows {', '.join(READERS)} so far": (
+        f"its attention backend is {backend}, and plphp supports {', '.join(READERS)}": (
             backend not in READERS
         ),
         blocks.other_cache(spec): type(spec) is not FullAttentionSpec,
-        "another layer reads its cache": layer.kv_sharing_target_layer_name is not None,
+        "it shares its cache with another layer": layer.kv_sharing_target_layer_name is not None,
         "it has attention sinks": getattr(layer.impl, "sinks", None) is not None,
         "it has position biases (ALiBi)": getattr(layer.impl, "alibi_slopes", None) is not None,
     }
@@ -58,12 +60,12 @@ def _check(layer: Any, spec: Any) -> None:
 
 
 class Shifted:
-    """Marks a backend that was made here."""
+    """Base class that marks the backends of `shifted_backend`."""
 
 
 @functools.cache
 def shifted_backend(base: type[Any]) -> type[Any]:
-    """The backend whose metadata leaves out what was pruned."""
+    """A subclass of an attention backend whose metadata leaves out freed blocks."""
     builder: type[Any] = base.get_builder_cls()
 
     class Builder(builder):
@@ -81,11 +83,11 @@ def shifted_backend(base: type[Any]) -> type[Any]:
     return Backend
 
 
-def watched(name: str, forward: Any) -> Any:
-    """An impl's forward, after which the worker's side sees the queries and the output."""
+def observed_forward(name: str, forward: Any) -> Any:
+    """An impl's forward that passes its queries and its output to `WorkerSide.after_attention`."""
 
     @functools.wraps(forward)
-    def watch(
+    def observed(
         layer: Any,
         query: Tensor,
         key: Tensor,
@@ -99,14 +101,14 @@ def watched(name: str, forward: Any) -> Any:
         result = forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         side = worker_side()
         if attn_metadata is not None and side is not None:
-            side.watch(name, query, output)
+            side.after_attention(name, query, output)
         return result
 
-    return watch
+    return observed
 
 
 def worker_side() -> WorkerSide | None:
-    """This process's side of the connector, once vLLM has made it."""
+    """The worker side of the connector in this process; None before vLLM has made it."""
     if not has_kv_transfer_group():
         return None
     side: WorkerSide | None = getattr(get_kv_transfer_group(), "worker", None)

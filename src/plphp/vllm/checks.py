@@ -1,15 +1,16 @@
-"""What vLLM can do and pruning cannot, refused when the engine starts."""
+"""Checks at the start of the engine: modes of vLLM in which pruning does not work are refused."""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from plphp.errors import UnsupportedModeError, UnsupportedVllmError
 from plphp.vllm.options import CONNECTOR, Options
 
-VLLM = "0.32"  # the minor version whose internals this was written against
-PLATFORMS = ("cpu",)  # what has an attention backend in `layout`
-MARKS = {"r", "delta_r", "layers_per_group"}  # options by which a config is known to be ours
+VLLM = "0.32"  # the minor version whose internals this package uses
+PLATFORMS = ("cpu",)  # platforms with an attention backend in `layout`
+PLPHP_OPTIONS = {"r", "delta_r", "layers_per_group"}  # options that only plphp's connector has
 
 
 def check_version(found: str) -> None:
@@ -21,31 +22,44 @@ def check_version(found: str) -> None:
 
 
 def check_platform(found: str) -> None:
-    """Raise UnsupportedModeError where no attention backend is known, before a model is loaded."""
+    """Raise UnsupportedModeError for a platform without a supported attention backend.
+
+    found: vLLM's device type. This runs before a model is loaded.
+    """
     if found not in PLATFORMS:
         raise UnsupportedModeError(
-            f"{CONNECTOR} works with vLLM's {', '.join(PLATFORMS)} backend only so far, "
-            f"and this is {found}: start vLLM without it"
+            f"{CONNECTOR} supports vLLM on {', '.join(PLATFORMS)} only, and this engine runs on "
+            f"{found}: start vLLM without {CONNECTOR}"
         )
 
 
-def check_alone(transfer: Any) -> None:
-    """Raise UnsupportedModeError for the KVTransferConfig of another connector that holds ours."""
+def check_alone(transfer: Any, known: Container[str]) -> None:
+    """Raise UnsupportedModeError for another connector that contains or replaces plphp's.
+
+    transfer: vLLM's KVTransferConfig
+    known: names of connectors. Raises ValueError for an unknown one that must mean plphp's
+    """
     given = transfer.kv_connector_extra_config
+    name = transfer.kv_connector or ""
+    meant = "plphp" in name.lower() or PLPHP_OPTIONS & given.keys()
+    if meant and name not in known and not transfer.kv_connector_module_path:
+        raise ValueError(f"kv_connector must be {CONNECTOR!r}, got {name!r}")
     if transfer.kv_connector == "MultiConnector":
         if any(one["kv_connector"] == CONNECTOR for one in given.get("connectors", ())):
             raise UnsupportedModeError(
-                f"{CONNECTOR} does not work in a MultiConnector: use it alone"
+                f"{CONNECTOR} does not work inside a MultiConnector: use it alone"
             )
-    elif transfer.kv_connector != CONNECTOR and MARKS & given.keys():
+    elif transfer.kv_connector != CONNECTOR and PLPHP_OPTIONS & given.keys():
         raise UnsupportedModeError(
-            f"{transfer.kv_connector} has taken the place of {CONNECTOR}: "
-            "leave out --kv-offloading-size"
+            f"{transfer.kv_connector} has replaced {CONNECTOR}: leave out --kv-offloading-size"
         )
 
 
 def check_modes(vllm_config: Any, options: Options) -> None:
-    """Raise UnsupportedModeError, saying what to change, for modes that cannot be pruned in."""
+    """Raise UnsupportedModeError for modes in which pruning does not work.
+
+    The message lists all of them at once, each with the option to change.
+    """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     layers = model.get_total_num_hidden_layers()
@@ -55,7 +69,13 @@ def check_modes(vllm_config: Any, options: Options) -> None:
         "speculative decoding (leave out --speculative-config)": vllm_config.speculative_config,
         "pipeline parallelism (use tensor parallelism)": parallel.pipeline_parallel_size > 1,
         "context parallelism (use tensor parallelism)": context > 1,
-        f"a {cache.cache_dtype} KV cache (leave out --kv-cache-dtype)": cache.cache_dtype != "auto",
+        f"a {cache.cache_dtype} KV cache (leave out --kv-cache-dtype)": (
+            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch."))
+        ),
+        "the role kv_consumer (use kv_producer)": (
+            vllm_config.kv_transfer_config.kv_role == "kv_consumer"
+        ),
+        "data parallelism (start several servers)": parallel.data_parallel_size > 1,
         "Model Runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
         "--disable-hybrid-kv-cache-manager (leave it out)": (
             scheduler.disable_hybrid_kv_cache_manager
@@ -64,7 +84,7 @@ def check_modes(vllm_config: Any, options: Options) -> None:
         "vLLM's own video pruning (leave out --video-pruning-rate)": (
             model.multimodal_config and model.multimodal_config.video_pruning_rate
         ),
-        "pooling, which has no decoding to save": model.runner_type != "generate",
+        "pooling, which does not decode": model.runner_type != "generate",
         f"layers_per_group={options.layers_per_group} (use a divisor of {layers} layers)": (
             layers % options.layers_per_group
         ),

@@ -1,6 +1,6 @@
-"""PLPHPConnector: what vLLM calls, in the scheduler and beside every model runner.
+"""PLPHPConnector: the class that vLLM calls, in the scheduler and next to every model runner.
 
-No keys and values travel: a KV connector is vLLM's public channel between the two.
+A KV connector is vLLM's public channel between the two. This one transfers no keys or values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from plphp.vllm import blocks, checks
-from plphp.vllm.compaction import Layer
+from plphp.vllm.layer import Layer
 from plphp.vllm.layout import READERS
 from plphp.vllm.messages import Pruned, Step
 from plphp.vllm.metrics import Counts, Prometheus
@@ -33,9 +33,12 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers under its own
 
 
 class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
-    """Each side's work is in `scheduler` and `worker`; here is only who calls what, and when."""
+    """vLLM's interface to plphp. `SchedulerSide` and `WorkerSide` do the work.
 
-    requires_kv_delivery = False  # nothing is delivered: blocks are free when a request ends
+    Raises UnsupportedModelError, UnsupportedModeError, and ValueError for wrong options.
+    """
+
+    requires_kv_delivery = False  # nothing is transferred, so blocks are free when a request ends
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -50,15 +53,17 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             share = options.share_prefix and vllm_config.cache_config.enable_prefix_caching
             self.scheduler = SchedulerSide(options, self.block_size, share)
-            logger.info("pruning images with %s", options)
+            logger.info("pruning images with %s", options.served(self.block_size))
             logger.warning("PLPHPConnector has been run with vLLM's CPU backend only, on no GPU")
 
-    # In the scheduler's process
+    # Called in the scheduler's process
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         self._scheduler.bind(kv_cache_manager.coordinator.single_type_managers)
-        kv_cache_manager.coordinator = blocks.Lockstep(kv_cache_manager.coordinator)
+        kv_cache_manager.coordinator = blocks.LockstepCoordinator(
+            kv_cache_manager.coordinator, freed=self._scheduler.plan_blocks
+        )
 
     def on_new_request(self, request: Any) -> None:
         self._scheduler.add(request)
@@ -94,7 +99,7 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         assert self.scheduler is not None
         return self.scheduler
 
-    # Beside a model runner
+    # Called next to a model runner
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         modules = self._vllm_config.compilation_config.static_forward_context
@@ -111,12 +116,12 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker = WorkerSide(layers, self.block_size, mean_over_ranks)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """vLLM's first call of a step, before it builds attention metadata."""
+        """Begin a step. vLLM calls this first, before it builds attention metadata."""
         assert self.worker is not None and isinstance(kv_connector_metadata, Step)
         self.worker.begin(kv_connector_metadata)
 
     def wait_for_save(self) -> None:
-        """vLLM's call after the forward of a step."""
+        """End a step. vLLM calls this after the forward of the model."""
         assert self.worker is not None
         self.worker.finish()
 
@@ -156,7 +161,10 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """Mean over the tensor-parallel ranks, which hold equal shares of every layer's heads."""
+    """The mean of a tensor over the tensor-parallel ranks.
+
+    All ranks hold equally many heads of every layer, so this is the mean over all heads.
+    """
     ranks = get_tensor_model_parallel_world_size()
     if ranks == 1:
         return tensor

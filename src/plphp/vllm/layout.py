@@ -1,9 +1,9 @@
-"""Reading keys and values back from a paged cache: the one thing that differs between backends.
+"""Reading keys and values from a paged cache, which is the only code that depends on the backend.
 
-A backend is an entry of `READERS`: a function from a layer to a `Reader`. Writing needs none, every
-backend of vLLM has `do_kv_cache_update`.
+An attention backend is an entry of `READERS`: a function from a layer to a `Reader`. Writing needs
+no entry, because every backend of vLLM has `do_kv_cache_update`.
 
-Touches: the memory of a layer's cache, because no backend of vLLM's can read it back.
+Reads in vLLM: the memory of a layer's cache, because no backend of vLLM has a function for it.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-DIGIT = 128  # a number that every dtype of a cache holds exactly
+BASE = 128  # every dtype of a cache represents the integers below this exactly
 
 
 class Reader(Protocol):
-    """Gathers tokens of one layer."""
+    """A function that reads the keys and values of one layer."""
 
     def __call__(self, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (Hkv, n * block_size, D) of blocks (n,), in their order."""
+        """The keys and values (Hkv, n * block_size, D) of blocks (n,), in the order of `blocks`."""
 
 
 def cpu_reader(layer: Any) -> Reader:
-    """CPU_ATTN: (blocks, Hkv, block_size, 2 D), inside a block as the instruction set likes it.
+    """The reader of vLLM's CPU_ATTN backend, whose cache is (blocks, Hkv, block_size, 2 D).
 
-    Keys may be transposed, in pairs or in tiles, so the order is learned: numbered tokens are
-    written with the backend's own kernel, and what comes out says where each number went.
+    The order of elements inside a block depends on the CPU's instruction set: keys may be
+    transposed in pairs or in tiles. The order is therefore measured: numbered elements are written
+    with the backend's own kernel, and the memory shows where each number was stored.
     """
     block, width = layer.kv_cache.shape[2:]
     keys, values = _learn_order(layer)
@@ -50,17 +51,21 @@ READERS: dict[str, Callable[[Any], Reader]] = {"CPU_ATTN": cpu_reader}
 
 
 def _learn_order(layer: Any) -> tuple[Tensor, Tensor]:
-    """Flat places (block * D,) in a block's memory of every key's and every value's element."""
+    """The offset in a block's memory of each element of keys and of values, (block * D,) int64.
+
+    An offset may exceed what the cache's dtype represents, so the numbers are written digit by
+    digit, in base `BASE`. Raises RuntimeError if an element is stored twice or not at all.
+    """
     cache = torch.zeros_like(layer.kv_cache[:1])
     heads, block, width = cache.shape[1:]
     number = torch.arange(block * width).view(2, block, 1, width // 2)
     found, scale = torch.zeros(block * width, dtype=torch.int64), 1
     while scale < block * width:
-        digit = (number // scale % DIGIT).to(cache.dtype).expand(-1, -1, heads, -1).contiguous()
+        digit = (number // scale % BASE).to(cache.dtype).expand(-1, -1, heads, -1).contiguous()
         layer.impl.do_kv_cache_update(layer, *digit, cache, torch.arange(block))
         found += cache[0, 0].flatten().long() * scale
-        scale *= DIGIT
+        scale *= BASE
     if not torch.equal(found.sort().values, number.flatten()):
-        raise RuntimeError(f"a CPU cache of kind {layer.isa} does not hold every element once")
+        raise RuntimeError(f"a CPU cache of kind {layer.isa} does not store each element once")
     keys, values = found.argsort().view(2, -1)
     return keys, values

@@ -1,4 +1,4 @@
-"""Numbers for /metrics and for the log line that vLLM writes at its usual interval."""
+"""The plugin's counters for /metrics and for the statistics line in vLLM's log."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
+from plphp.paged.prompts import Choice
 from plphp.policy import LAYER_CLASSES
-from plphp.vllm.messages import Choice
 
 SEEN, KEPT, REFUSED = "seen ", "kept ", "refused "  # prefixes of counters that have a label
+BAD_OPTIONS, BEAM_SEARCH = "bad options", "beam search"  # reasons not to prune a prompt
 
 
 @dataclass
 class Counts(KVConnectorStats):
-    """Counters since they were last taken, in `data`: name -> number, plain for the wire.
+    """Counters since the last `take`. `data` maps names to numbers, which vLLM can serialize.
 
-    prompts, unpruned: prompts with images that were pruned, and that asked not to be
-    blocks: cache blocks freed
-    "seen C", "kept C": vision tokens of layers of class C, and those that were kept
-    "refused R": prompts that were left alone for reason R
+    prompts: prompts with images that were pruned
+    unpruned: prompts with images whose request switched pruning off
+    blocks: cache blocks that pruning freed
+    "seen C": vision tokens of layers of class C; "kept C": those of them that were kept
+    "refused R": prompts that were not pruned for reason R
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -33,19 +35,19 @@ class Counts(KVConnectorStats):
         self.data[name] = self.data.get(name, 0) + number
 
     def refuse(self, reason: str) -> None:
-        """A prompt that cannot be pruned."""
+        """Count a prompt that cannot be pruned."""
         self.count(REFUSED + reason)
 
-    def add(self, choice: Choice, vision: int) -> None:
-        """A pruned prompt with so many vision tokens."""
+    def add(self, choice: Choice, vision: int, blocks: int) -> None:
+        """Count a pruned prompt with its vision tokens and the blocks that pruning freed."""
         self.count("prompts")
-        self.count("blocks", sum(choice.dead))
+        self.count("blocks", blocks)
         for kept, layer_class in zip(choice.kept, choice.classes, strict=True):
             self.count(SEEN + LAYER_CLASSES[layer_class], vision)
             self.count(KEPT + LAYER_CLASSES[layer_class], kept)
 
     def take(self) -> Counts | None:
-        """The counters, which start again at zero; None where nothing happened."""
+        """Return the counters and reset them; None if all are zero."""
         if not self.data:
             return None
         taken, self.data = self.data, {}
@@ -63,7 +65,7 @@ class Counts(KVConnectorStats):
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """The log line: "KV Transfer metrics: PLPHP prompts=12, ..."."""
+        """The entries of the log line "KV Transfer metrics: PLPHP prompts=12, ..."."""
         line: dict[str, int | float] = {
             "PLPHP prompts": self.data.get("prompts", 0),
             "unpruned": self.data.get("unpruned", 0),
@@ -78,16 +80,21 @@ class Counts(KVConnectorStats):
 
 _SERIES = {
     "prompts": ("vllm:plphp_prompts_pruned", "Prompts whose images were pruned.", None),
-    "unpruned": ("vllm:plphp_prompts_unpruned", "Prompts with images that asked not to be.", None),
-    "blocks": ("vllm:plphp_blocks_freed", "KV cache blocks that pruning gave back.", None),
+    "unpruned": (
+        "vllm:plphp_prompts_unpruned",
+        "Prompts with images whose request switched pruning off.",
+        None,
+    ),
+    "blocks": ("vllm:plphp_blocks_freed", "KV cache blocks that pruning freed.", None),
     SEEN: ("vllm:plphp_vision_tokens", "Vision tokens of layers, by class.", "layer_class"),
-    KEPT: ("vllm:plphp_vision_tokens_kept", "Those that layers kept, by class.", "layer_class"),
+    KEPT: ("vllm:plphp_vision_tokens_kept", "Kept vision tokens, by class.", "layer_class"),
     REFUSED: ("vllm:plphp_prompts_refused", "Prompts that could not be pruned.", "reason"),
 }
+_LABELS = {SEEN: LAYER_CLASSES, KEPT: LAYER_CLASSES, REFUSED: (BAD_OPTIONS, BEAM_SEARCH)}
 
 
 class Prometheus(KVConnectorPromMetrics):
-    """The counters on vLLM's own /metrics; retention is kept over seen, per class."""
+    """The counters on vLLM's /metrics. The retention of a class is its kept / its seen tokens."""
 
     def __init__(
         self,
@@ -105,6 +112,11 @@ class Prometheus(KVConnectorPromMetrics):
             )
             for prefix, (name, text, label) in _SERIES.items()
         }
+        # A series that appears with its first event shows no increase for it: all start at 0.
+        for engine in per_engine_labelvalues.values():
+            for prefix, counter in self.series.items():
+                for label in _LABELS.get(prefix, (None,)):
+                    counter.labels(*engine, *([label] if label else []))
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         engine = self.per_engine_labelvalues[engine_idx]

@@ -1,11 +1,12 @@
-"""vLLM's entry point: runs in each of its processes, and changes nothing without the switch.
+"""The entry point of the plugin, which vLLM calls in each of its processes.
 
-Two functions of vLLM's are wrapped. Both ask at call time whether the config they are given names
-PLPHPConnector, and do what they did if it does not:
-- `Attention.get_kv_cache_spec`, since no extension point is told which layer asks for a spec;
-- `KVConnectorFactory.get_connector_class`, the first call that sees the connector's options: bad
-  ones, GPUs and other connectors beside it are refused in the process that was started, before a
-  model is loaded.
+Two functions of vLLM are wrapped. At each call they check whether the config names PLPHPConnector,
+and behave as before if it does not:
+- `Attention.get_kv_cache_spec`, because no extension point of vLLM knows which layer asks for a
+  spec;
+- `KVConnectorFactory.get_connector_class`, because it is the first call that gets the connector's
+  options. Wrong options, GPUs and combinations with other connectors are refused there, in the
+  process that the user started and before a model is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from plphp.vllm.options import CONNECTOR, read_options
 
 
 def register() -> None:
-    """Make `PLPHPConnector` known. Safe to call again."""
+    """Register `PLPHPConnector` with vLLM. A second call does nothing."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     if CONNECTOR in KVConnectorFactory._registry:
@@ -29,14 +30,14 @@ def register() -> None:
     try:
         check_version(vllm.__version__)
     except Exception:
-        return  # the connector's module says so to whoever asks for it
+        return  # the connector's module raises the same error when a config names the connector
     from vllm.model_executor.layers.attention.attention import Attention
 
     _wrap_spec(Attention)
     _wrap_class(KVConnectorFactory)
 
 
-def _asked(transfer: Any) -> bool:
+def _names_plphp(transfer: Any) -> bool:
     return transfer is not None and transfer.kv_connector == CONNECTOR
 
 
@@ -46,7 +47,7 @@ def _wrap_spec(attention: Any) -> None:
     @functools.wraps(original)
     def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
         spec = original(self, vllm_config)
-        if spec is None or not _asked(vllm_config.kv_transfer_config):
+        if spec is None or not _names_plphp(vllm_config.kv_transfer_config):
             return spec
         from plphp.vllm.attach import attach
 
@@ -60,9 +61,10 @@ def _wrap_class(factory: Any) -> None:
 
     @functools.wraps(original)
     def get_connector_class(transfer: Any) -> Any:
-        check_alone(transfer)
-        if _asked(transfer):
-            from vllm.platforms import current_platform  # not to be asked for any earlier
+        check_alone(transfer, factory._registry)
+        if _names_plphp(transfer):
+            # vLLM detects the platform at this import, which must not happen any earlier.
+            from vllm.platforms import current_platform
 
             read_options(transfer.kv_connector_extra_config)
             check_platform(current_platform.device_type)

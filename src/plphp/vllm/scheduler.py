@@ -1,69 +1,103 @@
-"""The scheduler's side: which prompts are pruned, what workers are told, which blocks come back.
+"""The scheduler side: it decides which prompts are pruned, informs the workers and frees blocks.
 
-Touches: what vLLM is about to send of a new request, a request's own rule about the prefix cache
-(the reason at each), and reads the managers' block tables, because workers know requests by blocks.
+Changes in vLLM: the image features that are sent for a new request, and the flag of a request that
+bypasses the prefix cache; a comment at each place gives the reason. Reads in vLLM: the block tables
+of the managers, because workers identify requests by their blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from vllm.logger import init_logger
 
+from plphp.paged.blocks import PromptBlocks, fits, fresh_blocks
+from plphp.paged.prompts import Choice, PromptEnd
 from plphp.policy import LAYER_CLASSES, PLPHP
-from plphp.vllm.blocks import LayerBlocks, PromptBlocks
-from plphp.vllm.messages import Choice, PromptEnd, Pruned, Step, spans_of, vision_runs
-from plphp.vllm.metrics import Counts
+from plphp.vllm.blocks import LayerBlocks
+from plphp.vllm.messages import Pruned, Step, vision_runs
+from plphp.vllm.metrics import BAD_OPTIONS, BEAM_SEARCH, Counts
 from plphp.vllm.options import Options, request_policy
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers under its own name
 
 
+def is_beam(params: Any) -> bool:
+    """Whether vLLM's SamplingParams are those that its beam search makes for one token of a beam.
+
+    Every token is a request of its own there, whose prompt holds the tokens before it. Pruning
+    after the prompt would change no answer.
+    """
+    return bool(params and params.max_tokens == 1 and params.logprobs and not params.detokenize)
+
+
 @dataclass
 class Prompt:
-    """A request whose prompt will be pruned, or has been.
+    """A request whose prompt will be pruned or has been pruned.
 
-    request: vLLM's own
-    images: as in `PromptEnd`
-    choice: what was kept, once it is known
+    request: vLLM's Request
+    policy, images: as in `PromptEnd`
+    choice: the numbers of its plans; None until the prompt has been pruned
+    pending: for each step that computes the prompt's last token and whose outcome has not arrived,
+        how often the request had been preempted when the step was scheduled
+    told: the entry of a response that was sent off before the outcome; the outcome fills it
     """
 
     request: Any
     policy: PLPHP
     images: tuple[tuple[int, int, int], ...]
     choice: Choice | None = None
+    pending: list[int] = field(default_factory=list)
+    told: dict[str, Any] | None = None
 
     @property
     def vision(self) -> int:
-        """Vision tokens of the prompt."""
+        """The number of vision tokens of the prompt."""
         return sum(last - first + 1 for _, first, last in self.images)
+
+    def numbers(self, freed: int) -> dict[str, Any]:
+        """The entry of a response. freed: number of blocks that pruning freed."""
+        assert self.choice is not None
+        return {
+            "vision_tokens": self.vision,
+            "retention": sum(self.choice.kept) / (self.vision * len(self.choice.kept)),
+            "layer_classes": [LAYER_CLASSES[c] for c in self.choice.classes],
+            "freed_blocks": freed,
+        }
 
 
 class SchedulerSide:
-    """Lives in the scheduler's process. All its state is of requests that have not finished."""
+    """The state of the plugin in the scheduler's process, for requests that have not finished.
+
+    prompts: prompts to prune, by request id
+    awaited: prompts whose `pending` is not empty, by request id; their requests may have finished
+    blocks: how their blocks are handled, by request id; the managers of all groups share this dict
+    refused: why a request is not pruned, by request id
+    features: vLLM's image features of requests that no worker has got yet, by request id
+    """
 
     def __init__(self, options: Options, block_size: int, share_prefix: bool) -> None:
         self.options = options
         self.block_size = block_size
         self.share_prefix = share_prefix
         self.prompts: dict[str, Prompt] = {}
+        self.awaited: dict[str, Prompt] = {}
         self.blocks: dict[str, PromptBlocks] = {}
         self.refused: dict[str, str] = {}
-        self.features: dict[str, Any] = {}  # of requests that no worker knows yet
+        self.features: dict[str, Any] = {}
         self.managers: Sequence[LayerBlocks] = ()
         self.counts = Counts()
 
     def bind(self, managers: Sequence[LayerBlocks]) -> None:
-        """Share the prompts' rules with the managers of all groups."""
+        """Share `blocks` with the managers of all groups."""
         self.managers = managers
         for manager in managers:
             manager.prompts = self.blocks
 
     def add(self, request: Any) -> None:
-        """Decide about a request when it arrives."""
+        """Decide whether and how a new request is pruned."""
         if request.mm_features:
             self.features[request.request_id] = request.mm_features
         params = request.sampling_params
@@ -71,34 +105,49 @@ class SchedulerSide:
         try:
             policy = request_policy(self.options, params.extra_args if params else None)
         except ValueError as error:
-            self.counts.refuse("bad options")
+            self.counts.refuse(BAD_OPTIONS)
             self.refused[request.request_id] = str(error)
             logger.warning("request %s is not pruned: %s", request.request_id, error)
+            return
+        if policy is not None and images and is_beam(params):
+            self.counts.refuse(BEAM_SEARCH)
+            logger.warning_once("beam search is not pruned: vLLM reads a prompt for every token")
             return
         if policy is None or not images:
             if images:
                 self.counts.count("unpruned")
             return
         policy = replace(policy, round_to=self.block_size)
-        prompt = Prompt(request, policy, images)
-        self.prompts[request.request_id] = prompt
-        fresh = self._fresh(prompt)
-        self.blocks[request.request_id] = PromptBlocks(request.num_prompt_tokens, fresh)
+        self.prompts[request.request_id] = Prompt(request, policy, images)
+        self.plan_blocks(request.request_id)
+
+    def plan_blocks(self, request_id: str) -> None:
+        """Decide how the blocks of a prompt are handled, at its start and after each preemption.
+
+        A request that was preempted computes its answer again too, so that its blocks and the fresh
+        ones may not fit into the pool any more; it is then pruned in place.
+        """
+        prompt = self.prompts.get(request_id)
+        if prompt is None:
+            return
+        fresh = self._fresh_blocks(prompt)
+        self.blocks[request_id] = PromptBlocks(prompt.request.num_prompt_tokens, fresh)
         if fresh is None:
-            # Pruning in place overwrites blocks, so nobody else may own them.
-            request.skip_reading_prefix_cache = True
+            # Pruning in place overwrites blocks, so no other request may share them.
+            prompt.request.skip_reading_prefix_cache = True
 
     def step(self, output: Any) -> Step:
-        """What to tell the workers about a step that was just scheduled."""
-        gone = frozenset(output.finished_req_ids) | frozenset(output.preempted_req_ids or ())
+        """The message to the workers about a step that was just scheduled."""
+        released = frozenset(output.finished_req_ids) | frozenset(output.preempted_req_ids or ())
         for new in output.scheduled_new_reqs:
-            # vLLM keeps pixels from the workers where the prefix cache has the image, and then
-            # stops with an error if the request is preempted and the image evicted.
+            # vLLM does not send pixels to the workers if the prefix cache holds the image. It then
+            # stops with an error if the request is preempted and the image evicted, so all
+            # features are sent.
             new.mm_features = self.features.pop(new.req_id, new.mm_features)
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        step = Step(gone=gone)
+        step = Step(released=released)
         held = self.managers[0].req_to_blocks
         for request_id, scheduled in output.num_scheduled_tokens.items():
             start = computed[request_id]
@@ -106,45 +155,58 @@ class SchedulerSide:
             step.rows[held[request_id][(end - 1) // self.block_size].block_id] = request_id
             prompt = self.prompts.get(request_id)
             if prompt is not None and start < prompt.request.num_prompt_tokens <= end:
-                step.ends[request_id] = self._end(prompt, start, end)
+                step.ends[request_id] = self._prompt_end(prompt, start, end)
         return step
 
     def pruned(self, pruned: Pruned) -> None:
-        """Free what the workers report as empty."""
+        """Free the blocks that hold no tokens after pruning, as the workers report them.
+
+        A request may have finished, or may have been preempted, since its step was scheduled. Its
+        blocks have then been freed already.
+        """
         for request_id, choice in pruned.choices.items():
-            prompt = self.prompts.get(request_id)
-            if prompt is None:
-                continue
-            for manager, dead in zip(self.managers, choice.dead, strict=True):
-                manager.drop(request_id, dead)
-            if prompt.choice is None:  # a resumed request was counted before
-                self.counts.add(choice, prompt.vision)
+            prompt = self.awaited[request_id]
+            preemptions = prompt.pending.pop(0)
+            if not prompt.pending:
+                del self.awaited[request_id]
+            alive = request_id in self.prompts
+            holds = alive and preemptions == prompt.request.num_preemptions
+            if holds:
+                for manager, freed in zip(self.managers, choice.freed, strict=True):
+                    manager.drop(request_id, freed)
+            if prompt.choice is None:  # a request that was preempted has been counted before
+                self.counts.add(choice, prompt.vision, sum(choice.freed) if holds else 0)
             prompt.choice = choice
-            if prompt.request.num_prompt_tokens % self.block_size == 0:
-                # Resumed, it could find its whole prompt in the cache, with no last token to ask.
+            if prompt.told is not None:
+                prompt.told.update(prompt.numbers(freed=0))
+            if alive and prompt.request.num_prompt_tokens % self.block_size == 0:
+                # After a preemption the prefix cache could hold the whole prompt. The last token
+                # would then not be computed, and its query would be missing.
                 prompt.request.skip_reading_prefix_cache = True
 
     def finish(self, request_id: str) -> dict[str, Any] | None:
-        """Forget a request that finished or was aborted; what its response says of the pruning."""
+        """Delete the state of a request that finished or was aborted.
+
+        Returns the entry of `kv_transfer_params` in its response, or None if it was not pruned. If
+        the request ends with its first token, vLLM asks for the entry before it passes the outcome
+        on, but sends it later: `pruned` fills it in between.
+        """
         self.features.pop(request_id, None)
         if request_id in self.refused:
             return {"plphp": {"refused": self.refused.pop(request_id)}}
         self.blocks.pop(request_id, None)
         prompt = self.prompts.pop(request_id, None)
-        if prompt is None or prompt.choice is None:
-            return None
-        choice = prompt.choice
-        return {
-            "plphp": {
-                "vision_tokens": prompt.vision,
-                "retention": sum(choice.kept) / (prompt.vision * len(choice.kept)),
-                "layer_classes": [LAYER_CLASSES[c] for c in choice.classes],
-                "freed_blocks": sum(choice.dead),
-            }
-        }
+        if prompt is not None and prompt.choice is not None:
+            return {"plphp": prompt.numbers(sum(prompt.choice.freed))}
+        if request_id in self.awaited:
+            told = self.awaited[request_id].told = {}
+            return {"plphp": told}
+        return None
 
-    def _end(self, prompt: Prompt, start: int, end: int) -> PromptEnd:
+    def _prompt_end(self, prompt: Prompt, start: int, end: int) -> PromptEnd:
         request = prompt.request
+        prompt.pending.append(request.num_preemptions)
+        self.awaited[request.request_id] = prompt
         fresh = None
         if self.blocks[request.request_id].fresh:
             fresh = tuple(
@@ -154,17 +216,16 @@ class SchedulerSide:
         length = request.num_prompt_tokens
         return PromptEnd(start, end, length, prompt.images, prompt.policy, fresh, prompt.choice)
 
-    def _fresh(self, prompt: Prompt) -> int | None:
-        """Most blocks that a group can need for pruning into; None where that is not to be."""
-        length = prompt.request.num_prompt_tokens
-        full = length // self.block_size
+    def _fresh_blocks(self, prompt: Prompt) -> int | None:
+        """The most fresh blocks that a group can need for a prompt; None to prune in place.
+
+        A prompt is pruned in place if prefixes are not shared, or if the whole pool is too small
+        for its blocks, those of an answer computed before a preemption, and the fresh ones.
+        """
         if not self.share_prefix:
             return None
-        policy = prompt.policy
-        most = torch.tensor([policy.r + policy.delta_r], dtype=torch.float64)
-        quota, total = policy.counts(most, spans_of(prompt.images, length)[None])
-        kept = int((quota.sum(-1) if total is None else total)[0])
-        fresh = full - (prompt.vision - kept) // self.block_size
+        request, policy, block = prompt.request, prompt.policy, self.block_size
+        rate, length = policy.r + policy.delta_r, request.num_prompt_tokens
+        fresh = fresh_blocks(policy, rate, prompt.images, length, block)
         pool: int = self.managers[0].block_pool.num_gpu_blocks - 1
-        needed = -(-length // self.block_size) + 1 + fresh
-        return fresh if needed * len(self.managers) <= pool else None
+        return fresh if fits(request.num_tokens, fresh, block, len(self.managers), pool) else None

@@ -1,9 +1,10 @@
-"""The worker's side: shifted metadata for pruned requests, and one compaction at a step's end.
+"""The worker side: attention metadata without freed blocks, and compaction at the end of a step.
 
-The order of a step: `begin`, `shift` once a cache group, `watch` once a layer, `finish`, `report`.
+The calls of one step: `begin`, `shift` once per cache group, `after_attention` once per layer,
+`finish`, `report`.
 
-Touches: the CommonAttentionMetadata that vLLM gives every backend, because nothing later knows a
-sequence's length and blocks; it is copied, never changed.
+Reads in vLLM: the CommonAttentionMetadata of each cache group, because later code has no access to
+sequence lengths and block tables. It is copied and not changed.
 """
 
 from __future__ import annotations
@@ -16,18 +17,23 @@ import torch
 from torch import Tensor
 
 from plphp.attention import attend
-from plphp.vllm.compaction import Layer, choose, choose_again, summary
-from plphp.vllm.frame import Frame, Live
-from plphp.vllm.messages import Choice, PromptEnd, Pruned, Step, spans_of
+from plphp.paged.choosing import choose, choose_again, summary
+from plphp.paged.compaction import PagedLayer, with_fresh
+from plphp.paged.prompts import Choice, PromptEnd, spans_of
+from plphp.paged.tables import BatchTables, PrunedRequest
+from plphp.vllm.messages import Pruned, Step
 
 
 @dataclass(frozen=True)
 class Ending:
-    """A prompt that ends in this step.
+    """A prompt whose last token is computed in this step.
 
-    row, start: its row in the batch and its first token there
-    queries: layer's name -> (H, D) of the last prompt token
-    columns: layer's name -> (Hkv, K), of layers that had to choose before the step's end
+    end: the scheduler's message
+    row: its row in the batch
+    start: index of its first token in the batch
+    queries: by layer name, (H, D) of the last prompt token
+    columns: by layer name, (Hkv, K), of layers whose tokens were selected before the end of the
+        step
     """
 
     end: PromptEnd
@@ -38,55 +44,64 @@ class Ending:
 
     @property
     def last(self) -> int:
-        """Where the last prompt token is in the batch."""
+        """The index of the last prompt token in the batch."""
         return self.start + self.end.length - 1 - self.end.start
 
 
 class WorkerSide:
-    """Lives beside a model runner. What outlives a step is `live`: requests that are decoded."""
+    """The state of the plugin next to a model runner.
+
+    layers: all decoder layers
+    block_size: tokens per block
+    over_ranks: as in `plphp.policy.LayerView`
+
+    Only `pruned_requests`, the pruned requests that are being decoded, lasts longer than a step.
+    """
 
     def __init__(
-        self, layers: Sequence[Layer], block_size: int, over_ranks: Callable[[Tensor], Tensor]
+        self, layers: Sequence[PagedLayer], block_size: int, over_ranks: Callable[[Tensor], Tensor]
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
         self.groups = 1 + max(layer.group for layer in layers)
         self.block_size = block_size
         self.over_ranks = over_ranks
-        self.live: dict[str, Live] = {}
-        self.frame = Frame((), self.groups)
+        self.pruned_requests: dict[str, PrunedRequest] = {}
+        self.batch_tables = BatchTables((), self.groups)
         self.begin(None)
 
     @property
-    def together(self) -> int:
-        """Layers that share a block table."""
+    def layers_per_group(self) -> int:
+        """The number of layers that share a block table."""
         return len(self.layers) // self.groups
 
     def begin(self, step: Step | None) -> None:
-        """A step starts: what finished or was preempted is pruned no more."""
+        """Begin a step, and forget the requests that finished or were preempted."""
         self.step = step
         self.matched = False
         self.endings: dict[str, Ending] = {}
         self.tables: dict[int, Tensor] = {}
         self.choices: dict[str, Choice] = {}
-        for request_id in step.gone if step else ():
-            self.live.pop(request_id, None)
-        if not self.live:
-            self.frame = Frame((), self.groups)
+        for request_id in step.released if step else ():
+            self.pruned_requests.pop(request_id, None)
+        if not self.pruned_requests:
+            self.batch_tables = BatchTables((), self.groups)
 
     def shift(self, group: int, common: Any) -> Any:
-        """vLLM's CommonAttentionMetadata of a group, without the blocks that hold nothing.
+        """vLLM's CommonAttentionMetadata of a group without freed blocks.
 
-        Attention is causal from the bottom right: it sees a shorter sequence, no more.
+        Attention sees a shorter sequence. Its causal mask is aligned to the end of the sequence, so
+        that kernels work unchanged.
         """
         if self.step is None:
             return common
         if not self.matched:
             self._match_rows(common)
         self.tables[group] = common.block_table_tensor
-        if self.frame.empty:
+        if self.batch_tables.empty:
             return common
-        table, dead = self.frame.apply(group, common.block_table_tensor)
-        seq_lens = common.seq_lens - dead * self.block_size
+        table, freed = self.batch_tables.apply(group, common.block_table_tensor)
+        seq_lens = common.seq_lens.clone()
+        seq_lens[: len(freed)] -= freed * self.block_size
         return common.replace(
             seq_lens=seq_lens,
             block_table_tensor=table,
@@ -94,32 +109,41 @@ class WorkerSide:
             _num_computed_tokens_cache=None,
         )
 
-    def watch(self, name: str, query: Tensor, output: Tensor) -> None:
-        """A layer's attention has run: query (T, H, D), output (T, H * D) or (T, H, D)."""
+    def after_attention(self, name: str, query: Tensor, output: Tensor) -> None:
+        """Store the queries of last prompt tokens after the attention of a layer.
+
+        query: (T, H, D) of T tokens in the batch; output: (T, H * D) or (T, H, D), in which the
+        rows of answers that follow a pruned prompt are replaced
+        """
         for ending in self.endings.values():
             ending.queries[name] = query[ending.last].clone()
             if ending.end.end > ending.end.length:
-                self._redo_tail(self.layers[name], ending, query, output)
+                self._recompute_answer(self.layers[name], ending, query, output)
 
     def finish(self) -> None:
-        """The forward has run: prune what ended in this step."""
+        """Prune the prompts whose last token was computed in this step."""
         for request_id, ending in self.endings.items():
             choice, columns = self._choose(ending)
             self.choices[request_id] = choice
             for layer in self.layers.values():
                 self._compact(layer, ending.end, self._blocks(layer, ending), choice, columns)
-            if any(choice.dead):
-                self.live[request_id] = Live.of(choice.dead, ending.end, self.block_size)
+            if any(choice.freed):
+                self.pruned_requests[request_id] = PrunedRequest.of(
+                    choice.freed, ending.end, self.block_size
+                )
         self.endings = {}
 
     def report(self) -> Pruned | None:
-        """What the scheduler has to know."""
+        """The message to the scheduler; None if no prompt was pruned."""
         return Pruned(self.choices) if self.choices else None
 
     def _match_rows(self, common: Any) -> None:
-        """Find which row is which request, by the block that it writes last in group 0."""
+        """Find the request of each row by the block that the row writes last in group 0.
+
+        The batch may be padded: the rows of requests come first.
+        """
         assert self.step is not None
-        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+        starts = common.query_start_loc_cpu[: len(self.step.rows) + 1].tolist()
         last = torch.tensor(starts[1:], device=common.slot_mapping.device) - 1
         blocks = (common.slot_mapping[last] // self.block_size).tolist()
         ids = [self.step.rows[block] for block in blocks]
@@ -127,32 +151,41 @@ class WorkerSide:
             if request_id in self.step.ends:
                 end = self.step.ends[request_id]
                 self.endings[request_id] = Ending(end, row, starts[row], {}, {})
-        rows = tuple(self.live.get(request_id) for request_id in ids)
-        if rows != self.frame.rows:
-            self.frame = Frame(rows, self.groups)
+        rows = tuple(self.pruned_requests.get(request_id) for request_id in ids)
+        if rows != self.batch_tables.rows:
+            self.batch_tables = BatchTables(rows, self.groups)
         self.matched = True
 
-    def _blocks(self, layer: Layer, ending: Ending) -> Tensor:
-        """Blocks (n,) of the request up to the end of this step, as the runner has them."""
+    def _blocks(self, layer: PagedLayer, ending: Ending) -> Tensor:
+        """The blocks (n,) of a request up to its last token of this step, from vLLM's table."""
         used = -(-ending.end.end // self.block_size)
         return self.tables[layer.group][ending.row, :used].long()
 
     def _choose(self, ending: Ending) -> tuple[Choice, dict[str, Tensor]]:
-        """What a prompt keeps: in numbers, and as columns (Hkv, K) of the layers that drop some."""
+        """Select the tokens of a prompt.
+
+        Returns the numbers for the scheduler, and the kept columns (Hkv, K) by layer name. Layers
+        that drop nothing may be missing.
+        """
         end, layers = ending.end, list(self.layers.values())
         if end.choice is not None:
-            drop = [layer for layer in layers if end.choice.dead[layer.group]]
-            return end.choice, {layer.name: self._choose_again(layer, ending) for layer in drop}
+            pruned = [layer for layer in layers if end.choice.freed[layer.group]]
+            return end.choice, {layer.name: self._choose_again(layer, ending) for layer in pruned}
         probs = torch.stack([self._score(layer, ending) for layer in layers])
         spans = spans_of(end.images, end.length).to(probs.device)
-        plan = choose(probs, spans, end.policy, layers[0].kv_heads, self.together, self.over_ranks)
-        choice = summary(plan, spans, self.block_size, self.together)
-        kept = [end.length - self.block_size * choice.dead[layer.group] for layer in layers]
+        plan = choose(
+            probs, spans, end.policy, layers[0].kv_heads, self.layers_per_group, self.over_ranks
+        )
+        choice = summary(plan, spans, self.block_size, self.layers_per_group)
+        kept = [end.length - self.block_size * choice.freed[layer.group] for layer in layers]
         columns = (row[:, -count:] for row, count in zip(plan.columns, kept, strict=True))
         return choice, dict(zip(self.layers, columns, strict=True))
 
-    def _choose_again(self, layer: Layer, ending: Ending) -> Tensor:
-        """Columns (Hkv, K) of one layer of a request that was preempted, found once a step."""
+    def _choose_again(self, layer: PagedLayer, ending: Ending) -> Tensor:
+        """The kept columns (Hkv, K) of one layer of a request that was preempted.
+
+        They are computed once per step.
+        """
         end, choice = ending.end, ending.end.choice
         assert choice is not None
         if layer.name not in ending.columns:
@@ -164,48 +197,56 @@ class WorkerSide:
             )
         return ending.columns[layer.name]
 
-    def _score(self, layer: Layer, ending: Ending) -> Tensor:
-        """(H, N) float32 attention of the last prompt token."""
+    def _score(self, layer: PagedLayer, ending: Ending) -> Tensor:
+        """The attention of the last prompt token in one layer, (H, N) float32."""
         query, blocks = ending.queries[layer.name], self._blocks(layer, ending)
         return layer.score(query, blocks, ending.end.length)
 
     def _compact(
         self,
-        layer: Layer,
+        layer: PagedLayer,
         end: PromptEnd,
         blocks: Tensor,
         choice: Choice,
         columns: dict[str, Tensor],
     ) -> None:
-        """Pack what a layer keeps against the end of its prompt, so that later slots stay."""
-        dead = choice.dead[layer.group]
-        if not dead:
+        """Copy the kept tokens of a layer to the end of its prompt.
+
+        The tokens after the prompt then keep their slots.
+        """
+        freed = choice.freed[layer.group]
+        if not freed:
             return
         target = blocks
         if end.fresh is not None:
             full = end.length // self.block_size
-            fresh = torch.tensor(end.fresh[layer.group], device=blocks.device)
-            target = blocks.clone()
-            target[full - len(fresh) : full] = fresh
-        first = dead * self.block_size
+            target = with_fresh(blocks, end.fresh[layer.group], full)
+        first = freed * self.block_size
         layer.move(columns[layer.name], blocks, target, first, self.block_size)
 
-    def _redo_tail(self, layer: Layer, ending: Ending, query: Tensor, output: Tensor) -> None:
-        """A request that was preempted reads its answer again, in one chunk with the prompt's end.
+    def _recompute_answer(
+        self, layer: PagedLayer, ending: Ending, query: Tensor, output: Tensor
+    ) -> None:
+        """Replace the attention output of answer tokens that follow a pruned prompt in this step.
 
-        What it generated has to see the pruned prompt, as it did the first time.
+        A request that was preempted computes its answer again, together with the last tokens of its
+        prompt. The answer tokens must attend to the pruned prompt, as they did before.
         """
         end, choice = ending.end, ending.end.choice
-        assert choice is not None, "only what was preempted after its prompt has a tail"
-        if not choice.dead[layer.group]:
+        assert choice is not None, (
+            "only a request that was preempted has an answer to compute again"
+        )
+        if not choice.freed[layer.group]:
             return
         kept = self._choose_again(layer, ending)
-        tail = torch.arange(end.length, end.end, device=kept.device)
-        columns = torch.cat([kept, tail.expand(len(kept), -1)], 1)
+        answer = torch.arange(end.length, end.end, device=kept.device)
+        columns = torch.cat([kept, answer.expand(len(kept), -1)], 1)
         keys, values = layer.gather(self._blocks(layer, ending), columns)
-        first, new, held = ending.last + 1, len(tail), keys.shape[1]
+        first, new, held = ending.last + 1, len(answer), keys.shape[1]
         seen = torch.ones(new, held, dtype=torch.bool, device=kept.device).tril(held - new)
-        asked = query[first : first + new].transpose(0, 1)[None]
-        out = attend(asked, keys[None], values[None], seen[None, None], layer.scale, layer.softcap)
+        queries = query[first : first + new].transpose(0, 1)[None]
+        out = attend(
+            queries, keys[None], values[None], seen[None, None], layer.scale, layer.softcap
+        )
         rows = output[first : first + new]
         rows.copy_(out[0].transpose(0, 1).reshape(rows.shape))

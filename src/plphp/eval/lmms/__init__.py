@@ -1,7 +1,7 @@
 """The lmms-eval plugin: `python -m lmms_eval --model plphp --model_args pretrained=...,method=...`.
 
-lmms-eval finds it by the entry point group `lmms_eval.models` (pyproject.toml). It reads this file
-while it is itself being imported, so nothing but the name of the class is here.
+lmms-eval finds it through the entry point group `lmms_eval.models` (pyproject.toml). lmms-eval
+imports this file during its own import, so that this file has only the names of the classes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """What lmms-eval needs to know: chat tasks by default, the older kind with --force_simple."""
+    """The manifest of the plugin: a class for chat tasks, and one for --force_simple."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(

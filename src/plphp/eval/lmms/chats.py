@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from plphp.errors import InputError
-from plphp.inputs import Loaded, Prompt, Runnable, open_image
+from plphp.inputs import Loaded, Prompt, Runnable, open_image, upright
 
 Message = Mapping[str, Any]  # {"role": ..., "content": [{"type": "image", "url": ...}, ...]}
 Chat = Sequence[Message]
@@ -55,7 +55,7 @@ def _entry(entry: Mapping[str, Any], shrink: Shrink) -> dict[str, Any]:
     if kind == "text":
         return {"type": "text", "text": entry["text"]}
     if kind == "image":
-        image = medium if isinstance(medium, Image.Image) else open_image(str(medium))
+        image = upright(medium) if isinstance(medium, Image.Image) else open_image(str(medium))
         return {"type": "image", "image": shrink(image.convert("RGB"))}
     if kind == "video" and isinstance(medium, str):
         clip = [name for name in ("start_time", "end_time") if entry.get(name) is not None]

@@ -1,16 +1,21 @@
-"""What a run of lmms-eval pruned, in numbers that stand beside its scores."""
+"""The kept share of a run of lmms-eval, which the results file shows with the scores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from plphp.cache import Report
+from plphp.report import Report
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One prefill. prompts: its rows that have images; vision: tokens of all its images."""
+    """One prefill.
+
+    prompts: number of rows with images
+    vision: number of vision tokens of all rows
+    retention, kv_bytes, kv_bytes_full: as in the report
+    """
 
     prompts: int
     vision: int
@@ -30,7 +35,7 @@ class Kept:
 
 
 def numbers(kept: Sequence[Kept]) -> dict[str, float]:
-    """Vision K/V kept over all of the run's, 1 where there are none, and mean bytes a prefill."""
+    """The share of vision K/V kept in a run, 1 without vision tokens, and mean bytes a prefill."""
     vision = sum(k.vision for k in kept)
     left = sum(k.vision * k.retention for k in kept)
     return {
@@ -42,11 +47,11 @@ def numbers(kept: Sequence[Kept]) -> dict[str, float]:
 
 
 def in_words(method: str, kept: Sequence[Kept]) -> tuple[str, bool]:
-    """One line for the log, and whether it is a warning: that nothing was pruned."""
+    """One line for the log, and whether it is a warning because nothing was pruned."""
     if method == "none":
-        return "plphp: method=none, the model ran untouched", False
+        return "plphp: method=none, the model ran without plphp", False
     if method == "downsample":
-        return "plphp: method=downsample, smaller pictures for the untouched model", False
+        return "plphp: method=downsample, smaller images without pruning", False
     found = numbers(kept)
     if not found["prompts_with_images"]:
         return f"plphp: method={method}, but no prompt had vision tokens: nothing was pruned", True

@@ -1,4 +1,4 @@
-"""The models that lmms-eval loads: any vision-language model of transformers, pruned."""
+"""The model classes of the lmms-eval plugin: any vision-language model of transformers, pruned."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from tqdm import tqdm
 from plphp.errors import InputError, UnsupportedModeError
 from plphp.eval.lmms import chats, kept
 from plphp.eval.shrink import shrinker
-from plphp.hf import prune
+from plphp.hf import compat, prune
 from plphp.inputs import load
 from plphp.policy import policy
 
-Prompt = tuple[Callable[[], chats.Chat], Mapping[str, Any]]  # opens its pictures; its options
+Prompt = tuple[Callable[[], chats.Chat], Mapping[str, Any]]  # opens its images; its options
 
 
 class Pruned(lmms):
-    """--model_args of `--model plphp`.
+    """The parameters are the --model_args of `--model plphp`.
 
     pretrained: a hub id, a local directory, or "embedded"
-    method: a name of `plphp.policy`, or "none" for the untouched model
+    method: a name of `plphp.policy`, or "none" for the model without plphp
     dtype: auto, float32, bfloat16, float16
-    device: cpu, cuda, ..., or auto to spread the layers; by default what accelerate gives
+    device: cpu, cuda, ..., or auto to distribute the layers; by default accelerate's device
     attn: sdpa, eager, flash_attention_2, ...
-    max_pixels: larger pictures are made smaller first
-    num_frames: how many frames of a video are read
-    trust_remote_code: run Python code that comes with the model
-    Every other argument is an option of the method: r=0.4, budget=0.2, ...
-    Raises what `plphp.policy`, `plphp.prune` and loading raise.
+    max_pixels: larger images are made smaller first
+    num_frames: number of frames that are read of a video
+    trust_remote_code: whether to run Python code that comes with the model
+    options: options of the method: r=0.4, budget=0.2, ...
+    Raises the errors of `plphp.policy`, of `plphp.prune` and of loading a model.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Pruned(lmms):
         answers: dict[int, GenerationResult] = {}
         batches = _batches([options for _, options in prompts], self.batch_size)
         for batch in tqdm(batches, disable=self.rank != 0, desc="Answering"):
-            # Opened only now: the pictures of a whole task would not fit in memory.
+            # Images are opened per batch, because those of a whole task would not fit in memory.
             opened = [prompts[i][0]() for i in batch]
             answers |= zip(batch, self._answer(opened, prompts[batch[0]][1]), strict=True)
         tokens = sum(answer.token_counts.output_tokens for answer in answers.values())
@@ -97,7 +97,7 @@ class Pruned(lmms):
         raise UnsupportedModeError("tasks that score given answers need --force_simple")
 
     def clean(self) -> None:
-        """lmms-eval is done with the model: leave it as it was, and free it."""
+        """Detach the pruning and free the model. lmms-eval calls this at its end."""
         if self.pruning is not None:
             self.pruning.remove()
         self.pruning = None
@@ -105,7 +105,7 @@ class Pruned(lmms):
         super().clean()
 
     def _make_pictures_smaller(self, policy: Any) -> None:
-        """The control: no pruning, but pictures of as many tokens as the policy would keep."""
+        """Use smaller images without pruning, with as many tokens as the policy would keep."""
         small, first = shrinker(self.loaded), self.shrink
         self.loaded = small.loaded
         self.shrink = lambda image: small.smaller(first(image), policy)
@@ -137,7 +137,10 @@ class Pruned(lmms):
             self.kept.append(kept.Kept.of(self.pruning.report))
 
     def _say(self, seconds: float, tokens: int) -> None:
-        """To the log, and to `throughput` in the results file: no run prunes nothing in silence."""
+        """Write the kept share to the log and to `throughput` in the results file.
+
+        A warning in the log says so if nothing was pruned.
+        """
         line, warn = kept.in_words(self.method, self.kept)
         logger.log("WARNING" if warn else "INFO", line)
         found = kept.numbers(self.kept) if self.pruning is not None else {}
@@ -145,7 +148,7 @@ class Pruned(lmms):
 
 
 class Chat(Pruned):
-    """Tasks as chats, what lmms-eval prefers."""
+    """The class for tasks that are given as chats, lmms-eval's default."""
 
     is_simple = False
 
@@ -155,7 +158,10 @@ class Chat(Pruned):
 
 
 class Simple(Pruned):
-    """Tasks as pictures and a text, which also score given answers (--force_simple)."""
+    """The class for tasks that are given as images and a text, or score given answers.
+
+    lmms-eval uses it with --force_simple.
+    """
 
     is_simple = True
 
@@ -172,8 +178,9 @@ class Simple(Pruned):
         return [chats.user_message(to_visuals(self.task_dict[task][split][document]), text)]
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """For every request the mean negative log-likelihood of the given answer (lmms-eval takes
-        the smallest for the best), and whether greedy decoding would give it.
+        """The score of each request's given answer, and whether greedy decoding would give it.
+
+        The score is the mean negative log-likelihood; for lmms-eval the smallest is the best.
         """
         self.kept.clear()
         start = time.perf_counter()
@@ -184,14 +191,14 @@ class Simple(Pruned):
                 _, document, task, split = rest
                 answer = answer(self.task_dict[task][split][document])
             scored = self._score(self._chat(text, *rest), str(answer))
-            # lmms-eval 0.7.3 makes a string of a bare pair, which its own metrics then cannot read.
+            # lmms-eval 0.7.3 turns a bare pair into a string, which its own metrics cannot read.
             found.append(GenerationResult(scored))
         self._say(time.perf_counter() - start, 0)
         return found
 
     @torch.no_grad()
     def _score(self, chat: chats.Chat, answer: str) -> tuple[float, bool]:
-        """The prompt is read and pruned as in generation; then the answer follows as given."""
+        """Score one answer: the prompt is computed and pruned, and then the answer is fed."""
         inputs = chats.encode(self.loaded, [chat], self.shrink, self.frames)
         ids = self.loaded.tokenizer(answer, return_tensors="pt", add_special_tokens=False)
         target = ids["input_ids"].to(self.loaded.model.device)
@@ -201,10 +208,10 @@ class Simple(Pruned):
         return -float(picked.mean()), bool((chances.argmax(-1) == target).all())
 
     def _logits(self, inputs: dict[str, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
-        """(1, T, vocabulary) from which each token of target (1, T) would be chosen."""
+        """The logits (1, T, vocabulary) that predict the tokens of target (1, T)."""
         model, columns = self.loaded.model, inputs["input_ids"].shape[1]
         whole = _followed_by(inputs, target[:, :-1])
-        if self.pruning is None:  # in one piece: not every model can go on after several tokens
+        if self.pruning is None:  # one forward: not every model can continue with several tokens
             logits: torch.Tensor = model(**whole).logits[:, columns - 1 :]
             return logits
         read = model(**inputs, use_cache=True)
@@ -215,7 +222,7 @@ class Simple(Pruned):
         rest = model(
             input_ids=target[:, :-1],
             attention_mask=whole["attention_mask"],
-            past_key_values=read.past_key_values,
+            cache=compat.given_cache(read),
         )
         return torch.cat([logits, rest.logits], 1)
 
@@ -229,7 +236,7 @@ def _policy(method: str, options: dict[str, Any]) -> Any:
 
 
 def _batches(options: Sequence[Mapping[str, Any]], size: int) -> list[list[int]]:
-    """Indices of requests, in batches that share their options."""
+    """Batches of indices of requests with equal options."""
     alike: dict[str, list[int]] = defaultdict(list)
     for i, chosen in enumerate(options):
         alike[repr(sorted(chosen.items()))].append(i)
@@ -237,7 +244,7 @@ def _batches(options: Sequence[Mapping[str, Any]], size: int) -> list[list[int]]
 
 
 def _followed_by(inputs: dict[str, torch.Tensor], text: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A prompt (1, N) that goes on with given tokens (1, T), in whatever describes its tokens."""
+    """The inputs of a prompt (1, N) that continues with given tokens (1, T)."""
     after = {"input_ids": text, "attention_mask": torch.ones_like(text)}
     return {
         name: torch.cat([tensor, after.get(name, torch.zeros_like(text)).to(tensor)], 1)

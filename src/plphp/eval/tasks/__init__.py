@@ -1,6 +1,6 @@
-"""The tasks by name. A new one is a `draw` in a file of its own, and an entry here.
+"""The tasks by name. A new task is a function `draw` in a file of its own, and an entry here.
 
-TASKS are the default; SUITES hold most of them again, by how many vision tokens a thing covers.
+`TASKS` are the default. `SUITES` hold most of them again, by how many vision tokens a thing covers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Questions about drawn boards, in the words that the embedded model knows.
+"""Questions about drawn boards, in the phrases that the embedded model was trained on.
 
-A prompt is drawn again until it fits its task, so that every sample of a task asks for what the
-task is about. Difficulty is what the unpruned embedded model can just do (docs/accuracy.md).
+A prompt is drawn again until it fits its task. The tasks are as difficult as the unpruned embedded
+model can answer (docs/accuracy.md).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ MOST_PICTURES = 12  # of a needle prompt; training went up to 6
 LONG = 60  # words and marks of a long answer, about as many tokens of the embedded model
 LONG_LEVEL = Level((4, 4), (4, 5), (5, 5), (1, 1), (3, 4), 150, 0)
 
-Drawn = tuple[list[Picture], str, str]  # the pictures, a question, its answer
-Make = Callable[[Generator, int], Drawn]  # of the sample with this number
-Show = Callable[[Picture, Generator], np.ndarray]  # a picture's pixels
+Drawn = tuple[list[Picture], str, str]  # the images, a question, its answer
+Make = Callable[[Generator, int], Drawn]  # makes the sample with a given number
+Show = Callable[[Picture, Generator], np.ndarray]  # the pixels of a picture
 
 
 def sampler(
     name: str, make: Make, earlier: str | None = None, show: Show = render
 ) -> Callable[[int, int], list[Sample]]:
-    """A task's `draw`: one stream of random numbers a task and seed."""
+    """The function `draw` of a task, with one stream of random numbers per task and seed."""
 
     def draw(count: int, seed: int) -> list[Sample]:
-        # Training seeds are single numbers: no list of two starts the same stream.
+        # Training uses single numbers as seeds, so a pair as a seed gives another stream.
         rng = np.random.default_rng([seed, crc32(name.encode())])
         return [_sample(rng, f"{name}-{k}", make(rng, k), earlier, show) for k in range(count)]
 
@@ -53,7 +53,7 @@ def asked(
     level: Level = HARD,
     fits: Callable[[Sequence[Picture], str, str], bool] = lambda pictures, question, answer: True,
 ) -> Make:
-    """Prompts of a level about which a question of the model's own training tasks fits."""
+    """Prompts of a difficulty level with a question of one training task that satisfies `fits`."""
 
     def make(rng: Generator, number: int) -> Drawn:
         while True:
@@ -90,7 +90,7 @@ def needle(rng: Generator, number: int) -> Drawn:
 
 
 def difference(rng: Generator, number: int) -> Drawn:
-    """Two pictures alike but for the colour of one thing, which is asked for in one of them."""
+    """Two images that differ in the colour of one thing, which is asked for in one of them."""
     side, things = int(rng.integers(5, 9)), int(rng.integers(3, 6))
     glyphs = rng.permutation(len(GLYPHS))[:things].tolist()
     colours = rng.permutation(len(COLOUR_NAMES))[: things + 1].tolist()

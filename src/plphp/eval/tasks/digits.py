@@ -1,7 +1,8 @@
 """scikit-learn's digits (from UCI, 8 x 8 pixels, written by 43 people) as pages of handwriting.
 
-Two pages of one row each, on the same board as printed pages. The embedded model never saw a
-digit: it reads letters into them. Its score is 0 then, and only agreement means something.
+Each sample has two pages of one row, on the same board as printed pages. The embedded model has
+not been trained on digits and reads them as letters. Its score is therefore 0, and the task is
+scored by agreement with the unpruned model.
 """
 
 from __future__ import annotations

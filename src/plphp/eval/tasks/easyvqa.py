@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import easy_vqa
 import numpy as np
-from PIL import Image
 
 from plphp.eval.sample import Sample
+from plphp.inputs import open_image
 
 
 def draw(count: int, seed: int) -> list[Sample]:
@@ -21,7 +21,7 @@ def draw(count: int, seed: int) -> list[Sample]:
     return [
         Sample(
             id=f"easyvqa-{int(i)}",
-            images=(Image.open(paths[pictures[i]]).convert("RGB"),),
+            images=(open_image(paths[pictures[i]]),),
             question=questions[i],
             answers=(f"the answer is {answers[i]}",),
         )

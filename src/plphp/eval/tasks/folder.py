@@ -5,19 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from plphp.errors import InputError
 from plphp.eval.sample import Sample, Task
-from plphp.inputs import open_image
+from plphp.inputs import image_files, open_image
 
 
 def folder(images: Path, prompt: str) -> Task:
     """The images of a directory in an order drawn from the seed. Raises InputError for none."""
     if not images.is_dir():
         raise InputError(f"--images {images}: no such directory")
-    known = Image.registered_extensions()
-    files = sorted(path for path in images.iterdir() if path.suffix.lower() in known)
+    files = image_files(images)
     if not files:
         raise InputError(f"--images {images}: no image files in this directory")
 
@@ -25,4 +23,5 @@ def folder(images: Path, prompt: str) -> Task:
         order = np.random.default_rng([seed, 3]).permutation(len(files))[:count]
         return [Sample(files[i].name, (open_image(files[i]),), prompt) for i in order]
 
-    return Task("folder", f"images of {images}, asked: {prompt}", draw, metric=None)
+    what = " ".join(f"images of {images}, asked: {prompt}".split())
+    return Task("folder", what, draw, metric=None)

@@ -1,0 +1,93 @@
+"""Options that have an effect only beside others: without it they are refused, never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from plphp.errors import InputError
+
+TYPED = "plphp.typed"
+
+# Command -> option -> those of which one must be given too.
+NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "generate": {
+        "batch": ("out",),
+        "out": ("batch",),
+        "rounds": ("compare",),
+        "seed": ("temperature", "top_p", "top_k"),
+        "recall_budget": ("recall",),
+    },
+    "inspect": {"recall_budget": ("recall",)},
+    "eval": {"images": ("prompt",), "prompt": ("images",)},
+}
+
+# Command -> option -> those that leave it without an effect.
+WITHOUT: dict[str, dict[str, tuple[str, ...]]] = {
+    "generate": {
+        "image": ("batch",),
+        "video": ("batch",),
+        "compare": ("batch",),
+        "report": ("batch", "compare", "as_json"),
+    },
+    "inspect": {"policy": ("policies",)},
+    "bench": {"shape": ("model",), "layers": ("model",)},
+    "eval": {"tasks": ("images",)},
+}
+
+# Why, where the option's own name does not say it.
+WHY = {
+    "out": "it is where the answers of a batch go",
+    "batch": "it is where its answers go",
+    "seed": "an answer is greedy unless it is sampled",
+    "report": "only a single answer as text has it, and JSON holds it anyway",
+    "shape": "a model has a shape of its own",
+    "layers": "a --model is measured whole",
+    "images": "the images and what is asked of them go together",
+    "prompt": "the images and what is asked of them go together",
+    "tasks": "the images are a task of their own",
+    "policy": "it names the methods of the page",
+}
+
+
+class Command(TyperCommand):
+    """A command that knows which options were typed. One that is typed twice is refused, unless
+    it may be repeated: the first value would be lost."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        order = self.make_parser(ctx).parse_args(args=list(args))[2]
+        typed = [param.name for param in order]
+        for param in order:
+            repeats = getattr(param, "multiple", True) or param.nargs == -1
+            harmless = getattr(param, "is_flag", False) and not param.secondary_opts
+            if typed.count(param.name) > 1 and not (repeats or harmless):
+                raise InputError(f"{param.opts[0]} is given twice: give it once")
+        ctx.meta[TYPED] = {name for name in typed if name is not None}
+        return list(super().parse_args(ctx, args))
+
+
+def check(ctx: typer.Context, values: Mapping[str, Any]) -> None:
+    """Raise InputError for an option that was typed and has no effect beside the others."""
+    command, typed = str(ctx.command.name), ctx.meta.get(TYPED, set())
+    flags = {str(param.name): param.opts[0] for param in ctx.command.params}
+    for name, others in WITHOUT.get(command, {}).items():
+        for other in others:
+            if {name, other} <= typed:
+                _refuse(f"{flags[other]} goes without {flags[name]}", name)
+    for name, others in NEEDS.get(command, {}).items():
+        if name in typed and not typed & set(others):
+            _refuse(f"{flags[name]} needs {_either(flags, others)}", name)
+    if "trust_remote_code" in typed and values.get("model") == "embedded":
+        raise InputError("--trust-remote-code needs --model: the embedded model is plphp's own")
+
+
+def _refuse(what: str, name: str) -> None:
+    raise InputError(f"{what}: {WHY[name]}" if name in WHY else what)
+
+
+def _either(flags: Mapping[str, str], names: Collection[str]) -> str:
+    *some, last = (flags[name] for name in names)
+    return f"{', '.join(some)} or {last}" if some else last

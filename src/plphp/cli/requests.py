@@ -1,0 +1,39 @@
+"""What a run was asked, in a few characters: another request must not go on with its work."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from plphp._version import __version__
+from plphp.inputs import EMBEDDED, lines
+
+
+def digest(value: Any) -> str:
+    """16 characters that differ where JSON values differ."""
+    return hashlib.sha256(lines.dump(value, allow_nan=True).encode("utf-8")).hexdigest()[:16]
+
+
+def file_digest(path: str) -> str:
+    """The same of a file's bytes, or its name and why it has none."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return f"{path}: no file"
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        return f"{path}: {type(error).__name__}"
+
+
+def model_identity(name: str) -> list[Any]:
+    """A model by its name and, where it is a directory, by its files, their sizes and times."""
+    versions = [name, __version__, version("transformers"), version("torch")]
+    folder = Path(name)
+    if name == EMBEDDED or not folder.is_dir():
+        return versions
+    found = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    return [*versions, [[file, s.st_size, s.st_mtime_ns] for file, s in found]]

@@ -1,0 +1,63 @@
+"""A cache of image features, which do not depend on how the KV cache is pruned."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+NAME = "get_image_features"
+
+
+@contextmanager
+def remembered(model: Any) -> Iterator[None]:
+    """Within this context the model computes the features of the same pixel tensors only once.
+
+    The run must not use gradients or change the features in place. The model is restored
+    afterwards. A model without `get_image_features` is not changed.
+    """
+    owner = _owner(model)
+    if owner is None:
+        yield
+        return
+    original = getattr(owner, NAME)
+    known: list[tuple[Any, Any, Any]] = []
+
+    @functools.wraps(original)  # generate() reads its signature
+    def recalled(*args: Any, **kwargs: Any) -> Any:
+        for before, options, features in known:
+            if _same(before, args) and _same(options, kwargs):
+                return features
+        features = original(*args, **kwargs)
+        known.append((args, kwargs, features))
+        return features
+
+    had = NAME in vars(owner)
+    setattr(owner, NAME, recalled)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, NAME, original)
+        else:
+            delattr(owner, NAME)
+
+
+def _owner(model: Any) -> Any:
+    """The innermost module whose forward calls `get_image_features`, or None."""
+    inside = [m for m in (getattr(model, "model", None), model) if hasattr(m, NAME)]
+    return inside[0] if inside else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments are equal. Tensors are equal only if they are the same object."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    return bool(one == other)

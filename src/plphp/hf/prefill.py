@@ -1,0 +1,192 @@
+"""Scores, plans and compacts a layer after the prompt's attention has run in it.
+
+There is one function for each kind of policy. With a policy that decides layer by layer, the layer
+is compacted at once. With a policy whose layers share a budget, the layers wait for the last one.
+A sequence method only plans here; the tokens are removed in `sequence`. With recall, dropped
+tokens are parked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plphp.attention import window_probabilities
+from plphp.cache import KVStore
+from plphp.errors import UnsupportedModelError
+from plphp.hf import compat
+from plphp.hf.last_queries import last_queries, slot_positions
+from plphp.hf.layer import PrunedLayer
+from plphp.hf.prompt import Prefill
+from plphp.hf.recall import park_layer
+from plphp.hf.remaining_tokens import RemainingTokens
+from plphp.policy import CachePolicy, KeepPlan, LayerView, Look
+
+# Keyword arguments of attention functions whose effect on the probabilities is not computed here.
+REFUSED = {"s_aux": "attention sinks", "position_bias": "position biases"}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A layer that has read the whole prompt, with the scores of its tokens.
+
+    store: keys and values of the prompt, without drafts
+    view: the input of the policy
+    drafts: keys and values (B, Hkv, T, D) of the tokens that assisted decoding guessed after the
+        prompt; they are kept
+    """
+
+    layer: PrunedLayer
+    store: KVStore
+    view: LayerView
+    drafts: tuple[Tensor, Tensor]
+
+    def compact(self, plan: KeepPlan, prefill: Prefill) -> None:
+        """Compact the layer to the columns of a plan, and record the plan for the report."""
+        positions = slot_positions(prefill, self.store.end)
+        prefill.plans[self.view.layer] = (plan, self.view.spans, positions)
+        self.layer.compact(plan, self.drafts)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A scored layer that waits for the plan of all layers. It holds no attention probabilities.
+
+    positions: (B, slots) int64, row-logical position of each slot
+    drafts: as in `Scored`
+    """
+
+    layer: PrunedLayer
+    look: Look
+    positions: Tensor
+    drafts: tuple[Tensor, Tensor]
+
+
+def after_attention(
+    module: nn.Module, query: Tensor, layer: PrunedLayer, prefill: Prefill, kwargs: dict[str, Any]
+) -> None:
+    """Score the last prompt tokens, and plan or compact, if the layer holds the whole prompt now.
+
+    query: (B, H, T, D) of this forward
+    kwargs: the keyword arguments of the attention function
+    Raises UnsupportedModelError for attention whose probabilities cannot be computed here.
+    """
+    store, policy, shared = layer.store, layer.shared.policy, layer.shared
+    if not isinstance(store, KVStore):
+        return
+    index, end = int(module.layer_idx), prefill.prompt.end  # type: ignore[arg-type]
+    if prefill.remaining is not None:
+        return adopt_remaining(layer, store, prefill, index)
+    query = layer.with_recent(query)
+    if store.logical < end:  # a chunk that is not the last one
+        layer.recent = query[:, :, -policy.window :].clone() if policy.window > 1 else None
+        return
+    layer.recent = None
+    if not prefill.where.prunes or not policy.scores_layer(index, shared.depth):
+        return
+    first = store.logical - query.shape[2]  # column of the first of these queries
+    drafts = store.split(store.logical - end)
+    view = _view(module, query, store, prefill, first, policy.window, kwargs)
+    view = replace(view, layer=index, layers=shared.depth)
+    if shared.over_ranks is not None:
+        view = replace(view, over_ranks=shared.over_ranks)
+    act = park if shared.recall is not None else BY_KIND[policy.kind]
+    act(Scored(layer, store, view, drafts), prefill)
+
+
+def plan_now(scored: Scored, prefill: Prefill) -> None:
+    """For a policy that decides layer by layer: plan and compact at once."""
+    scored.compact(scored.layer.shared.policy.plan(scored.view), prefill)
+
+
+def park(scored: Scored, prefill: Prefill) -> None:
+    """For any policy with recall: park the vision tokens and compact the layer at once."""
+    scored.compact(park_layer(scored.layer, scored.view), prefill)
+
+
+def plan_together(scored: Scored, prefill: Prefill) -> None:
+    """For a policy whose layers share a budget: plan and compact all layers in the last one."""
+    layer, policy = scored.layer, scored.layer.shared.policy
+    assert isinstance(policy, CachePolicy)
+    positions = slot_positions(prefill, scored.store.end)
+    waiting = Waiting(layer, policy.look(scored.view), positions, scored.drafts)
+    prefill.waiting[scored.view.layer] = waiting
+    if not all(index in prefill.waiting for index in layer.shared.prunable):
+        return
+    indices = sorted(prefill.waiting)
+    plans = policy.plan_all([prefill.waiting[index].look for index in indices])
+    for index, plan in zip(indices, plans, strict=True):
+        ready = prefill.waiting.pop(index)
+        prefill.plans[index] = (plan, ready.look.spans, ready.positions)
+        ready.layer.compact(plan, ready.drafts)
+
+
+def plan_hidden_states(scored: Scored, prefill: Prefill) -> None:
+    """For a sequence method: plan which tokens stay in the hidden states of the next layers."""
+    shared = scored.layer.shared
+    plan = shared.policy.plan(replace(scored.view, kv_heads=1))
+    flash = "flash" in shared.config._attn_implementation
+    prefill.remaining = RemainingTokens(plan, prefill.prompt.length, flash)
+
+
+BY_KIND: dict[str, Callable[[Scored, Prefill], None]] = {
+    "layer": plan_now,
+    "layers": plan_together,
+    "sequence": plan_hidden_states,
+}
+
+
+def adopt_remaining(layer: PrunedLayer, store: KVStore, prefill: Prefill, index: int) -> None:
+    """Record what a layer holds that was only given the tokens remaining in the hidden states."""
+    assert prefill.remaining is not None
+    plan, where = prefill.remaining.plan, prefill.where
+    store.name_columns(plan, prefill.prompt.end)
+    layer.raw = False
+    every_head = plan.columns.expand(-1, store.keys.shape[1], -1)
+    prefill.plans[index] = (replace(plan, columns=every_head), where.spans, where.positions())
+
+
+def _view(
+    module: nn.Module,
+    query: Tensor,
+    store: KVStore,
+    prefill: Prefill,
+    first: int,
+    window: int,
+    kwargs: dict[str, Any],
+) -> LayerView:
+    """The input of a policy for one layer, without the fields that `after_attention` adds.
+
+    query: (B, H, T, D), of the columns from `first` on
+    window: how many last tokens of each row are scored
+    Raises UnsupportedModelError for attention whose probabilities cannot be computed here.
+    """
+    for name, what in REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} uses {what}, so its tokens cannot be scored"
+            )
+    keys, values = store.held()
+    last = last_queries(prefill, store, query.shape[2], first, window)
+    rows = torch.arange(len(query), device=query.device)[:, None]
+    probs = window_probabilities(
+        query[rows, :, last.place].transpose(1, 2),
+        keys,
+        last.visible,
+        compat.scale(query, kwargs),
+        compat.softcap(module.config, kwargs),
+    )
+    return LayerView(
+        probs=probs[:, :, -1],
+        spans=last.spans,
+        kv_heads=keys.shape[1],
+        window=probs,
+        asked=last.slots,
+        keys=keys,
+        values=values,
+        images=max(prefill.where.images, 0),
+    )

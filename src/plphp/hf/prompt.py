@@ -1,0 +1,202 @@
+"""One prompt: its columns, where its images are, and the state while the model reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from plphp.errors import InputError
+from plphp.hf.remaining_tokens import RemainingTokens
+from plphp.hf.vision_mask import Mask, mask_columns
+from plphp.models import find_spans, processor_inputs
+from plphp.policy import KeepPlan
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is known of a prompt before the model reads it.
+
+    begin, length: the prompt is the columns [begin, begin + length) of its conversation
+    source: the keyword arguments that describe it: input_ids, mm_token_type_ids, image grids
+    config: the configuration of the whole model
+    vision_mask: as given to `plphp.prune`
+    earlier: (B, begin) int64 spans of the earlier turns, only with recall: recall selects among
+        the images of the whole conversation
+    static: the cache keeps its lengths on the device, so every layer has to be compacted
+    """
+
+    begin: int
+    length: int
+    source: Mapping[str, Any]
+    config: Any
+    vision_mask: Mask = None
+    earlier: Tensor | None = None
+    static: bool = False
+
+    @property
+    def end(self) -> int:
+        """The column after the prompt's last one."""
+        return self.begin + self.length
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where the images of a prompt are, for the rows that the model sees.
+
+    spans: (B, N) int64 of the prompt's columns; of all columns of the conversation with recall
+    end: the column after the prompt's last one
+    tokens_before: (B,) int64, tokens before the columns of `spans`, padding not counted
+    images: the largest number of images in a row
+    prunes: whether a layer may have to drop something: vision tokens or padding
+    notes: remarks for the report, such as on images that could not be told apart
+    """
+
+    spans: Tensor
+    end: int
+    tokens_before: Tensor
+    images: int
+    prunes: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def last_image(self) -> int:
+        """The column after the last vision token of the conversation, 0 without vision tokens."""
+        columns = (self.spans > 0).any(0).nonzero()
+        first = self.end - self.spans.shape[1]
+        return first + int(columns[-1]) + 1 if len(columns) else 0
+
+    def positions(self) -> Tensor:
+        """(B, N) int64 row-logical position of each column of `spans`: padding is not counted."""
+        return (self.spans >= 0).cumsum(-1) - 1 + self.tokens_before[:, None]
+
+
+@dataclass
+class Prefill:
+    """The state of one prompt while the model reads it.
+
+    located: set by the forward that brings the prompt's last column
+    remaining: the tokens that a sequence method leaves in the hidden states, once it has planned
+    waiting: layers that were scored and wait for the plan of all layers, by their index
+    plans: layer index -> its plan, and the spans and positions (B, slots) that it chose from
+    """
+
+    prompt: Prompt
+    located: Located | None = None
+    remaining: RemainingTokens | None = None
+    waiting: dict[int, Any] = field(default_factory=dict)
+    plans: dict[int, tuple[KeepPlan, Tensor, Tensor]] = field(default_factory=dict)
+    _results: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def where(self) -> Located:
+        """Where the images are. Only available once the prompt's last column has been read."""
+        assert self.located is not None, "the prompt has not been read to its end"
+        return self.located
+
+    def locate(self, batch: int, attention_mask: Tensor | None) -> None:
+        """Find the images, for a forward of `batch` rows: beams repeat the prompt's rows.
+
+        attention_mask: that of the forward, None if the prompt has its own or none
+        """
+        self._results.clear()
+        self.located = locate(self.prompt, batch, attention_mask)
+
+    def once(self, key: tuple[Any, ...], compute: Callable[[], Result]) -> Result:
+        """The result of `compute`, called once for all layers of a first prompt.
+
+        key: names the result; layers with equal keys share it
+
+        The layers of a first prompt hold the same columns, so the result is the same in all of
+        them. In later turns each layer holds other columns, and `compute` is called in each.
+        """
+        if self.prompt.begin:
+            return compute()
+        if key not in self._results:
+            self._results[key] = compute()
+        result: Result = self._results[key]
+        return result
+
+
+def locate(prompt: Prompt, batch: int, attention_mask: Tensor | None) -> Located:
+    """Find the images of a prompt, for a forward of `batch` rows.
+
+    Raises InputError if the rows of the prompt or of `vision_mask` cannot be repeated to `batch`.
+    """
+    spans, notes = _spans(prompt)
+    if batch % len(spans):
+        what = "the prompt" if prompt.vision_mask is None else "vision_mask"
+        raise InputError(f"{what} has {len(spans)} rows and the model sees {batch}")
+    spans = spans.repeat_interleave(batch // len(spans), dim=0)
+    before = torch.full((batch,), prompt.begin, device=spans.device)
+    mask = attention_mask if attention_mask is not None else prompt.source.get("attention_mask")
+    mask = _padding(mask, prompt.end)
+    if mask is not None:
+        mask = mask.to(spans.device).repeat_interleave(batch // len(mask), dim=0)
+        new = mask[:, : prompt.end][:, -prompt.length :]
+        spans = spans.masked_fill(new == 0, -1)
+        if mask.shape[1] >= prompt.end:
+            before = mask[:, : prompt.begin].sum(-1)
+    if prompt.earlier is not None:
+        spans, before = _with_earlier(prompt, spans, mask), torch.zeros_like(before)
+    lowest, images = torch.stack(spans.aminmax()).tolist()
+    prunes = prompt.static or lowest != 0 or images > 0
+    return Located(spans, prompt.end, before, images, prunes, notes)
+
+
+def _with_earlier(prompt: Prompt, spans: Tensor, mask: Tensor | None) -> Tensor:
+    """Spans (B, end) of the whole conversation, images numbered on from those of earlier turns.
+
+    spans: (B, length) of the prompt, images numbered from 1
+    mask: (B, columns), 0 for padding
+    """
+    assert prompt.earlier is not None
+    earlier = prompt.earlier.to(spans.device)
+    earlier = earlier.repeat_interleave(len(spans) // len(earlier), dim=0)
+    if mask is not None and mask.shape[1] >= prompt.end:
+        earlier = earlier.masked_fill(mask[:, : prompt.begin] == 0, -1)
+    before = earlier.amax(-1, keepdim=True).clamp(min=0)
+    return torch.cat([earlier, torch.where(spans > 0, spans + before, spans)], -1)
+
+
+def _spans(prompt: Prompt) -> tuple[Tensor, tuple[str, ...]]:
+    """Spans (B, length) of the prompt, and remarks on them.
+
+    They come from the caller's `vision_mask` if there is one, else from the model's inputs.
+    """
+    if prompt.vision_mask is not None:
+        ids = prompt.source.get("input_ids")
+        return mask_columns(prompt.vision_mask, ids, prompt.begin, prompt.length), ()
+    return find_spans(
+        prompt.config,
+        _columns(prompt, "input_ids"),
+        None,
+        _columns(prompt, "mm_token_type_ids"),
+        processor_inputs(prompt.source),
+    )
+
+
+def _columns(prompt: Prompt, name: str) -> Tensor | None:
+    """The prompt's columns of an input (B, N) that may also hold the earlier turns."""
+    tensor = prompt.source.get(name)
+    return None if tensor is None else tensor[:, -prompt.length :]
+
+
+def _padding(mask: Any, end: int) -> Tensor | None:
+    """(B, columns), 0 for padding, from a 2D mask or from the 4D masks of static caches.
+
+    end: the column after the prompt's last one
+    """
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 2:
+        return mask
+    row = mask[:, 0, -1, :end]  # what the last prompt token may attend to
+    return row if row.dtype == torch.bool else row == 0

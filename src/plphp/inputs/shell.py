@@ -1,0 +1,99 @@
+"""Models without weights, from a config alone, and configs that no model can be made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from plphp.errors import InputError, UnsupportedModelError
+
+MOST_LAYERS = 1000  # the deepest language models that are published have about 130
+COUNTS = ("depth", "depths", "n_layer", "n_layers", "num_layers", "layer_types")
+
+
+def check_depth(name: str, raw: dict[str, Any]) -> None:
+    """Raise InputError for a config, as its JSON says it, with more layers than any model has.
+
+    transformers makes a list of them, or a module of each, before anything can be said of them.
+    """
+    for key, count in _counts(raw):
+        if count > MOST_LAYERS:
+            raise InputError(
+                f"cannot read {name}: its config says {key}: {count:,}, and plphp reads models of "
+                f"up to {MOST_LAYERS:,} layers; correct {key} in its config.json"
+            )
+
+
+def _counts(raw: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """How many layers each key of a config and of the configs inside it asks for."""
+    left: list[Any] = [raw]
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += part
+        if not isinstance(part, dict):
+            continue
+        for key, value in part.items():
+            if isinstance(value, list) and (_counts_layers(key) or _lists_layers(key)):
+                yield key, max([len(value), *(v for v in value if _is_count(v))])
+            elif _is_count(value) and _counts_layers(key):
+                yield key, value
+            if isinstance(value, dict | list):
+                left.append(value)
+
+
+def _counts_layers(key: str) -> bool:
+    return key in COUNTS or (key.endswith("layers") and "per_layer" not in key)
+
+
+def _lists_layers(key: str) -> bool:
+    return key.endswith(("layer_types", "_pattern", "per_layer"))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shell(config: Any, trust: bool = False, dtype: Any = None) -> Any:
+    """The model of a config without weights; call it where torch's device is meta.
+
+    trust: run Python code that comes with the model, where transformers has none for it
+    Raises UnsupportedModelError for what is no model with text output, InputError for a config
+    that no model can be built of.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    own = getattr(config, "auto_map", None) or {}
+    kinds = (AutoModelForImageTextToText, AutoModelForCausalLM)
+    for auto in kinds:
+        if type(config) in auto._model_mapping:
+            return _built(auto, config, False, dtype)
+    remote = [auto for auto in (*kinds, AutoModel) if auto.__name__ in own]
+    if remote and trust:
+        return _built(remote[0], config, True, dtype)
+    if remote:
+        raise UnsupportedModelError(
+            f"{config.model_type} comes with Python code of its own: --trust-remote-code runs it"
+        )
+    raise UnsupportedModelError(
+        f"{config.model_type} is not a vision-language model that transformers can generate with"
+    )
+
+
+def _built(auto: Any, config: Any, trust: bool, dtype: Any) -> Any:
+    options = {} if dtype is None else {"dtype": dtype}
+    try:
+        return auto.from_config(config, trust_remote_code=trust, **options).eval()
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(f"cannot build {config.model_type}: {_line(error)}") from error
+    except Exception as error:
+        raise InputError(
+            f"cannot build {config.model_type} from its config ({type(error).__name__}: "
+            f"{_line(error)}); check the sizes that its config.json gives, and what it leaves out"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join((str(error).strip() or "no message").splitlines()[0].split())[:200]

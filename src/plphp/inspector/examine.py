@@ -1,0 +1,138 @@
+"""Run one prompt with every policy and collect the data of the inspector's page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plphp.bench import Comparison, compare
+from plphp.bench.compare import Timing
+from plphp.bench.machine import describe
+from plphp.errors import InputError
+from plphp.hf.shared_prefill import read
+from plphp.inputs import Runnable
+from plphp.inspector.data import Answer, Page, PolicyResult, Steps
+from plphp.inspector.gather import page_of, result_of
+from plphp.inspector.pictures import Media
+from plphp.inspector.steps import READ_BYTES, steps_of
+from plphp.policy import Policy
+from plphp.recall import Recall
+
+
+def examine(
+    loaded: Runnable,
+    inputs: Mapping[str, Tensor],
+    policies: Mapping[str, Policy],
+    images: Sequence[Media],
+    prompt: str,
+    *,
+    model: str = "",
+    max_new_tokens: int = 128,
+    rounds: int = 3,
+    oracle: bool = False,
+    recall: Recall | None = None,
+    advance: Callable[[str], None] = lambda stage: None,
+) -> Page:
+    """Answer one prompt with the full cache and with every policy, and measure both.
+
+    inputs: arguments of the model's generate(), one row
+    images: the images in the order of the prompt. The page leaves them out if the model counts
+        another number of images, as some do for crops and frames
+    rounds: how often the full and the pruned side are timed in turn
+    oracle: whether the full model also reads the pruned answer, for `Steps.lost` and `Steps.kl`
+    recall: where dropped tokens are parked; None frees them
+    advance: called before every stage with a line for the user
+
+    Raises InputError for a prompt without images, and the errors of `plphp.prune`.
+    """
+    advance("reading the prompt")
+    with torch.inference_mode():
+        window = max(policy.window for policy in policies.values())
+        whole = read(loaded.model, inputs, window)
+    found = whole.cache.report
+    if found is None or not found.images[0]:
+        raise InputError("nothing to inspect: the prompt has no image that the model can see")
+    runs, generation = [], {"max_new_tokens": max_new_tokens, "do_sample": False}
+    for name, policy in policies.items():
+        advance(f"{name}: full and pruned in turn")
+        compared = compare(loaded.model, inputs, policy, rounds, recall=recall, **generation)
+        advance(f"{name}: step by step")
+        decode = _text(loaded) if oracle else None
+        byte_limit = READ_BYTES // len(policies)
+        tokens = compared.pruned.tokens
+        steps = steps_of(loaded.model, inputs, policy, whole, tokens, decode, recall, byte_limit)
+        runs.append(_result(loaded, compared, name, policy, steps))
+    processor = _image_processor(loaded)
+    images = images if len(images) == found.images[0] else ()
+    made = _made(str(loaded.model.device), rounds)
+    return page_of(
+        compared.report, runs, images, prompt, model=model, processor=processor, made=made
+    )
+
+
+def _result(
+    loaded: Runnable, compared: Comparison, name: str, policy: Policy, steps: Steps
+) -> PolicyResult:
+    """The result of one policy with its answers and times."""
+    return replace(
+        result_of(compared.report, name, policy),
+        answer=_answer(loaded, compared.pruned),
+        full=_answer(loaded, compared.full),
+        differs=first_difference(compared.full.tokens, compared.pruned.tokens),
+        steps=steps,
+    )
+
+
+def _image_processor(loaded: Runnable) -> Any:
+    """The image processor of the embedded model, or that of a processor."""
+    owner = loaded if hasattr(loaded, "image_processor") else getattr(loaded, "processor", None)
+    return getattr(owner, "image_processor", None)
+
+
+def first_difference(full: Tensor, pruned: Tensor) -> int | None:
+    """Index of the first token that differs between two answers (T,); None if all are equal."""
+    one, other = full.tolist(), pruned.tolist()
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return index
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def pieces(decode: Callable[[Tensor], str], tokens: Tensor) -> tuple[str, ...]:
+    """The text that each token (T,) adds.
+
+    A character that consists of several tokens belongs to the last of them.
+    """
+    found, before = [], ""
+    for count in range(1, len(tokens) + 1):
+        text = decode(tokens[:count])
+        if text.endswith("\ufffd") and count < len(tokens):
+            found.append("")
+            continue
+        found.append(text[len(before) :])
+        before = text
+    return tuple(found)
+
+
+def _answer(loaded: Runnable, timing: Timing) -> Answer:
+    step = timing.step_ms
+    return Answer(
+        text=loaded.decode(timing.tokens),
+        tokens=pieces(loaded.decode, timing.tokens),
+        first_ms=round(timing.first_ms, 2),
+        ms_per_token=None if step != step else round(step, 3),
+    )
+
+
+def _text(loaded: Runnable) -> Callable[[Tensor], str]:
+    """A function that decodes single tokens; special tokens are shown by their names."""
+    return lambda token: str(loaded.tokenizer.decode(token))
+
+
+def _made(device: str, rounds: int) -> dict[str, str]:
+    told = {name: str(value) for name, value in describe(device).items() if value is not None}
+    return {**told, "times": f"medians of {rounds} rounds, full and pruned in turn"}

@@ -1,0 +1,94 @@
+"""A matplotlib figure of a report, for papers and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from plphp.errors import InputError, how_to_install
+from plphp.inspector.gather import pictures_of
+from plphp.inspector.pictures import Media, first_frame
+from plphp.report import Report
+
+# Colours of Okabe and Ito, the same as on the page.
+COLORS = {
+    "vision-attentive": "#0072b2",
+    "vision-balanced": "#d99a00",
+    "vision-indifferent": "#9aa3ad",
+    None: "#9aa3ad",
+}
+VEIL = "#59636e"
+
+
+def plot(
+    report: Report, images: Sequence[Media] = (), *, layer: int | None = None, row: int = 0
+) -> Any:
+    """Draw the vision attention and the kept share of every layer.
+
+    images: draw below them the share of heads of one layer that kept each token
+    layer: the layer of these pictures; None for the one that kept the fewest tokens
+
+    Raises InputError if matplotlib is not installed or the images do not fit the report.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError(f"plots need matplotlib: {how_to_install('inspector')}") from None
+    shown = pictures_of(report, images, row=row) if images else ()
+    figure: Any = Figure(figsize=(8, 5.4 if shown else 2.6), layout="constrained")
+    above, below = figure.subfigures(2, 1) if shown else (figure, None)
+    left, right = above.subplots(1, 2)
+    _bars(left, right, report, row)
+    if below is not None:
+        chosen = _fewest(report) if layer is None else layer
+        below.suptitle(f"layer {chosen}: share of heads that kept a token", fontsize=9)
+        kept = _kept(report, chosen, row)
+        every = below.subplots(1, len(shown), squeeze=False)[0]
+        for axes, media, picture in zip(every, images, shown, strict=True):
+            _overlay(axes, media, picture, kept)
+    return figure
+
+
+def _bars(left: Any, right: Any, report: Report, row: int) -> None:
+    numbers = [layer.layer for layer in report.layers]
+    colors = [COLORS[layer.layer_class[row]] for layer in report.layers]
+    left.bar(numbers, [layer.gamma[row] for layer in report.layers], color=colors)
+    left.set(xlabel="layer", ylabel="vision attention gamma", ylim=(0, 1))
+    right.bar(numbers, [layer.retention for layer in report.layers], color=colors)
+    right.set(xlabel="layer", ylabel="vision K/V kept", ylim=(0, 1))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _fewest(report: Report) -> int:
+    return min(report.layers, key=lambda layer: layer.retention).layer
+
+
+def _kept(report: Report, layer: int, row: int) -> Tensor:
+    """The share (V,) of a layer's KV heads that kept each vision token."""
+    assert report.seen is not None
+    vision = report.seen.positions[row][report.seen.spans[row] > 0]
+    heads = report.layers[layer].kept[row]
+    return (vision[:, None, None] == heads).any(-1).float().mean(-1)
+
+
+def _overlay(axes: Any, media: Media, picture: Any, kept: Tensor) -> None:
+    """Draw the picture, or a video's first frame, and cover the tokens that heads dropped."""
+    from matplotlib.patches import Rectangle
+
+    axes.imshow(first_frame(media), extent=(0, picture.width, picture.height, 0))
+    views = set(picture.views)
+    for token, box in enumerate(picture.boxes):
+        # If a model reads tiles and the whole picture, show the tiles: they are finer.
+        if box is None or picture.frame[token] or picture.views[token] != max(views):
+            continue
+        left, top, right, bottom = box
+        alpha = 0.86 * (1 - float(kept[picture.first + token]))
+        veil = Rectangle(
+            (left, top), right - left, bottom - top, color=VEIL, alpha=alpha, linewidth=0
+        )
+        axes.add_patch(veil)
+    axes.set(xticks=[], yticks=[], xlim=(0, picture.width), ylim=(picture.height, 0))
+    axes.set_title(picture.name, fontsize=8)

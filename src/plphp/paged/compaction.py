@@ -1,0 +1,80 @@
+"""Scoring and compaction of one layer of a prompt whose last token has been computed.
+
+Shapes: H query heads, Hkv KV heads, N prompt tokens, D head dimension, n blocks of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from plphp.attention import last_token_probabilities
+
+
+class PagedLayer:
+    """Base class of an engine's decoder layer. A subclass sets the fields, and reads and writes.
+
+    name: the engine's name of the layer
+    group: index of its cache group
+    kv_heads: number of KV heads of this tensor-parallel rank
+    scale, softcap: the factor of attention logits, and their soft cap or None
+    """
+
+    name: str
+    group: int
+
+    @property
+    def kv_heads(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> float:
+        raise NotImplementedError
+
+    @property
+    def softcap(self) -> float | None:
+        raise NotImplementedError
+
+    def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values (Hkv, n * block_size, D) of blocks (n,), in the order of `blocks`."""
+        raise NotImplementedError
+
+    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Write keys and values (K, Hkv, D) to slots (K,), `block id * block_size + offset`."""
+        raise NotImplementedError
+
+    def score(self, query: Tensor, blocks: Tensor, length: int) -> Tensor:
+        """The attention of the last prompt token, (H, N) float32.
+
+        query: (H, D) of the last prompt token; blocks: (n,) of the prompt; length: N
+        """
+        keys, _ = self.read(blocks)
+        valid = torch.ones(1, length, dtype=torch.bool, device=keys.device)
+        keys = keys[None, :, :length]
+        return last_token_probabilities(query[None], keys, valid, self.scale, self.softcap)[0]
+
+    def gather(self, blocks: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values (Hkv, K, D) at columns (Hkv, K) of a block table (n,)."""
+        keys, values = self.read(blocks)
+        index = columns[..., None].expand(-1, -1, keys.shape[-1])
+        return keys.gather(1, index), values.gather(1, index)
+
+    def move(self, columns: Tensor, source: Tensor, target: Tensor, first: int, block: int) -> None:
+        """Copy the kept tokens to the positions [first, first + K) of a block table.
+
+        columns: (Hkv, K), ascending
+        source, target: (n,), the block table to read and the one to write
+        block: tokens per block
+        """
+        keys, values = (part.transpose(0, 1).contiguous() for part in self.gather(source, columns))
+        index = torch.arange(first, first + columns.shape[1], device=columns.device)
+        self.write(keys, values, target[index // block].long() * block + index % block)
+
+
+def with_fresh(blocks: Tensor, fresh: Sequence[int], full: int) -> Tensor:
+    """A block table (n,) in which fresh blocks replace the last of its `full` full blocks."""
+    target = blocks.clone()
+    target[full - len(fresh) : full] = torch.tensor(fresh, device=blocks.device)
+    return target

@@ -1,0 +1,178 @@
+"""`plphp doctor`: what it says of a config, and what it says where no model can be made of one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import plphp
+import tiny
+from plphp.cli.diagnosis import diagnose
+
+REMOTE = """
+import transformers
+
+
+class OwnConfig(transformers.LlavaConfig):
+    model_type = "own_vl"
+
+
+class OwnModel(transformers.LlavaForConditionalGeneration):
+    config_class = OwnConfig
+"""
+
+
+def write(folder: Path, config: Any, **changes: Any) -> Path:
+    """A directory that holds the config of a model, and nothing else."""
+    raw = config if isinstance(config, dict) else json.loads(config.to_json_string())
+    (folder / "config.json").write_text(json.dumps(raw | changes))
+    return folder
+
+
+def asked(config: Any, images: int = 1, each: int | None = None, text: int = 64) -> Any:
+    return diagnose("tiny", config, plphp.PLPHP(), "float32", images, each, text)
+
+
+def test_layers_are_counted_at_the_prompt(run: Callable, tmp_path: Path) -> None:
+    """A window that does not cover the prompt leaves its layer alone."""
+    config = tiny.FAMILIES["gemma3"].config()
+    model = write(tmp_path, config)
+    short = run("doctor", model, "--tokens-per-image", 8, "--text-tokens", 8)
+    assert "layers: 4 of 4 can be pruned at this prompt\n" in short.out
+    long = run("doctor", model, "--tokens-per-image", 80, "--text-tokens", 8)
+    assert "layers: 3 of 4 can be pruned at this prompt, 4 at shorter ones" in long.out
+    found = asked(config, 1, 80, 8)
+    assert found.prunable_layers == (0, 2, 3)
+    assert found.attachable_layers == (0, 1, 2, 3)
+    # the window of the sliding layer is 20, of which 19 stay for the next token
+    assert found.full == found.prunable_bytes // 3 * (3 * 88 + 19)
+    assert found.pruned[2] == found.prunable_bytes // 3 * (3 * (8 + 56) + 19)
+
+
+def test_a_prompt_beyond_every_window_is_remarked() -> None:
+    config = transformers.LlavaConfig(
+        text_config=transformers.MistralConfig(**tiny.TEXT, sliding_window=32),
+        vision_config=tiny.FAMILIES["llava"].config().vision_config,
+        image_token_index=tiny.IMAGE,
+    )
+    found = asked(config, 1, 100, 8)
+    assert (found.prunable, found.prunable_layers) == (True, ())
+    assert "no layer's attention window covers this prompt" in found.notes[-1]
+    assert found.pruned[0] == found.full
+
+
+def test_a_prompt_beyond_the_positions_is_remarked(run: Callable, tmp_path: Path) -> None:
+    config = tiny.FAMILIES["llava"].config()
+    most = config.text_config.max_position_embeddings
+    assert asked(config, 1, most - 8, 8).notes == ()
+    assert f"allows {most:,} positions" in asked(config, 1, most - 7, 8).notes[0]
+    model = write(tmp_path, config)
+    assert "note: the prompt has" in run("doctor", model, "--images", most).out
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "source"),
+    [
+        ("gemma3", 256, "its config says"),
+        ("llava", 576, "its config says"),
+        ("paligemma", 256, "its config says"),
+        ("qwen2_vl", 37 * 37, "for a picture of 1024 x 1024 pixels"),
+        ("qwen3_vl", 32 * 32, "for a picture of 1024 x 1024 pixels"),
+        ("glm46v", 37 * 37, "for a picture of 1024 x 1024 pixels"),
+        ("janus", 576, "its config says"),
+        ("fuyu", 1024, "assumed"),
+    ],
+)
+def test_tokens_an_image_come_from_the_model(kind: str, tokens: int, source: str) -> None:
+    found = plphp.models.image_tokens(transformers.AutoConfig.for_model(kind))
+    assert found[0] == tokens
+    assert found[1].startswith(source)
+
+
+def test_a_processor_knows_the_tokens_of_an_image() -> None:
+    class Processor:
+        def _get_num_multimodal_tokens(self, image_sizes: Any) -> Any:
+            return transformers.BatchFeature({"num_image_tokens": [7 * len(image_sizes)]})
+
+    config = tiny.FAMILIES["llava"].config()
+    assert plphp.models.image_tokens(config, Processor())[0] == 7
+    assert plphp.models.image_tokens(config, object()) == plphp.models.image_tokens(config)
+
+
+def test_tokens_that_are_given_count(run: Callable, tmp_path: Path) -> None:
+    model = write(tmp_path, tiny.FAMILIES["gemma3"].config())
+    assert run("doctor", model, "--json").json["tokens_per_image"] == 9
+    assert run("doctor", model, "--tokens-per-image", 5, "--json").json["tokens_per_image"] == 5
+
+
+def test_code_that_comes_with_a_model_is_trusted_on_request(run: Callable, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(REMOTE)
+    names = {
+        "AutoConfig": "own.OwnConfig",
+        "AutoModelForImageTextToText": "own.OwnModel",
+    }
+    config = tiny.FAMILIES["llava"].config()
+    model = write(tmp_path, config, model_type="own_vl", auto_map=names)
+    refused = run("doctor", model)
+    assert refused.code == 2
+    assert "--trust-remote-code" in refused.err
+    trusted = run("doctor", model, "--trust-remote-code", "--tokens-per-image", 36, "--json")
+    assert trusted.code == 0, trusted.err
+    assert trusted.json["prunable"]
+    assert trusted.json["full"] == asked(config, 1, 36, 64).full // 2, "bfloat16"
+
+
+# --- configs that no model can be made of ---------------------------------------------------------
+
+MANY = 10**5
+ODD = {
+    "layers": ({"text_config": {"num_hidden_layers": MANY}}, "100,000"),
+    "layers of the tower": ({"vision_config": {"num_hidden_layers": MANY}}, "100,000"),
+    "depth of a tower": ({"vision_config": {"depth": 10**9}}, "1,000,000,000"),
+    "kinds of layers": ({"text_config": {"layer_types": ["full_attention"] * MANY}}, "100,000"),
+    "layers in a list": ({"vision_config": {"depths": [2, MANY]}}, "100,000"),
+    "older names": ({"text_config": {"n_layer": MANY}}, "100,000"),
+    "no heads": ({"text_config": {"num_attention_heads": 0}}, "config"),
+    "negative width": ({"text_config": {"hidden_size": -4}}, "config"),
+    "heads as words": ({"text_config": {"num_attention_heads": "four"}}, "num_attention_heads"),
+    "no such text model": ({"text_config": {"model_type": "nothing"}}, "nothing"),
+    "immense width": ({"text_config": {"hidden_size": 2**62}}, "config"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_configs_end_in_one_line(what: str, run: Callable, tmp_path: Path) -> None:
+    changes, says = ODD[what]
+    raw = json.loads(tiny.FAMILIES["llava"].config().to_json_string(use_diff=False))
+    for part, change in changes.items():
+        raw[part].update(change)
+    result = run("doctor", write(tmp_path, raw))
+    assert result.code == 2, result.out
+    assert result.err.startswith("plphp: ")
+    assert result.err.count("\n") == 1
+    assert says in result.err
+    assert str(tmp_path) in result.err or "config" in result.err
+
+
+def test_a_config_without_end_ends_in_one_line(run: Callable, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a":' * MANY + "1" + "}" * MANY)
+    result = run("doctor", tmp_path)
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert "nested too deeply" in result.err
+
+
+def test_building_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plphp.cli.diagnosis.SECONDS", -1.0)
+    with pytest.raises(plphp.InputError, match="takes more than"):
+        asked(tiny.FAMILIES["llava"].config())
+
+
+def test_a_config_is_left_as_it_was() -> None:
+    config = tiny.FAMILIES["qwen2_vl"].config()
+    before = config.to_json_string()
+    asked(config)
+    assert config.to_json_string() == before

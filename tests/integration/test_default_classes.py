@@ -1,0 +1,120 @@
+"""The bytes of `plphp doctor` for every image-text class, against transformers' own caches.
+
+docs/doctor.md is made from the default configs: PLPHP_WRITE_DOCS=1 rewrites it.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import transformers
+
+import defaults
+
+PAGE = Path(__file__).parents[2] / "docs" / "doctor.md"
+LENGTH = 5000  # tokens, more than the windows of all classes
+HEAD = f"""# What doctor says
+
+`plphp doctor` builds a model without its weights, on torch's meta device, and fills transformers'
+own cache with the keys and values that its layers make. Here is what it says of {LENGTH:,} tokens
+for every image-text-to-text class of transformers, in the config that the class has by default and
+in bfloat16, against the cache that the same class fills when it reads a prompt of that length.
+`tests/integration/test_default_classes.py` makes this page.
+
+- layers: those that can be pruned at this prompt, of all
+- bytes: keys and values; beside them: states of linear and convolutional layers, keys of indexers
+- ratio: doctor's bytes of keys and values over those in transformers' cache
+
+"""
+COLUMNS = "| class | layers | bytes | beside them | ratio |\n|---|---|---|---|---|\n"
+
+
+def problems(held: defaults.Held) -> list[str]:
+    """Wrong results of doctor. Classes without a cache to compare with are not checked."""
+    if held.real is None:
+        return []
+    if held.found is None:
+        return [f"refused: {held.refused}"]
+    wrong = []
+    if held.found.full != held.real:
+        wrong.append(f"{held.found.full} bytes of keys and values, {held.real} in the cache")
+    if held.found.other_bytes != held.other:
+        wrong.append(f"{held.found.other_bytes} bytes beside them, {held.other} in the cache")
+    return wrong
+
+
+KINDS = (
+    "cohere2_vision",  # windows
+    "gemma4",  # windows, and heads that differ by layer
+    "inkling2_loop",  # layers that are read more than once
+    "lfm2_vl",  # convolutions
+    "llava",
+    "mistral4",  # latents
+    "qwen3_5",  # linear layers
+    "unlimited_ocr",  # a prompt and a ring buffer after it
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_bytes_of_every_kind_of_layer_are_those_of_its_cache(name: str) -> None:
+    if name not in defaults.names():
+        pytest.skip("not in the installed transformers")
+    held = defaults.held(name, defaults.shrunk(name), LENGTH)
+    assert held.ratio == 1
+    assert problems(held) == []
+
+
+@pytest.mark.slow
+def test_bytes_of_every_class_are_those_of_its_cache() -> None:
+    """Default configs with a few of their layers."""
+    wrong, right, unread = {}, [], {}
+    for name in defaults.names():
+        held = defaults.held(name, defaults.shrunk(name), LENGTH)
+        if found := problems(held):
+            wrong[name] = found
+        elif held.real is None:
+            unread[name] = held.unread
+            # doctor also says why, or measures the cache of a prompt without images
+            assert held.refused or held.found is not None
+        else:
+            right.append(name)
+    assert wrong == {}
+    assert {"qwen2_vl", "llava", "gemma3", "qwen3_5", "lfm2_vl", "idefics2"} <= set(right)
+    assert len(right) > 2 * len(unread), unread
+
+
+@pytest.mark.slow
+def test_the_page_shows_every_class() -> None:
+    """The default configs themselves. This takes about three minutes."""
+    table, unread = "", ""
+    for name in defaults.names():
+        held = defaults.held(name, transformers.AutoConfig.for_model(name), LENGTH)
+        assert problems(held) == [], name
+        if held.ratio is None:
+            said = held.refused or (held.found.unmeasured if held.found else "") or held.unread
+            unread += f"| {name} | {plain(said)} |\n"
+        else:
+            assert held.found is not None
+            row = (
+                f"{len(held.found.prunable_layers)} of {held.found.layers}",
+                f"{held.found.full:,}",
+                f"{held.found.other_bytes:,}",
+                f"{held.ratio:.2f}",
+            )
+            table += f"| {name} | {' | '.join(row)} |\n"
+    page = (
+        f"{HEAD}transformers {transformers.__version__}.\n\n{COLUMNS}{table}\n"
+        "Classes whose default config makes no model that reads a prompt of text on the meta "
+        f"device, and why:\n\n| class | reason |\n|---|---|\n{unread}"
+    )
+    if os.environ.get("PLPHP_WRITE_DOCS"):
+        PAGE.write_text(page)
+    if not PAGE.exists():
+        pytest.skip("docs/doctor.md is not written yet: PLPHP_WRITE_DOCS=1 writes it")
+    assert PAGE.read_text() == page
+
+
+def plain(said: str) -> str:
+    """One line that fits a table."""
+    line = " ".join(said.split()).replace("|", "\\|").replace("<", "&lt;")
+    return line if len(line) <= 160 else f"{line[:157]}..."

@@ -1,0 +1,192 @@
+"""Pruning in a paged cache, without an engine: a pool of blocks and a cache in plain torch."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import plphp
+from plphp.paged.blocks import (
+    Lockstep,
+    PromptBlocks,
+    fits,
+    fresh_blocks,
+    in_use,
+    pruned_table,
+)
+from plphp.paged.choosing import choose, choose_again, summary
+from plphp.paged.compaction import PagedLayer, with_fresh
+from plphp.paged.prompts import PromptEnd, spans_of
+from plphp.paged.tables import BatchTables, PrunedRequest
+from plphp.policy import LayerView
+
+BLOCK, LAYERS, HEADS, KV_HEADS, WIDTH = 8, 6, 4, 2, 16
+POLICY = plphp.PLPHP(r=0.4, delta_r=0.3, alpha=0.55, beta=0.45, round_to=BLOCK)
+
+
+def prompt(seed: int) -> tuple[tuple[tuple[int, int, int], ...], int]:
+    """The runs of one to three images with text around them, and the length."""
+    rng, images, length = random.Random(seed), [], 3
+    for image in range(1, rng.randint(1, 3) + 1):
+        size = rng.randint(5, 40)
+        images.append((image, length, length + size - 1))
+        length += size + rng.randint(1, 4)
+    return tuple(images), length
+
+
+def attention(seed: int, images: Any, length: int) -> Tensor:
+    """Random attention (L, H, N) whose share on vision tokens differs between the layers."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randn(LAYERS, HEADS, length, generator=draw)
+    tilt = torch.linspace(-1.5, 1.0, LAYERS)[:, None, None]
+    return (logits + tilt * (spans_of(images, length) > 0)).softmax(-1)
+
+
+def same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class TorchLayer(PagedLayer):
+    """A layer whose cache is (blocks, block, Hkv, D) of keys and of values."""
+
+    kv_heads, scale, softcap = KV_HEADS, 0.25, None
+
+    def __init__(self, blocks: int, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.name, self.group = "layer", 0
+        self.cache = torch.randn(2, blocks, BLOCK, KV_HEADS, WIDTH, generator=draw)
+
+    def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = (part[blocks].flatten(0, 1).transpose(0, 1) for part in self.cache)
+        return keys, values
+
+    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        for part, new in zip(self.cache, (keys, values), strict=True):
+            part[slots // BLOCK, slots % BLOCK] = new
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_plan_of_all_layers_is_the_plan_of_each(seed: int) -> None:
+    images, length = prompt(seed)
+    probs, spans = attention(seed, images, length), spans_of(images, length)
+    policy = replace(POLICY, budget=("image", "global")[seed % 2], min_tokens=seed % 3)
+    together = choose(probs, spans, policy, KV_HEADS, 1, same)
+    choice = summary(together, spans, BLOCK, 1)
+    for layer in range(LAYERS):
+        alone = policy.plan(LayerView(probs[layer][None], spans[None], KV_HEADS))
+        kept = int(alone.lengths[0])
+        assert together.columns[layer, :, -kept:].equal(alone.columns[0])
+        assert choice.freed[layer] * BLOCK == length - kept
+        assert choice.classes[layer] == int(alone.classes[0])
+        again = choose_again(
+            probs[layer], spans, policy, KV_HEADS, choice.rates[layer], choice.kept[layer]
+        )
+        assert again.equal(alone.columns[0]), "the same columns after a preemption"
+
+
+@pytest.mark.parametrize("layers", [2, 3, 6])
+def test_layers_of_a_group_keep_as_many_as_the_most(layers: int) -> None:
+    images, length = prompt(1)
+    probs, spans = attention(1, images, length), spans_of(images, length)
+    single = summary(choose(probs, spans, POLICY, KV_HEADS, 1, same), spans, BLOCK, 1)
+    grouped = summary(choose(probs, spans, POLICY, KV_HEADS, layers, same), spans, BLOCK, layers)
+    assert len(grouped.freed) == LAYERS // layers
+    for layer, kept in enumerate(grouped.kept):
+        first = layer // layers * layers
+        assert kept == max(single.kept[first : first + layers])
+    assert grouped.rates == single.rates and grouped.classes == single.classes
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_kept_tokens_are_found_through_the_table_after_pruning(seed: int, fresh: bool) -> None:
+    """The pool ends as it was but for the blocks of the pruned table."""
+    images, length = prompt(seed)
+    full, needed = length // BLOCK, -(-length // BLOCK)
+    pool = list(range(1, 60))
+    random.Random(seed).shuffle(pool)
+    held, pool = pool[:needed], pool[needed:]
+    most = fresh_blocks(POLICY, POLICY.r + POLICY.delta_r, images, length, BLOCK)
+    reserved, pool = (pool[:most], pool[most:]) if fresh else ([], pool)
+    layer, spans = TorchLayer(60, seed), spans_of(images, length)
+    plan = choose(attention(seed, images, length), spans, POLICY, KV_HEADS, 1, same)
+    kept, freed = int(plan.lengths[0]), (length - int(plan.lengths[0])) // BLOCK
+    columns, source = plan.columns[0, :, -kept:], torch.tensor(held)
+    keys, values = layer.gather(source, columns)
+    before = layer.cache.clone()
+    if freed:
+        target = with_fresh(source, reserved, full) if fresh else source
+        layer.move(columns, source, target, freed * BLOCK, BLOCK)
+    table, gone = pruned_table(held, reserved, full, freed, 0)
+    assert table[:freed] == [0] * freed and 0 not in table[freed:]
+    assert sorted([*pool, *gone, *table[freed:]]) == list(range(1, 60)), "no block is lost"
+    found = layer.read(torch.tensor(table[freed:]))
+    count = length - freed * BLOCK
+    for mine, theirs in zip(found, (keys, values), strict=True):
+        assert mine[:, :count].equal(theirs)
+    if fresh and freed:
+        assert layer.cache[:, held[:full]].equal(before[:, held[:full]]), "unpruned blocks stay"
+        assert [*in_use(reserved, full, freed)] == table[freed:full]
+
+
+def test_scores_are_the_attention_of_the_last_token() -> None:
+    layer, blocks = TorchLayer(9, 0), torch.tensor([3, 7, 2])
+    query = torch.randn(HEADS, WIDTH, generator=torch.Generator().manual_seed(1))
+    keys, _ = layer.read(blocks)
+    keys = keys[:, :20].repeat_interleave(HEADS // KV_HEADS, 0)
+    expected = ((keys @ query[..., None])[..., 0] * layer.scale).softmax(-1)
+    torch.testing.assert_close(layer.score(query, blocks, 20), expected)
+
+
+def test_tables_of_a_batch_start_at_the_first_kept_token() -> None:
+    """Two groups; a row that is not pruned, one in place, one in fresh blocks, and padding."""
+    end = PromptEnd(0, 45, 45, ((1, 0, 39),), POLICY, ((91, 92, 93, 94), (81, 82, 83, 84)), None)
+    fresh = PrunedRequest.of((3, 2), end, BLOCK)
+    assert fresh.fresh == ((93, 94), (82, 83, 84))
+    tables = BatchTables((None, PrunedRequest((2, 0), ((), ())), fresh), 2)
+    table = torch.arange(1, 33, dtype=torch.int32).view(4, 8)
+    first, freed = tables.apply(0, table)
+    assert freed.tolist() == [0, 2, 3]
+    assert first[0].tolist() == table[0].tolist() and first[3].tolist() == table[3].tolist()
+    assert first[1, :6].tolist() == table[1, 2:].tolist()
+    assert first[2, :5].tolist() == [93, 94, *table[2, 5:].tolist()]
+    second, freed = tables.apply(1, table)
+    assert freed.tolist() == [0, 0, 2]
+    assert second[1].tolist() == table[1].tolist()
+    assert second[2, :6].tolist() == [82, 83, 84, *table[2, 5:].tolist()]
+    assert BatchTables((None, None), 2).empty
+
+
+def test_what_a_prompt_reserves_and_what_may_be_cached() -> None:
+    shared, in_place = PromptBlocks(20, 2), PromptBlocks(20, None)
+    assert [shared.to_reserve(n) for n in (19, 20, 33)] == [0, 2, 2]
+    assert [shared.cacheable(n) for n in (8, 20, 33)] == [8, 20, 20]
+    assert in_place.to_reserve(20) == in_place.cacheable(20) == 0
+
+
+def test_lockstep_asks_the_first_group_for_all() -> None:
+    lockstep = Lockstep({"a": [1, 2]}, BLOCK)
+    assert lockstep.has_slots("a", 16) and not lockstep.has_slots("a", 17)
+    assert not lockstep.has_slots("b", 1)
+
+
+def test_a_long_answer_no_longer_fits_beside_fresh_blocks() -> None:
+    assert fits(tokens=40, fresh=2, block=8, groups=3, pool=24)
+    assert not fits(tokens=41, fresh=2, block=8, groups=3, pool=24)
+
+
+def test_it_imports_no_engine() -> None:
+    code = (
+        "import sys, plphp.paged.blocks, plphp.paged.choosing, plphp.paged.compaction\n"
+        "import plphp.paged.tables\n"
+        "print([name for name in ('vllm', 'transformers', 'plphp.vllm') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
