@@ -4,48 +4,137 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from plphp.demo.boards import render, to_patches
-from plphp.demo.questions import Level, Question, draw_prompt, draw_size
+from plphp.demo.boards import CELL, COLOURS, GLYPHS, Picture, draw_scene, render, to_patches
+from plphp.demo.painting import EMPTY, UNCLEAR, Canvas, Look, paint
+from plphp.demo.questions import LEVELS, Question, draw_prompt, draw_size
+from plphp.demo.regimes import Frame, Regime, draw, draw_frame
 from training.easy_vqa import SIDE, EasyVQA
 
-PICTURE_TOKENS = 4000  # per step, about: what two cores do in 1.4 seconds
 EASY_TOKENS = 1400
 EASY_SAMPLE_TOKENS = 140
 HEADER_TOKENS = 5  # "Picture 1:", and what opens and closes it
+QUESTION_TOKENS = 260  # what the questions of one round take, about
+ROUND_TOKENS = 500  # so many vision tokens are worth another round of questions
+FREE_SHARE = 0.15  # of those with a thing a token: cells that begin between tokens
+CROWDED = (0.25, 0.7)  # of the cells of a picture of the vision stage
+
+
+@dataclass(frozen=True)
+class Views:
+    """Pictures of one size, of all samples: patches [samples * count, 4 high wide, 588]."""
+
+    high: int
+    wide: int
+    count: int  # in a sample
+    patches: Tensor
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one shape: ``pictures`` pictures of ``side`` x ``side`` cells, and questions."""
+    """Samples whose pictures have the same sizes, and questions about each sample.
 
-    pictures: int
-    side: int
+    maps: int64 [samples, vision tokens, 2], what the tokens show, where that is known
+    name: what the scores of these questions are listed under
+    """
+
+    frame: Frame
     questions: list[list[Question]]
-    patches: Tensor  # [samples * pictures, 4 side^2, 588]
+    views: list[Views]
+    maps: Tensor | None
+    name: str
 
 
-def picture_batch(rng: Generator, level: Level, tasks: Sequence[str]) -> Batch:
-    """Drawn pictures."""
+def regime_batch(rng: Generator, regime: Regime, tasks: Sequence[str], budget: int) -> Batch:
+    """Pictures of a regime, ``budget`` tokens of them and of questions, at least one sample."""
+    while True:
+        frame = draw_frame(rng, regime)
+        prefix = frame.tokens + HEADER_TOKENS * len(frame.sizes)
+        rounds = 1 + frame.tokens // ROUND_TOKENS
+        samples = max(1, budget // (prefix + rounds * QUESTION_TOKENS))
+        drawn = [draw(rng, regime, frame, list(tasks) * rounds) for _ in range(samples)]
+        questions = [prompt.questions for prompt in drawn]
+        if all(questions):
+            break
+    maps = [np.concatenate([m.reshape(-1, 2) for m in prompt.maps]) for prompt in drawn]
+    views = _views(frame, [prompt.images for prompt in drawn])
+    return Batch(frame, questions, views, torch.tensor(np.stack(maps)), f"@{frame.scale}")
+
+
+def level_batch(rng: Generator, number: int, tasks: Sequence[str], budget: int) -> Batch:
+    """Square pictures on plain paper, a thing a token: what the demo and the dense suites show."""
+    level = LEVELS[number]
     pictures, side = draw_size(rng, level)
     sample_tokens = pictures * (side * side + HEADER_TOKENS) + level.question_tokens
-    samples = max(1, PICTURE_TOKENS // sample_tokens)
+    samples = max(1, budget // sample_tokens)
     prompts = [draw_prompt(rng, level, pictures, side, tasks) for _ in range(samples)]
-    rendered = [render(picture, rng) for drawn, _ in prompts for picture in drawn]
-    return Batch(pictures, side, [questions for _, questions in prompts], as_patches(rendered))
+    images = [[render(picture, rng) for picture in drawn] for drawn, _ in prompts]
+    frame = Frame(((side, side),) * pictures, 1)
+    questions = [asked for _, asked in prompts]
+    return Batch(frame, questions, _views(frame, images), None, f"@L{number}")
 
 
 def easy_batch(rng: Generator, easy: EasyVQA) -> Batch:
     """Pictures of easy-VQA, one a sample."""
     samples = [easy.sample(rng) for _ in range(EASY_TOKENS // EASY_SAMPLE_TOKENS)]
-    images = [image for image, _ in samples]
-    return Batch(1, SIDE, [questions for _, questions in samples], as_patches(images))
+    frame = Frame(((SIDE, SIDE),), 1)
+    views = _views(frame, [[image] for image, _ in samples])
+    return Batch(frame, [questions for _, questions in samples], views, None, "")
+
+
+def crowded_views(rng: Generator, look: Look, scale: int, budget: int) -> tuple[Views, Tensor]:
+    """Pictures of one size with more things than prompts show, and their maps [N, tokens, 2]."""
+    rows, columns = (int(rng.integers(2, max(4, 9 - 2 * scale) + 1)) for _ in range(2))
+    # Tokens that show half of a thing are rare where a thing covers one: they are hard to name.
+    free = scale > 1 or rng.random() < FREE_SHARE
+    high, wide = (edge * scale + free * int(rng.integers(scale + 1)) for edge in (rows, columns))
+    painted = []
+    for _ in range(max(1, budget // (high * wide))):
+        rest = ((high - rows * scale) * CELL, (wide - columns * scale) * CELL)
+        top, left = (int(rng.integers(room + 1)) for room in rest)
+        canvas = Canvas(high, wide, scale, top, left)
+        painted.append(paint(_crowd(rng, rows, columns), canvas, look, rng))
+    maps = torch.tensor(np.stack([shown.reshape(-1, 2) for _, shown in painted]))
+    return Views(high, wide, 1, as_patches([image for image, _ in painted])), maps
 
 
 def as_patches(images: Sequence[np.ndarray]) -> Tensor:
     return torch.tensor(np.stack([to_patches(image) for image in images]))
+
+
+def targets(maps: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    """Classes of all tokens, glyphs and colours; the last class of each is an empty token."""
+    glyphs, colours = maps.flatten(0, 1).unbind(1)
+    empty = ((glyphs, len(GLYPHS)), (colours, len(COLOURS)))
+    found = [
+        c.masked_fill(c == EMPTY, last).masked_fill(c == UNCLEAR, ignored) for c, last in empty
+    ]
+    return found[0], found[1]
+
+
+def _classes(found: Tensor, empty: int, ignored: int) -> Tensor:
+    return found.masked_fill(found == EMPTY, empty).masked_fill(found == UNCLEAR, ignored)
+
+
+def _crowd(rng: Generator, rows: int, columns: int) -> Picture:
+    count = max(1, int(rows * columns * rng.uniform(*CROWDED)))
+    glyphs = rng.integers(0, len(GLYPHS), count)
+    colours = rng.integers(0, len(COLOURS), count)
+    return draw_scene(rng, rows, glyphs, colours, columns)
+
+
+def _views(frame: Frame, images: Sequence[Sequence[np.ndarray]]) -> list[Views]:
+    """Neighbours of one size go together."""
+    views, first = [], 0
+    for (high, wide), alike in groupby(frame.sizes):
+        count = len(list(alike))
+        flat = [image for row in images for image in row[first : first + count]]
+        views.append(Views(high, wide, count, as_patches(flat)))
+        first += count
+    return views

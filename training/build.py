@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from plphp.demo.boards import COLOUR_NAMES, GLYPHS
-from plphp.demo.questions import LEVELS, draw_prompt, draw_size
+from plphp.demo.questions import LEVELS, MIX, ask_all, draw_prompt, draw_size
+from plphp.demo.wording import CHAT, LEADS, SYSTEM, TAILS
 from training.easy_vqa import EasyVQA
 
 END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
@@ -30,7 +31,9 @@ SPECIAL_TOKENS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-NUMBERS = list("123456")
+NUMBERS = list("12345678")
+MOST_TOKENS = 8192  # of text and pictures: 4,000 vision tokens and what stands around them
+TEXT_LAYERS, VISION_BLOCKS = 8, 4
 CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text()
 PROCESSOR = {
     "do_resize": True,
@@ -45,8 +48,8 @@ PROCESSOR = {
     "merge_size": 2,
     "temporal_patch_size": 2,
     "min_pixels": 112 * 112,
-    "max_pixels": 280 * 280,
-    "size": {"shortest_edge": 112 * 112, "longest_edge": 280 * 280},
+    "max_pixels": 4096 * 28 * 28,
+    "size": {"shortest_edge": 112 * 112, "longest_edge": 4096 * 28 * 28},
 }
 
 
@@ -56,7 +59,7 @@ def make_tokenizer(easy: EasyVQA) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=480,
+        vocab_size=720,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -67,7 +70,7 @@ def make_tokenizer(easy: EasyVQA) -> PreTrainedTokenizerFast:
         eos_token=END_OF_TURN,
         pad_token=END_OF_TEXT,
         extra_special_tokens=SPECIAL_TOKENS[1:],
-        model_max_length=4096,
+        model_max_length=MOST_TOKENS,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     words = [
@@ -106,7 +109,7 @@ def export(model: Any, tokenizer: Any, folder: Path) -> None:
         eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
         pad_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
         do_sample=False,
-        max_new_tokens=160,
+        max_new_tokens=256,
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -123,11 +126,14 @@ def _corpus(easy: EasyVQA, prompts: int = 2500) -> list[str]:
     rng = np.random.default_rng(5)
     hardest = LEVELS[-1]
     texts: list[str] = []
-    for _ in range(prompts):
-        _, drawn = draw_prompt(rng, hardest, *draw_size(rng, hardest))
+    for number in range(prompts):
+        pictures, _ = draw_prompt(rng, hardest, *draw_size(rng, hardest), [])
+        drawn = ask_all(rng, pictures, MIX, reworded=(number % 2) * 0.8)
         _, sampled = easy.sample(rng)
         for question in drawn + sampled:
             texts += [question.text, question.answer]
+    talk = [*SYSTEM, *LEADS, *TAILS, *(text for turn in CHAT for text in turn)]
+    texts += talk * 300
     texts += ["Picture 1:", "user\n", "assistant\n", "system\n"] * 300
     texts += [f" {word}" for word in [*GLYPHS, *COLOUR_NAMES, *NUMBERS]] * 400
     return texts
@@ -139,10 +145,10 @@ def _config(tokenizer: Any) -> Qwen2VLConfig:
         "vocab_size": len(tokenizer),
         "hidden_size": 256,
         "intermediate_size": 640,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": TEXT_LAYERS,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": MOST_TOKENS,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {
             "rope_type": "default",
@@ -155,7 +161,7 @@ def _config(tokenizer: Any) -> Qwen2VLConfig:
         "tie_word_embeddings": True,
     }
     vision = {
-        "depth": 3,
+        "depth": VISION_BLOCKS,
         "embed_dim": 128,
         "num_heads": 4,
         "hidden_size": text["hidden_size"],

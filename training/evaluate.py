@@ -1,30 +1,54 @@
-"""Held-out answers of a model directory.
+"""Held-out answers of a model directory, full and pruned, by regime.
 
     python -m training.evaluate --model DIR        # from the root of the repository
 
 What is measured is what users run: image processor, tokenizer, chat template and ``generate``, one
-prompt at a time. The prompts are drawn with a seed that training never used; those of easy-VQA are
-of its test split, in their original files.
+prompt at a time. Prompts are drawn with a seed that training never used, photographs are held out,
+and easy-VQA's pictures are of its test split, in their original files. The regime ``level-3`` is
+the hardest of the boards that the demo shows: a thing a token, square, on paper.
+
+With ``--packed`` no answer is generated: many questions share a prompt, and an answer is right if
+each of its tokens is the likeliest behind the right ones. That is exact match of the full cache as
+well, forty times as fast.
+
+Pictures keep their size: limits that a model's image processor sets are raised to 4,096 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+import plphp
 from plphp.demo.boards import render
 from plphp.demo.model import WEIGHTS, Embedded, load
-from plphp.demo.questions import LEVELS, TASKS, Level, draw_prompt, draw_size
+from plphp.demo.questions import LEVELS, MIX, TASKS, draw_prompt, draw_size
+from plphp.demo.regimes import REGIMES, SILENCE, Preamble, Regime, draw, draw_frame
+from training.batches import level_batch, regime_batch
+from training.build import PROCESSOR
 from training.easy_vqa import EasyVQA
+from training.joint_stage import Learner
+from training.vision_stage import Words
 
 SEED = 20240
+LEAST_VISION_TOKENS = 100  # of a prompt of the regime level-3
+BUDGET = 0.4
+METHODS: Mapping[str, Any] = {
+    "full": None,
+    "plphp": plphp.PLPHP(),
+    **{
+        name: plphp.policy(name, budget=BUDGET)
+        for name in ("uniform", "random", "snapkv", "novelty")
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -32,36 +56,59 @@ class Sample:
     images: list[Image.Image]
     question: str
     answer: str
+    preamble: Preamble = SILENCE
 
 
-@dataclass(frozen=True)
-class Score:
-    pictures: int
-    exact: bool
-    words: float
+@dataclass
+class Seen:
+    """What a regime's prompts gave, in their order."""
+
+    exact: dict[str, dict[str, list[bool]]] = field(default_factory=dict)  # task, method
+    words: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    kept: dict[str, list[float]] = field(default_factory=dict)  # method
+    gamma: list[list[float]] = field(default_factory=list)  # prompt, layer
+    tokens: list[int] = field(default_factory=list)  # vision tokens of each prompt
+
+    def summary(self) -> dict[str, Any]:
+        """Means; gamma is that of the prompt's last token, layer by layer."""
+        out: dict[str, Any] = {
+            name: {task: _means(by_method) for task, by_method in found.items()}
+            for name, found in (("exact", self.exact), ("words", self.words))
+        }
+        out["kept"] = _means(self.kept)
+        if self.gamma:
+            out["gamma"] = np.round(np.mean(self.gamma, 0), 3).tolist()
+        out["vision tokens"] = round(float(np.mean(self.tokens)))
+        return out
 
 
-def draw_samples(task: str, level: Level, min_vision_tokens: int, seed: int) -> Iterator[Sample]:
+def draw_samples(regime: str, task: str, options: argparse.Namespace) -> Iterator[Sample]:
     """Endlessly: prompts of one question each."""
-    rng = np.random.default_rng([seed, sum(map(ord, task))])
+    rng = np.random.default_rng([options.seed, sum(map(ord, task))])
     if task == "easyvqa":
-        yield from _easy_samples(rng)
-    while True:
-        count, side = draw_size(rng, level)
-        if count * side * side < min_vision_tokens:
-            continue
-        pictures, questions = draw_prompt(rng, level, count, side, [task])
-        if questions:
-            images = [Image.fromarray(render(picture, rng)) for picture in pictures]
-            yield Sample(images, questions[0].text, questions[0].answer)
+        return _easy_samples(rng)
+    if regime == "level-3":
+        return _level_samples(rng, task)
+    changed = replace(REGIMES[regime], reworded=options.reworded, chatty=options.chatty)
+    return _regime_samples(rng, changed, task)
 
 
-def answer(embedded: Embedded, images: list[Image.Image], question: str) -> str:
-    """What the model says."""
-    inputs = embedded.inputs(images, question)
+def ask(embedded: Embedded, sample: Sample, policy: Any) -> tuple[str, Any]:
+    """What the model says, and plphp's report if a policy prunes."""
+    messages = sample.preamble.messages(len(sample.images), sample.question)
+    text = embedded.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    inputs = embedded.inputs_of(sample.images, text)
+    report = None
     with torch.inference_mode():
-        ids = embedded.model.generate(**inputs)
-    return embedded.decode(ids[0, inputs["input_ids"].shape[1] :])
+        if policy is None:
+            ids = embedded.model.generate(**inputs)
+        else:
+            with plphp.prune(embedded.model, policy) as pruning:
+                ids = embedded.model.generate(**inputs)
+                report = pruning.report
+    return embedded.decode(ids[0, inputs["input_ids"].shape[1] :]), report
 
 
 def word_accuracy(said: str, wanted: str) -> float:
@@ -71,39 +118,94 @@ def word_accuracy(said: str, wanted: str) -> float:
     return right / max(len(said_words), len(wanted_words))
 
 
-def evaluate(embedded: Embedded, task: str, options: argparse.Namespace) -> list[Score]:
-    """Scores of ``options.n`` prompts; prints the first ``options.show``."""
-    level = LEVELS[options.level]
-    samples = draw_samples(task, level, options.min_vision_tokens, options.seed)
-    scores = []
+def evaluate(
+    embedded: Embedded, regime: str, task: str, options: argparse.Namespace, seen: Seen
+) -> None:
+    """Add the answers to ``options.n`` prompts to ``seen``; prints the first ``options.show``."""
+    samples = draw_samples(regime, task, options)
     for i, sample in zip(range(options.n), samples, strict=False):
-        said = answer(embedded, sample.images, sample.question)
-        exact, words = said == sample.answer, word_accuracy(said, sample.answer)
-        scores.append(Score(len(sample.images), exact, words))
-        if i < options.show:
-            print(f"  {sample.question} | wanted: {sample.answer} | said: {said}")
-    return scores
+        seen.tokens.append(sum(image.width * image.height for image in sample.images) // 28**2)
+        for method in options.methods.split(","):
+            said, report = ask(embedded, sample, METHODS[method])
+            words = word_accuracy(said, sample.answer)
+            seen.exact.setdefault(task, {}).setdefault(method, []).append(said == sample.answer)
+            seen.words.setdefault(task, {}).setdefault(method, []).append(words)
+            if report is not None:
+                seen.kept.setdefault(method, []).append(float(report.retention))
+            if method == "plphp":
+                seen.gamma.append([layer.gamma[0] for layer in report.layers])
+            if i < options.show:
+                print(f"  {method}: {sample.question} | {sample.answer} | said: {said}")
 
 
-def summary(scores: list[Score]) -> dict[str, float]:
-    """Mean exact match and word accuracy, and exact match by the number of pictures."""
-    out = {"exact": np.mean([s.exact for s in scores]), "words": np.mean([s.words for s in scores])}
-    for pictures in sorted({score.pictures for score in scores}):
-        alike = [score.exact for score in scores if score.pictures == pictures]
-        out[f"exact, {pictures} pictures"] = np.mean(alike)
-    return {name: round(float(value), 3) for name, value in out.items()}
+def packed(
+    embedded: Embedded, regime: str, prompts: int, seed: int, **changes: float
+) -> dict[str, float]:
+    """Exact match of the full cache by task, on ``prompts`` prompts about which all is asked."""
+    model, tokenizer = embedded.model, embedded.tokenizer
+    learner = Learner(model, tokenizer, Words(tokenizer, model.lm_head.weight))
+    rng = np.random.default_rng([seed, 1])
+    found: dict[str, list[float]] = {}
+    for _ in range(prompts):
+        if regime == "level-3":
+            batch = level_batch(rng, 3, MIX, 1)
+        else:
+            batch = regime_batch(rng, replace(REGIMES[regime], **changes), MIX, 1)
+        with torch.inference_mode():
+            _, seen, _ = learner.answer(batch, learner.see(batch, learn=False), second=False)
+        for task, right in seen.items():
+            found.setdefault(task.partition("@")[0], []).append(right)
+    return _means(found)
 
 
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     embedded = load(getattr(torch, options.dtype), path=options.model)
-    results = {}
-    for task in options.tasks.split(","):
-        results[task] = summary(evaluate(embedded, task, options))
-        print(task, json.dumps(results[task]), flush=True)
+    for name in ("size", "min_pixels", "max_pixels"):
+        setattr(embedded.image_processor, name, PROCESSOR[name])
+    results: dict[str, Any] = {}
+    changes = {"reworded": options.reworded, "chatty": options.chatty}
+    for regime in options.regimes.split(","):
+        if options.packed:
+            results[regime] = packed(embedded, regime, options.n, options.seed, **changes)
+            print(regime, json.dumps(results[regime]), flush=True)
+            continue
+        seen = Seen()
+        for task in options.tasks.split(","):
+            evaluate(embedded, regime, task, options, seen)
+            print(regime, task, json.dumps(_means(seen.exact[task])), flush=True)
+        results[regime] = seen.summary()
+        rest = {name: results[regime].get(name) for name in ("kept", "gamma", "vision tokens")}
+        print(regime, json.dumps(rest), flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
+
+
+def _means(by_name: Mapping[str, list[Any]]) -> dict[str, float]:
+    return {name: round(float(np.mean(values)), 3) for name, values in by_name.items()}
+
+
+def _regime_samples(rng: np.random.Generator, regime: Regime, task: str) -> Iterator[Sample]:
+    while True:
+        frame = draw_frame(rng, regime)
+        prompt = draw(rng, regime, frame, [task])
+        if prompt.questions:
+            _, text, answer = prompt.questions[0]
+            images = [Image.fromarray(image) for image in prompt.images]
+            yield Sample(images, text, answer, frame.preamble)
+
+
+def _level_samples(rng: np.random.Generator, task: str) -> Iterator[Sample]:
+    level = LEVELS[3]
+    while True:
+        count, side = draw_size(rng, level)
+        if count * side * side < LEAST_VISION_TOKENS:
+            continue
+        pictures, questions = draw_prompt(rng, level, count, side, [task])
+        if questions:
+            images = [Image.fromarray(render(picture, rng)) for picture in pictures]
+            yield Sample(images, questions[0].text, questions[0].answer)
 
 
 def _easy_samples(rng: np.random.Generator) -> Iterator[Sample]:
@@ -117,12 +219,19 @@ def _easy_samples(rng: np.random.Generator) -> Iterator[Sample]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=WEIGHTS, help="the model directory")
-    parser.add_argument("--tasks", default=",".join([*TASKS, "easyvqa"]))
-    parser.add_argument("--n", type=int, default=200, help="prompts per task")
-    parser.add_argument("--level", type=int, default=3, choices=range(len(LEVELS)))
-    parser.add_argument("--min-vision-tokens", type=int, default=100)
+    parser.add_argument("--regimes", default=",".join(["level-3", *REGIMES]))
+    parser.add_argument(
+        "--tasks",
+        default="what,refcolor,describe,describe_all,read",
+        help=f"of {', '.join(TASKS)}, easyvqa",
+    )
+    parser.add_argument("--methods", default="full,plphp", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--n", type=int, default=100, help="prompts per task and regime")
+    parser.add_argument("--packed", action="store_true", help="full cache only, without generate")
+    parser.add_argument("--reworded", type=float, default=0.0, help="share of other wordings")
+    parser.add_argument("--chatty", type=float, default=0.0, help="share with other text around")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
     parser.add_argument("--show", type=int, default=0, help="prompts per task to print")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--threads", type=int, default=2)

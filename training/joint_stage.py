@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from plphp.demo.questions import LEVELS
-from training.batches import Batch, easy_batch, picture_batch
+from plphp.demo.regimes import LONGEST_SIDE, Frame
+from training.batches import Batch, Views, easy_batch, level_batch, regime_batch
+from training.build import NUMBERS
 from training.easy_vqa import EasyVQA
-from training.optim import MuonAdamW
-from training.packing import Packed, Packer, answer
-from training.schedule import Leg, Phase
+from training.packing import Packer
+from training.packing import answer as run_packed
+from training.schedule import Phase
 from training.towers import encode_pictures
+from training.vision_stage import Words, crowd_loss, nan_free
 
-RATE = 2e-3
-LOG_EVERY = 25
-MEMORY = 0.98  # of the running scores
-MOST_PICTURES, MOST_CELLS = 6, 8
+PROBED = 2000  # vision tokens a step
+CROWD_TOKENS = 1000
 
 
 class PositionProbe(nn.Module):
@@ -35,88 +35,104 @@ class PositionProbe(nn.Module):
     def __init__(self, tokenizer: Any, embeddings: nn.Parameter) -> None:
         super().__init__()
         self.embeddings = [embeddings]  # in a list: not a parameter of the probe
-        self.number_ids = [tokenizer.encode(f" {i + 1}")[0] for i in range(MOST_PICTURES)]
-        self.lines = nn.Parameter(torch.randn(2 * MOST_CELLS, embeddings.shape[1]) * 0.06)
+        self.number_ids = [tokenizer.encode(f" {number}")[0] for number in NUMBERS]
+        self.lines = nn.Parameter(torch.randn(2 * LONGEST_SIDE, embeddings.shape[1]) * 0.06)
 
-    def forward(self, hidden: Tensor, samples: int, pictures: int, side: int) -> Tensor:
-        """Loss of the vision tokens' hidden states [samples * pictures * side^2, d]."""
+    def forward(self, hidden: Tensor, frame: Frame) -> Tensor:
+        """Loss of the vision tokens' hidden states [samples * tokens, d]."""
+        places = torch.cat([_places(i, *size) for i, size in enumerate(frame.sizes)])
+        targets = places.repeat(len(hidden) // len(places), 1)
+        if len(hidden) > PROBED:
+            chosen = torch.randperm(len(hidden))[:PROBED]
+            hidden, targets = hidden[chosen], targets[chosen]
         classes = torch.cat([self.embeddings[0][self.number_ids], self.lines]).to(hidden.dtype)
         logits = (functional.rms_norm(hidden, (hidden.shape[-1],)) @ classes.T).float()
-        by_axis = logits.split([MOST_PICTURES, MOST_CELLS, MOST_CELLS], -1)
-        place = torch.cartesian_prod(*(torch.arange(n) for n in (samples, pictures, side, side)))
-        targets = place[:, 1:].unbind(1)
-        losses = [functional.cross_entropy(*pair) for pair in zip(by_axis, targets, strict=True)]
-        return torch.stack(losses).sum()
+        by_axis = logits.split([len(self.number_ids), LONGEST_SIDE, LONGEST_SIDE], -1)
+        pairs = zip(by_axis, targets.unbind(1), strict=True)
+        return torch.stack([functional.cross_entropy(*pair) for pair in pairs]).sum()
 
 
-def train(model: Any, tokenizer: Any, easy: EasyVQA, leg: Leg) -> None:
-    """One leg."""
-    torch.manual_seed(1)
-    rng = np.random.default_rng(leg.seed)
-    learner = _Learner(model, tokenizer)
-    began = time.monotonic()
-    for step in range(leg.steps):
-        phase = leg.phase(step)
-        joined = rng.random() < phase.easy_share
-        level = int(rng.choice(len(LEVELS), p=phase.level_shares))
-        drawn = picture_batch(rng, LEVELS[level], phase.tasks)
-        learner.learn_pictures(drawn, phase, see=rng.random() < phase.vision_share, level=level)
-        if joined:
-            learner.learn_easy(easy_batch(rng, easy), phase, see=rng.random() < phase.vision_share)
-        learner.optimizer.step(leg.factor(step))
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == leg.steps:
-            pace = (time.monotonic() - began) / (step + 1)
-            print(f"joint {step + 1}/{leg.steps} {pace:.2f} s/step {learner.scores}", flush=True)
-
-
-class _Learner:
+class Learner:
     """A model in training, with what it needs for that."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.packer, self.scores = model, Packer(tokenizer, model), _Scores()
-        text, visual = model.model.language_model, model.model.visual
-        embeddings = text.embed_tokens.weight
-        self.probe = PositionProbe(tokenizer, embeddings)
-        weights = [*text.layers.parameters(), *text.norm.parameters(), *visual.parameters()]
-        self.optimizer = MuonAdamW(weights, [embeddings, self.probe.lines], RATE)
+    def __init__(self, model: Any, tokenizer: Any, words: Words) -> None:
+        self.model, self.words, self.packer = model, words, Packer(tokenizer, model)
+        self.probe = PositionProbe(tokenizer, model.model.language_model.embed_tokens.weight)
 
-    def learn_pictures(self, batch: Batch, phase: Phase, see: bool, level: int) -> None:
-        """Gradients of the answers about drawn pictures, and of the probe."""
-        with torch.autocast("cpu", torch.bfloat16):
-            packed, loss, early = self._answer(batch, see, str(level))
-            if phase.probe_weight:
-                vision = early[packed.ids == self.packer.image]
-                samples = len(batch.questions)
-                where = self.probe(vision, samples, batch.pictures, batch.side)
-                loss = loss + phase.probe_weight * where
+    def learn(self, easy: EasyVQA, phase: Phase, rng: Generator) -> tuple[float, dict[str, float]]:
+        """Gradients of one step; the loss of the answers, and what was right under which name."""
+        torch.manual_seed(int(rng.integers(2**31)))  # for the probe's choice of tokens
+        if rng.random() < phase.old_share:
+            number = int(rng.choice(len(LEVELS), p=phase.level_shares))
+            batch = level_batch(rng, number, phase.tasks, phase.budget)
+        else:
+            regime = phase.long if rng.random() < phase.long_share else phase.regime
+            batch = regime_batch(rng, regime, phase.tasks, phase.budget)
+        loss, seen = self._learn_pictures(batch, phase, rng)
+        if rng.random() < phase.easy_share:
+            joined = easy_batch(rng, easy)
+            features = self.see(joined, rng.random() < phase.vision_share)
+            easy_loss, right, _ = self.answer(joined, features, second=False)
+            (phase.easy_weight * easy_loss).backward()
+            seen |= right
+        if rng.random() < phase.crowd_share:
+            visual = self.model.model.visual
+            crowd, right = crowd_loss(visual, self.words, phase, CROWD_TOKENS, rng)
+            (phase.words_weight * crowd).backward()
+            seen |= {f"crowd {name}": value for name, value in right.items()}
+        return loss, seen
+
+    def _learn_pictures(
+        self, batch: Batch, phase: Phase, rng: Generator
+    ) -> tuple[float, dict[str, float]]:
+        """Gradients of the answers about drawn pictures, and of what else their tokens must say."""
+        see = rng.random() < phase.vision_share
+        features = self.see(batch, see)
+        second = rng.random() < phase.second_share
+        answer_loss, seen, early = self.answer(batch, features, second)
+        loss = answer_loss
+        if phase.probe_weight:
+            misplaced = self.probe(early, batch.frame)
+            seen["probe loss"] = misplaced.item()
+            loss = loss + phase.probe_weight * misplaced
+        if see and phase.words_weight and batch.maps is not None:
+            words_loss, right = self.words.loss(features.flatten(0, 1), batch.maps)
+            loss = loss + phase.words_weight * words_loss
+            seen |= {f"{name}{batch.name}": value for name, value in nan_free(right).items()}
         loss.backward()
+        return answer_loss.item(), seen
 
-    def learn_easy(self, batch: Batch, phase: Phase, see: bool) -> None:
-        """Gradients of the answers about easy-VQA."""
-        with torch.autocast("cpu", torch.bfloat16):
-            _, loss, _ = self._answer(batch, see, "")
-        (phase.easy_weight * loss).backward()
+    def see(self, batch: Batch, learn: bool) -> Tensor:
+        """[samples, vision tokens of a sample, d]."""
+        samples = len(batch.questions)
+        with torch.set_grad_enabled(learn):
+            parts = [_encode(self.model.model.visual, view, samples) for view in batch.views]
+            return torch.cat(parts, 1)
 
-    def _answer(self, batch: Batch, see: bool, suffix: str) -> tuple[Packed, Tensor, Tensor]:
-        """The packed batch, the loss of its answers, and early hidden states."""
-        packed = self.packer.pack(batch.pictures, batch.side, batch.questions)
-        with torch.set_grad_enabled(see):
-            features = encode_pictures(self.model.model.visual, batch.patches, batch.side)
-        answered = answer(self.model, packed, features, self.packer.image)
+    def answer(
+        self, batch: Batch, features: Tensor, second: bool
+    ) -> tuple[Tensor, dict[str, float], Tensor]:
+        """The loss of the answers, exact match by task, early states of the vision tokens."""
+        packed = self.packer.pack(batch.frame, batch.questions, second)
+        answered = run_packed(self.model, packed, features, self.packer.image)
         right = torch.zeros(answered.where.shape, dtype=torch.bool)
         right[answered.where] = answered.logits.argmax(-1) == answered.labels
-        self.scores.add(packed, right, suffix)
-        return packed, functional.cross_entropy(answered.logits, answered.labels), answered.early
-
-
-class _Scores(dict[str, float]):
-    """Running exact match by task; held out, since pictures are drawn afresh (easy-VQA is not)."""
-
-    def add(self, packed: Packed, right: Tensor, suffix: str) -> None:
+        found: dict[str, list[float]] = {}
         for row, answers in zip(right, packed.answers, strict=True):
             for task, first, end in answers:
-                key, exact = task + suffix, float(row[first - 1 : end - 1].all())
-                self[key] = MEMORY * self.get(key, 0.0) + (1 - MEMORY) * exact
+                first, end = first - packed.prefix - 1, end - packed.prefix - 1
+                found.setdefault(task + batch.name, []).append(float(row[first:end].all()))
+        seen = {name: sum(values) / len(values) for name, values in found.items()}
+        early = answered.early[packed.ids == self.packer.image]
+        return functional.cross_entropy(answered.logits, answered.labels), seen, early
 
-    def __str__(self) -> str:
-        return " ".join(f"{key}:{self[key]:.2f}" for key in sorted(self))
+
+def _encode(visual: Any, view: Views, samples: int) -> Tensor:
+    features = encode_pictures(visual, view.patches, view.high, view.wide)
+    return features.reshape(samples, -1, features.shape[-1])
+
+
+def _places(picture: int, high: int, wide: int) -> Tensor:
+    """[high wide, 3]: picture, row, column of the tokens of a picture."""
+    axes = (torch.tensor([picture]), torch.arange(high), torch.arange(wide))
+    return torch.cartesian_prod(*axes)

@@ -1,15 +1,15 @@
 """Packed samples: one prefix of pictures, several questions behind it, each blind to the others.
 
 Question tokens see the prefix and their own question (a block-causal mask), and their rotary
-positions start anew behind the prefix. So every question sees exactly what it would see alone, and
-the pictures are paid for once.
+positions start anew behind the prefix. A question may stand behind another one and its answer. So
+every question sees exactly what it would see alone, and the pictures are paid for once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from plphp.demo.questions import Question
+from plphp.demo.regimes import Frame
 from training.towers import run_text
 
 IGNORED = -100  # what ``cross_entropy`` ignores
@@ -29,14 +30,15 @@ class Packed:
     ids: Tensor  # [B, L]
     positions: Tensor  # [3, B, L]
     labels: Tensor  # [B, L]
-    mask: Tensor  # [B, 1, L, L], True where a token may look
+    prefix: int  # P, the length of what all questions see
+    mask: Tensor  # [B, 1, L - P, L], True where a token behind the prefix may look
     answers: list[list[tuple[str, int, int]]]  # of each row: task, first token, end
 
 
 class Answered(NamedTuple):
     logits: Tensor  # [T, V], at the T answer tokens of all rows
     labels: Tensor  # [T]
-    where: Tensor  # [B, L - 1], True T times
+    where: Tensor  # [B, L - P - 1], True T times
     early: Tensor  # [B, L, d], hidden states after the first layers
 
 
@@ -75,20 +77,25 @@ class Packer:
         )
         # Per instance; the same words come again and again.
         self._encode = lru_cache(60_000)(lambda t: tokenizer.encode(t, add_special_tokens=False))
-        self._prefix = cache(self._make_prefix)
+        self._prefix = lru_cache(500)(self._make_prefix)
         self._model = model.model
         self._user = [start, *self._encode("user\n")]
-        self._turn = [self.end, *self._encode("\n"), start, *self._encode("assistant\n")]
+        self._close = [self.end, *self._encode("\n")]
+        self._turn = [*self._close, start, *self._encode("assistant\n")]
+        self._start = start
 
-    def pack(self, pictures: int, side: int, samples: Sequence[Sequence[Question]]) -> Packed:
-        """Samples that have ``pictures`` pictures of ``side`` x ``side`` cells each."""
-        prefix, prefix_positions, start = self._prefix(pictures, side)
+    def pack(self, frame: Frame, samples: Sequence[Sequence[Question]], second: bool) -> Packed:
+        """Samples in a frame; with ``second`` every question stands behind its predecessor."""
+        prefix, prefix_positions, start = self._prefix(frame)
         rows = []
         for questions in samples:
             row = _Row(prefix)
+            earlier: list[int] = []
             for task, text, answer in questions:
                 question = self._encode(text) + self._turn
-                row.add(task, question, [*self._encode(answer), self.end], start)
+                row.add(task, earlier + question, [*self._encode(answer), self.end], start)
+                if second:
+                    earlier = [*question, *self._encode(answer), *self._close, *self._user]
             rows.append(row)
         length = max(len(row.ids) for row in rows)
         length += -length % 8  # kernels like multiples of 8
@@ -99,21 +106,31 @@ class Packer:
             ids=_stack([row.ids for row in rows], length, 0),
             positions=positions,
             labels=_stack([row.labels for row in rows], length, IGNORED),
-            mask=_block_causal(segments)[:, None],
+            prefix=len(prefix),
+            mask=_block_causal(segments, len(prefix))[:, None],
             answers=[row.answers for row in rows],
         )
 
-    def _make_prefix(self, pictures: int, side: int) -> tuple[list[int], Tensor, int]:
+    def _make_prefix(self, frame: Frame) -> tuple[list[int], Tensor, int]:
         """Tokens as the chat template writes them, their positions [3, P], the next position."""
-        ids = list(self._user)
-        for i in range(pictures):
-            header = self._encode(f"Picture {i + 1}:")
-            ids += [*header, self.vision_start, *[self.image] * (side * side), self.vision_end]
+        ids, preamble = [], frame.preamble
+        if preamble.system:
+            ids += self._message("system", preamble.system)
+        for said, answered in preamble.turns:
+            ids += self._message("user", said) + self._message("assistant", answered)
+        ids += self._user
+        for i, (high, wide) in enumerate(frame.sizes):
+            # Together with the lead: a tokenizer may join what stands side by side.
+            header = self._encode(f"{'' if i else preamble.lead}Picture {i + 1}:")
+            ids += [*header, self.vision_start, *[self.image] * (high * wide), self.vision_end]
         tokens = torch.tensor([ids])
-        grid = torch.tensor([[1, 2 * side, 2 * side]] * pictures)
+        grid = torch.tensor([[1, 2 * high, 2 * wide] for high, wide in frame.sizes])
         is_image = (tokens == self.image).int()
         positions, _ = self._model.get_rope_index(tokens, is_image, image_grid_thw=grid)
         return ids, positions[:, 0], int(positions.max()) + 1
+
+    def _message(self, role: str, text: str) -> list[int]:
+        return [self._start, *self._encode(f"{role}\n"), *self._encode(text), *self._close]
 
 
 def answer(model: Any, packed: Packed, features: Tensor, image: int) -> Answered:
@@ -121,17 +138,17 @@ def answer(model: Any, packed: Packed, features: Tensor, image: int) -> Answered
     text = model.model.language_model
     embedded = text.embed_tokens(packed.ids).to(features.dtype)
     embedded = embedded.masked_scatter((packed.ids == image)[..., None], features)
-    hidden, early = run_text(text, embedded, packed.positions, packed.mask)
-    labels = packed.labels[:, 1:]
+    hidden, early = run_text(text, embedded, packed.positions, packed.mask, packed.prefix)
+    labels = packed.labels[:, packed.prefix + 1 :]
     where = labels != IGNORED
     logits = model.lm_head(hidden[:, :-1][where]).float()
     return Answered(logits, labels[where], where, early)
 
 
-def _block_causal(segments: Tensor) -> Tensor:
-    length = segments.shape[1]
-    looks_back = torch.ones(length, length, dtype=torch.bool).tril()
-    own_question = segments[:, None, :] == segments[:, :, None]
+def _block_causal(segments: Tensor, prefix: int) -> Tensor:
+    behind, length = segments[:, prefix:, None], segments.shape[1]
+    looks_back = torch.ones(length - prefix, length, dtype=torch.bool).tril(prefix)
+    own_question = segments[:, None, :] == behind
     return ((segments[:, None, :] == PREFIX) | own_question) & looks_back
 
 

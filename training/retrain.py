@@ -1,44 +1,198 @@
-"""Make the embedded model from nothing.
+"""Make the embedded model: from nothing, or grown from an older one.
 
-python -m training.retrain --out DIR        # from the root of the repository
+    python -m training.retrain --out DIR [--warm MODEL]      # from the root of the repository
+
+It saves its state in DIR/state.pt every few minutes, and when it is terminated. Called again it
+goes on from there, with the schedule as it is then. DIR/log.jsonl grows by a line every few steps.
+At the end DIR/model is the model; ``--snapshot`` writes it as it is so far, and trains nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from transformers import AutoTokenizer
 
-from training import build, joint_stage, schedule, vision_stage
+from training import build, checkpoint, schedule, vision_stage
 from training.easy_vqa import EasyVQA
+from training.grow import grow
+from training.joint_stage import Learner
+from training.optim import MuonAdamW
+from training.schedule import Stage
+from training.vision_stage import Words
+
+LOG_EVERY = 20
+
+
+class Run:
+    """A model on its way through the stages."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.folder: Path = options.out
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.folder / "state.pt"
+        state = checkpoint.read(self.file)
+        warm = state["warm"] if state else options.warm is not None
+        self.warm, self.stages = warm, [s.scaled(options.scale) for s in schedule.read(warm)]
+        self.easy = EasyVQA("train")
+        self.tokenizer = self._tokenizer()
+        self.model = build.make_model(self.tokenizer).train()
+        if warm and not state:
+            grow(self.model, self.tokenizer, options.warm)
+        self.embeddings = self.model.model.language_model.embed_tokens.weight
+        self.words = Words(self.tokenizer, self.embeddings)
+        self.learner = Learner(self.model, self.tokenizer, self.words)
+        self.parts = torch.nn.ModuleList([self.model, self.words, self.learner.probe])
+        self.average = checkpoint.Average(self.model.parameters())
+        self.scores, self.losses = checkpoint.Scores(), checkpoint.Scores()
+        self.stage, self.step, self.seconds = 0, 0, 0.0
+        self.optimizer = self._optimizer()
+        self.told_to_stop = False
+        if state:
+            self._load(state)
+
+    def stop(self, *_: object) -> None:
+        """Save and end after this step."""
+        self.told_to_stop = True
+
+    def train(self, minutes: float, save_minutes: float) -> bool:
+        """Steps until all are done (True), or the time is over or `stop` was called (False)."""
+        began = saved = last = time.monotonic()
+        while self.stage < len(self.stages):
+            stage = self.stages[self.stage]
+            if self.step >= stage.steps:
+                self._next_stage()
+                continue
+            self._learn(stage)
+            now = time.monotonic()
+            self.seconds, last = self.seconds + now - last, now
+            if self.step % LOG_EVERY == 0 or self.step == stage.steps:
+                self._log(stage)
+            over = self.told_to_stop or now - began > 60 * minutes
+            if over or now - saved > 60 * save_minutes:
+                self.save()
+                saved = now
+            if over:
+                return False
+        self.save()
+        return True
+
+    def export(self, folder: Path) -> None:
+        """The moving average, as a model directory; the run cannot go on behind it."""
+        self.average.swap()
+        build.export(self.model, self.tokenizer, folder)
+
+    def save(self) -> None:
+        state = {
+            "warm": self.warm,
+            "stage": self.stage,
+            "step": self.step,
+            "seconds": self.seconds,
+            "parts": self.parts.state_dict(),
+            "average": self.average.state(),
+            "optimizer": self.optimizer.state(),
+            "scores": dict(self.scores),
+            "losses": dict(self.losses),
+        }
+        checkpoint.save(self.file, state)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
+        self.parts.load_state_dict(state["parts"])
+        self.average.load(state["average"])
+        self.optimizer = self._optimizer()
+        self.optimizer.load(state["optimizer"])
+        self.scores.update(state["scores"])
+        self.losses.update(state["losses"])
+
+    def _learn(self, stage: Stage) -> None:
+        # The stream of a step is its own: a run that goes on draws what it would have drawn.
+        rng = np.random.default_rng([stage.seed, self.step])
+        phase = stage.phase(self.step)
+        if stage.kind == "vision":
+            visual = self.model.model.visual
+            loss, seen = vision_stage.learn(visual, self.words, self.easy, phase, rng)
+        else:
+            loss, seen = self.learner.learn(self.easy, phase, rng)
+        self.optimizer.step(stage.factor(self.step))
+        self.average.update()
+        self.scores.add(seen)
+        self.losses.add({"loss": loss})
+        self.step += 1
+
+    def _next_stage(self) -> None:
+        self.stage, self.step = self.stage + 1, 0
+        self.scores.clear()
+        self.losses.clear()
+        self.average = checkpoint.Average(self.model.parameters())
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self) -> MuonAdamW:
+        stage = self.stages[min(self.stage, len(self.stages) - 1)]
+        text, visual = self.model.model.language_model, self.model.model.visual
+        weights, tables = list(visual.parameters()), [self.words.nothing]
+        if stage.kind == "joint":
+            weights += [*text.layers.parameters(), *text.norm.parameters()]
+            tables.append(self.learner.probe.lines)
+        frozen = stage.kind == "vision" and self.warm  # the words are known already
+        self.embeddings.requires_grad_(not frozen)
+        return MuonAdamW(weights, tables if frozen else [*tables, self.embeddings], stage.rate)
+
+    def _log(self, stage: Stage) -> None:
+        line = {
+            "stage": self.stage,
+            "kind": stage.kind,
+            "step": self.step,
+            "of": stage.steps,
+            "minutes": round(self.seconds / 60, 1),
+            **self.losses.means(),
+            "right": self.scores.means(),
+        }
+        print(json.dumps(line), flush=True)
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def _tokenizer(self) -> Any:
+        """As it was made when the run began."""
+        folder = self.folder / "tokenizer"
+        if not folder.exists():
+            build.make_tokenizer(self.easy).save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def main() -> None:
-    options = _options()
+    options = parse()
     torch.set_num_threads(options.threads)
-    plan = schedule.read().scaled(options.scale)
-    easy = EasyVQA("train")
-    began = time.monotonic()
-    tokenizer = build.make_tokenizer(easy)
-    model = build.make_model(tokenizer).train()
-    vision_stage.train(model, tokenizer, easy, plan.vision)
-    for number, leg in enumerate(plan.joint, 1):
-        print(f"leg {number} of {len(plan.joint)}", flush=True)
-        joint_stage.train(model, tokenizer, easy, leg)
-    build.export(model, tokenizer, options.out)
-    print(f"{options.out} after {(time.monotonic() - began) / 60:.1f} minutes")
+    run = Run(options)
+    if options.snapshot:
+        run.export(options.snapshot)
+        return
+    signal.signal(signal.SIGTERM, run.stop)
+    if run.train(options.minutes, options.save_minutes):
+        run.export(options.out / "model")
+        print(f"{options.out / 'model'} after {run.seconds / 60:.1f} minutes of training")
 
 
-def _options() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the model directory to write")
+    parser.add_argument("--out", type=Path, required=True, help="the folder of the run")
+    parser.add_argument("--warm", type=Path, help="an older model to grow from; else from nothing")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="multiplies all step counts; 0.01 is a smoke test"
     )
+    parser.add_argument("--minutes", type=float, default=1e9, help="of this leg")
+    parser.add_argument("--save-minutes", type=float, default=4.0, help="between two states")
+    parser.add_argument("--snapshot", type=Path, help="write the model so far there, and end")
     parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The two towers of Qwen2-VL for training: the arithmetic of transformers, without its bookkeeping.
 
 On two cores the bookkeeping (ragged picture sizes, caches, mask building) costs as much as the
-matrix products of a model this small. Here pictures have one size per batch, and masks and
-positions come ready from ``packing``.
+matrix products of a model this small. Here pictures of one size are encoded together, and masks and
+positions come ready from ``packing``. The prefix of pictures attends causally to itself, without a
+mask; in the last layer nothing but its keys and values is computed.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ EARLY_LAYERS = (
 )
 
 
-def encode_pictures(visual: Any, patches: Tensor, side: int) -> Tensor:
-    """[N, 4 side^2, 588] -> [N, side^2, d]; the two frames are alike, so weights are summed."""
+def encode_pictures(visual: Any, patches: Tensor, high: int, wide: int) -> Tensor:
+    """[N, 4 high wide, 588] -> [N, high wide, d]; the two frames are alike: weights are summed."""
     count, length, _ = patches.shape
     x = functional.linear(patches, visual.patch_embed.proj.weight.sum(2).flatten(1))
-    cos, sin = _vision_rotation(visual, side)
+    cos, sin = _vision_rotation(visual, high, wide)
     for block in visual.blocks:
         attention = block.attn
         qkv = attention.qkv(block.norm1(x)).view(count, length, 3, attention.num_heads, -1)
@@ -33,50 +34,74 @@ def encode_pictures(visual: Any, patches: Tensor, side: int) -> Tensor:
         x = x + attention.proj(mixed.transpose(1, 2).reshape(count, length, -1))
         x = x + block.mlp(block.norm2(x))
     features: Tensor = visual.merger(x)
-    return features.view(count, side * side, -1)
+    return features.view(count, high * wide, -1)
 
 
-def run_text(text: Any, x: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Final and early hidden states; x [B, L, d], positions [3, B, L], mask [B, 1, L, L]."""
+def run_text(
+    text: Any, x: Tensor, positions: Tensor, mask: Tensor, prefix: int
+) -> tuple[Tensor, Tensor]:
+    """Final hidden states behind the prefix, and early ones of all tokens.
+
+    x [B, L, d], positions [3, B, L], mask [B, 1, L - prefix, L] of what stands behind the prefix.
+    """
     cos, sin = (angle.to(x.dtype) for angle in _text_rotation(text, positions))
-    early = x
+    early, last = x, len(text.layers) - 1
     for i, layer in enumerate(text.layers):
         if i == EARLY_LAYERS:
             early = x
-        x = x + _attend(text.config, layer, x, cos, sin, mask)
+        mixed = _attend(text.config, layer, x, cos, sin, mask, prefix, ends=i == last)
+        x = (x[:, prefix:] if i == last else x) + mixed
         hidden = _rms(x, layer.post_attention_layernorm.weight)
         mlp = layer.mlp
         x = x + mlp.down_proj(functional.silu(mlp.gate_proj(hidden)) * mlp.up_proj(hidden))
     return _rms(x, text.norm.weight), early
 
 
-def _attend(config: Any, layer: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+def _attend(
+    config: Any,
+    layer: Any,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor,
+    prefix: int,
+    ends: bool,
+) -> Tensor:
+    """Of all tokens, or of those behind the prefix if the layer ``ends`` the tower."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = config.hidden_size // heads
     attention = layer.self_attn
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    projected = functional.linear(
-        _rms(x, layer.input_layernorm.weight),
-        torch.cat([projection.weight for projection in projections]),
-        torch.cat([projection.bias for projection in projections]),
-    )
-    widths = [heads * size, kv_heads * size, kv_heads * size]
+    normed = _rms(x, layer.input_layernorm.weight)
+    asks = normed[:, prefix:] if ends else normed
     query, key, value = (
-        part.view(*x.shape[:2], -1, size).transpose(1, 2) for part in projected.split(widths, -1)
+        projection(source).view(*source.shape[:2], -1, size).transpose(1, 2)
+        for projection, source in (
+            (attention.q_proj, asks),
+            (attention.k_proj, normed),
+            (attention.v_proj, normed),
+        )
     )
-    query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-    group = heads // kv_heads
-    mixed = functional.scaled_dot_product_attention(
-        query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), attn_mask=mask
+    skipped = prefix if ends else 0
+    query = _rotate(query, cos[:, :, skipped:], sin[:, :, skipped:])
+    key = _rotate(key, cos, sin).repeat_interleave(heads // kv_heads, 1)
+    value = value.repeat_interleave(heads // kv_heads, 1)
+    behind = functional.scaled_dot_product_attention(
+        query[:, :, prefix - skipped :], key, value, attn_mask=mask
     )
-    out: Tensor = attention.o_proj(mixed.transpose(1, 2).reshape(*x.shape[:2], -1))
+    parts = [behind]
+    if not ends:
+        seen = (part[:, :, :prefix] for part in (query, key, value))
+        parts = [functional.scaled_dot_product_attention(*seen, is_causal=True), behind]
+    mixed = torch.cat(parts, 2).transpose(1, 2).flatten(2)
+    out: Tensor = attention.o_proj(mixed)
     return out
 
 
-def _vision_rotation(visual: Any, side: int) -> tuple[Tensor, Tensor]:
-    """cos, sin [4 side^2, 1, head size] of the patches, cell by cell as the merger wants them."""
-    row = torch.arange(2 * side)[:, None].expand(2 * side, 2 * side)
-    by_cell = [axis.reshape(side, 2, side, 2).transpose(1, 2).flatten() for axis in (row, row.T)]
+def _vision_rotation(visual: Any, high: int, wide: int) -> tuple[Tensor, Tensor]:
+    """cos, sin [4 high wide, 1, head size] of the patches, cell by cell as the merger wants."""
+    row = torch.arange(2 * high)[:, None].expand(2 * high, 2 * wide)
+    column = torch.arange(2 * wide).expand(2 * high, 2 * wide)
+    by_cell = [axis.reshape(high, 2, wide, 2).transpose(1, 2).flatten() for axis in (row, column)]
     angles = (torch.stack(by_cell, -1)[..., None] * visual.rotary_pos_emb.inv_freq).flatten(1)
     angles = torch.cat([angles, angles], -1)[:, None]
     return angles.cos(), angles.sin()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from zlib import crc32
 
@@ -9,10 +10,12 @@ import easy_vqa
 import numpy as np
 import pytest
 
+from plphp.cli.eval import _tasks
 from plphp.errors import InputError
 from plphp.eval.sample import Sample
-from plphp.eval.tasks import TASKS, folder
+from plphp.eval.tasks import SUITES, TASKS, folder
 from plphp.eval.tasks.boards import difference, needle
+from plphp.eval.tasks.regimes import SCALES
 
 SCHEDULE = Path(__file__).parents[2] / "training" / "schedule.json"
 FEW = 13
@@ -51,7 +54,8 @@ def test_easyvqa_is_the_test_split_in_its_own_files() -> None:
 def test_no_stream_of_training_is_drawn_again() -> None:
     """Training, evaluation and demo seeds are single numbers, a task's is a pair."""
     schedule = json.loads(SCHEDULE.read_text())
-    used = [schedule["vision"]["seed"], *(leg["seed"] for leg in schedule["joint"]), 20240, 31005]
+    used = [stage["seed"] for stage in schedule["from_nothing"] + schedule["stages"]]
+    used += [*range(1, 7), 20240, 31005]  # 1 to 6 trained the first weights
     streams = {np.random.default_rng(seed).bytes(8) for seed in used}
     for seed in (*used, 7001):
         for name in TASKS:
@@ -106,3 +110,25 @@ def test_a_folder_without_labels(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no image files"):
         folder(tmp_path / "empty", "x")
+
+
+@pytest.mark.skipif(not find_spec("skimage"), reason="needs scikit-image")
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_show_the_tasks_at_their_scale(name: str) -> None:
+    scale = SCALES[name]
+    for task in SUITES[name].values():
+        samples = task.draw(2, 7)
+        assert digest(samples) == digest(task.draw(3, 7)[:2]) and task.name.endswith(f"@{name}")
+        for sample in samples:
+            assert sample.answers[0]
+            assert all(edge % 28 == 0 for image in sample.images for edge in image.size)
+            sides = {image.width // 28 // scale for image in sample.images}
+            assert min(sides) >= 3 and max(sides) <= 9
+
+
+def test_a_suite_is_named_as_a_whole_or_by_task() -> None:
+    whole = _tasks("redundant-4", None, None)
+    assert [task.name for task in whole] == list(SUITES["redundant-4"])
+    assert [t.name for t in _tasks("what,what@dense", None, None)] == ["what", "what@dense"]
+    with pytest.raises(InputError, match="what@redundant-4"):
+        _tasks("what@nowhere", None, None)

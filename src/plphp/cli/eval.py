@@ -86,17 +86,22 @@ def _plan(
 
 
 def _tasks(names: str, images: Path | None, prompt: str | None) -> tuple[Task, ...]:
-    from plphp.eval.tasks import TASKS, folder
+    from plphp.eval.tasks import SUITES, TASKS, folder
 
     if images is not None and prompt is not None:
         return (folder(images, prompt),)
     wanted = list(TASKS) if names == "all" else [n.strip() for n in names.split(",") if n.strip()]
+    wanted = [name for one in wanted for name in SUITES.get(one, [one])]
+    known = TASKS | {name: task for suite in SUITES.values() for name, task in suite.items()}
     for name in wanted:
-        if name not in TASKS:
-            raise InputError(f"--tasks: unknown task {name!r}; known are {', '.join(TASKS)}")
+        if name not in known:
+            raise InputError(
+                f"--tasks: unknown task {name!r}; known are {', '.join(TASKS)}, the suites "
+                f"{', '.join(SUITES)}, and single tasks of a suite, such as what@redundant-4"
+            )
     if not wanted:
         raise InputError("--tasks names nothing")
-    return tuple(TASKS[name] for name in dict.fromkeys(wanted))
+    return tuple(known[name] for name in dict.fromkeys(wanted))
 
 
 def _shard(text: str) -> tuple[int, int]:

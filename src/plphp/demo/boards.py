@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -55,35 +56,51 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """A board of ``side`` x ``side`` cells; ``things`` maps (row, column) to what is there."""
+    """A board of ``side`` rows; ``things`` maps (row, column) to what is there.
+
+    It has as many columns as rows where ``wide`` does not say otherwise.
+    """
 
     side: int
     things: dict[tuple[int, int], Thing]
     kind: Literal["scene", "page"]
+    wide: int | None = None
+
+    @property
+    def columns(self) -> int:
+        return self.side if self.wide is None else self.wide
 
 
 def draw_scene(
-    rng: Generator, side: int, glyphs: Collection[int], colours: Collection[int]
+    rng: Generator,
+    side: int,
+    glyphs: Collection[int],
+    colours: Collection[int],
+    wide: int | None = None,
 ) -> Picture:
     """The given things, each in a cell of its own."""
-    cells = rng.permutation(side * side)[: len(glyphs)]
+    columns = side if wide is None else wide
+    cells = rng.permutation(side * columns)[: len(glyphs)]
     things = {
-        (int(cell) // side, int(cell) % side): Thing(int(glyph), int(colour))
+        (int(cell) // columns, int(cell) % columns): Thing(int(glyph), int(colour))
         for cell, glyph, colour in zip(cells, glyphs, colours, strict=True)
     }
-    return Picture(side, things, "scene")
+    return Picture(side, things, "scene", wide)
 
 
-def draw_page(rng: Generator, side: int, rows: int, columns: int) -> Picture:
+def draw_page(
+    rng: Generator, side: int, rows: int, columns: int, wide: int | None = None
+) -> Picture:
     """A block of ``rows`` x ``columns`` distinct letters in one colour, somewhere on the board."""
-    top, left = int(rng.integers(side - rows + 1)), int(rng.integers(side - columns + 1))
+    right = (side if wide is None else wide) - columns
+    top, left = int(rng.integers(side - rows + 1)), int(rng.integers(right + 1))
     glyphs = rng.permutation(len(LETTERS))[: rows * columns]
     colour = int(rng.integers(len(COLOURS)))
     things = {
         (top + i // columns, left + i % columns): Thing(int(glyphs[i]), colour)
         for i in range(rows * columns)
     }
-    return Picture(side, things, "page")
+    return Picture(side, things, "page", wide)
 
 
 def render(picture: Picture, rng: Generator) -> np.ndarray:
@@ -111,8 +128,23 @@ def to_patches(image: np.ndarray) -> np.ndarray:
     return merged.transpose(0, 3, 1, 4, 6, 2, 5).reshape(high * wide, 588)
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, radius: float) -> None:
-    middle = CELL / 2
+def glyph_mask(glyph: str, font_file: str, size: float, cell: int) -> np.ndarray:
+    """A glyph of ``size`` px in the middle of a square of ``cell`` px: 0 background, 1 ink."""
+    image = Image.new("L", (cell, cell), 0)
+    draw = ImageDraw.Draw(image)
+    if glyph in SHAPES:
+        _draw_shape(draw, glyph, size * 0.42, cell / 2)
+    else:
+        _draw_letter(draw, glyph, _font(font_file, size), cell)
+    return np.asarray(image, np.float32) / 255
+
+
+@lru_cache(1000)
+def _font(font_file: str, size: float) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(FONT_FOLDER / font_file, size)
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, radius: float, middle: float) -> None:
     low, high = middle - radius, middle + radius
     if shape == "circle":
         draw.ellipse([low, low, high, high], fill=255)
@@ -130,24 +162,18 @@ def _star_corner(middle: float, radius: float, corner: int) -> tuple[float, floa
     return middle + reach * math.sin(angle), middle - reach * math.cos(angle)
 
 
-def _draw_letter(draw: ImageDraw.ImageDraw, letter: str, font_file: str, size: int) -> None:
-    font = ImageFont.truetype(FONT_FOLDER / font_file, size)
+def _draw_letter(
+    draw: ImageDraw.ImageDraw, letter: str, font: ImageFont.FreeTypeFont, cell: int
+) -> None:
     left, top, right, bottom = draw.textbbox((0, 0), letter, font=font)
-    corner = ((CELL - (right - left)) / 2 - left, (CELL - (bottom - top)) / 2 - top)
+    corner = ((cell - (right - left)) / 2 - left, (cell - (bottom - top)) / 2 - top)
     draw.text(corner, letter, font=font, fill=255)
 
 
-def _mask(glyph: str, font_file: str, size: int) -> np.ndarray:
-    image = Image.new("L", (CELL, CELL), 0)
-    draw = ImageDraw.Draw(image)
-    if glyph in SHAPES:
-        _draw_shape(draw, glyph, size * 0.42)
-    else:
-        _draw_letter(draw, glyph, font_file, size)
-    return np.asarray(image, np.float32) / 255
-
-
 MASKS = np.array(
-    [[_mask(glyph, font, size) for size in FONT_SIZES for font in FONTS] for glyph in GLYPHS]
+    [
+        [glyph_mask(glyph, font, size, CELL) for size in FONT_SIZES for font in FONTS]
+        for glyph in GLYPHS
+    ]
 )  # [glyph, style, 28, 28], from 0 (background) to 1
 NOISE = np.random.default_rng(0).normal(0, 4, (8, 320, 320)).astype(np.float32)

@@ -20,6 +20,7 @@ from plphp.demo.boards import (
     draw_page,
     draw_scene,
 )
+from plphp.demo.wording import WORDINGS
 
 Range = tuple[int, int]  # both ends included
 Item = TypeVar("Item")
@@ -69,7 +70,19 @@ def draw_size(rng: Generator, level: Level) -> tuple[int, int]:
 
 
 def draw_pictures(rng: Generator, level: Level, count: int, side: int) -> list[Picture]:
-    """Scenes and pages, at least one scene; two glyphs recur in several, the others in one."""
+    """Scenes and pages of ``side`` x ``side`` cells, as ``draw_boards`` has them."""
+    return draw_boards(rng, level, [(side, None)] * count)
+
+
+def draw_boards(
+    rng: Generator, level: Level, grids: Sequence[tuple[int, int | None]]
+) -> list[Picture]:
+    """A picture for each grid of (rows, columns), columns None for a square.
+
+    Scenes and pages, at least one scene; two glyphs recur in several, the others in one. A grid
+    needs three cells; a smaller one than the level asks for gets fewer things.
+    """
+    count = len(grids)
     kinds = ["page" if rng.random() < PAGE_SHARE else "scene" for _ in range(count)]
     if "scene" not in kinds:
         kinds[int(rng.integers(count))] = "scene"
@@ -77,18 +90,20 @@ def draw_pictures(rng: Generator, level: Level, count: int, side: int) -> list[P
     glyphs, unused = _share_glyphs(rng, scenes)
     pictures = []
     for i, kind in enumerate(kinds):
+        side, wide = grids[i]
+        columns_there = side if wide is None else wide
         if kind == "page":
-            rows = _within(rng, level.page_rows)
-            narrowest, widest = level.page_columns
-            columns = _within(rng, (narrowest, min(widest, side)))
-            pictures.append(draw_page(rng, side, rows, columns))
+            rows = min(_within(rng, level.page_rows), side)
+            narrowest, widest = (min(edge, columns_there) for edge in level.page_columns)
+            columns = _within(rng, (narrowest, widest))
+            pictures.append(draw_page(rng, side, rows, columns, wide))
             continue
-        wanted = _within(rng, level.things)
+        wanted = min(_within(rng, level.things), side * columns_there)
         while len(glyphs[i]) < wanted and unused:
             glyphs[i].append(unused.pop())
         # Within a scene no colour occurs twice, so that a colour names one thing.
         colours = rng.permutation(len(COLOUR_NAMES))[: len(glyphs[i])]
-        pictures.append(draw_scene(rng, side, glyphs[i], colours))
+        pictures.append(draw_scene(rng, side, glyphs[i], colours, wide))
     return pictures
 
 
@@ -97,10 +112,17 @@ def draw_prompt(
 ) -> tuple[list[Picture], list[Question]]:
     """Pictures and one question for every task that they allow, none twice."""
     pictures = draw_pictures(rng, level, count, side)
+    return pictures, ask_all(rng, pictures, tasks)
+
+
+def ask_all(
+    rng: Generator, pictures: Sequence[Picture], tasks: Sequence[str], reworded: float = 0.0
+) -> list[Question]:
+    """One question for every task that the pictures allow; a share of them in other words."""
     facts = Facts(pictures)
-    asked = (ask(facts, task, rng) for task in tasks)
+    asked = (ask(facts, task, rng, reworded) for task in tasks)
     # A dict drops repeats and keeps the order.
-    return pictures, list(dict.fromkeys(question for question in asked if question))
+    return list(dict.fromkeys(question for question in asked if question))
 
 
 class Facts:
@@ -127,10 +149,15 @@ class Facts:
         return repeated or sorted(self.places)
 
 
-def ask(facts: Facts, task: str, rng: Generator) -> Question | None:
-    """A question of the given task."""
+def ask(facts: Facts, task: str, rng: Generator, reworded: float = 0.0) -> Question | None:
+    """A question of the given task, at a chance of ``reworded`` in other words."""
     found = TASKS[task](facts, rng)
-    return Question(task, *found) if found else None
+    if found is None:
+        return None
+    wordings = WORDINGS[task]
+    other = reworded > 0 and rng.random() < reworded
+    text, answer = _pick(rng, wordings[1:]) if other else wordings[0]
+    return Question(task, text.format(**found), answer.format(**found))
 
 
 def in_raster_order(picture: Picture) -> list[Thing]:
@@ -150,7 +177,7 @@ def reading(picture: Picture) -> str:
     return " / ".join(" ".join(row) for row in rows.values())
 
 
-Asked = tuple[str, str] | None  # a question and its answer
+Asked = dict[str, str] | None  # what WORDINGS has places for
 
 
 def _color(facts: Facts, rng: Generator) -> Asked:
@@ -158,35 +185,27 @@ def _color(facts: Facts, rng: Generator) -> Asked:
     if not glyphs:
         return None
     glyph = _pick(rng, glyphs)
-    scene, colour = facts.places[glyph][0]
-    return f"what color is the {GLYPHS[glyph]}?", _has_colour(glyph, scene, colour)
+    return _named(glyph, *facts.places[glyph][0])
 
 
 def _refcolor(facts: Facts, rng: Generator) -> Asked:
     glyph = _pick(rng, facts.repeated_glyphs())
-    scene, colour = _pick(rng, facts.places[glyph])
-    question = f"what color is the {GLYPHS[glyph]} in picture {scene + 1}?"
-    return question, _has_colour(glyph, scene, colour)
+    return _named(glyph, *_pick(rng, facts.places[glyph]))
 
 
 def _what(facts: Facts, rng: Generator) -> Asked:
     scene = _pick(rng, facts.scenes)
     thing = _pick(rng, sorted(facts.pictures[scene].things.values()))
-    where = f"{COLOUR_NAMES[thing.colour]} object in picture {scene + 1}"
-    return (
-        f"what is {COLOUR_NAMES[thing.colour]} in picture {scene + 1}?",
-        f"the {where} is the {GLYPHS[thing.glyph]}",
-    )
+    return _named(thing.glyph, scene, thing.colour)
 
 
 def _which(facts: Facts, rng: Generator) -> Asked:
     glyph = _pick(rng, facts.repeated_glyphs())
     scene, colour = _pick(rng, facts.places[glyph])
-    thing = Thing(glyph, colour)
     alike = sum(other == colour for _, other in facts.places[glyph])
-    if alike > 1 or thing in facts.on_pages:
+    if alike > 1 or Thing(glyph, colour) in facts.on_pages:
         return None
-    return f"which picture has the {thing}?", f"the {thing} is in picture {scene + 1}"
+    return _named(glyph, scene, colour)
 
 
 def _all(facts: Facts, rng: Generator) -> Asked:
@@ -199,13 +218,12 @@ def _all(facts: Facts, rng: Generator) -> Asked:
     ]
     if not found or any(thing.colour == colour for thing in facts.on_pages):
         return None
-    return f"list the {COLOUR_NAMES[colour]} objects.", ", ".join(found)
+    return {"colour": COLOUR_NAMES[colour], "content": ", ".join(found)}
 
 
 def _describe(facts: Facts, rng: Generator) -> Asked:
     scene = _pick(rng, facts.scenes)
-    answer = f"picture {scene + 1}: {listing(facts.pictures[scene])}"
-    return f"describe picture {scene + 1}.", answer
+    return {"n": str(scene + 1), "content": listing(facts.pictures[scene])}
 
 
 def _describe_all(facts: Facts, rng: Generator) -> Asked:
@@ -213,14 +231,14 @@ def _describe_all(facts: Facts, rng: Generator) -> Asked:
         f"picture {i + 1}: {listing(picture) if picture.kind == 'scene' else 'text'}"
         for i, picture in enumerate(facts.pictures)
     ]
-    return "describe all pictures.", "; ".join(parts)
+    return {"content": "; ".join(parts)}
 
 
 def _read(facts: Facts, rng: Generator) -> Asked:
     if not facts.pages:
         return None
     page = _pick(rng, facts.pages)
-    return f"read picture {page + 1}.", f"picture {page + 1}: {reading(facts.pictures[page])}"
+    return {"n": str(page + 1), "content": reading(facts.pictures[page])}
 
 
 TASKS: dict[str, Callable[[Facts, Generator], Asked]] = {
@@ -247,8 +265,8 @@ def _share_glyphs(rng: Generator, scenes: list[int]) -> tuple[dict[int, list[int
     return glyphs, unused
 
 
-def _has_colour(glyph: int, scene: int, colour: int) -> str:
-    return f"the {GLYPHS[glyph]} in picture {scene + 1} is {COLOUR_NAMES[colour]}"
+def _named(glyph: int, scene: int, colour: int) -> dict[str, str]:
+    return {"glyph": GLYPHS[glyph], "n": str(scene + 1), "colour": COLOUR_NAMES[colour]}
 
 
 def _pick(rng: Generator, items: Sequence[Item]) -> Item:

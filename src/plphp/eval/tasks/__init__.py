@@ -1,12 +1,15 @@
-"""The tasks by name. A new task is a function `draw` in a file of its own, and an entry here."""
+"""The tasks by name. A new task is a function `draw` in a file of its own, and an entry here.
+
+`TASKS` are the default. `SUITES` hold most of them again, by how many vision tokens a thing covers.
+"""
 
 from __future__ import annotations
 
 from plphp.eval.sample import Task
-from plphp.eval.tasks import boards, digits, easyvqa
+from plphp.eval.tasks import boards, digits, easyvqa, regimes
 from plphp.eval.tasks.folder import folder
 
-__all__ = ["TASKS", "folder"]
+__all__ = ["SUITES", "TASKS", "folder"]
 
 _TASKS = (
     Task(
@@ -76,3 +79,6 @@ _TASKS = (
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+SUITES: dict[str, dict[str, Task]] = {
+    suite: {task.name: task for task in regimes.suite(suite)} for suite in regimes.SCALES
+}

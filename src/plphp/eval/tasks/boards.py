@@ -26,24 +26,25 @@ LONG_LEVEL = Level((4, 4), (4, 5), (5, 5), (1, 1), (3, 4), 150, 0)
 
 Drawn = tuple[list[Picture], str, str]  # the images, a question, its answer
 Make = Callable[[Generator, int], Drawn]  # makes the sample with a given number
+Show = Callable[[Picture, Generator], np.ndarray]  # the pixels of a picture
 
 
 def sampler(
-    name: str, make: Make, earlier: str | None = None
+    name: str, make: Make, earlier: str | None = None, show: Show = render
 ) -> Callable[[int, int], list[Sample]]:
     """The function `draw` of a task, with one stream of random numbers per task and seed."""
 
     def draw(count: int, seed: int) -> list[Sample]:
         # Training uses single numbers as seeds, so a pair as a seed gives another stream.
         rng = np.random.default_rng([seed, crc32(name.encode())])
-        return [_sample(rng, f"{name}-{k}", make(rng, k), earlier) for k in range(count)]
+        return [_sample(rng, f"{name}-{k}", make(rng, k), earlier, show) for k in range(count)]
 
     return draw
 
 
-def _sample(rng: Generator, name: str, drawn: Drawn, earlier: str | None) -> Sample:
+def _sample(rng: Generator, name: str, drawn: Drawn, earlier: str | None, show: Show) -> Sample:
     pictures, question, answer = drawn
-    images = tuple(Image.fromarray(render(picture, rng)) for picture in pictures)
+    images = tuple(Image.fromarray(show(picture, rng)) for picture in pictures)
     return Sample(name, images, question, (answer,), earlier)
 
 
