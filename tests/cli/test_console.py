@@ -160,6 +160,8 @@ def test_an_output_that_takes_nothing(where: str) -> None:
 def test_ctrl_c_during_imports_ends_quietly() -> None:
     code = (
         "import sys, time, signal\n"
+        # A shell starts background jobs with this signal ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Slow:\n"
         "    def find_spec(self, name, *rest):\n"
         "        if name == 'torch':\n"
