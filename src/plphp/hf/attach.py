@@ -78,7 +78,9 @@ def _attach(pruning: Pruning) -> None:
         pruning._undo.append(handle.remove)
     # Partials, not closures: pickling or copying the model then reaches `pruning`, which raises
     # an error that says what to do.
-    begin, finish = partial(_begin, pruning), partial(_finish, pruning)
+    # The keyword is looked up here, because reading a signature takes longer than a hook should.
+    keyword = compat.cache_keyword(type(model).forward) or compat.CACHE
+    begin, finish = partial(_begin, pruning, keyword), partial(_finish, pruning)
     before = model.register_forward_pre_hook(begin, with_kwargs=True)
     after = model.register_forward_hook(finish, with_kwargs=True, always_call=True)
     pruning._undo += [before.remove, after.remove]
@@ -96,14 +98,19 @@ def _attach(pruning: Pruning) -> None:
 
 
 def _begin(
-    pruning: Pruning, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    pruning: Pruning,
+    keyword: str,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of the model: give it a pruned cache, and begin a prompt where one begins.
 
     The images are located in the forward that brings the prompt's last column.
+
+    keyword: the name under which the model's forward takes its cache
     """
     cache = _cache_of(pruning, kwargs)
-    keyword = compat.cache_keyword(type(model).forward) or compat.CACHE
     kwargs = compat.with_cache(kwargs, keyword, cache)
     source = {**({"input_ids": args[0]} if args else {}), **kwargs}
     given = source.get("input_ids")
