@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from training import build, checkpoint, schedule, vision_stage
+from training import build, checkpoint, machine, schedule, vision_stage
 from training.easy_vqa import EasyVQA
 from training.grow import grow
 from training.joint_stage import Learner
@@ -37,6 +37,7 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.folder: Path = options.out
+        self.dtype = getattr(torch, options.dtype) if options.dtype else machine.fastest_dtype()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self.folder / "state.pt"
         state = checkpoint.read(self.file)
@@ -117,11 +118,12 @@ class Run:
         # The stream of a step is its own: a run that goes on draws what it would have drawn.
         rng = np.random.default_rng([stage.seed, self.step])
         phase = stage.phase(self.step)
-        if stage.kind == "vision":
-            visual = self.model.model.visual
-            loss, seen = vision_stage.learn(visual, self.words, self.easy, phase, rng)
-        else:
-            loss, seen = self.learner.learn(self.easy, phase, rng)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            if stage.kind == "vision":
+                visual = self.model.model.visual
+                loss, seen = vision_stage.learn(visual, self.words, self.easy, phase, rng)
+            else:
+                loss, seen = self.learner.learn(self.easy, phase, rng)
         self.optimizer.step(stage.factor(self.step))
         self.average.update()
         self.scores.add(seen)
@@ -144,7 +146,8 @@ class Run:
             tables.append(self.learner.probe.lines)
         frozen = stage.kind == "vision" and self.warm  # the words are known already
         self.embeddings.requires_grad_(not frozen)
-        return MuonAdamW(weights, tables if frozen else [*tables, self.embeddings], stage.rate)
+        tables = tables if frozen else [*tables, self.embeddings]
+        return MuonAdamW(weights, tables, stage.rate, self.dtype)
 
     def _log(self, stage: Stage) -> None:
         line = {
@@ -171,6 +174,7 @@ class Run:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
+    machine.keep_memory()
     run = Run(options)
     if options.snapshot:
         run.export(options.snapshot)
@@ -191,6 +195,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=1e9, help="of this leg")
     parser.add_argument("--save-minutes", type=float, default=4.0, help="between two states")
     parser.add_argument("--snapshot", type=Path, help="write the model so far there, and end")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of matrix products; the weights stay float32. By default what is faster here",
+    )
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(arguments)
 
