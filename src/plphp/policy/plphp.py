@@ -100,6 +100,7 @@ class PLPHP(CachePolicy):
 
     @property
     def highest_rate(self) -> float:
+        """The rate of vision-attentive layers, r + delta_r."""
         return self.r + self.delta_r
 
     def rate(self, gamma: Tensor) -> tuple[Tensor, Tensor]:

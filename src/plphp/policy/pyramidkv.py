@@ -34,6 +34,7 @@ class PyramidKV(SnapKV):
 
     @property
     def highest_rate(self) -> float:
+        """The rate of the first layer."""
         return min(2 * self.budget - self.budget / self.slope, 1.0)
 
     def share(self, view: LayerView) -> float:
