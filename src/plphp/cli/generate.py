@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,47 +42,24 @@ class Job:
         return self if self.seed is None else replace(self, seed=(self.seed + number) % 2**32)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How an answer is written: greedily where nothing is said."""
-
-    max_new_tokens: o.MaxNewTokens = 128
-    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None
-    top_p: Annotated[float | None, typer.Option(help="Sample from this probability mass.")] = None
-    top_k: Annotated[int | None, typer.Option(max=o.MOST, help="Sample from this many tokens.")] = (
-        None
-    )
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")
-    ] = None
-
-    def options(self) -> dict[str, Any]:
-        """What generate() is told. Raises InputError for what cannot be sampled from."""
-        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
-        said = {name: value for name, value in given.items() if value is not None}
-        for name, value in said.items():
-            most = 1 if name == "top_p" else None
-            if not 0 < value < math.inf or (most is not None and value > most):
-                bounds = "above 0" if most is None else f"above 0 and at most {most}"
-                raise InputError(f"--{name.replace('_', '-')} must be {bounds}, got {value}")
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": bool(said), **said}
-
-
 def generate(
     *,
     image: Annotated[list[str] | None, typer.Option(help="An image file; may be repeated.")] = None,
     video: Annotated[list[str] | None, typer.Option(help="A video file; may be repeated.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The question; else standard input.")] = None,
     batch: Annotated[
-        Path | None, typer.Option(help="A directory of images, or JSONL of images and prompt.")
+        Path | None, typer.Option(help="A directory of images, or JSONL or Parquet of prompts.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where --batch writes its JSONL.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where --batch writes: JSONL, or *.parquet.")] = (
+        None
+    ),
     method: o.Method,
     compare: Annotated[bool, typer.Option("--compare", help="Full and pruned in turn.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often --compare times each.")] = 3,
     report: Annotated[bool, typer.Option("--report", help="Print what each layer kept.")] = False,
-    sampling: Sampling,
+    sampling: o.Sampling,
     source: o.Source,
+    cluster: o.Cluster,
     as_json: o.Json = False,
 ) -> None:
     """Answer a prompt about images with a pruned cache. Streams the answer as it comes."""
@@ -95,12 +71,7 @@ def generate(
         raise InputError("--compare needs greedy answers: drop the sampling options")
     if batch is not None and out is not None:
         _check_batch(batch, out, prompt)
-        from plphp.cli.batch import open_batch
-
-        key = _key(method, sampling, source)
-        with open_batch(batch, out, prompt, key) as work:
-            job = Job(source.load(), policy, method.policy, generation, parked, sampling.seed)
-            work.run(job, answer, as_json)
+        _answer_batch(batch, out, prompt, method, sampling, source, cluster, as_json)
         return
     prompt = _standard_input() if prompt is None else prompt
     if not prompt.strip():
@@ -112,7 +83,35 @@ def generate(
         _print_answer(job, images, videos, prompt, report, as_json)
 
 
-def _key(method: o.Method, sampling: Sampling, source: o.Source) -> dict[str, Any]:
+def _answer_batch(
+    batch: Path, out: Path, prompt: str | None, method: o.Method, sampling: o.Sampling,
+    source: o.Source, cluster: o.Cluster, quiet: bool,
+) -> None:  # fmt: skip
+    """Answer what is left of a batch. Exits with 3 if some of its lines hold an error."""
+    from plphp.cli.batch import answer_line, open_batch
+
+    key = _key(method, sampling, source)
+
+    def make_job() -> Job:
+        policy, recall = method.chosen(), method.parked()
+        options = sampling.options()
+        return Job(source.load(), policy, method.policy, options, recall, sampling.seed)
+
+    pool = cluster.pool(source.device)
+    with open_batch(batch, out, prompt, key) as work:
+        if pool is None:
+            job = make_job() if work.left else None
+            answers = ([answer_line(job, line, key, answer)] for line in work.left)
+            failed = work.run(answers, quiet)
+        else:
+            from plphp.cli.shared_batch import share
+
+            failed = work.run(share(pool, work.left, key, make_job, answer), quiet)
+    if failed:
+        raise typer.Exit(3)
+
+
+def _key(method: o.Method, sampling: o.Sampling, source: o.Source) -> dict[str, Any]:
     """What all lines of a batch share: another batch must not go on with its answers."""
     from plphp.cli.requests import model_identity
 
@@ -256,10 +255,14 @@ def check_files(images: Sequence[str], videos: Sequence[str], model: str) -> Non
 
 
 def _check_batch(batch: Path, out: Path, prompt: str | None) -> None:
+    from plphp.inputs import parquet
+
     if os.path.lexists(out):
         raise InputError(f"{out} exists already: move it away, or give another --out")
     if not os.path.exists(batch):
         raise InputError(f"--batch {batch}: no such file or directory")
+    for path in (batch, out):
+        parquet.check(path)
     if batch.is_dir() and prompt is None:
         raise InputError("--batch with a directory needs --prompt, asked of every image")
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from plphp.errors import InputError
 from plphp.policy import Policy, policy
 
 if TYPE_CHECKING:
+    from plphp.cluster import Pool
     from plphp.inputs import Runnable
     from plphp.recall import Recall
 
@@ -152,6 +154,57 @@ class Source:
         from plphp.inputs import load
 
         return load(self.model, self.dtype, self.device, self.attn, self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is written: greedily where nothing is said."""
+
+    max_new_tokens: MaxNewTokens = 128
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Sample from this probability mass.")] = None
+    top_k: Annotated[int | None, typer.Option(max=MOST, help="Sample from this many tokens.")] = (
+        None
+    )
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")
+    ] = None
+
+    def options(self) -> dict[str, Any]:
+        """What generate() is told. Raises InputError for what cannot be sampled from."""
+        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
+        said = {name: value for name, value in given.items() if value is not None}
+        for name, value in said.items():
+            most = 1 if name == "top_p" else None
+            if not 0 < value < math.inf or (most is not None and value > most):
+                bounds = "above 0" if most is None else f"above 0 and at most {most}"
+                raise InputError(f"--{name.replace('_', '-')} must be {bounds}, got {value}")
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": bool(said), **said}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Whether the work is shared on Ray, where, and among how many."""
+
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", help="Share the work on Ray: here, or at an address: auto, HOST:PORT."
+        ),
+    ] = None
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, max=MOST, help="Models side by side. [one a GPU or core]"),
+    ] = None
+
+    def pool(self, device: str) -> Pool | None:
+        """The workers, or None without --ray. Raises InputError if Ray is missing, or for a
+        device that workers cannot share."""
+        if self.ray is None:
+            return None
+        from plphp.cluster import Pool
+
+        return Pool(self.ray, self.workers, device)
 
 
 def chosen_policy(name: str, **options: Any) -> Policy:
