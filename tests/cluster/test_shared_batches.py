@@ -75,7 +75,7 @@ def test_parquet_and_folders_of_images(
     assert run("generate", "--batch", "in.parquet", "--out", "o.parquet", *same) == 3
     found = pq.read_table("o.parquet").to_pylist()
     assert [row["line"] for row in found] == [row["id"] for row in found] == [0, 1, 2, 3, 4, 5]
-    assert found[2]["error"] == "prompt must be a text" and found[2]["answer"] is None
+    assert found[2]["error"] == "prompt must be a string" and found[2]["answer"] is None
     assert all(row["answer"] and row["error"] is None for row in found if row["line"] != 2)
     # The same prompts from JSON lines, and back again.
     text = "".join(
@@ -161,7 +161,7 @@ def test_a_full_disk_ends_the_command_and_it_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr("plphp.cli.batch.os.fsync", full)
         assert run(*again) == 2
-    assert "x.part: No space left on device; the same command goes on" in capsys.readouterr().err
+    assert "x.part: No space left on device; give the same command again" in capsys.readouterr().err
     assert run(*again) == 3
     assert [line["line"] for line in lines(tmp_path / "x")] == list(range(20))
 

@@ -1,4 +1,7 @@
-"""Many prompts from a file or a directory: resumable, one JSON line out per line in."""
+"""Batches: many prompts from a file or a directory, answered with one JSON line per prompt.
+
+An interrupted batch can be continued by the same command.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ Record = dict[str, Any]  # what is written of a line
 Answer = Callable[..., tuple[str, Any]]  # (job, images, prompt) -> the text and the report
 
 KEYS = ("id", "images", "prompt")
-TORN = re.compile(rb'\{"line": \d+[,}]')  # how a record begins
+TORN = re.compile(rb'\{"line": \d+[,}]')  # the beginning of a record
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class Line:
     row: bytes = b""
 
     def request(self, key: Mapping[str, Any]) -> str:
-        """What is asked, in 16 characters: the line, what its images hold, and how it is answered.
+        """A digest of what is asked: the line, the bytes of its images, and the key.
 
-        key: what all lines share, the model and the method
+        key: what all lines share, which is the model, the method and the options
         """
         pictures = [file_digest(path) for path in self.images]
         return digest([key, self.id, self.prompt, pictures, self.error, self.row.hex()])
@@ -44,10 +47,12 @@ class Line:
 
 @dataclass
 class Batch:
-    """A batch under way. Its answers stand in `part`, which no other process may write meanwhile.
+    """A batch in progress. Its answers are in `part`, which no other process may write meanwhile.
 
-    key: what all lines share; done: where the answer of a line begins in `part`, by the line's
-    number; failed: errors among them. Answers may stand in any order there.
+    key: what all lines share
+    done: the byte of `part` at which the record of a line begins, by the number of the line; the
+        records may have any order
+    failed: number of errors among them
     """
 
     source: Path
@@ -61,14 +66,14 @@ class Batch:
 
     @property
     def left(self) -> list[Line]:
-        """The lines without an answer yet."""
+        """The lines that have no record yet."""
         return [line for line in self.lines if line.number not in self.done]
 
     def run(self, answers: Iterable[Sequence[Record]], quiet: bool) -> int:
-        """Write what comes and finish; returns the number of lines that hold an error.
+        """Write records as they come. `out` appears only when it is complete.
 
-        answers: some records at a time, in any order, each with its line's `request`
-        `out` appears only when it is whole.
+        answers: groups of records, in any order, each with the `request` of its line
+        Returns the number of lines whose record is an error.
         """
         with progress(quiet) as bar:
             task = bar.add_task("answering", total=len(self.lines), completed=len(self.done))
@@ -77,14 +82,15 @@ class Batch:
                 bar.advance(task, len(records))
         if self.out.exists():
             raise InputError(
-                f"{self.out} has appeared meanwhile: the answers are in {self.part}; move either"
+                f"{self.out} was made while this batch ran: the answers are in {self.part}; move "
+                "one of the two files away"
             )
         self._finish()
-        say(f"{len(self.lines)} lines in {self.out}, errors: {self.failed}")
+        say(f"{self.out} has {len(self.lines)} lines, errors: {self.failed}")
         return self.failed
 
     def write(self, records: Sequence[Record]) -> None:
-        """One write, on the disk before the next begins."""
+        """Write some records with one call, and put them on the disk before the next ones."""
         rows = [lines.dump(record).encode("utf-8") for record in records]
         with self._writing(self.part):
             begin = self.file.seek(0, os.SEEK_END)
@@ -125,13 +131,14 @@ class Batch:
             yield
         except OSError as error:
             raise InputError(
-                f"{path}: {error.strerror}; the same command goes on from here"
+                f"{path}: {error.strerror}; give the same command again to continue the batch"
             ) from error
 
     def resume(self) -> None:
-        """Find what an earlier run left. Raises InputError for what is not of this batch.
+        """Find the records of an earlier run. Raises InputError for a record of another batch.
 
-        Nothing is changed before all of it is known to be ours; then a torn last line is cut off.
+        The file is changed only after every line is known to belong to this batch. Then an
+        incomplete last line is removed.
         """
         self.file.seek(0)
         data = self.file.read()
@@ -163,20 +170,20 @@ class Batch:
         number = record["line"]
         if number >= len(self.lines):
             raise InputError(
-                f"{self.part} has more lines than {self.source}: it belongs to another batch; move "
-                "it away, or give another --out"
+                f"{self.part} has more lines than {self.source}, so it belongs to another batch: "
+                "move it away, or give another --out"
             )
         if record["request"] != self.lines[number].request(self.key):
             raise InputError(
-                f"{self.part} is of another batch: its line {number} was asked something else (an "
-                "image, a prompt, the model, the method or an option differs); go on with the "
-                "same command and files, or move it away, or give another --out"
+                f"{self.part} belongs to another batch: an image, the prompt, the model, the "
+                f"method or an option of its line {number} differs; continue with the same command "
+                "and files, or move the file away, or give another --out"
             )
 
     def _foreign(self) -> InputError:
         return InputError(
-            f"{self.part} is needed for work in progress and is not of such a batch: move it away, "
-            "or give another --out"
+            f"{self.part} is needed for work in progress, but this file is not from a batch: move "
+            "it away, or give another --out"
         )
 
 
@@ -184,15 +191,15 @@ class Batch:
 def open_batch(
     source: Path, out: Path, prompt: str | None, key: Mapping[str, Any]
 ) -> Iterator[Batch]:
-    """The batch as the command and an earlier run left it.
+    """Open a batch, or continue one that was interrupted.
 
-    Work in progress stands in `out`.part, a line at a time: an interrupted batch is resumed by the
-    same command. Raises InputError if that file is another's, or in use.
+    The answers of a batch in progress are in the file `out`.part, one line per prompt. Raises
+    InputError if that file belongs to another batch, or if another process uses it.
     """
     part = out.with_name(out.name + ".part")
     asked = list(read_lines(source, prompt))
     if os.path.lexists(part) and not part.is_file():
-        raise InputError(f"{part} is needed for work in progress and is no file: move it away")
+        raise InputError(f"{part} is needed for work in progress, but it is no file: move it away")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = part.open("a+b")
@@ -201,19 +208,19 @@ def open_batch(
     with file:
         lines.lock(file, str(part))
         if out.exists() or not _is_still(part, file):
-            raise InputError(f"{out} has just been finished by another process")
+            raise InputError(f"another process has just finished {out}")
         batch = Batch(source, out, part, key, asked, file)
         batch.resume()
         yield batch
 
 
 def _is_still(part: Path, file: IO[bytes]) -> bool:
-    """Whether a file still has the name by which it was opened."""
+    """Whether an open file still has the name with which it was opened."""
     return part.exists() and os.path.samestat(part.stat(), os.fstat(file.fileno()))
 
 
 def read_lines(source: Path, prompt: str | None) -> Iterator[Line]:
-    """The prompts of a directory of images, or of a JSONL or Parquet file."""
+    """The prompts of a batch: one per image of a directory, or per line of JSONL or Parquet."""
     if source.suffix == ".parquet" and not source.is_dir():
         for number, entry in enumerate(parquet.read(source)):
             yield _line(number, entry, prompt, source.parent)
@@ -221,7 +228,7 @@ def read_lines(source: Path, prompt: str | None) -> Iterator[Line]:
     if source.is_dir():
         files = image_files(source)
         if not files:
-            raise InputError(f"--batch {source}: no image files in this directory")
+            raise InputError(f"--batch {source}: there are no image files in this directory")
         for number, path in enumerate(files):
             yield Line(number, (str(path),), prompt or "", path.name)
         return
@@ -236,7 +243,7 @@ def _parse(number: int, row: bytes, prompt: str | None, folder: Path) -> Line:
     except InputError as error:
         return Line(number, error=str(error), row=row)
     if not isinstance(entry, dict):
-        return Line(number, error="not a JSON object with images and prompt", row=row)
+        return Line(number, error="the line is not a JSON object with images and prompt", row=row)
     return _line(number, entry, prompt, folder, row)
 
 
@@ -248,18 +255,18 @@ def _line(
     wrong = _wrong(entry, images, question)
     if wrong:
         return Line(number, id=entry.get("id"), error=wrong, row=row)
-    paths = tuple(str(folder / image) for image in images)  # as seen from the file
+    paths = tuple(str(folder / image) for image in images)  # relative to the file
     return Line(number, paths, str(question), entry.get("id"))
 
 
 def _wrong(entry: Mapping[str, Any], images: Any, question: Any) -> str:
-    """Why the object of a line cannot be answered, or nothing."""
+    """The reason why the object of a line cannot be answered, or an empty text."""
     unknown = [key for key in entry if key not in KEYS]
     if unknown:
-        return f"unknown key {unknown[0]!r}: a line has {', '.join(KEYS)}, and nothing else"
+        return f"unknown key {unknown[0]!r}: the keys of a line are {', '.join(KEYS)}"
     if not isinstance(images, list) or not all(isinstance(i, str) for i in images):
         return "images must be a list of file names"
-    return "" if isinstance(question, str) else "prompt must be a text"
+    return "" if isinstance(question, str) else "prompt must be a string"
 
 
 def answer_line(job: Any, line: Line, key: Mapping[str, Any], answer: Answer) -> Record:
@@ -271,7 +278,7 @@ def answer_line(job: Any, line: Line, key: Mapping[str, Any], answer: Answer) ->
         return {**record, "error": line.error, "request": line.request(key)}
     try:
         text, report = answer(job.seeded(line.number), line.images, line.prompt)
-    except Exception as error:
+    except Exception as error:  # an error of one line does not end the batch
         return {**record, "error": one_line(error), "request": line.request(key)}
     costs = {name: getattr(report, name) for name in ("retention", "kv_bytes", "kv_bytes_full")}
     return {**record, "answer": text, **costs, "request": line.request(key)}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
 
+from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.console import say, shown, stderr, stdout
 from plphp.errors import InputError
@@ -42,27 +44,45 @@ class Job:
         return self if self.seed is None else replace(self, seed=(self.seed + number) % 2**32)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is written: greedily where nothing is said."""
+
+    max_new_tokens: o.MaxNewTokens = 128
+    temperature: flags.Temperature = None
+    top_p: flags.TopP = None
+    top_k: flags.TopK = None
+    seed: flags.SamplingSeed = None
+
+    def options(self) -> dict[str, Any]:
+        """What generate() is told. Raises InputError for what cannot be sampled from."""
+        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
+        said = {name: value for name, value in given.items() if value is not None}
+        for name, value in said.items():
+            most = 1 if name == "top_p" else None
+            if not 0 < value < math.inf or (most is not None and value > most):
+                bounds = "above 0" if most is None else f"above 0 and at most {most}"
+                raise InputError(f"--{name.replace('_', '-')} must be {bounds}, got {value}")
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": bool(said), **said}
+
+
 def generate(
     *,
-    image: Annotated[list[str] | None, typer.Option(help="An image file; may be repeated.")] = None,
-    video: Annotated[list[str] | None, typer.Option(help="A video file; may be repeated.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question; else standard input.")] = None,
-    batch: Annotated[
-        Path | None, typer.Option(help="A directory of images, or JSONL or Parquet of prompts.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where --batch writes: JSONL, or *.parquet.")] = (
-        None
-    ),
+    image: flags.Image = None,
+    video: flags.Video = None,
+    prompt: flags.Prompt = None,
+    batch: flags.Batch = None,
+    out: flags.BatchOut = None,
     method: o.Method,
-    compare: Annotated[bool, typer.Option("--compare", help="Full and pruned in turn.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="How often --compare times each.")] = 3,
-    report: Annotated[bool, typer.Option("--report", help="Print what each layer kept.")] = False,
-    sampling: o.Sampling,
+    compare: flags.Compare = False,
+    rounds: flags.Rounds = 3,
+    report: flags.FullReport = False,
+    sampling: Sampling,
     source: o.Source,
     cluster: o.Cluster,
     as_json: o.Json = False,
 ) -> None:
-    """Answer a prompt about images with a pruned cache. Streams the answer as it comes."""
+    """Answer a prompt about images with a pruned cache, and print the answer word by word."""
     policy, parked = method.chosen(), method.parked()
     generation = sampling.options()
     images, videos = image or [], video or []
@@ -84,7 +104,7 @@ def generate(
 
 
 def _answer_batch(
-    batch: Path, out: Path, prompt: str | None, method: o.Method, sampling: o.Sampling,
+    batch: Path, out: Path, prompt: str | None, method: o.Method, sampling: Sampling,
     source: o.Source, cluster: o.Cluster, quiet: bool,
 ) -> None:  # fmt: skip
     """Answer what is left of a batch. Exits with 3 if some of its lines hold an error."""
@@ -111,7 +131,7 @@ def _answer_batch(
         raise typer.Exit(3)
 
 
-def _key(method: o.Method, sampling: o.Sampling, source: o.Source) -> dict[str, Any]:
+def _key(method: o.Method, sampling: Sampling, source: o.Source) -> dict[str, Any]:
     """What all lines of a batch share: another batch must not go on with its answers."""
     from plphp.cli.requests import model_identity
 
