@@ -34,6 +34,7 @@ LEVELS = {
     "demo": 5,
     "bench": 5,
     "inputs": 6,
+    "cluster": 6,
     "eval": 7,
     "inspector": 7,
     "cli": 8,
