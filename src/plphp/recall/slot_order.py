@@ -55,9 +55,13 @@ class Vision:
         spans = self.spans[row, :columns]
         return (F.pad(spans, (0, columns - len(spans))) == 0).nonzero()[:, 0]
 
-    def positions(self) -> Tensor:
-        """(B, V + 1) int64: row-logical position of each vision token, -1 for fillers and at V."""
-        position = ((self.spans >= 0).cumsum(-1) - 1).gather(1, self.order)
+    def positions(self, places: Tensor | None = None) -> Tensor:
+        """(B, V + 1) int64: row-logical position of each vision token, -1 for fillers and at V.
+
+        places: (B, N) int64, the position of each column where they do not follow from the spans
+        """
+        places = (self.spans >= 0).cumsum(-1) - 1 if places is None else places
+        position = places.gather(1, self.order)
         return F.pad(position.masked_fill(~self.valid, -1), (0, 1), value=-1)
 
     def not_resident(self, held: Tensor) -> tuple[Tensor, Tensor]:
