@@ -25,28 +25,40 @@ REFUSED = [
     ("generate --prompt x --rounds 3", "--rounds needs --compare"),
     ("generate --prompt x --seed 1", "--seed needs --temperature, --top-p or --top-k"),
     ("generate --prompt x --recall-budget .3", "--recall-budget needs --recall"),
-    ("generate --prompt x --report --json", "--json goes without --report"),
-    ("generate --prompt x --report --compare", "--compare goes without --report"),
-    ("generate --prompt x --report --batch {tmp} --out {tmp}/o", "--batch goes without --report"),
-    ("generate --prompt x --image {png} --batch {tmp} --out {tmp}/o", "--batch goes without"),
-    ("generate --prompt x --compare --batch {tmp} --out {tmp}/o", "goes without --compare"),
+    ("generate --prompt x --report --json", "--report cannot be used with --json"),
+    ("generate --prompt x --report --compare", "--report cannot be used with --compare"),
+    (
+        "generate --prompt x --report --batch {tmp} --out {tmp}/o",
+        "--report cannot be used with --batch",
+    ),
+    (
+        "generate --prompt x --image {png} --batch {tmp} --out {tmp}/o",
+        "--image cannot be used with --batch",
+    ),
+    (
+        "generate --prompt x --compare --batch {tmp} --out {tmp}/o",
+        "--compare cannot be used with --batch",
+    ),
     ("generate --prompt x --trust-remote-code", "--trust-remote-code needs --model"),
     ("generate --prompt x --prompt y", "--prompt is given twice"),
     ("generate --prompt x --policy plphp --policy random", "--policy is given twice"),
-    ("inspect --policy plphp --policies plphp,random", "--policies goes without --policy"),
+    ("inspect --policy plphp --policies plphp,random", "--policy cannot be used with --policies"),
     ("inspect --recall-budget .3", "--recall-budget needs --recall"),
     ("inspect --out {tmp}/a --out {tmp}/b", "--out is given twice"),
-    ("inspect --out {png}", "is no page of plphp"),
-    ("bench --shape tiny --model embedded", "--model goes without --shape"),
-    ("bench --layers 2 --model embedded", "--model goes without --layers"),
-    ("bench --images 300 --context 128", "--images 300 share --context 128"),
+    ("inspect --out {png}", "is not a page of plphp"),
+    ("bench --shape tiny --model embedded", "--shape cannot be used with --model"),
+    ("bench --layers 2 --model embedded", "--layers cannot be used with --model"),
+    ("bench --images 300 --context 128", "--images 300 do not fit in --context 128"),
     ("bench --keep " + ",".join([".4"] * 7), "7 shares for 6 layers"),
     ("bench --memory nan", "--memory nan"),
     ("bench --memory inf", "--memory inf"),
-    ("bench --out {png}", "need a directory"),
-    ("bench --out {tmp}/taken", "is no result of plphp"),
+    ("bench --out {png}", "is a file: give a directory"),
+    ("bench --out {tmp}/taken", "is not a result of plphp bench"),
     ("bench --prefill --no-prefill", "--prefill is given twice"),
-    ("eval --out {tmp}/e --tasks all --images {tmp} --prompt x", "--images goes without --tasks"),
+    (
+        "eval --out {tmp}/e --tasks all --images {tmp} --prompt x",
+        "--tasks cannot be used with --images",
+    ),
     ("eval --out {tmp}/e --prompt x", "--prompt needs --images"),
     ("eval --out {tmp}/e --images {tmp}", "--images needs --prompt"),
     ("eval --out {tmp}/e --trust-remote-code", "--trust-remote-code needs --model"),
@@ -115,7 +127,7 @@ def test_memory_is_told_by_the_kind_of_error() -> None:
     text = "CUDA out of memory. Tried to allocate 20 GiB"
     full = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
     for error in (torch.OutOfMemoryError(text), RuntimeError(full), MemoryError()):
-        assert console.one_line(error).startswith("no memory left")
+        assert console.one_line(error).startswith("there is no memory left")
     named = OSError(2, "No such file", "out of memory.json")
     for other in (InputError("out of memory.png"), ValueError(text), named):
         assert "no memory left" not in console.one_line(other)

@@ -41,9 +41,9 @@ def test_layers_are_counted_at_the_prompt(run: Callable, tmp_path: Path) -> None
     config = tiny.FAMILIES["gemma3"].config()
     model = write(tmp_path, config)
     short = run("doctor", model, "--tokens-per-image", 8, "--text-tokens", 8)
-    assert "layers: 4 of 4 can be pruned at this prompt\n" in short.out
+    assert "layers: 4 of 4 are pruned for this prompt\n" in short.out
     long = run("doctor", model, "--tokens-per-image", 80, "--text-tokens", 8)
-    assert "layers: 3 of 4 can be pruned at this prompt, 4 at shorter ones" in long.out
+    assert "layers: 3 of 4 are pruned for this prompt, 4 for shorter prompts" in long.out
     found = asked(config, 1, 80, 8)
     assert found.prunable_layers == (0, 2, 3)
     assert found.attachable_layers == (0, 1, 2, 3)
@@ -76,13 +76,13 @@ def test_a_prompt_beyond_the_positions_is_remarked(run: Callable, tmp_path: Path
 @pytest.mark.parametrize(
     ("kind", "tokens", "source"),
     [
-        ("gemma3", 256, "its config says"),
-        ("llava", 576, "its config says"),
-        ("paligemma", 256, "its config says"),
-        ("qwen2_vl", 37 * 37, "for a picture of 1024 x 1024 pixels"),
-        ("qwen3_vl", 32 * 32, "for a picture of 1024 x 1024 pixels"),
-        ("glm46v", 37 * 37, "for a picture of 1024 x 1024 pixels"),
-        ("janus", 576, "its config says"),
+        ("gemma3", 256, "from its config"),
+        ("llava", 576, "from its config"),
+        ("paligemma", 256, "from its config"),
+        ("qwen2_vl", 37 * 37, "from its config, for a picture of 1024 x 1024 pixels"),
+        ("qwen3_vl", 32 * 32, "from its config, for a picture of 1024 x 1024 pixels"),
+        ("glm46v", 37 * 37, "from its config, for a picture of 1024 x 1024 pixels"),
+        ("janus", 576, "from its config"),
         ("fuyu", 1024, "assumed"),
     ],
 )

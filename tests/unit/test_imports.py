@@ -37,6 +37,7 @@ LEVELS = {
     "eval": 7,
     "inspector": 7,
     "cli": 8,
+    "__main__": 9,
 }
 # Files that import a computed name, which the graph below cannot show.
 COMPUTED = {

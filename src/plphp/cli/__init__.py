@@ -1,4 +1,4 @@
-"""The command line. Every command prints a table for people and, with --json, the same as JSON."""
+"""The command line. Every command prints text for people or, with --json, the same as JSON."""
 
 import sys
 
@@ -8,7 +8,7 @@ __all__ = ["main"]
 def main() -> None:
     """Entry point of the `plphp` command."""
     try:
-        # Imported only here: Ctrl-C while torch is imported, which takes seconds, ends it quietly.
+        # The import of torch takes seconds: it is inside `try`, so that Ctrl-C ends it quietly.
         from plphp.cli.app import main as start
 
         code = start()

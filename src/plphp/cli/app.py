@@ -1,4 +1,4 @@
-"""The commands, and one contract for errors: a line on stderr, what to do, exit code 2."""
+"""The commands. Every error is one line on stderr that says what to do, with exit code 2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
-    help="Prune the vision tokens of large vision-language models, layer by layer, head by head.",
+    help="Prune the vision tokens of vision-language models, per layer and per head.",
 )
 for function in (demo, generate, inspect, bench, doctor, env):
     app.command(cls=needs.Command)(command(o.spread(function)))
@@ -39,11 +39,11 @@ def _version(wanted: bool) -> None:
 def root(
     ctx: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: o.Debug = False,
 ) -> None:
-    """Prune the vision tokens of large vision-language models, layer by layer, head by head."""
+    """Prune the vision tokens of vision-language models, per layer and per head."""
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
         raise typer.Exit

@@ -1,4 +1,7 @@
-"""Many prompts from a file or a directory: resumable, one JSON line out per line in."""
+"""Batches: many prompts from a file or a directory, answered with one JSON line per prompt.
+
+An interrupted batch can be continued by the same command.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from plphp.errors import InputError
 from plphp.inputs import image_files, lines
 
 KEYS = ("id", "images", "prompt")
-TORN = re.compile(rb'\{"line": \d+[,}]')  # how a record begins
+TORN = re.compile(rb'\{"line": \d+[,}]')  # the beginning of a record
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,9 @@ class Line:
     row: bytes = b""
 
     def request(self, key: Mapping[str, Any]) -> str:
-        """What is asked, in 16 characters: the line, what its images hold, and how it is answered.
+        """A digest of what is asked: the line, the bytes of its images, and the key.
 
-        key: what all lines share, the model and the method
+        key: what all lines share, which is the model, the method and the options
         """
         pictures = [file_digest(path) for path in self.images]
         return digest([key, self.id, self.prompt, pictures, self.error, self.row.hex()])
@@ -41,9 +44,11 @@ class Line:
 
 @dataclass
 class Batch:
-    """A batch under way. Its lines stand in `part`, which no other process may write meanwhile.
+    """A batch in progress. Its answers are in `part`, which no other process may write meanwhile.
 
-    key: what all lines share; done, failed: lines that an earlier run left, and errors among them
+    key: what all lines share
+    done: number of lines that are answered already
+    failed: number of errors among them
     """
 
     source: Path
@@ -56,7 +61,7 @@ class Batch:
     failed: int = 0
 
     def run(self, job: Any, answer: Callable[..., Any], quiet: bool) -> None:
-        """Answer what is left. `out` appears only when it is whole."""
+        """Answer the lines that are left. `out` appears only when it is complete."""
         with progress(quiet) as bar:
             task = bar.add_task("answering", total=len(self.lines), completed=self.done)
             for line in self.lines[self.done :]:
@@ -66,26 +71,28 @@ class Batch:
                 bar.advance(task)
         if self.out.exists():
             raise InputError(
-                f"{self.out} has appeared meanwhile: the answers are in {self.part}; move either"
+                f"{self.out} was made while this batch ran: the answers are in {self.part}; move "
+                "one of the two files away"
             )
         os.replace(self.part, self.out)
-        say(f"{len(self.lines)} lines in {self.out}, errors: {self.failed}")
+        say(f"{self.out} has {len(self.lines)} lines, errors: {self.failed}")
 
     def _write(self, record: dict[str, Any]) -> None:
-        """One line in one write, on the disk before the next begins."""
+        """Write one line with one call, and put it on the disk before the next line begins."""
         try:
             self.file.write(lines.dump(record).encode("utf-8"))
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as error:
             raise InputError(
-                f"{self.part}: {error.strerror}; the same command goes on from here"
+                f"{self.part}: {error.strerror}; give the same command again to continue the batch"
             ) from error
 
     def resume(self) -> None:
-        """Count what an earlier run left. Raises InputError for what is not of this batch.
+        """Count the lines of an earlier run. Raises InputError for a line of another batch.
 
-        Nothing is changed before all of it is known to be ours; then a torn last line is cut off.
+        The file is changed only after every line is known to belong to this batch. Then an
+        incomplete last line is removed.
         """
         self.file.seek(0)
         data = self.file.read()
@@ -113,21 +120,21 @@ class Batch:
         number = self.done
         if number >= len(self.lines):
             raise InputError(
-                f"{self.part} has more lines than {self.source}: it belongs to another batch; move "
-                "it away, or give another --out"
+                f"{self.part} has more lines than {self.source}, so it belongs to another batch: "
+                "move it away, or give another --out"
             )
         asked = self.lines[number].request(self.key)
         if (record["line"], record["request"]) != (number, asked):
             raise InputError(
-                f"{self.part} is of another batch: its line {number} was asked something else (an "
-                "image, a prompt, the model, the method or an option differs); go on with the "
-                "same command and files, or move it away, or give another --out"
+                f"{self.part} belongs to another batch: an image, the prompt, the model, the "
+                f"method or an option of its line {number} differs; continue with the same command "
+                "and files, or move the file away, or give another --out"
             )
 
     def _foreign(self) -> InputError:
         return InputError(
-            f"{self.part} is needed for work in progress and is not of such a batch: move it away, "
-            "or give another --out"
+            f"{self.part} is needed for work in progress, but this file is not from a batch: move "
+            "it away, or give another --out"
         )
 
 
@@ -135,15 +142,15 @@ class Batch:
 def open_batch(
     source: Path, out: Path, prompt: str | None, key: Mapping[str, Any]
 ) -> Iterator[Batch]:
-    """The batch as the command and an earlier run left it.
+    """Open a batch, or continue one that was interrupted.
 
-    Work in progress stands in `out`.part, a line at a time: an interrupted batch is resumed by the
-    same command. Raises InputError if that file is another's, or in use.
+    The answers of a batch in progress are in the file `out`.part, one line per prompt. Raises
+    InputError if that file belongs to another batch, or if another process uses it.
     """
     part = out.with_name(out.name + ".part")
     asked = list(read_lines(source, prompt))
     if os.path.lexists(part) and not part.is_file():
-        raise InputError(f"{part} is needed for work in progress and is no file: move it away")
+        raise InputError(f"{part} is needed for work in progress, but it is no file: move it away")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = part.open("a+b")
@@ -152,23 +159,23 @@ def open_batch(
     with file:
         lines.lock(file, str(part))
         if out.exists() or not _is_still(part, file):
-            raise InputError(f"{out} has just been finished by another process")
+            raise InputError(f"another process has just finished {out}")
         batch = Batch(source, out, part, key, asked, file)
         batch.resume()
         yield batch
 
 
 def _is_still(part: Path, file: IO[bytes]) -> bool:
-    """Whether a file still has the name by which it was opened."""
+    """Whether an open file still has the name with which it was opened."""
     return part.exists() and os.path.samestat(part.stat(), os.fstat(file.fileno()))
 
 
 def read_lines(source: Path, prompt: str | None) -> Iterator[Line]:
-    """The prompts of a directory of images, or of a JSONL file with images and prompt."""
+    """The prompts of a batch: one per image of a directory, or one per line of a JSONL file."""
     if source.is_dir():
         files = image_files(source)
         if not files:
-            raise InputError(f"--batch {source}: no image files in this directory")
+            raise InputError(f"--batch {source}: there are no image files in this directory")
         for number, path in enumerate(files):
             yield Line(number, (str(path),), prompt or "", path.name)
         return
@@ -183,24 +190,24 @@ def _parse(number: int, row: bytes, prompt: str | None, folder: Path) -> Line:
     except InputError as error:
         return Line(number, error=str(error), row=row)
     if not isinstance(entry, dict):
-        return Line(number, error="not a JSON object with images and prompt", row=row)
+        return Line(number, error="the line is not a JSON object with images and prompt", row=row)
     images, question = entry.get("images", []), entry.get("prompt", prompt)
     images = [images] if isinstance(images, str) else images
     wrong = _wrong(entry, images, question)
     if wrong:
         return Line(number, id=entry.get("id"), error=wrong, row=row)
-    paths = tuple(str(folder / image) for image in images)  # as seen from the JSONL file
+    paths = tuple(str(folder / image) for image in images)  # relative to the JSONL file
     return Line(number, paths, str(question), entry.get("id"))
 
 
 def _wrong(entry: Mapping[str, Any], images: Any, question: Any) -> str:
-    """Why the object of a line cannot be answered, or nothing."""
+    """The reason why the object of a line cannot be answered, or an empty text."""
     unknown = [key for key in entry if key not in KEYS]
     if unknown:
-        return f"unknown key {unknown[0]!r}: a line has {', '.join(KEYS)}, and nothing else"
+        return f"unknown key {unknown[0]!r}: the keys of a line are {', '.join(KEYS)}"
     if not isinstance(images, list) or not all(isinstance(i, str) for i in images):
         return "images must be a list of file names"
-    return "" if isinstance(question, str) else "prompt must be a text"
+    return "" if isinstance(question, str) else "prompt must be a string"
 
 
 def _record(job: Any, line: Line, answer: Callable[..., Any]) -> dict[str, Any]:
@@ -211,7 +218,7 @@ def _record(job: Any, line: Line, answer: Callable[..., Any]) -> dict[str, Any]:
         return {**record, "error": line.error}
     try:
         text, report = answer(job.seeded(line.number), line.images, line.prompt)
-    except Exception as error:  # one line of many: the others are answered
+    except Exception as error:  # an error of one line does not end the batch
         return {**record, "error": one_line(error)}
     costs = {name: getattr(report, name) for name in ("retention", "kv_bytes", "kv_bytes_full")}
     return {**record, "answer": text, **costs}

@@ -1,4 +1,4 @@
-"""`plphp bench`: what a step costs pruned and not, beside the bytes that it must move."""
+"""`plphp bench`: the time of a decoding step with the pruned cache and with other caches."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 
+from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.console import progress, say, shown, stdout
 from plphp.errors import InputError
@@ -20,44 +20,31 @@ if TYPE_CHECKING:
     from plphp.bench.run import Options
     from plphp.bench.shapes import Shape
 
-NOTE = "Random weights: speed and memory only. The vision tower, the same for all, is left out."
+NOTE = (
+    "The weights are random, so this measures speed and memory only. The vision tower is left out, "
+    "because its work does not depend on the cache."
+)
 
 
 def bench(
-    shape: Annotated[str, typer.Option(help="Real sizes with random weights, or 'tiny'.")] = "tiny",
-    model: Annotated[
-        str | None, typer.Option(help="Instead: 'embedded', a local directory, or a hub id.")
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option(help="Only so many layers, where the whole does not fit.")
-    ] = None,
-    context: Annotated[int, typer.Option(min=64, max=o.MOST, help="Columns of the prompt.")] = 2048,
-    images: Annotated[int, typer.Option(min=1, max=o.MOST, help="Images that share them.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, max=o.MOST, help="Rows.")] = 1,
-    keep: Annotated[
-        str, typer.Option(help="Shares of the vision tokens kept, repeated over the layers.")
-    ] = ".4",
-    against: Annotated[
-        str,
-        typer.Option(help="Beside stock and pruned: short, static, pruned-static, int4, fp8, or "
-                     "methods such as snapkv; commas between."),
-    ] = "short",
-    new_tokens: Annotated[int, typer.Option(min=2, max=o.MOST, help="Steps of a turn.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, max=o.MOST, help="Turns of each way.")] = 5,
-    prefill: Annotated[bool, typer.Option(help="Time the prompt too.")] = False,
-    memory: Annotated[
-        str, typer.Option(help="GiB for the table of what fits.")
-    ] = "16,24,48,80,141",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format.")
-    ] = "float32",
-    gpu: Annotated[bool, typer.Option("--gpu", help="Run on CUDA.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for result.json, result.md and a picture.")
-    ] = None,
+    shape: flags.ShapeName = "tiny",
+    model: flags.OwnModel = None,
+    layers: flags.Layers = None,
+    context: flags.Context = 2048,
+    images: flags.Images = 1,
+    batch: flags.Rows = 1,
+    keep: flags.Keep = ".4",
+    against: flags.Against = "short",
+    new_tokens: flags.NewTokens = 16,
+    rounds: flags.BenchRounds = 5,
+    prefill: flags.Prefill = False,
+    memory: flags.Memory = "16,24,48,80,141",
+    dtype: flags.FloatDtype = "float32",
+    gpu: flags.Gpu = False,
+    out: flags.ResultsOut = None,
     as_json: o.Json = False,
-) -> None:  # fmt: skip
-    """Decode with the stock cache, the pruned one and others in turn."""
+) -> None:
+    """Time decoding with transformers' own cache, the pruned cache, and other caches in turn."""
     import torch
 
     from plphp.bench.caches import Setting
@@ -88,34 +75,37 @@ def _device(gpu: bool) -> str:
 
 
 def _check_asked(context: int, images: int, out: Path | None) -> None:
-    """Raise InputError for more images than columns, and for an `out` that cannot be used."""
+    """Raise InputError if there are more images than columns, or if `out` cannot be used."""
     from plphp.bench.caches import TEXT
 
     if images > context - TEXT:
         raise InputError(
-            f"--images {images} share --context {context} with {TEXT} columns of text: at most "
-            f"{context - TEXT} images, one column each, fit"
+            f"--images {images} do not fit in --context {context}, of which {TEXT} columns are "
+            f"text: give at most {context - TEXT} images, one column each"
         )
     _check_out(out)
 
 
 def _check_shares(keep: str, rates: tuple[float, ...], layers: int) -> None:
-    """Raise InputError for shares that no layer would take."""
+    """Raise InputError if there are more shares than layers."""
     if len(rates) > layers:
         raise InputError(
-            f"--keep {keep}: {len(rates)} shares for {layers} layers; give as many or fewer"
+            f"--keep {keep}: these are {len(rates)} shares for {layers} layers; give at most one "
+            "share per layer"
         )
 
 
 def _check_out(out: Path | None) -> None:
-    """Raise InputError for a directory whose files would be lost."""
+    """Raise InputError for a file, and for a directory whose own files would be overwritten."""
     if out is None:
         return
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: a file, and the results need a directory")
+        raise InputError(f"--out {out} is a file: give a directory for the results")
     for name in ("result.json", "result.md", "result.png"):
         if (out / name).exists() and not _is_result(out / "result.json"):
-            raise InputError(f"--out {out}: its {name} is no result of plphp: give another --out")
+            raise InputError(
+                f"--out {out}: its {name} is not a result of plphp bench: give another --out"
+            )
 
 
 def _is_result(path: Path) -> bool:
@@ -128,12 +118,12 @@ def _is_result(path: Path) -> bool:
 
 
 def _show(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
-    """Files where they are asked for, and tables or JSON on standard output."""
+    """Write the files of --out, and print tables or JSON on standard output."""
     if out is not None:
         from plphp.bench.present import write
 
         write(found, out)
-        say(f"result.json, result.md and result.png in {out}")
+        say(f"result.json, result.md and result.png are in {out}")
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -144,7 +134,7 @@ def _show(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
 def _chosen(
     shape: str, layers: int | None, model: str | None, dtype: str, device: str
 ) -> tuple[Any, Shape]:
-    """A loaded model with its shape, or none yet and the shape to build."""
+    """The loaded model of --model and its shape, or None and the shape of --shape to build."""
     from plphp.bench.shapes import shape_of, shape_of_model
 
     if model is None:
@@ -173,21 +163,23 @@ def _numbers(text: str, option: str, example: str) -> tuple[float, ...]:
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"{option} {text}: not numbers, such as {example}") from None
+        raise InputError(
+            f"{option} {text}: give numbers with commas between them, such as {example}"
+        ) from None
     if not all(0 <= number < math.inf for number in numbers):
-        raise InputError(f"{option} {text}: numbers must be 0 or more, such as {example}")
+        raise InputError(f"{option} {text}: the numbers must be 0 or more, such as {example}")
     return numbers
 
 
 def _rates(text: str) -> tuple[float, ...]:
     rates = _numbers(text, "--keep", ".4 or .7,.4,.1")
     if not all(0 <= rate <= 1 for rate in rates):
-        raise InputError(f"--keep {text}: shares are from 0 to 1")
+        raise InputError(f"--keep {text}: the shares must be from 0 to 1")
     return rates
 
 
 def _tables(found: dict[str, Any]) -> Iterator[Table]:
-    """The same rows as in the Markdown of `--out`."""
+    """The tables to print, with the rows of the Markdown file in `--out`."""
     from plphp.bench.present import sections, title
 
     for name, (header, rows) in sections(found).items():
@@ -198,6 +190,6 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
             table.add_row(*map(shown, row))
         if name == "A decode step":
             table.caption = (
-                f"bound: bytes over {found['copy_gb_s']} GB/s; energy: {found['energy']}"
+                f"bound: bytes divided by {found['copy_gb_s']} GB/s; energy: {found['energy']}"
             )
         yield table

@@ -1,7 +1,7 @@
-"""Where commands write: tables on stdout, progress and errors on stderr, and how they end.
+"""Output of the commands: tables on stdout, progress and errors on stderr.
 
-What is printed may hold text that is not ours: answers, paths, names. It is printed as it stands:
-nothing of it is markup, and characters that would control the terminal are shown as escapes.
+Answers, paths and names come from outside of plphp. They are printed unchanged and never read as
+markup, but characters that would control the terminal are printed as escapes.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from plphp.errors import InputError, PlphpError
 
 class _Console(Console):
     def on_broken_pipe(self) -> NoReturn:
-        raise BrokenPipeError  # rich itself would exit with 1
+        raise BrokenPipeError  # without this, rich exits with code 1
 
 
 def stdout() -> Console:
+    """A console on stdout that reads no markup."""
     return _Console(markup=False, emoji=False, highlight=False)
 
 
 def stderr() -> Console:
+    """A console on stderr that reads no markup."""
     return _Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def progress(quiet: bool, **options: Any) -> Progress:
-    """A bar on stderr. options: rich's own"""
+    """A progress bar on stderr. options: those of rich's `Progress`"""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -46,7 +48,7 @@ def progress(quiet: bool, **options: Any) -> Progress:
 
 
 def shown(text: object) -> str:
-    """A text without characters that control a terminal: they stand as escapes, such as \\x1b."""
+    """The text with escapes such as \\x1b in place of characters that control a terminal."""
     return "".join(
         char if char.isprintable() or char in "\n\t" else _escape(char) for char in str(text)
     )
@@ -57,27 +59,27 @@ def _escape(char: str) -> str:
 
 
 def say(text: object) -> None:
-    """A remark on stderr."""
+    """Print a line on stderr."""
     print(shown(text), file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong and what to do about it, on one line."""
+    """What went wrong and what the user can do, on one line."""
     if _out_of_memory(error):
         return (
-            "no memory left: use fewer or smaller images, --dtype bfloat16, a smaller model, or "
-            "another --device"
+            "there is no memory left: use fewer or smaller images, --dtype bfloat16, a smaller "
+            "model, or another --device"
         )
     format_message = getattr(error, "format_message", None)  # usage errors of the command line
     message = format_message() if format_message else str(error)
     named = type(error).__name__
     if isinstance(error, (KeyError, IndexError, AttributeError, TypeError, RecursionError)):
-        message = f"{named}: {message}"  # written for programmers: it says nothing alone
+        message = f"{named}: {message}"  # such a message says nothing without the error's name
     return shown(" ".join((message or named).split()))
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """By the kind of the error: a file may be called "out of memory.png"."""
+    """Whether memory ran out. The kind counts too: a file may be called "out of memory.png"."""
     if isinstance(error, PlphpError) or not isinstance(error, (MemoryError, RuntimeError)):
         return False
     said = str(error).lower()
@@ -87,17 +89,18 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 class _Closed(io.TextIOBase):
-    """Standard output that whoever started the command has closed."""
+    """Stands for a standard output that the parent process has closed."""
 
     def write(self, text: str) -> int:
-        raise InputError("standard output is closed: redirect it, for example to a file")
+        raise InputError("the standard output is closed: redirect it, for example to a file")
 
 
 def open_streams() -> None:
     """Make the standard streams safe to write to.
 
-    A stream that is closed gets its number occupied, else the next file that is opened would be
-    taken for it. A character that an encoding lacks is written as an escape.
+    The number of a closed stream is occupied with /dev/null. Otherwise the next file that is opened
+    would get that number, and output would go into it. A character that the stream's encoding
+    lacks is written as an escape.
     """
     for number in (0, 1, 2):
         try:
@@ -106,7 +109,7 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     if sys.stdout is None:
         sys.stdout = _Closed()
-    if sys.stderr is None:  # print(file=None) would write to standard output
+    if sys.stderr is None:  # print(file=None) would write to stdout
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
@@ -114,7 +117,7 @@ def open_streams() -> None:
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """A command whose reader may leave early (head, less): that is no error."""
+    """The same command, which ends without an error if a reader such as `head` closes the pipe."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -129,6 +132,6 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def drop_output() -> None:
-    """Throw away what is left to write: Python would complain about it at exit."""
+    """Discard what is not written yet. Otherwise Python reports an error at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

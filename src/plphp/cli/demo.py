@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.console import shown, stderr, stdout
 from plphp.policy import Policy
@@ -76,13 +76,11 @@ def demo(
     alpha: o.Alpha = None,
     beta: o.Beta = None,
     device: o.Device = "cpu",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format.")
-    ] = "float32",
-    rounds: Annotated[int, typer.Option(min=1, help="How often each answer is timed.")] = 3,
+    dtype: flags.FloatDtype = "float32",
+    rounds: flags.Rounds = 3,
     as_json: o.Json = False,
 ) -> None:
-    """Ask the embedded model about bundled pictures, with its full and with a pruned cache."""
+    """Ask the embedded model about bundled pictures, with the full and with a pruned cache."""
     policy = o.chosen_policy("plphp", r=r, delta_r=delta_r, alpha=alpha, beta=beta)
     from plphp.cli.demo_comparison import answers_of_variants, table
     from plphp.inputs import load

@@ -67,6 +67,7 @@ def _ask(
 
 
 def table(found: Sequence[Variant]) -> Table:
+    """A table with one row per variant."""
     shown = Table(title="The same questions with the recommended policy, and with recall")
     shown.add_column("")
     shown.add_column("right", justify="right")

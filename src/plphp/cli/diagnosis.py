@@ -1,4 +1,4 @@
-"""What can be said of a model without its weights: its layers, its vision tokens, its bytes."""
+"""What plphp can say about a model without its weights: its layers, vision tokens and bytes."""
 
 from __future__ import annotations
 
@@ -17,24 +17,31 @@ from plphp.policy import PLPHP, steps
 if TYPE_CHECKING:
     from plphp.hf.footprint import Footprint
 
-SECONDS = 120.0  # for building and reading a model without weights; real ones take a few
+SECONDS = 120.0  # the time limit for building a model without weights; real models take a few
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What can be said of a model from its config and its code.
+    """What plphp can say about a model from its config and its code, for one prompt.
 
-    prunable_layers: those that this prompt is pruned in; attachable_layers: those that some prompt
-        is: a layer whose attention window is shorter than a prompt is left alone
-    token_bytes: keys and values over tokens, of this prompt in transformers' own cache;
-        prunable_bytes: those of one token in layers that this prompt is pruned in
-    tokens_from: what says how many tokens an image takes
-    full, pruned: bytes of keys and values of the prompt that was asked about; pruned runs from
-        every layer indifferent to every layer attentive
-    other_bytes: what the cache holds beside keys and values, such as states of linear layers
-    unmeasured: why there are no bytes, which are None then; empty where there are
-    notes: what a user should know of this prompt
+    The prompt has `images` images of `tokens_per_image` vision tokens, and `text_tokens` text
+    tokens. A layer whose attention window is shorter than the prompt is not pruned.
+
+    reason: why the model cannot be pruned; empty if it can
+    attachable_layers: indices of the layers that can be pruned for some prompt
+    prunable_layers: indices of the layers that are pruned for this prompt
+    windows: for each cached layer, as `compat.layer_windows` returns them
+    token_bytes: bytes of the keys and values of a token, averaged over the prompt, in
+        transformers' own cache
+    prunable_bytes: bytes of one token in the layers that are pruned for this prompt
+    tokens_from: the source of `tokens_per_image`, in words
+    full: bytes of the keys and values of the prompt
+    pruned: the same after pruning, if all layers are vision-indifferent, vision-balanced, or
+        vision-attentive
+    other_bytes: bytes in the cache that are not keys and values, such as states of linear layers
+    unmeasured: the reason why all bytes are None; empty if they were measured
+    notes: sentences that a user should read about this prompt
     """
 
     model: str
@@ -61,11 +68,13 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Examined:
-    """A model on the meta device.
+    """What was found out about a model on the meta device.
 
-    attachable, reason: the layers that `prune` attaches to, or none and why
-    windows: of every cached layer, as `compat.layer_windows` returns them
-    bytes: of the prompt in every layer, None where `unmeasured` says why
+    attachable: indices of the layers that `prune` attaches to
+    reason: why it attaches to none; empty otherwise
+    windows: for each cached layer, as `compat.layer_windows` returns them
+    bytes: the bytes of the prompt in each layer, or None
+    unmeasured: why `bytes` is None; empty otherwise
     """
 
     attachable: tuple[int, ...]
@@ -75,7 +84,10 @@ class Examined:
     unmeasured: str
 
     def pruned_at(self, length: int) -> tuple[int, ...]:
-        """The layers that a prompt of so many tokens is pruned in: their window covers it."""
+        """Indices of the layers that are pruned for a prompt of `length` tokens.
+
+        The attention window of these layers covers the prompt.
+        """
         from plphp.hf import compat
 
         return tuple(i for i in self.attachable if compat.covers(self.windows[i], length))
@@ -92,14 +104,15 @@ def diagnose(
     trust: bool = False,
     processor: Any = None,
 ) -> Diagnosis:
-    """Attach to the model on the meta device, and fill transformers' own cache there.
+    """Attach to the model on torch's meta device, and fill transformers' own cache there.
 
-    The same checks as for a real model, without memory. tokens_per_image: None asks the processor
-    and the config. Raises InputError for a config that no model can be built of.
+    The checks are those of a real model, but the tensors take no memory. If tokens_per_image is
+    None, the processor or the config gives it. Raises InputError if no model can be built from the
+    config.
     """
     from plphp.models import image_tokens
 
-    each, source = tokens_per_image, "as given"
+    each, source = tokens_per_image, "given by --tokens-per-image"
     if each is None:
         each, source = image_tokens(config, processor)
     length = images * each + text_tokens
@@ -133,7 +146,7 @@ def _taken(
     each: int,
     text_tokens: int,
 ) -> dict[str, Any]:
-    """The fields of a diagnosis that are bytes, None where nothing could be measured."""
+    """The fields of a diagnosis that are bytes. They are None if nothing could be measured."""
     if layers is None:
         return dict.fromkeys(("token_bytes", "prunable_bytes", "full", "pruned", "other_bytes"))
     full = sum(layer.kv for layer in layers)
@@ -152,7 +165,7 @@ def _taken(
 
 
 def _kept(tokens: int, rate: float) -> int:
-    """Tokens of an image that a rate keeps."""
+    """The number of tokens of an image that a layer keeps at this rate."""
     import torch
 
     rates = torch.tensor([rate], dtype=torch.float64)
@@ -160,7 +173,7 @@ def _kept(tokens: int, rate: float) -> int:
 
 
 def _examined(name: str, config: Any, dtype: str, length: int, trust: bool) -> Examined:
-    """Build the model and look at it; what transformers raises becomes one line."""
+    """Build the model and examine it. An error of transformers becomes an InputError."""
     from plphp.hf.footprint import bounded
 
     try:
@@ -170,7 +183,7 @@ def _examined(name: str, config: Any, dtype: str, length: int, trust: bool) -> E
         raise
     except Exception as error:
         raise InputError(
-            f"no model can be made of the config of {name} ({type(error).__name__}: "
+            f"no model can be built from the config of {name} ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}); check its config.json"
         ) from error
 
@@ -185,7 +198,7 @@ def _examine(config: Any, dtype: str, length: int, trust: bool) -> Examined:
     try:
         model = shell(config, trust, _kind(text, dtype))
     except UnsupportedModelError as error:
-        return Examined((), str(error), windows, None, "there is no model to measure")
+        return Examined((), str(error), windows, None, "the model cannot be built")
     attachable: tuple[int, ...] = ()
     reason = ""
     windows = tuple(compat.layer_windows(text))
@@ -193,7 +206,7 @@ def _examine(config: Any, dtype: str, length: int, trust: bool) -> Examined:
         with prune(model) as pruning:
             attachable = pruning.layers
     except UnsupportedTransformersError:
-        raise  # it says nothing of the model
+        raise  # the error is about transformers, not about the model
     except PlphpError as error:
         reason = str(error)
     try:
@@ -203,7 +216,7 @@ def _examine(config: Any, dtype: str, length: int, trust: bool) -> Examined:
 
 
 def _kind(text: Any, dtype: str) -> Any:
-    """The number format of the weights, bfloat16 where the config does not say."""
+    """The number format of the weights, or bfloat16 if the config does not give one."""
     import torch
 
     kind = getattr(text, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
@@ -211,7 +224,7 @@ def _kind(text: Any, dtype: str) -> Any:
 
 
 def _notes(config: Any, seen: Examined, length: int) -> tuple[str, ...]:
-    """What is out of the ordinary about a prompt of so many tokens."""
+    """Notes on a prompt of `length` tokens: it is too long, or no layer is pruned."""
     notes = []
     text = config.get_text_config(decoder=True)
     most = next((n for key in POSITIONS if isinstance(n := getattr(text, key, None), int)), 0)
@@ -221,7 +234,7 @@ def _notes(config: Any, seen: Examined, length: int) -> tuple[str, ...]:
             "use fewer images or less text"
         )
     if seen.attachable and not seen.pruned_at(length):
-        notes.append("no layer's attention window covers this prompt: nothing of it is pruned")
+        notes.append("nothing is pruned, because no layer's attention window covers this prompt")
     return tuple(notes)
 
 
@@ -229,6 +242,7 @@ def _found_by(config: Any) -> str:
     from plphp.models import FAMILIES, describes_vision
 
     if not describes_vision(config):
-        return "mm_token_type_ids of the processor, or a vision_mask of your own"
-    known = "its entry in plphp.models" if config.model_type in FAMILIES else "no entry, so by runs"
-    return f"the image and video token ids of the config; images told apart by {known}"
+        return "the processor's mm_token_type_ids, or a vision_mask that you pass"
+    known = config.model_type in FAMILIES
+    how = "its entry in plphp.models" if known else "runs of vision tokens, as it has no entry"
+    return f"the image and video token ids of the config; images are told apart by {how}"

@@ -1,4 +1,4 @@
-"""`plphp doctor`: whether and how a model can be pruned, without loading its weights."""
+"""`plphp doctor`: says whether a model can be pruned, without loading its weights."""
 
 from __future__ import annotations
 
@@ -17,20 +17,30 @@ __all__ = ["Diagnosis", "diagnose", "doctor"]
 
 
 def doctor(
-    model: Annotated[str, typer.Argument(help="'embedded', a local directory, or a hub id.")],
-    images: Annotated[int, typer.Option(min=0, help="Images of the prompt to estimate.")] = 1,
+    model: Annotated[
+        str, typer.Argument(help="The model: 'embedded', a local directory, or a hub id.")
+    ],
+    images: Annotated[
+        int, typer.Option(min=0, help="The number of images in the prompt to examine.")
+    ] = 1,
     tokens_per_image: Annotated[
         int | None,
-        typer.Option(min=1, help="Vision tokens that an image takes. [what the model says]"),
+        typer.Option(
+            min=1,
+            help="The number of vision tokens of an image. The default is the number that the "
+            "model's processor or config gives.",
+        ),
     ] = None,
-    text_tokens: Annotated[int, typer.Option(min=0, help="Text tokens of that prompt.")] = 64,
+    text_tokens: Annotated[
+        int, typer.Option(min=0, help="The number of text tokens in that prompt.")
+    ] = 64,
     r: o.Rate = None,
     delta_r: o.DeltaR = None,
     dtype: o.Dtype = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
-    """Say whether a model can be pruned, and what a prompt would take, from its config alone."""
+    """Say whether a model can be pruned, and how many bytes a prompt needs, without its weights."""
     policy = cast(PLPHP, o.chosen_policy("plphp", r=r, delta_r=delta_r))
     from plphp.inputs import load_config
 
@@ -56,7 +66,7 @@ def doctor(
 
 
 def _processor(name: str, trust: bool) -> Any:
-    """The model's processor as far as its files lie here; None where they do not."""
+    """The model's processor, or None if its files are not on this machine."""
     from transformers import AutoProcessor
 
     try:
@@ -66,14 +76,15 @@ def _processor(name: str, trust: bool) -> Any:
 
 
 def _print(d: Diagnosis) -> None:
-    lines = [f"{d.model} ({d.model_type}): " + ("can be pruned" if d.prunable else "cannot")]
+    answer = "can be pruned" if d.prunable else "cannot be pruned"
+    lines = [f"{d.model} ({d.model_type}): {answer}"]
     if not d.prunable:
         lines.append(f"because: {d.reason}")
     lines.append(f"vision tokens: found by {d.found_by}")
-    lines.append(f"vision tokens an image: {d.tokens_per_image:,} ({d.tokens_from})")
-    lines.append(f"layers: {len(d.prunable_layers)} of {d.layers} can be pruned at this prompt")
+    lines.append(f"vision tokens per image: {d.tokens_per_image:,} ({d.tokens_from})")
+    lines.append(f"layers: {len(d.prunable_layers)} of {d.layers} are pruned for this prompt")
     if d.attachable_layers != d.prunable_layers:
-        lines[-1] += f", {len(d.attachable_layers)} at shorter ones"
+        lines[-1] += f", {len(d.attachable_layers)} for shorter prompts"
     lines += [*_bytes(d), *_kinds(d), *(f"note: {note}" for note in d.notes)]
     console = stdout()
     for line in lines:
@@ -81,35 +92,39 @@ def _print(d: Diagnosis) -> None:
 
 
 def _bytes(d: Diagnosis) -> list[str]:
-    """What the prompt takes, measured on transformers' own cache."""
+    """The bytes of the prompt, measured on transformers' own cache."""
     prompt = (
         f"a prompt of {d.images} x {d.tokens_per_image} vision tokens and {d.text_tokens} text "
         "tokens"
     )
     if d.full is None:
-        return [f"{prompt}: bytes unknown, {d.unmeasured}"]
+        return [f"{prompt}: the bytes are unknown: {d.unmeasured}"]
     lines = [
-        f"bytes a vision token: {d.token_bytes:,} in all layers, {d.prunable_bytes:,} prunable",
-        f"{prompt}: {d.full:,} bytes full",
+        f"bytes per vision token: {d.token_bytes:,} in all layers, {d.prunable_bytes:,} in the "
+        "layers that are pruned",
+        f"{prompt}: {d.full:,} bytes with the full cache",
     ]
     if d.other_bytes:
-        lines.append(f"beside keys and values the cache holds {d.other_bytes:,} bytes")
+        lines.append(f"other state in the cache: {d.other_bytes:,} bytes")
     if d.prunable and d.pruned is not None:
         low, middle, high = d.pruned
         lines.append(
-            f"pruned: {middle:,} bytes if every layer is balanced, between {low:,} (all "
-            f"indifferent) and {high:,} (all attentive)"
+            f"with the pruned cache: {middle:,} bytes if all layers are vision-balanced, {low:,} "
+            f"if all are vision-indifferent, {high:,} if all are vision-attentive"
         )
     return lines
 
 
 def _kinds(d: Diagnosis) -> list[str]:
-    """The layers that do not attend to everything before them."""
+    """Lines about the layers that do not attend to all earlier tokens."""
     odd = sorted({w for w in d.windows if isinstance(w, str)})
     windows = sorted({w for w in d.windows if isinstance(w, int)})
     lines = []
     if windows:
-        lines.append(f"sliding windows of {windows}: pruned while they cover the whole prompt")
+        lines.append(
+            f"sliding windows of {windows} tokens: these layers are pruned if the window covers "
+            "the whole prompt"
+        )
     if odd:
-        lines.append(f"left alone: layers of kind {', '.join(odd)}")
+        lines.append(f"layers that are never pruned: those of kind {', '.join(odd)}")
     return lines

@@ -1,4 +1,4 @@
-"""`plphp env`: what a bug report needs."""
+"""`plphp env`: the versions and devices that a bug report needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "triton
 
 
 def env(as_json: Json = False) -> None:
-    """Print versions and devices, for a bug report."""
+    """Print the versions and devices that a bug report needs."""
     found = describe()
     if as_json:
         print(json.dumps(found, indent=1))
@@ -26,7 +26,7 @@ def env(as_json: Json = False) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Name -> value, in the order in which a reader asks."""
+    """Name -> value, in the order in which the command prints them."""
     import torch
 
     found: dict[str, Any] = {

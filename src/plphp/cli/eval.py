@@ -7,10 +7,9 @@ import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.console import progress, say, shown
 from plphp.errors import InputError, how_to_install
@@ -27,27 +26,21 @@ SECONDS = 600.0  # over which the speed is estimated
 
 def evaluate(
     *,
-    out: Annotated[Path, typer.Option(help="Directory of the run; an earlier one goes on.")],
-    tasks: Annotated[str, typer.Option(help="Names, or 'all'.")] = "all",
-    methods: Annotated[
-        str, typer.Option(help="Names, 'all', NAME:paper (own defaults), plphp:calibrated.")
-    ] = "plphp,random,uniform",
-    budgets: Annotated[str, typer.Option(help="Shares of the vision K/V kept.")] = ".6,.4,.2,.1",
-    limit: Annotated[int, typer.Option(min=1, max=o.MOST, help="Samples a task.")] = 300,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the samples.")] = 7001,
-    batch: Annotated[
-        int, typer.Option(min=1, max=o.MOST, help="Rows that are generated together.")
-    ] = 16,
+    out: flags.RunOut,
+    tasks: flags.Tasks = "all",
+    methods: flags.Methods = "plphp,random,uniform",
+    budgets: flags.Budgets = ".6,.4,.2,.1",
+    limit: flags.Limit = 300,
+    seed: flags.SampleSeed = 7001,
+    batch: flags.Rows = 16,
     max_new_tokens: o.MaxNewTokens = 128,
-    images: Annotated[
-        Path | None, typer.Option(help="A directory of images without labels: task 'folder'.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What is asked of --images.")] = None,
-    shard: Annotated[str, typer.Option(help="i/n: do the i-th of n parts, from 0.")] = "0/1",
+    images: flags.Folder = None,
+    prompt: flags.FolderPrompt = None,
+    shard: flags.Shard = "0/1",
     source: o.Source,
     as_json: o.Json = False,
 ) -> None:
-    """Compare pruning methods by what they lose: task by task, at equal budgets. Resumable."""
+    """Compare what pruning methods lose on each task, at equal budgets."""
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"{', '.join(missing)} not installed: {how_to_install('eval')}")

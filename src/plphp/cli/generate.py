@@ -9,11 +9,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 
+from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.console import say, shown, stderr, stdout
 from plphp.errors import InputError
@@ -48,14 +48,10 @@ class Sampling:
     """How an answer is written: greedily where nothing is said."""
 
     max_new_tokens: o.MaxNewTokens = 128
-    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None
-    top_p: Annotated[float | None, typer.Option(help="Sample from this probability mass.")] = None
-    top_k: Annotated[int | None, typer.Option(max=o.MOST, help="Sample from this many tokens.")] = (
-        None
-    )
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")
-    ] = None
+    temperature: flags.Temperature = None
+    top_p: flags.TopP = None
+    top_k: flags.TopK = None
+    seed: flags.SamplingSeed = None
 
     def options(self) -> dict[str, Any]:
         """What generate() is told. Raises InputError for what cannot be sampled from."""
@@ -71,22 +67,20 @@ class Sampling:
 
 def generate(
     *,
-    image: Annotated[list[str] | None, typer.Option(help="An image file; may be repeated.")] = None,
-    video: Annotated[list[str] | None, typer.Option(help="A video file; may be repeated.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question; else standard input.")] = None,
-    batch: Annotated[
-        Path | None, typer.Option(help="A directory of images, or JSONL of images and prompt.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where --batch writes its JSONL.")] = None,
+    image: flags.Image = None,
+    video: flags.Video = None,
+    prompt: flags.Prompt = None,
+    batch: flags.Batch = None,
+    out: flags.BatchOut = None,
     method: o.Method,
-    compare: Annotated[bool, typer.Option("--compare", help="Full and pruned in turn.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="How often --compare times each.")] = 3,
-    report: Annotated[bool, typer.Option("--report", help="Print what each layer kept.")] = False,
+    compare: flags.Compare = False,
+    rounds: flags.Rounds = 3,
+    report: flags.FullReport = False,
     sampling: Sampling,
     source: o.Source,
     as_json: o.Json = False,
 ) -> None:
-    """Answer a prompt about images with a pruned cache. Streams the answer as it comes."""
+    """Answer a prompt about images with a pruned cache, and print the answer word by word."""
     policy, parked = method.chosen(), method.parked()
     generation = sampling.options()
     images, videos = image or [], video or []

@@ -1,14 +1,13 @@
-"""`plphp inspect`: one page that shows what was kept, where, and what it cost."""
+"""`plphp inspect`: writes an HTML page that shows which tokens were kept and what that cost."""
 
 from __future__ import annotations
 
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.console import shown, stderr, stdout
 from plphp.cli.generate import check_files
@@ -23,28 +22,19 @@ PAGE = Path("report.html")
 
 def inspect(
     *,
-    image: Annotated[
-        list[str] | None,
-        typer.Option(help="An image file; may be repeated. Without any: a bundled example."),
-    ] = None,
-    video: Annotated[list[str] | None, typer.Option(help="A video file; may be repeated.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question about them.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where the page goes. [report.html, none with --json]")
-    ] = None,
+    image: flags.Image = None,
+    video: flags.Video = None,
+    prompt: flags.PagePrompt = None,
+    out: flags.PageOut = None,
     method: o.Method,
-    policies: Annotated[
-        str | None, typer.Option(help="Several methods on one page, such as plphp,random.")
-    ] = None,
-    oracle: Annotated[
-        bool, typer.Option("--oracle", help="Also ask the full model at every token.")
-    ] = False,
+    policies: flags.Policies = None,
+    oracle: flags.Oracle = False,
     max_new_tokens: o.MaxNewTokens = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each answer is timed.")] = 3,
+    rounds: flags.Rounds = 3,
     source: o.Source,
     as_json: o.Json = False,
 ) -> None:
-    """Write a page of what was kept, where, and what it cost: one file, no network needed."""
+    """Write one HTML file that shows which tokens were kept. Without images, show an example."""
     chosen, parked = _chosen(method, policies), method.parked()
     images, videos = image or [], video or []
     if not images and not videos:
@@ -80,7 +70,7 @@ def inspect(
 
 
 def _present(page: Page, where: Path | None, as_json: bool) -> None:
-    """The page as a file, and a line a method or all of it as JSON on standard output."""
+    """Write the page, and print one line per method, or the data of the page as JSON."""
     if where is not None:
         from plphp.inspector import write_html
 
@@ -89,22 +79,26 @@ def _present(page: Page, where: Path | None, as_json: bool) -> None:
         print(json.dumps(page.to_json()))
         return
     for run in page.runs:
-        same = "the full model's answer" if run.differs is None else f"differs at {run.differs + 1}"
+        same = (
+            "the answer is that of the full model"
+            if run.differs is None
+            else f"the answer differs from that of the full model at token {run.differs + 1}"
+        )
         held = "kept" if run.recall is None else "in full on the device"
         stdout().print(f"{run.policy}: {run.retention:.0%} of the vision K/V {held}, {same}")
     stdout().print(shown(f"open {where} in a browser"), soft_wrap=True)
 
 
 def _check_out(where: Path) -> None:
-    """Raise InputError where no page can be written, or a file of another kind would be lost."""
+    """Raise InputError if no page can be written there, or if another file would be lost."""
     if not where.resolve().parent.is_dir():
         raise InputError(f"--out {where}: no such directory")
     if where.exists() and not _is_page(where):
-        raise InputError(f"{where} exists and is no page of plphp: give another --out")
+        raise InputError(f"{where} exists and is not a page of plphp: give another --out")
 
 
 def _is_page(path: Path) -> bool:
-    """Whether a file is an earlier page, which a new one may replace."""
+    """Whether a file is an earlier page, which a new page may replace."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -112,21 +106,23 @@ def _is_page(path: Path) -> bool:
 
 
 def example() -> tuple[list[str], str]:
-    """Pictures and question of the demo's first example."""
+    """The image files and the question of the demo's first example."""
     root = Path(str(files("plphp.demo")))
     first = json.loads((root / "questions.json").read_text(encoding="utf-8"))[0]
     return [str(root / "pictures" / name) for name in first["images"]], first["question"]
 
 
 def _chosen(method: o.Method, policies: str | None) -> dict[str, Policy]:
-    """Methods by name. Several share no options but the budget."""
+    """The policies by name. Several policies can have only the budget in common."""
     if policies is None:
         return {method.policy: method.chosen()}
     names = [name.strip() for name in policies.split(",") if name.strip()]
     if not names:
-        raise InputError("--policies is empty: name methods, such as plphp,random")
+        raise InputError("--policies is empty: give names of methods, such as plphp,random")
     for name in method.settings:
         if name != "budget":
             option = name.replace("_", "-")
-            raise InputError(f"--{option} belongs to --policy; --policies takes only --budget")
+            raise InputError(
+                f"--{option} can only be used with --policy; --policies takes only --budget"
+            )
     return {name: o.chosen_policy(name, budget=method.budget) for name in names}

@@ -1,4 +1,4 @@
-"""Options that have an effect only beside others: without it they are refused, never ignored."""
+"""Options that need another option, or that exclude one: an option without effect is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plphp.errors import InputError
 
 TYPED = "plphp.typed"
 
-# Command -> option -> those of which one must be given too.
+# Command -> option -> options, at least one of which must be given too.
 NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "generate": {
         "batch": ("out",),
@@ -25,7 +25,7 @@ NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "eval": {"images": ("prompt",), "prompt": ("images",)},
 }
 
-# Command -> option -> those that leave it without an effect.
+# Command -> option -> options that make it useless, so that both cannot be given.
 WITHOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "generate": {
         "image": ("batch",),
@@ -38,24 +38,27 @@ WITHOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "eval": {"tasks": ("images",)},
 }
 
-# Why, where the option's own name does not say it.
+# The reason, for options whose name does not give it.
 WHY = {
-    "out": "it is where the answers of a batch go",
-    "batch": "it is where its answers go",
-    "seed": "an answer is greedy unless it is sampled",
-    "report": "only a single answer as text has it, and JSON holds it anyway",
-    "shape": "a model has a shape of its own",
-    "layers": "a --model is measured whole",
-    "images": "the images and what is asked of them go together",
-    "prompt": "the images and what is asked of them go together",
-    "tasks": "the images are a task of their own",
-    "policy": "it names the methods of the page",
+    "out": "--out names the file for the answers of a batch",
+    "batch": "--out names the file for the answers of the batch",
+    "seed": "an answer is greedy if no sampling option is given",
+    "report": "--report prints a report after a single answer, and JSON always contains it",
+    "shape": "a model has its own shape",
+    "layers": "all layers of a --model are measured",
+    "images": "--prompt is the question about the images",
+    "prompt": "--prompt is the question about the images",
+    "tasks": "the images of --images are a task",
+    "policy": "--policies names all methods of the page",
 }
 
 
 class Command(TyperCommand):
-    """A command that knows which options were typed. One that is typed twice is refused, unless
-    it may be repeated: the first value would be lost."""
+    """A command that knows which options the user typed.
+
+    An option that is typed twice is refused unless it may be repeated, because its first value
+    would be lost.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         order = self.make_parser(ctx).parse_args(args=list(args))[2]
@@ -70,13 +73,13 @@ class Command(TyperCommand):
 
 
 def check(ctx: typer.Context, values: Mapping[str, Any]) -> None:
-    """Raise InputError for an option that was typed and has no effect beside the others."""
+    """Raise InputError for a typed option that has no effect with the other typed options."""
     command, typed = str(ctx.command.name), ctx.meta.get(TYPED, set())
     flags = {str(param.name): param.opts[0] for param in ctx.command.params}
     for name, others in WITHOUT.get(command, {}).items():
         for other in others:
             if {name, other} <= typed:
-                _refuse(f"{flags[other]} goes without {flags[name]}", name)
+                _refuse(f"{flags[name]} cannot be used with {flags[other]}", name)
     for name, others in NEEDS.get(command, {}).items():
         if name in typed and not typed & set(others):
             _refuse(f"{flags[name]} needs {_either(flags, others)}", name)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Asked:
-    """What was asked of the command line as a whole; every context of a command holds it."""
+    """The options that hold for the whole command line; the context of each command holds it."""
 
     debug: bool = False
 
@@ -39,67 +39,112 @@ def _debug(ctx: typer.Context, wanted: bool) -> bool:
 Debug = Annotated[
     bool,
     typer.Option(
-        "--debug", callback=_debug, is_eager=True, help="Show tracebacks and what libraries log."
+        "--debug", callback=_debug, is_eager=True, help="Show tracebacks and log messages."
     ),
 ]
-MOST = 2**31 - 1  # of what is counted: tensors and loops hold no more
-MaxNewTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Longest answer.")]
-PolicyName = Annotated[str, typer.Option("--policy", help="Pruning method.")]
+MOST = 2**31 - 1  # the upper limit of counts, which tensors and loops can still hold
+MaxNewTokens = Annotated[
+    int, typer.Option(min=1, max=MOST, help="The largest number of tokens in an answer.")
+]
+PolicyName = Annotated[str, typer.Option("--policy", help="The name of the pruning method.")]
 Rate = Annotated[
-    float | None, typer.Option("--r", help="Retention rate of vision-balanced layers. [0.4]")
+    float | None,
+    typer.Option(
+        "--r",
+        help="The share of its vision tokens that a vision-balanced layer keeps. PLPHP's default "
+        "is 0.4.",
+    ),
 ]
 DeltaR = Annotated[
-    float | None, typer.Option("--delta-r", help="How much more or less other layers keep. [0.3]")
+    float | None,
+    typer.Option(
+        "--delta-r",
+        help="This is added to r for vision-attentive layers, and subtracted from r for "
+        "vision-indifferent layers. PLPHP's default is 0.3.",
+    ),
 ]
 Alpha = Annotated[
     float | None,
-    typer.Option("--alpha", help="Vision attention from which a layer is attentive. [0.25]"),
+    typer.Option(
+        "--alpha",
+        help="A layer is vision-attentive if its vision attention is at least this. PLPHP's "
+        "default is 0.25.",
+    ),
 ]
 Beta = Annotated[
     float | None,
-    typer.Option("--beta", help="Vision attention below which a layer is indifferent. [0.1]"),
+    typer.Option(
+        "--beta",
+        help="A layer is vision-indifferent if its vision attention is below this. PLPHP's "
+        "default is 0.1.",
+    ),
 ]
 Budget = Annotated[
     str | None,
     typer.Option(
-        "--budget", help="Share of the vision K/V kept, such as .2; for plphp also image, global."
+        "--budget",
+        help="The share of the vision K/V to keep, such as .2. PLPHP also takes a word: 'image' "
+        "applies the rate to each image, 'global' ranks the tokens of all images together.",
     ),
 ]
 Gqa = Annotated[
-    str | None, typer.Option("--gqa", help="mean or max over the query heads of a KV head.")
+    str | None,
+    typer.Option(
+        "--gqa", help="How the scores of the query heads of a KV head are combined: mean or max."
+    ),
 ]
 MinTokens = Annotated[
-    int | None, typer.Option("--min-tokens", help="Least tokens kept of each image.")
+    int | None,
+    typer.Option("--min-tokens", help="The smallest number of tokens to keep of each image."),
 ]
 RoundTo = Annotated[
-    int | None, typer.Option("--round-to", help="Drop tokens in multiples of this.")
+    int | None,
+    typer.Option(
+        "--round-to", help="The number of dropped tokens of a row is a multiple of this number."
+    ),
 ]
 RecallHome = Annotated[
     str | None,
-    typer.Option("--recall", help="Park what is dropped and read it again: host, int4 or int2."),
+    typer.Option(
+        "--recall", help="Park the dropped tokens and read them again: host, int4 or int2."
+    ),
 ]
 RecallBudget = Annotated[
     float | None,
-    typer.Option("--recall-budget", help="Device bytes of vision tokens, of the full ones. [0.4]"),
+    typer.Option(
+        "--recall-budget",
+        help="The limit on the device bytes of vision tokens, as a share of the full bytes. The "
+        "default is 0.4.",
+    ),
 ]
-Model = Annotated[str, typer.Option("--model", help="'embedded', a local directory, or a hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", help="The model: 'embedded', a local directory, or a hub id.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, ...")]
+Device = Annotated[
+    str, typer.Option("--device", help="The torch device, such as cpu, cuda, cuda:1 or mps.")
+]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option("--dtype", help="Number format; auto is what the weights have."),
+    typer.Option("--dtype", help="The number format. 'auto' takes the format of the weights."),
 ]
 Attention = Annotated[
-    str | None, typer.Option("--attn", help="sdpa, eager, flash_attention_2, flex_attention, ...")
+    str | None,
+    typer.Option(
+        "--attn",
+        help="The attention implementation of transformers, such as sdpa, eager, "
+        "flash_attention_2 or flex_attention.",
+    ),
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    bool,
+    typer.Option("--trust-remote-code", help="Run the Python code that comes with the model."),
 ]
 
 
 @dataclass(frozen=True)
 class Method:
-    """How to prune, as a user says it; None is the method's own default."""
+    """The options that say how to prune. None stands for the method's own default."""
 
     policy: PolicyName = "plphp"
     r: Rate = None
@@ -115,15 +160,16 @@ class Method:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was said of the policy, its name left out."""
+        """The options of the policy that the user gave, without its name."""
         said = vars(self).items()
         return {name: value for name, value in said if value is not None and name in _OF_POLICY}
 
     def chosen(self) -> Policy:
+        """The policy that these options describe. Raises ValueError for a wrong option."""
         return chosen_policy(self.policy, **self.settings)
 
     def parked(self) -> Recall | None:
-        """Recall as it was asked for. Raises InputError for a budget without a home."""
+        """The recall options, or None. Raises InputError for a budget without a home."""
         if self.recall is None:
             if self.recall_budget is not None:
                 raise InputError("--recall-budget needs --recall host, int4 or int2")
@@ -140,7 +186,7 @@ _OF_POLICY = {f.name for f in fields(Method)} - {"policy", "recall", "recall_bud
 
 @dataclass(frozen=True)
 class Source:
-    """A model and how it is loaded."""
+    """The options that name a model and say how it is loaded."""
 
     model: Model = "embedded"
     dtype: Dtype = "auto"
@@ -163,9 +209,10 @@ def chosen_policy(name: str, **options: Any) -> Policy:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that has an option for every field of the dataclasses it takes, and --debug.
+    """The same command with one option per field of its dataclass parameters, and --debug.
 
-    typer reads signatures: the fields are written into one. Options without an effect are refused.
+    typer reads the signature of a function, so the fields become parameters of a new signature.
+    Options that would have no effect are refused.
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {name: kind for name, kind in hints.items() if _is_group(kind)}
@@ -192,7 +239,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _silence() -> None:
-    """transformers' advice is for programmers; a command's own lines are what a user reads."""
+    """Hide what transformers logs: its advice is for programmers, not for users of a command."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.disable(logging.WARNING)
@@ -200,7 +247,7 @@ def _silence() -> None:
 
 
 def _parameters(one: inspect.Parameter, kind: Any) -> list[inspect.Parameter]:
-    """A parameter of a command as typer shall see it, or one for every field of its dataclass."""
+    """The parameters that typer sees: the parameter itself, or one per field of its dataclass."""
     if not _is_group(kind):
         return [one.replace(annotation=kind, kind=one.KEYWORD_ONLY)]
     hints = get_type_hints(kind, include_extras=True)

@@ -1,4 +1,4 @@
-"""What a run was asked, in a few characters: another request must not go on with its work."""
+"""Digests of what a run was asked to do, so that another request cannot continue its work."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from plphp.inputs import EMBEDDED, lines
 
 
 def digest(value: Any) -> str:
-    """16 characters that differ where JSON values differ."""
+    """A digest of 16 characters: JSON values that differ have different digests."""
     return hashlib.sha256(lines.dump(value, allow_nan=True).encode("utf-8")).hexdigest()[:16]
 
 
 def file_digest(path: str) -> str:
-    """The same of a file's bytes, or its name and why it has none."""
+    """A digest of the bytes of a file, or its name and the reason why it cannot be read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return f"{path}: no file"
@@ -30,7 +30,7 @@ def file_digest(path: str) -> str:
 
 
 def model_identity(name: str) -> list[Any]:
-    """A model by its name and, where it is a directory, by its files, their sizes and times."""
+    """What identifies a model: its name, versions, and the names, sizes and times of its files."""
     versions = [name, __version__, version("transformers"), version("torch")]
     folder = Path(name)
     if name == EMBEDDED or not folder.is_dir():
