@@ -61,9 +61,7 @@ def refuse_prompt(cache: PrunedCache, prefill: Prefill, columns: int) -> None:
     elif shared.recall is not None and prompt.begin:
         why = "later turns with recall are not supported; start a new cache"
     elif prompt.begin and any(slides(layer, prompt.end) for _, layer in cache.pruned_layers()):
-        why = (
-            "images of a later turn do not fit the sliding window of some layers; start a new cache"
-        )
+        why = "later turns with images exceed the sliding window of some layers; use a new cache"
     elif not isinstance(first, HiddenPolicy):
         scores = [i for i in range(shared.depth) if first.scores_layer(i, shared.depth)]
         if not set(scores) <= set(shared.prunable):

@@ -99,7 +99,7 @@ class HostHome:
     @classmethod
     def park(cls, store: KVStore, look: Look, recall: Recall, place: Place) -> Self:
         """Park all vision tokens. Those with the highest scores are resident at first."""
-        vision = Vision.of(look.spans)
+        vision = Vision.of(look.spans, look.places)
         every_head = vision.order[:, None].expand(-1, store.keys.shape[1], -1)
         keys, values = (take(x, every_head) for x in store.held())
         dim, number = keys.shape[-1], number_type(vision)
@@ -112,12 +112,9 @@ class HostHome:
         plan = vision_first(plan_within(look, count), look.spans)
         held = tokens_in_slots(plan, look.spans, count).to(number)
         index = build(keys, vision.valid, rank)
-        named = store.columns
-        columns = None if named is None else named[:, 0].gather(1, vision.order)
+        columns = None if store.columns is None else store.columns[:, 0].gather(1, vision.order)
         home = cls(recall, vision, (keys, values), index, held, store.logical, columns)
         home.plan = plan
-        if recall.record and look.places is not None:
-            home.positions = vision.positions(look.places).cpu()
         return home
 
     @classmethod
