@@ -76,6 +76,8 @@ class Look:
         where a row has no vision tokens
     gamma: (B,) float32, vision attention; NaN where a row has no vision tokens
     classes: (B,) int64, index into LAYER_CLASSES, -1 for a policy without layer classes
+    places: (B, N) int64, the row-logical position of each column, where some columns of the prompt
+        did not enter the layer; else None
     """
 
     scores: Tensor
@@ -83,6 +85,7 @@ class Look:
     rate: Tensor
     gamma: Tensor
     classes: Tensor
+    places: Tensor | None = None
 
 
 class CachePolicy(Policy):
@@ -160,7 +163,8 @@ class SequencePolicy(Policy):
     """Base class of policies that remove tokens from the hidden states, for all later layers.
 
     The policy scores tokens at the last layer that computes all of them. It sees that layer as a
-    layer with one KV head, because all heads of a later layer lose the same tokens.
+    layer with one KV head, because all heads of a later layer lose the same tokens. A
+    `HiddenPolicy` reads the hidden states before a layer instead.
     """
 
     @property
@@ -180,7 +184,7 @@ class SequencePolicy(Policy):
         return keep_best(look, look.rate, torch.zeros_like(sizes), total)
 
     def leave_at(self, layers: int) -> int:
-        """The index of the first layer that does not compute the dropped tokens, 1 to `layers`.
+        """The index of the first layer that does not compute the dropped tokens, 0 to `layers`.
 
         Raises ValueError for options that do not fit a decoder with this number of layers.
         """
