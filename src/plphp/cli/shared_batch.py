@@ -1,4 +1,4 @@
-"""A batch that is shared on Ray: what is sent to the workers, and what comes back."""
+"""Answers a batch with the workers of Ray."""
 
 from __future__ import annotations
 
