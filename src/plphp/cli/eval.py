@@ -174,11 +174,11 @@ def _finish(plan: Plan, as_json: bool) -> None:
     if left:
         i, n = plan.shard
         if n == 1:
-            say(f"{left} lines are missing: the same command goes on")
+            say(f"{left} lines are missing: give the same command again to continue")
         else:
             say(
-                f"shard {i}/{n} is done; {left} lines of other shards are missing: the last one to "
-                "finish writes the summary, or the same command again"
+                f"shard {i}/{n} is done, and {left} lines of other shards are missing: the last "
+                "shard to finish writes the summary, or the same command given again"
             )
         return
     found = summarize(plan.out)

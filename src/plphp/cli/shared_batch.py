@@ -19,7 +19,7 @@ def share(
     make_job: Callable[[], Any],
     answer: Answer,
 ) -> Iterator[list[Record]]:
-    """The records of some lines, as they come. A line that kills its worker gets an error.
+    """Yield the records of lines as they arrive. A line that kills its worker gets an error.
 
     key: what all lines share; make_job: called in every worker, where it loads the model
     """
