@@ -137,7 +137,7 @@ def test_a_foreign_file_is_left_alone(
     assert part.read_bytes() == content and asked == []
 
 
-def test_a_foreign_directory_too(
+def test_a_directory_in_place_of_the_part_file_is_refused(
     run: Callable, tmp_path: Path, pictures: Path, asked: list
 ) -> None:
     (tmp_path / "x.part").mkdir()
