@@ -350,8 +350,8 @@ def test_without_ray_one_line_says_what_to_install(
     ("option", "says"),
     [
         (("--ray", "ray://head:10001"), "ray job submit"),
-        (("--ray", "--device", "cuda:1"), "cannot be shared on Ray"),
-        (("--ray", "--device", "auto"), "cannot be shared on Ray"),
+        (("--ray", "--device", "cuda:1"), "cannot be used with --ray"),
+        (("--ray", "--device", "auto"), "cannot be used with --ray"),
         (("--workers", "2"), "--workers needs --ray"),
     ],
     ids=["client", "one GPU of several", "all GPUs", "workers alone"],
