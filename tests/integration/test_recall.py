@@ -184,5 +184,8 @@ def test_a_new_home_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert torch.equal(*answers)
     assert isinstance(next(cache.pruned_layers())[1].parked, Attic)
     assert "parked in the attic" in str(pruning.report)
-    with plphp.prune(model, SOME, recall="attic"), pytest.raises(plphp.InputError, match="like"):
+    with (
+        plphp.prune(model, SOME, recall="attic"),
+        pytest.raises(plphp.InputError, match="in the same way"),
+    ):
         plphp.PrunedCache.load(model, tmp_path / "host")
