@@ -1,11 +1,11 @@
-"""Make the pictures and questions that ``plphp.demo`` ships.
+"""Makes the pictures and questions of ``plphp.demo``.
 
     python -m training.make_demo        # from the root of the repository
 
-No seed is one of those that trained or measured the model. Of the boards it is, from 31001 on,
-the first that gives both sets a scene and a page; those of the regimes are, from 31101 and 31201
-on, the first that allow every task. The photographs are the held-out ones. No picture or question
-was chosen by how a model answers it, pruned or not.
+The seeds were not used to train or measure a model. For the boards it is the first seed from 31001
+on with which both sets have a scene and a page. For each of the two regimes it is the first seed,
+from 31101 and from 31201 on, with which every task has a question; their photographs are held out.
+No picture or question was chosen by a model's answers.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _entry(images: Sequence[str], question: Question, regime: str) -> dict[str, 
 
 
 def _ask(pictures: list[Picture], task: str, rng: Generator) -> Question:
-    """Some draws of some tasks are ambiguous: draw until one is not."""
+    """Draw a question of a task until one is not ambiguous."""
     facts = Facts(pictures)
     attempts = (ask(facts, task, rng) for _ in range(100))
     return next(question for question in attempts if question)

@@ -66,8 +66,8 @@ def test_large_numbers_fit_into_80_columns() -> None:
          "in 0.30 of its bytes. It is also the fastest, with 0.90 of the full cache's time a "
          "token."),
         ([replace(SMALL, kv_bytes=1001 << 20, step_ratio=0.997)], "For memory take the full "
-         "cache: no way with as many answers takes fewer bytes. For speed take the full cache: no other way "
-         "decodes faster."),
+         "cache: no way with as many answers takes fewer bytes. For speed take the full cache: no "
+         "other way decodes faster."),
     ],
 )  # fmt: skip
 def test_the_line_says_when_to_take_which(others: list[Result], says: str) -> None:
