@@ -128,10 +128,13 @@ def _print(
 
     console, device = stdout(), loaded.model.device
     console.print(demo_screen.table(results, known))
-    console.print(shown(_what(loaded, long)))
-    if device.type == "cpu":
-        console.print(ON_CPU)
     console.print(demo_screen.advice(results, known), style="bold")
+    console.print(shown(_what(loaded, long)), style="dim")
+    if device.type == "cpu":
+        console.print(ON_CPU, style="dim")
+    weak = demo_details.not_read(asked) if known else None
+    if weak is not None:
+        console.print(weak, style="dim")
     if details:
         pruned = results[1].name
         for table in demo_details.tables(asked, pruned):

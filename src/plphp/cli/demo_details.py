@@ -43,6 +43,20 @@ def hard_cases(asked: Sequence[Asked]) -> list[str]:
     return lines
 
 
+def not_read(asked: Sequence[Asked]) -> str | None:
+    """A line on the regimes in which the full cache has less than half of the answers right."""
+    full = next(iter(asked[0].answers))
+    counts = Counter(a.item.regime for a in asked)
+    right = Counter(a.item.regime for a in asked if a.right(full))
+    weak = [f"{name} ({right[name]} of {n})" for name, n in counts.items() if 2 * right[name] < n]
+    if not weak:
+        return None
+    return (
+        f"This model itself, with the full cache, does not read pictures of {' and '.join(weak)}. "
+        "What is lost there says little about pruning."
+    )
+
+
 def _words(asked: Sequence[Asked]) -> str:
     return f"{median(len(a.wanted.split()) for a in asked):g}"
 
@@ -127,7 +141,7 @@ def _layers(asked: Asked, pruned: str) -> Table:
 
 def _costs(asked: Sequence[Asked], pruned: str) -> Table:
     table = Table(title=f"Each question alone: the full cache and {pruned}, one round")
-    for name in ("#", "vision kept", "KV bytes full", "pruned", "ratio"):
+    for name in ("#", "vision kept", "KV KiB full", "pruned", "ratio"):
         table.add_column(name, justify="right")
     for name in ("ms/token full", "pruned", "first token, ratio"):
         table.add_column(name, justify="right")
@@ -136,8 +150,8 @@ def _costs(asked: Sequence[Asked], pruned: str) -> Table:
         table.add_row(
             str(number),
             f"{_report(a, pruned).retention:.0%}",
-            f"{full.kv_bytes:,}",
-            f"{other.kv_bytes:,}",
+            f"{full.kv_bytes / 1024:,.0f}",
+            f"{other.kv_bytes / 1024:,.0f}",
             f"{other.kv_bytes / full.kv_bytes:.2f}",
             f"{full.step_ms:.2f}",
             f"{other.step_ms:.2f}",
