@@ -17,8 +17,8 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-gpu soak-vllm fuzz-saved lint support \
-	support-recall docs figures screenshot accuracy accuracy-page bench bench-gpu bench-page bench-vllm wheel release-check retrain clean
+.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all soak-vllm fuzz-saved lint support \
+	support-recall docs figures screenshot accuracy accuracy-page bench gpu gpu-check gpu-bench gpu-vllm gpu-import bench-page bench-vllm wheel release-check retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -62,9 +62,6 @@ accuracy-page: $(VENV)/.installed-dev
 # What has no result yet is measured (about 20 minutes on 2 quiet cores), then docs/benchmarks.md written.
 bench: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python docs/make_benchmarks.py --run
-
-bench-gpu: $(VENV)/.installed-dev
-	cd $(ROOT) && $(BIN)/python docs/make_benchmarks.py --run --gpu
 
 bench-page: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python docs/make_benchmarks.py
@@ -137,8 +134,17 @@ soak-vllm: $(VLLM)/.installed
 bench-vllm: $(VLLM)/.installed
 	for what in scheduling capacity capacity capacity prefix; do $(IN_VLLM) docs/benchmarks/vllm/measure.py $$what || exit 1; done
 
-test-gpu: $(VENV)/.installed-dev
-	cd $(ROOT) && $(BIN)/python -m pytest -m gpu
+# The work on a GPU, in parts of at most 8 minutes: docs/reproduce.md. It installs nothing and takes
+# GPU_PYTHON with its packages. With DRY=1 every part runs on the CPU with tiny sizes, in a minute.
+GPU_PYTHON ?= $(PYTHON)
+gpu gpu-check gpu-bench gpu-vllm: $(if $(DRY),$(VENV)/.installed-dev)
+	rm -rf $(ROOT)/runs/gpu-dry
+	cd $(ROOT) && $(if $(DRY),$(BIN)/python,$(GPU_PYTHON)) dev/gpu/run.py \
+		$(if $(filter gpu,$@),all,$(@:gpu-%=%)) $(if $(DRY),--dry --out runs/gpu-dry)
+
+# What a GPU measured becomes committed files: make gpu-import DIR=runs/gpu
+gpu-import: $(VENV)/.installed-dev
+	cd $(ROOT) && $(BIN)/python dev/gpu/take.py $(DIR) && $(BIN)/python docs/make_benchmarks.py
 
 wheel: $(VENV)/.installed-release
 	cd $(ROOT) && $(BIN)/python -m build -q --wheel --outdir $(ROOT)/dist
