@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all soak-vllm fuzz-saved lint support \
+.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-ray test-ray-all soak-vllm fuzz-saved lint support \
 	support-recall docs figures screenshot accuracy accuracy-page bench gpu gpu-check gpu-bench gpu-vllm gpu-import bench-page bench-vllm wheel release-check retrain clean
 
 demo: $(VENV)/.installed
@@ -146,6 +146,16 @@ gpu gpu-check gpu-bench gpu-vllm: $(if $(DRY),$(VENV)/.installed-dev)
 gpu-import: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python dev/gpu/take.py $(DIR) && $(BIN)/python docs/make_benchmarks.py
 
+# Work that is shared on Ray Data, in an environment of its own (1.4 GB).
+RAY_ENV ?= $(VENV)-ray
+IN_RAY := cd $(ROOT) && PYTHONPATH=$(ROOT)/src OMP_NUM_THREADS=1 $(RAY_ENV)/bin/python -m pytest tests/cluster
+test-ray: $(RAY_ENV)/.installed
+	$(IN_RAY) -m "not slow"
+
+# Also 2,000 lines whose workers and command are killed.
+test-ray-all: $(RAY_ENV)/.installed
+	$(IN_RAY)
+
 wheel: $(VENV)/.installed-release
 	cd $(ROOT) && $(BIN)/python -m build -q --wheel --outdir $(ROOT)/dist
 
@@ -215,6 +225,12 @@ $(VLLM)/.installed:
 		echo "import torchvision_operators" > $$site/torchvision_operators.pth; }; }
 	touch $@
 
+$(RAY_ENV)/.installed: $(CONSTRAINTS) $(ROOT)/pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) $(shell grep '^torch==' $(CONSTRAINTS)) $(TORCH_FROM)
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) -e "$(ROOT)[eval,ray,test]" -c $(CONSTRAINTS)
+	touch $@
+
 $(VENV)-kvpress/.installed: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(@D)
 	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) $(shell grep '^torch==' $(CONSTRAINTS)) $(TORCH_FROM)
@@ -222,5 +238,5 @@ $(VENV)-kvpress/.installed: $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-$(OLDEST) $(VENV)-lmms $(VENV)-kvpress $(VENV)-vllm $(VENV)-newest \
+	rm -rf $(VENV) $(VENV)-$(OLDEST) $(VENV)-lmms $(VENV)-kvpress $(VENV)-vllm $(VENV)-ray $(VENV)-newest \
 		$(ROOT)/dist $(ROOT)/build $(ROOT)/site

@@ -1,7 +1,8 @@
-"""Muon for matrices, AdamW for everything else.
+"""The optimizers: Muon for matrices, AdamW for all other parameters.
 
-``torch.optim.Muon`` iterates in bfloat16, which costs a processor without units for it twenty times
-what float32 does. This one iterates in float32, and all matrices of one shape at once.
+``torch.optim.Muon`` iterates in bfloat16. On a processor without bfloat16 units this takes twenty
+times as long as float32. The Muon of this file iterates in a given dtype, and handles all matrices
+of one shape at once.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from torch.nn import Parameter
 MOMENTUM, DECAY = 0.95, 0.02
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al., 2024
 ITERATIONS = 5
-ADAMW_RMS = 0.2  # an update of Muon is as large as one of AdamW (Liu et al., 2025)
+ADAMW_RMS = 0.2  # makes updates of Muon as large as those of AdamW (Liu et al., 2025)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose singular values are all set to about one; parameters are matrices."""
+    """Steps along the momentum with all its singular values set to about one. For matrices only."""
 
-    def __init__(self, matrices: Iterable[Parameter], lr: float) -> None:
+    def __init__(
+        self, matrices: Iterable[Parameter], lr: float, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__(matrices, {"lr": lr})
+        self.dtype = dtype  # dtype of the Newton-Schulz iteration
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -47,12 +51,13 @@ class Muon(torch.optim.Optimizer):
             looked_ahead.append(grad.lerp(state["momentum"], MOMENTUM))
         rows, columns = alike[0].shape
         size = rate * ADAMW_RMS * max(rows, columns) ** 0.5
-        for parameter, direction in zip(alike, orthogonal(torch.stack(looked_ahead)), strict=True):
+        directions = orthogonal(torch.stack(looked_ahead).to(self.dtype)).to(alike[0].dtype)
+        for parameter, direction in zip(alike, directions, strict=True):
             parameter.mul_(1 - rate * DECAY).sub_(direction, alpha=size)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """[N, rows, columns]: each with its singular values near one, by Newton-Schulz steps."""
+    """The matrices [N, rows, columns] with singular values near one, by Newton-Schulz steps."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -64,17 +69,21 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 class MuonAdamW:
-    """Two optimizers as one; ``tables`` (embeddings, classes) are no matrices to Muon."""
+    """Both optimizers as one. ``tables`` are embeddings and classes, which AdamW updates."""
 
     def __init__(
-        self, weights: Iterable[Parameter], tables: Sequence[Parameter], rate: float
+        self,
+        weights: Iterable[Parameter],
+        tables: Sequence[Parameter],
+        rate: float,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         weights = list(weights)
         matrices = [weight for weight in weights if weight.ndim == 2]
         others = [weight for weight in weights if weight.ndim != 2] + list(tables)
         self.parameters, self.rate = matrices + others, rate
         self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=rate),
+            Muon(matrices, rate, dtype),
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]
 

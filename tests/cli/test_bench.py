@@ -77,7 +77,7 @@ def test_a_model_of_ones_own(run: Any) -> None:
 def test_the_table_names_the_machine_and_what_is_absent(run: Any) -> None:
     done = run("bench", *SMALL)
     assert done.code == 0, done.err
-    for word in ("over stock", "bound", "GB/s", "Random weights"):
+    for word in ("over stock", "bound", "GB/s", "The weights are random"):
         assert word in done.out
 
 
@@ -90,7 +90,7 @@ def test_the_table_names_the_machine_and_what_is_absent(run: Any) -> None:
         (["--keep", "1.5"], "from 0 to 1"),
         (["--against", "magic"], "unknown 'magic'"),
         (["--memory", "much"], "--memory much"),
-        (["--model", "embedded", "--layers", "2"], "a --model is measured whole"),
+        (["--model", "embedded", "--layers", "2"], "all layers of a --model are measured"),
         (["--shape", "llava-1.5-7b", "--context", "900000"], "GiB and"),
     ],
 )

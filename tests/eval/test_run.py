@@ -177,7 +177,7 @@ def test_two_shards_are_one_run(
 
 
 def test_a_run_of_other_settings_is_refused(embedded: Embedded, plan: Plan, finished: Path) -> None:
-    with pytest.raises(InputError, match="holds a run with seed 7, not 8"):
+    with pytest.raises(InputError, match="has a run with seed 7, not 8"):
         run(embedded, replace(plan, out=finished, seed=8), ABOUT, silent)
 
 
@@ -213,9 +213,9 @@ def test_controls_are_added() -> None:
     [
         ("best", ".4", "unknown method 'best'"),
         ("plphp", "much", "'much' is not a number"),
-        ("plphp", "0", "not a share"),
-        ("plphp", "1.5", "not a share"),
-        (" ,", ".4", "--methods names nothing"),
+        ("plphp", "0", "must be above 0"),
+        ("plphp", "1.5", "must be above 0"),
+        (" ,", ".4", "--methods is empty"),
     ],
 )
 def test_bad_settings_are_named(methods: str, budgets: str, says: str) -> None:

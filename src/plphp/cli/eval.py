@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.console import progress, say, shown
@@ -38,6 +40,7 @@ def evaluate(
     prompt: flags.FolderPrompt = None,
     shard: flags.Shard = "0/1",
     source: o.Source,
+    cluster: o.Cluster,
     as_json: o.Json = False,
 ) -> None:
     """Compare what pruning methods lose on each task, at equal budgets."""
@@ -49,6 +52,22 @@ def evaluate(
     )
     if added:
         say(f"added to --methods, as controls: {', '.join(added)}")
+    pool = cluster.pool(source.device)
+    if pool is None:
+        _run(source, plan, prompt, as_json)
+        problems = []
+    else:
+        from plphp.cli.shared_eval import run_shared
+
+        problems = run_shared(pool, source, plan, prompt, _about, as_json)
+    for problem in problems:
+        say(f"not finished, {problem}")
+    _finish(plan, as_json)
+    if problems:
+        raise typer.Exit(3)
+
+
+def _run(source: o.Source, plan: Plan, prompt: str | None, quiet: bool) -> None:
     from plphp.eval.run import run
 
     loaded = source.load()
@@ -56,10 +75,8 @@ def evaluate(
         from plphp.inputs import check_prompt
 
         check_prompt(loaded, prompt)
-    about = _about(source, loaded)
-    with _progress(plan, as_json) as watch:
-        run(loaded, plan, about, watch)
-    _finish(plan, as_json)
+    with _progress(plan, quiet) as watch:
+        run(loaded, plan, _about(source, loaded), watch)
 
 
 def _plan(
@@ -156,10 +173,13 @@ def _finish(plan: Plan, as_json: bool) -> None:
     left = missing(plan.out, plan.settings, [task.name for task in plan.tasks])
     if left:
         i, n = plan.shard
-        say(
-            f"shard {i}/{n} is done; {left} lines of other shards are missing: the last one to "
-            "finish writes the summary, or the same command again"
-        )
+        if n == 1:
+            say(f"{left} lines are missing: the same command goes on")
+        else:
+            say(
+                f"shard {i}/{n} is done; {left} lines of other shards are missing: the last one to "
+                "finish writes the summary, or the same command again"
+            )
         return
     found = summarize(plan.out)
     write(found, plan.out)

@@ -27,12 +27,12 @@ Prompt = Annotated[
 Batch = Annotated[
     Path | None,
     typer.Option(
-        help="Answer many prompts: a directory of images, or a JSONL file with images and prompt "
-        "in each line."
+        help="Answer many prompts: a directory of images, or a JSONL or Parquet file with images "
+        "and prompt in each line."
     ),
 ]
 BatchOut = Annotated[
-    Path | None, typer.Option("--out", help="The JSONL file for the answers of --batch.")
+    Path | None, typer.Option("--out", help="The JSONL or Parquet file for the answers of --batch.")
 ]
 Compare = Annotated[
     bool, typer.Option("--compare", help="Generate with the full and the pruned cache in turn.")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.table import Table
 
 from plphp.cli import flags
@@ -78,6 +79,7 @@ def generate(
     report: flags.FullReport = False,
     sampling: Sampling,
     source: o.Source,
+    cluster: o.Cluster,
     as_json: o.Json = False,
 ) -> None:
     """Answer a prompt about images with a pruned cache, and print the answer word by word."""
@@ -89,12 +91,7 @@ def generate(
         raise InputError("--compare needs greedy answers: drop the sampling options")
     if batch is not None and out is not None:
         _check_batch(batch, out, prompt)
-        from plphp.cli.batch import open_batch
-
-        key = _key(method, sampling, source)
-        with open_batch(batch, out, prompt, key) as work:
-            job = Job(source.load(), policy, method.policy, generation, parked, sampling.seed)
-            work.run(job, answer, as_json)
+        _answer_batch(batch, out, prompt, method, sampling, source, cluster, as_json)
         return
     prompt = _standard_input() if prompt is None else prompt
     if not prompt.strip():
@@ -104,6 +101,34 @@ def generate(
         _print_comparison(job, images, videos, prompt, rounds, as_json)
     else:
         _print_answer(job, images, videos, prompt, report, as_json)
+
+
+def _answer_batch(
+    batch: Path, out: Path, prompt: str | None, method: o.Method, sampling: Sampling,
+    source: o.Source, cluster: o.Cluster, quiet: bool,
+) -> None:  # fmt: skip
+    """Answer what is left of a batch. Exits with 3 if some of its lines hold an error."""
+    from plphp.cli.batch import answer_line, open_batch
+
+    key = _key(method, sampling, source)
+
+    def make_job() -> Job:
+        policy, recall = method.chosen(), method.parked()
+        options = sampling.options()
+        return Job(source.load(), policy, method.policy, options, recall, sampling.seed)
+
+    pool = cluster.pool(source.device)
+    with open_batch(batch, out, prompt, key) as work:
+        if pool is None:
+            job = make_job() if work.left else None
+            answers = ([answer_line(job, line, key, answer)] for line in work.left)
+            failed = work.run(answers, quiet)
+        else:
+            from plphp.cli.shared_batch import share
+
+            failed = work.run(share(pool, work.left, key, make_job, answer), quiet)
+    if failed:
+        raise typer.Exit(3)
 
 
 def _key(method: o.Method, sampling: Sampling, source: o.Source) -> dict[str, Any]:
@@ -250,10 +275,14 @@ def check_files(images: Sequence[str], videos: Sequence[str], model: str) -> Non
 
 
 def _check_batch(batch: Path, out: Path, prompt: str | None) -> None:
+    from plphp.inputs import parquet
+
     if os.path.lexists(out):
         raise InputError(f"{out} exists already: move it away, or give another --out")
     if not os.path.exists(batch):
         raise InputError(f"--batch {batch}: no such file or directory")
+    for path in (batch, out):
+        parquet.check(path)
     if batch.is_dir() and prompt is None:
         raise InputError("--batch with a directory needs --prompt, asked of every image")
 

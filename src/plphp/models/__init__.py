@@ -2,7 +2,7 @@
 
 from plphp.models.boxes import Box, Patch, Places
 from plphp.models.expected import image_tokens
-from plphp.models.families import FAMILIES, places, refusal, sequence_refusal
+from plphp.models.families import FAMILIES, places, refusal
 from plphp.models.patches import Shown
 from plphp.models.spans import describes_vision, find_spans, processor_inputs, vision_spans
 
@@ -18,6 +18,5 @@ __all__ = [
     "places",
     "processor_inputs",
     "refusal",
-    "sequence_refusal",
     "vision_spans",
 ]

@@ -76,6 +76,8 @@ class Look:
         where a row has no vision tokens
     gamma: (B,) float32, vision attention; NaN where a row has no vision tokens
     classes: (B,) int64, index into LAYER_CLASSES, -1 for a policy without layer classes
+    places: (B, N) int64, the row-logical position of each column, where some columns of the prompt
+        did not enter the layer; else None
     """
 
     scores: Tensor
@@ -83,6 +85,7 @@ class Look:
     rate: Tensor
     gamma: Tensor
     classes: Tensor
+    places: Tensor | None = None
 
 
 class CachePolicy(Policy):
@@ -122,30 +125,46 @@ class CachePolicy(Policy):
 
     def choose(self, look: Look, rate: Tensor) -> KeepPlan:
         """Keep all text and the vision tokens with the highest scores, at a rate (B,) float64."""
-        return keep_best(look, rate, *self.counts(rate, look.spans))
+        return keep_best(look, rate, *self.rounded_counts(rate, look.spans, self.round_to))
+
+    @property
+    def highest_rate(self) -> float:
+        """The highest retention rate that the policy asks for in any layer, 0 to 1.
+
+        A paged cache reserves blocks for it before the rates are known.
+        """
+        highest: float = self.budget  # type: ignore[attr-defined]  # an option of most policies
+        return highest
 
     def counts(self, rate: Tensor, spans: Tensor) -> tuple[Tensor, Tensor | None]:
         """The numbers of vision tokens to keep, int64: per image (B, m) and per row (B,).
 
         rate (B,) float64, spans (B, N) int64. The number per row is None where it is the sum of
-        the numbers per image.
+        the numbers per image. `round_to` is not applied.
         """
         sizes = steps.image_sizes(spans)
         quota = sizes.clamp(max=self.min_tokens)
         if self.scope == "image":
-            quota = torch.maximum(quota, steps.share(rate, sizes))
-            if self.round_to == 1:
-                return quota, None
+            return torch.maximum(quota, steps.share(rate, sizes)), None
         whole = steps.share(rate, sizes.sum(-1, keepdim=True))[:, 0]
-        total = quota.sum(-1) if self.scope == "image" else torch.maximum(whole, quota.sum(-1))
-        return quota, steps.round_up(total, spans, self.round_to)
+        return quota, torch.maximum(whole, quota.sum(-1))
+
+    def rounded_counts(
+        self, rate: Tensor, spans: Tensor, round_to: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `counts`, with more tokens per row until a multiple of `round_to` is dropped."""
+        quota, total = self.counts(rate, spans)
+        if round_to == 1:
+            return quota, total
+        return quota, steps.round_up(quota.sum(-1) if total is None else total, spans, round_to)
 
 
 class SequencePolicy(Policy):
     """Base class of policies that remove tokens from the hidden states, for all later layers.
 
     The policy scores tokens at the last layer that computes all of them. It sees that layer as a
-    layer with one KV head, because all heads of a later layer lose the same tokens.
+    layer with one KV head, because all heads of a later layer lose the same tokens. A
+    `HiddenPolicy` reads the hidden states before a layer instead.
     """
 
     @property
@@ -165,7 +184,7 @@ class SequencePolicy(Policy):
         return keep_best(look, look.rate, torch.zeros_like(sizes), total)
 
     def leave_at(self, layers: int) -> int:
-        """The index of the first layer that does not compute the dropped tokens, 1 to `layers`.
+        """The index of the first layer that does not compute the dropped tokens, 0 to `layers`.
 
         Raises ValueError for options that do not fit a decoder with this number of layers.
         """
