@@ -137,7 +137,7 @@ def test_a_foreign_file_is_left_alone(
     assert part.read_bytes() == content and asked == []
 
 
-def test_a_foreign_directory_too(
+def test_a_directory_in_place_of_the_part_file_is_refused(
     run: Callable, tmp_path: Path, pictures: Path, asked: list
 ) -> None:
     (tmp_path / "x.part").mkdir()
@@ -350,8 +350,8 @@ def test_without_ray_one_line_says_what_to_install(
     ("option", "says"),
     [
         (("--ray", "ray://head:10001"), "ray job submit"),
-        (("--ray", "--device", "cuda:1"), "cannot be shared on Ray"),
-        (("--ray", "--device", "auto"), "cannot be shared on Ray"),
+        (("--ray", "--device", "cuda:1"), "cannot be used with --ray"),
+        (("--ray", "--device", "auto"), "cannot be used with --ray"),
         (("--workers", "2"), "--workers needs --ray"),
     ],
     ids=["client", "one GPU of several", "all GPUs", "workers alone"],

@@ -45,7 +45,7 @@ def test_a_run_gives_numbers_and_files(run: Any, tmp_path: Path) -> None:
     assert (tmp_path / "result.png").stat().st_size > 1000
 
 
-def test_other_ways_have_their_turn(run: Any) -> None:
+def test_other_caches_are_timed_too(run: Any) -> None:
     names = ["short", "static", "pruned-static", "vl-cache", "snapkv"]
     done = run("bench", *SMALL, "--against", ",".join(names), "--keep", ".25", "--json")
     assert done.code == 0, done.err
@@ -119,7 +119,7 @@ def test_forced_shares_are_kept_layer_by_layer(setting: Setting) -> None:
     assert cache_bytes(dynamic(model, setting, 200)) == whole == setting.shape.kv_bytes(400, 4)
 
 
-def test_kernels_have_their_turn_where_there_is_a_choice(
+def test_both_kernels_are_timed_if_there_is_a_choice(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")

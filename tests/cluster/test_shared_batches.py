@@ -175,7 +175,7 @@ def test_no_cluster_at_the_address(address: str, tmp_path: Path) -> None:
         text=True,
     )
     assert end.returncode == 2
-    assert "no Ray cluster answers there" in end.stderr.splitlines()[-1]
+    assert "no Ray cluster answers at this address" in end.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,20 @@ METHODS = {
     "vtw": lambda: plphp.policy("vtw", layer=2),
     "divprune": lambda: plphp.policy("divprune", budget=KEEP),
 }
-FIRST = {"fastv": 2, "vtw": 2, "divprune": 0}  # the first layer that drops tokens
+# They choose by other rules, and leave in the same way.
+OTHERS = {
+    "dart": lambda: plphp.policy("dart", layer=2, keep=KEEP),
+    "cdpruner": lambda: plphp.policy("cdpruner", budget=KEEP),
+    "vidcom2": lambda: plphp.policy("vidcom2", budget=KEEP),
+}
+FIRST = {
+    "fastv": 2,
+    "vtw": 2,
+    "dart": 2,
+    "divprune": 0,
+    "cdpruner": 0,
+    "vidcom2": 0,
+}  # the first layer that drops tokens
 RECURRENT = "some of whose layers are recurrent"
 REFUSED = {  # why no token may leave the hidden states of these families
     ("qwen3_5", "fastv"): RECURRENT,
@@ -105,17 +118,36 @@ def best(scores: Tensor, spans: Tensor, keep: float) -> tuple[list[int], float]:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_leaving_equals_hiding(family: str, name: str, rows: str) -> None:
+    check_leaving(family, name, rows)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    [
+        ("llava", "batch"),
+        ("qwen3_vl", "videos"),
+        ("llava_onevision", "videos"),
+        ("smolvlm", "videos"),
+    ],
+)
+def test_other_methods_leave_in_the_same_way(family: str, name: str, rows: str) -> None:
+    check_leaving(family, name, rows)
+
+
+def check_leaving(family: str, name: str, rows: str) -> None:
+    make = {**METHODS, **OTHERS}[name]
     expected = truth(family, 0, rows)
     model = expected.build()
     if (family, name) in REFUSED:
         before = state_of(model)
         errors, why = (plphp.UnsupportedModelError, plphp.UnsupportedModeError), (family, name)
-        with pytest.raises(errors, match=REFUSED[why]), plphp.prune(model, METHODS[name]()):
+        with pytest.raises(errors, match=REFUSED[why]), plphp.prune(model, make()):
             generate(model, expected.inputs)
         assert state_of(model) == before
         return
     first = FIRST[name]
-    with plphp.prune(model, METHODS[name](), vision_mask=expected.mask) as pruning:
+    with plphp.prune(model, make(), vision_mask=expected.mask) as pruning:
         tokens, logits = generate(model, expected.inputs)
         report = pruning.report
     attending = [layer for layer in report.layers[first:] if layer.kept.shape[1]]

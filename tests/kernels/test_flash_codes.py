@@ -134,7 +134,7 @@ def test_on_a_gpu(dtype: torch.dtype, sizes: tuple[int, int], bits: int, options
 @pytest.mark.parametrize("window", [None, 60])
 @pytest.mark.parametrize("home", ["int4", "int2"])
 @pytest.mark.parametrize("queries", [1, 3])
-def test_a_home_is_attended_alike(
+def test_a_layer_with_parked_codes_is_attended_alike_with_and_without_the_kernel(
     window: int | None, home: Literal["int4", "int2"], queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one dispatch: a layer with what it parked, by the kernel and without it."""

@@ -162,7 +162,7 @@ def step_graph(step: Any) -> Any:
 
 
 @pytest.mark.gpu
-def test_a_captured_step_follows_the_length() -> None:
+def test_a_captured_graph_follows_the_length() -> None:
     q, slots = torch.randn(2, 8, 1, 64, device=DEVICE), 4096 if ON_GPU else 128
     k, v = (torch.randn(2, 2, slots, 64, device=DEVICE) for _ in range(2))
     start, end = torch.tensor([0, 5], device=DEVICE), torch.tensor(100, device=DEVICE)
@@ -209,7 +209,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("queries", [1, 3])
-def test_a_pruned_layer_is_attended_alike(
+def test_a_pruned_layer_is_attended_alike_with_and_without_the_kernel(
     kernel: list[int], window: int | None, equal: bool, frozen: bool, queries: int
 ) -> None:
     store: Any = held(window, equal)
@@ -225,7 +225,7 @@ def test_a_pruned_layer_is_attended_alike(
     assert len(kernel) == 3
 
 
-def test_what_a_turn_sees_of_itself_is_its_own_mask(kernel: list[int]) -> None:
+def test_the_mask_of_the_new_columns_is_applied(kernel: list[int]) -> None:
     store = held(None, False)
     q = torch.randn(2, 6, 3, 16, device=DEVICE)
     store.append(*(torch.randn(2, 2, 3, size, device=DEVICE) for size in (16, 24)))
@@ -262,7 +262,7 @@ def test_a_compiled_step_is_one_graph_for_every_length_and_capacity(kernel: list
     assert len(set(kernel)) == 3
 
 
-def test_the_operator_is_sound() -> None:
+def test_the_custom_operator_passes_opcheck() -> None:
     """What torch.compile takes for granted: shapes, strides and that no argument is written to."""
     q = torch.randn(1, 2, 1, 16, device=DEVICE)
     k, v = (torch.randn(1, 1, 20, 16, device=DEVICE) for _ in range(2))
@@ -272,7 +272,7 @@ def test_the_operator_is_sound() -> None:
 
 
 @given(st.integers(1, 4096), st.integers(1, 4096), st.sampled_from([46, 108, 132]))
-def test_splits_have_keys_and_shorten_the_reading(
+def test_every_split_has_keys_and_splits_shorten_the_longest_program(
     programs: int, blocks: int, multiprocessors: int
 ) -> None:
     def blocks_in_a_row(splits: int) -> int:

@@ -1,4 +1,4 @@
-"""`plphp eval`: what every method loses on every task, at equal budgets."""
+"""`plphp eval`: compares what methods lose on each task, at equal budgets."""
 
 from __future__ import annotations
 
@@ -110,19 +110,19 @@ def _tasks(names: str, images: Path | None, prompt: str | None) -> tuple[Task, .
                 f"{', '.join(SUITES)}, and single tasks of a suite, such as what@redundant-4"
             )
     if not wanted:
-        raise InputError("--tasks names nothing")
+        raise InputError("--tasks is empty: give at least one name")
     return tuple(known[name] for name in dict.fromkeys(wanted))
 
 
 def _shard(text: str) -> tuple[int, int]:
     i, _, n = text.partition("/")
     if not (i.isdecimal() and n.isdecimal()) or not int(i) < int(n):
-        raise InputError(f"--shard {text}: not i/n with i from 0 to n - 1, such as 0/2")
+        raise InputError(f"--shard {text}: give i/n with i from 0 to n - 1, such as 0/2")
     return int(i), int(n)
 
 
 def _about(source: o.Source, loaded: Any) -> dict[str, Any]:
-    """What a run that goes on with this one must share, besides its plan."""
+    """The settings, besides the plan, that must be equal for a run to be continued."""
     import torch
     import transformers
 
@@ -174,11 +174,11 @@ def _finish(plan: Plan, as_json: bool) -> None:
     if left:
         i, n = plan.shard
         if n == 1:
-            say(f"{left} lines are missing: the same command goes on")
+            say(f"{left} lines are missing: give the same command again to continue")
         else:
             say(
-                f"shard {i}/{n} is done; {left} lines of other shards are missing: the last one to "
-                "finish writes the summary, or the same command again"
+                f"shard {i}/{n} is done, and {left} lines of other shards are missing: the last "
+                "shard to finish writes the summary, or the same command given again"
             )
         return
     found = summarize(plan.out)
@@ -187,4 +187,4 @@ def _finish(plan: Plan, as_json: bool) -> None:
         print(json.dumps(found, indent=1))
         return
     print(shown((plan.out / "summary.md").read_text(encoding="utf-8")))
-    say(f"summary.json, summary.md and curves in {plan.out}")
+    say(f"summary.json, summary.md and curves are in {plan.out}")

@@ -87,7 +87,8 @@ Methods = Annotated[
     str,
     typer.Option(
         help="The names of the methods, or 'all'. NAME:paper is a method with its own defaults, "
-        "plphp:calibrated is PLPHP with thresholds that fit this model."
+        "plphp:calibrated is PLPHP with thresholds that fit this model, and divprune/plphp or "
+        "divprune:.25/plphp are two stages."
     ),
 ]
 Budgets = Annotated[

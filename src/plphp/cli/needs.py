@@ -40,7 +40,7 @@ WITHOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "eval": {"tasks": ("images",), "shard": ("ray",)},
 }
 
-# Options that may be given without a value, and the value which they have then.
+# Options that may be given without a value, and the value that they have then.
 ALONE = {"--ray": "local"}
 
 # The reason, for options whose name does not give it.
@@ -54,9 +54,9 @@ WHY = {
     "images": "--prompt is the question about the images",
     "prompt": "--prompt is the question about the images",
     "tasks": "the images of --images are a task",
-    "ray": "a single answer is not shared",
-    "workers": "one model answers without it",
-    "shard": "--ray divides the run itself",
+    "ray": "a single answer cannot be divided among workers",
+    "workers": "without --ray there is only one model",
+    "shard": "--ray divides the run into shards itself",
     "policy": "--policies names all methods of the page",
 }
 

@@ -47,7 +47,14 @@ MOST = 2**31 - 1  # the upper limit of counts, which tensors and loops can still
 MaxNewTokens = Annotated[
     int, typer.Option(min=1, max=MOST, help="The largest number of tokens in an answer.")
 ]
-PolicyName = Annotated[str, typer.Option("--policy", help="The name of the pruning method.")]
+PolicyName = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        help="The name of the pruning method. Two names make two stages: 'divprune,plphp', or "
+        "'divprune:.25,plphp' with the share that the first leaves.",
+    ),
+]
 Rate = Annotated[
     float | None,
     typer.Option(

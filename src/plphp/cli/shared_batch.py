@@ -1,4 +1,4 @@
-"""A batch that is shared on Ray: what is sent to the workers, and what comes back."""
+"""Answers a batch with the workers of Ray."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def share(
     make_job: Callable[[], Any],
     answer: Answer,
 ) -> Iterator[list[Record]]:
-    """The records of some lines, as they come. A line that kills its worker gets an error.
+    """Yield the records of lines as they arrive. A line that kills its worker gets an error.
 
     key: what all lines share; make_job: called in every worker, where it loads the model
     """

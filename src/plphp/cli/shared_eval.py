@@ -1,4 +1,4 @@
-"""An evaluation that is shared on Ray: every worker does whole shards of the same run."""
+"""Runs an evaluation with the workers of Ray. Each worker runs whole shards of the same run."""
 
 from __future__ import annotations
 

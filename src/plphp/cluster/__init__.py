@@ -1,4 +1,4 @@
-"""Work that several processes or machines share, on Ray Data."""
+"""Divides work among several processes or machines, with Ray Data."""
 
 from plphp.cluster.pool import Lost, Pool, blocks_of, share
 

@@ -1,4 +1,4 @@
-"""Ray itself: whether it is installed, and a connection to a cluster for the time of some work."""
+"""Imports Ray, and connects to a cluster for the duration of some work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 
 
 def import_ray() -> Any:
-    """The module ray with ray.data. Raises InputError that says what to install."""
+    """The module ray, with ray.data. Raises InputError if it is not installed."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -33,11 +33,13 @@ def import_ray() -> Any:
 
 @contextlib.contextmanager
 def connected(address: str, workers: int | None) -> Iterator[None]:
-    """A connection to Ray, which is closed at the end; "local" starts and ends Ray itself.
+    """A context with a connection to Ray, which is closed at the end.
 
-    workers: CPU cores that a local Ray may use; None is all of them. A connection that this
-    process has already is used as it is, and stays.
-    Raises InputError if no cluster answers.
+    address: of a running cluster; "local" starts Ray on this machine and ends it afterwards
+    workers: CPU cores that a local Ray may use, None for all of them
+
+    If this process is connected to Ray already, that connection is used and not closed. Raises
+    InputError if no cluster answers.
     """
     ray = import_ray()
     # Ray's threads print to standard output what happens to workers.
@@ -64,14 +66,16 @@ def _init(ray: Any, address: str, workers: int | None) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"--ray {address}: no Ray cluster answers there ({reason}); start one with "
+            f"--ray {address}: no Ray cluster answers at this address ({reason}): start one with "
             "`ray start --head`, or leave the address out"
         ) from error
 
 
 def _check_answers(address: str) -> None:
-    """Raise OSError or ValueError at once for HOST:PORT where nothing listens: Ray itself tries
-    again for minutes."""
+    """Raise OSError or ValueError if nothing listens at HOST:PORT.
+
+    This takes a moment, whereas Ray itself tries again for minutes.
+    """
     host, colon, port = address.rpartition(":")
     if colon:
         socket.create_connection((host, int(port)), timeout=10).close()

@@ -1,9 +1,9 @@
-"""A pool of workers on Ray Data: each loads a model once and works off blocks of items.
+"""A pool of workers on Ray Data. Each worker loads a model once and processes blocks of items.
 
-Ray Data starts the workers (Ray actors), gives a block to a worker that is free, holds back blocks
-while results are not fetched, and starts a worker that died again. What is added here: items keep
-their numbers, so that nothing is lost or comes twice, and an item that kills its worker is found
-and reported, in place of being tried for ever.
+Ray Data starts the workers (Ray actors), gives blocks to free workers, holds blocks back while
+results are not fetched, and restarts a worker that died. This module adds two things. Items keep
+their numbers, so that each has exactly one result. An item that kills its worker is found and
+reported instead of being tried for ever.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from plphp.errors import InputError, PlphpError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-BLOCK = 8  # items that a worker takes at a time
-MOST_BLOCKS = 10_000  # so many the driver keeps track of; a longer list gets larger blocks
-RETRIES = 2  # of a block whose worker died; then its items are tried one by one, as often
+BLOCK = 8  # the number of items that a worker takes at a time
+MOST_BLOCKS = 10_000  # the most blocks that Ray's driver handles; a longer list gets larger blocks
+RETRIES = 2  # retries of a block whose worker died, and then of each of its items alone
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,14 @@ class Lost:
 
 @dataclass(frozen=True)
 class Pool:
-    """Where the workers are and what each of them gets.
+    """The place and the number of the workers.
 
-    address: "local" starts Ray in this machine for the time of the work; else a running cluster:
-        "auto", or HOST:PORT
-    workers: models side by side; None is one for each GPU, or for each CPU core
-    device: "cpu", or "cuda": each worker then has a GPU of its own
-    Raises InputError if Ray is not installed, or for an address or device that cannot be shared.
+    address: "local" starts Ray on this machine for the duration of the work; "auto" or HOST:PORT is
+        a running cluster
+    workers: number of models; None is one for each GPU, or for each CPU core
+    device: "cpu", or "cuda", where each worker has its own GPU
+
+    Raises InputError if Ray is not installed, or for an address or a device that cannot be shared.
     """
 
     address: str = "local"
@@ -54,19 +55,19 @@ class Pool:
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise InputError(
-                f"--device {self.device} cannot be shared on Ray: give cpu, or cuda, where every "
+                f"--device {self.device} cannot be used with --ray: give cpu, or cuda, where each "
                 "worker has one GPU"
             )
         if "://" in self.address:
             raise InputError(
-                f"--ray {self.address}: Ray Data needs its driver inside the cluster: run the "
-                "command there, with `ray job submit -- plphp ... --ray auto`"
+                f"--ray {self.address}: Ray Data must be started inside the cluster: run `ray job "
+                "submit -- plphp ... --ray auto`"
             )
         import_ray()
 
 
 def blocks_of(count: int, size: int = BLOCK) -> int:
-    """The number of blocks for `count` items: of `size` items, or larger where they are many."""
+    """The number of blocks for `count` items. Blocks have `size` items, or more for long lists."""
     return min(MOST_BLOCKS, -(-count // size)) if count else 0
 
 
@@ -76,14 +77,14 @@ def share(
     items: Sequence[Item],
     size: int = BLOCK,
 ) -> Iterator[list[tuple[int, Result | Lost]]]:
-    """Work off the items, some at a time: their indexes and results, in any order, each once.
+    """Process the items on the workers. Yields lists of (index of the item, result) in any order.
 
-    make: called once in every worker, where it loads the model; returns what answers an item. It is
-        sent there, so what it needs must be importable or picklable
-    size: items of a block, which one worker works off and which is done again if that worker dies
+    make: is called once in each worker, loads the model there, and returns a function that answers
+        one item. It is sent to the workers, so that what it needs must be importable or picklable
+    size: items of a block. A block is processed by one worker, and again if that worker dies
 
-    A result is Lost if the item killed its worker whenever it was tried. Raises InputError for an
-    exception in a worker, since that is no item's own: the model cannot be loaded, for example.
+    A result is Lost if the item killed its worker each time that it was tried. Raises InputError
+    for an exception in a worker, such as for a model that cannot be loaded.
     """
     left = dict(enumerate(items))
     if not left:
@@ -103,16 +104,16 @@ def share(
 def _stream(
     pool: Pool, make: Any, items: dict[int, Any], size: int
 ) -> Iterator[list[tuple[int, Any]]]:
-    """The results of one pass through Ray Data. Blocks whose worker died too often are left out."""
+    """The results of one pass through Ray Data, without blocks whose worker died too often."""
     ray = import_ray()
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # the command has a bar of its own
+    context.enable_progress_bars = False  # the command shows its own progress bar
     context.max_errored_blocks = -1
     context.execution_options.preserve_order = False
     rows = [{"item": pickle.dumps(pair)} for pair in items.items()]
     workers = min(pool.workers or _capacity(ray, pool.device), blocks_of(len(rows), size))
     with warnings.catch_warnings():
-        # Ray deprecates options without a name of their own, and gives none to this one.
+        # Ray warns that an option is deprecated, but has no other option for this.
         warnings.simplefilter("ignore")
         shared = ray.data.from_items(rows, override_num_blocks=blocks_of(len(rows), size))
         results = shared.map_batches(
@@ -136,7 +137,7 @@ def _stream(
 
 
 def _capacity(ray: Any, device: str) -> int:
-    """The workers that fit into the cluster as it is now."""
+    """The number of workers that the cluster has devices for."""
     have = int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 0))
     if not have:
         raise InputError(f"the Ray cluster has no free {device} device: give another --device")
@@ -145,13 +146,13 @@ def _capacity(ray: Any, device: str) -> int:
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception in a worker that is no item's own."""
+    """An exception in a worker that is not caused by an item."""
 
     reason: str
 
 
 class Worker:
-    """What Ray Data runs in each actor: (index, item) rows in, (index, result) rows out."""
+    """The class that Ray Data runs in each actor. It turns (index, item) into (index, result)."""
 
     def __init__(self, make: bytes, folder: str) -> None:
         self.failure: Failure | None = None
@@ -175,13 +176,13 @@ class Worker:
 
 
 def _enter(folder: str) -> None:
-    """Go to the folder of the command: names of files are as seen from there."""
+    """Change to the directory of the command, because names of files are relative to it."""
     try:
         os.chdir(folder)
     except OSError as error:
         raise InputError(
-            f"a worker on {os.uname().nodename} has no {folder} ({error.strerror}): every machine "
-            "of the cluster must see the same files under the same names"
+            f"a worker on {os.uname().nodename} has no directory {folder} ({error.strerror}): each "
+            "machine of the cluster must have the same files under the same names"
         ) from error
 
 

@@ -88,7 +88,7 @@ def _choose(policy: HiddenPolicy, hidden: Tensor, kwargs: dict[str, Any], index:
     prefill = cache.shared.prefill if isinstance(cache, PrunedCache) else None
     if prefill is None or prefill.located is None or not prefill.where.prunes:
         return
-    plan = policy.choose(hidden_view(cache, prefill, hidden, index))
+    plan = policy.choose(hidden_view(policy, cache, prefill, hidden, index))
     prefill.leave(plan, "flash" in cache.shared.config._attn_implementation)
 
 

@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy, plan_views
+from plphp.policy.cdpruner import CDPruner
+from plphp.policy.dart import DART
 from plphp.policy.divprune import DivPrune
 from plphp.policy.downsample import Downsample
 from plphp.policy.fastv import FastV
@@ -25,7 +27,9 @@ from plphp.policy.pyramidkv import PyramidKV
 from plphp.policy.random import Random
 from plphp.policy.snapkv import SnapKV
 from plphp.policy.stages import Stages, cache_stage, in_stages, named, sequence_stage
+from plphp.policy.tgv_kv import TGVKV
 from plphp.policy.uniform import Uniform
+from plphp.policy.vidcom2 import VidCom2
 from plphp.policy.view import LAYER_CLASSES, KeepPlan, LayerView
 from plphp.policy.vl_cache import VLCache
 from plphp.policy.vtw import VTW
@@ -41,10 +45,14 @@ POLICIES: dict[str, Any] = {
     "snapkv": SnapKV,
     "pyramidkv": PyramidKV,
     "vl-cache": VLCache,
+    "tgv-kv": TGVKV,
     "novelty": Novelty,
     "fastv": FastV,
     "vtw": VTW,
     "divprune": DivPrune,
+    "cdpruner": CDPruner,
+    "dart": DART,
+    "vidcom2": VidCom2,
     "downsample": Downsample,
 }
 

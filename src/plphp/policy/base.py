@@ -242,3 +242,25 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError, naming the option, unless it is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def layer_within(layer: int, budget: float | None, layers: int) -> int:
+    """`layer`, if it is in a decoder of `layers` layers and a budget can be met; else ValueError.
+
+    All layers before `layer` hold every token, which is the least budget.
+    """
+    if layer >= layers:
+        raise ValueError(f"layer must be below the decoder's {layers} layers, got {layer}")
+    if budget is not None and budget < layer / layers - 1e-9:
+        raise ValueError(
+            f"budget must be at least layer / layers = {layer} / {layers}, got {budget}: earlier "
+            "layers keep everything; take a smaller layer"
+        )
+    return layer
+
+
+def share_after(layer: int, keep: float | None, budget: float | None, layers: int) -> float:
+    """The share of the tokens from `layer` on: `keep`, or what makes `budget` over all layers."""
+    if budget is None:
+        return 0.5 if keep is None else keep
+    return max(budget * layers - layer, 0.0) / (layers - layer)

@@ -26,10 +26,8 @@ class HiddenView:
     spans: (B, N) int64, 0 text, i > 0 the i-th image or video, -1 padding
     layers: number of layers of the decoder
     keys: (B, Hkv, N, D) of the layer before, None before layer 0
-    frames: (B, N) int64, the frame of its video that a vision token shows, 0 for other tokens and
-        where frames are not known
-    tower: (B, N) float32, the attention that each vision token got in the vision tower; None
-        where it is not known
+    frames: (B, N) int64, the frame of its video that a vision token shows, 0 for other tokens;
+        None for a method that does not read them
     """
 
     hidden: Tensor
@@ -37,7 +35,6 @@ class HiddenView:
     layers: int = 1
     keys: Tensor | None = None
     frames: Tensor | None = None
-    tower: Tensor | None = None
 
 
 class HiddenPolicy(SequencePolicy):
@@ -49,8 +46,7 @@ class HiddenPolicy(SequencePolicy):
 
     budget: float
     min_tokens: int
-    reads_prompt = False  # whether the choice in one image depends on other tokens of the prompt
-    needs_tower = False  # whether `view.tower` is read
+    reads_frames = False  # whether `view.frames` is read
 
     def leave_at(self, layers: int) -> int:
         """The layer before which the tokens are dropped, 0 by default."""
