@@ -158,6 +158,13 @@ BenchRounds = Annotated[
     int, typer.Option("--rounds", min=1, max=MOST, help="The number of rounds for each cache.")
 ]
 Prefill = Annotated[bool, typer.Option(help="Time the prefill too.")]
+FirstToken = Annotated[
+    str | None,
+    typer.Option(
+        help="Time the first token instead of decoding, vision tower included, with these "
+        "methods, such as 'divprune:.5,divprune:.25,divprune:.5/plphp,plphp'."
+    ),
+]
 Memory = Annotated[
     str,
     typer.Option(
