@@ -8,13 +8,14 @@ from typing import Any
 
 from plphp.errors import InputError
 from plphp.hf import calibrate
-from plphp.policy import ALIASES, POLICIES, Policy, policy
+from plphp.policy import ALIASES, POLICIES, Policy, policy, sequence_stage
 from plphp.recall import HOMES, Recall
 
 PAPER = ":paper"  # NAME:paper is a method with its own defaults instead of a budget
 # POLICY+HOME is a policy with recall: the home parks what the policy drops, and the budget limits
 # the device bytes. full+int4 parks all vision tokens and has no budget. It is the control.
 PARKED = "+"
+STAGES = "/"  # FIRST/SECOND: two stages, a sequence method and then a cache method
 CALIBRATED = ":calibrated"  # PLPHP with thresholds from this model's own vision attention
 CONTROLS = ("full", "random", "uniform")  # these always run
 BUDGETS = (0.6, 0.4, 0.2, 0.1)
@@ -33,9 +34,17 @@ class Setting:
 
     @property
     def recall(self) -> Recall | None:
-        """The options of recall, None for a method without recall."""
-        home = self.method.partition(PARKED)[2]
-        return Recall(home, self.budget or 0) if home else None  # type: ignore[arg-type]
+        """The options of recall, None for a method without recall.
+
+        The budget counts the device bytes of all vision tokens. A home only has those that the
+        first of two stages has left, so that its own budget is larger.
+        """
+        name, _, home = self.method.partition(PARKED)
+        if not home:
+            return None
+        first = sequence_stage(policy(name)) if STAGES in name else None
+        left = getattr(first, "budget", None) or 1.0
+        return Recall(home, min((self.budget or 0) / left, 1.0))
 
     def __str__(self) -> str:
         return self.method if self.budget is None else f"{self.method} at {self.budget:g}"
@@ -58,13 +67,13 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
     names = list(dict.fromkeys(map(_full_name, _split(methods, "--methods"))))
     for name in names:
         base, _, home = name.removesuffix(PAPER).partition(PARKED)
-        right = base in POLICIES or name == f"plphp{CALIBRATED}"
+        right = base in POLICIES or name == f"plphp{CALIBRATED}" or _in_stages(base)
         right = right and name != f"full{PARKED}host"
         if not right or (home and home not in HOMES) or name.endswith(PARKED):
             known = ", ".join([*known_methods(), *ALIASES])
             raise InputError(
-                f"--methods: unknown method {name!r}; known are {known}, and NAME+HOME with recall "
-                f"from {', '.join(HOMES)}"
+                f"--methods: unknown method {name!r}; known are {known}, FIRST/SECOND for two "
+                f"stages, and NAME+HOME with recall from {', '.join(HOMES)}"
             )
     added = [name for name in CONTROLS if name not in names]
     shares = [_share(text) for text in _split(budgets, "--budgets")]
@@ -84,6 +93,20 @@ def _full_name(name: str) -> str:
         if name == alias or name.startswith((alias + PAPER, alias + PARKED)):
             return own + name.removeprefix(alias)
     return name
+
+
+def _in_stages(name: str) -> bool:
+    """Whether a name such as "divprune:.25/plphp" names two stages. Raises InputError for others.
+
+    A method without such a mark is no error here.
+    """
+    if STAGES not in name:
+        return False
+    try:
+        policy(name)
+    except ValueError as error:
+        raise InputError(f"--methods: {error}") from None
+    return True
 
 
 def make(setting: Setting, model: Any, samples: Sequence[Mapping[str, Any]] = ()) -> Policy:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,8 @@ class Store:
     def _check_empty(self) -> None:
         """Raise InputError if the directory has files with the names of results, but no run."""
         for path in sorted(self.out.iterdir()):
-            if path.name in RESULTS:
+            # Another process may begin the same run just now: its results come after run.json.
+            if path.name in RESULTS and not (self.out / "run.json").exists():
                 raise InputError(
                     f"--out {self.out} has a {path.name} but no run.json, so it is not a run: give "
                     "another --out"
@@ -181,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all, even if two processes write it at once."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     part.write_bytes(text.encode("utf-8", "backslashreplace"))
     os.replace(part, path)
