@@ -1,4 +1,4 @@
-"""Recall on the command line: `plphp generate --recall`, `plphp demo`, methods of `plphp eval`."""
+"""Recall on the command line: `plphp generate --recall`, methods of `plphp eval`."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def test_generate_reports_what_was_parked(run: Callable, picture: str) -> None:
     assert found["home"] == "int4" and found["share"] <= 0.4
 
 
-def test_full_beside_recall(run: Callable, picture: str) -> None:
+def test_compare_with_recall_shows_full_and_pruned(run: Callable, picture: str) -> None:
     options = ("generate", "--image", picture, *QUESTION, "--compare", "--rounds", 1)
     recall = ("--recall", "host", "--recall-budget", ".3")
     shown = run(*options, *recall)
@@ -41,14 +41,6 @@ def test_recall_is_refused_in_one_line(run: Callable, picture: str) -> None:
         result = run("generate", "--image", picture, *QUESTION, *options)
         assert result.code == 2
         assert said in result.err
-
-
-def test_the_demo_shows_the_recommended_policy_and_recall(run: Callable) -> None:
-    found = run("demo", "--rounds", 1, "--json").json["summary"]
-    single, codes, host = found["beside"]
-    assert single["vision_kv_on_device"] < 0.42 and codes["vision_kv_on_device"] <= 0.4
-    assert host["vision_kv_on_device"] <= 0.2
-    assert min(way["right"] for way in found["beside"]) > found["right_pruned"]
 
 
 def test_methods_with_a_home() -> None:
