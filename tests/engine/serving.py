@@ -116,6 +116,28 @@ def random_requests(count: int, seed: int, most: int = 10) -> list[Request]:
     return out
 
 
+def related_requests(count: int, seed: int) -> list[Request]:
+    """Requests with small images, of which two in three share a prefix with the one before.
+
+    They have the same images and another policy or question, another first image under the same
+    text, or one image more.
+    """
+    rng, out = random.Random(seed), []
+    for request in random_requests(count, seed, most=6):
+        before = out[-1] if out and out[-1].images else request
+        changed = rng.choice(("images", "same text", "one more", "", "", ""))
+        if changed == "images":
+            request = replace(request, images=before.images, words=before.words)
+        elif changed == "same text" and before.images:
+            again = (picture(rng.randrange(10**6), 6), *before.images[1:])
+            request = replace(before, images=again, policy=request.policy)
+        elif changed == "one more" and len(before.images) < 6:
+            more = (*before.images, picture(rng.randrange(10**6), 6))
+            request = replace(before, images=more, policy=request.policy)
+        out.append(request)
+    return out
+
+
 def answer(embedded: Embedded, request: Request, round_to: int = BLOCK) -> Answer:
     """The answer of plphp on transformers, with `round_to` equal to the engine's block size."""
     inputs = embedded.inputs_of(request.images, request.text(embedded.tokenizer))

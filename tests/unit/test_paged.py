@@ -152,13 +152,14 @@ def test_tables_of_a_batch_start_at_the_first_kept_token() -> None:
     assert fresh.fresh == ((93, 94), (82, 83, 84))
     tables = BatchTables((None, PrunedRequest((2, 0), ((), ())), fresh), 2)
     table = torch.arange(1, 33, dtype=torch.int32).view(4, 8)
-    first, freed = tables.apply(0, table)
-    assert freed.tolist() == [0, 2, 3]
+    lengths = torch.tensor([30, 40, 45, 0], dtype=torch.int32)
+    first = tables.apply(0, table)
+    assert tables.shorten(0, BLOCK, lengths).tolist() == [30, 40 - 2 * BLOCK, 45 - 3 * BLOCK, 0]
     assert first[0].tolist() == table[0].tolist() and first[3].tolist() == table[3].tolist()
     assert first[1, :6].tolist() == table[1, 2:].tolist()
     assert first[2, :5].tolist() == [93, 94, *table[2, 5:].tolist()]
-    second, freed = tables.apply(1, table)
-    assert freed.tolist() == [0, 0, 2]
+    second = tables.apply(1, table)
+    assert tables.shorten(1, BLOCK, lengths).tolist() == [30, 40, 45 - 2 * BLOCK, 0]
     assert second[1].tolist() == table[1].tolist()
     assert second[2, :6].tolist() == [82, 83, 84, *table[2, 5:].tolist()]
     assert BatchTables((None, None), 2).empty

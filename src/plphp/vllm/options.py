@@ -109,7 +109,6 @@ def engine_args(
     extra = asdict(options)
     tuned = {name: value for name, value in extra.pop("policy").items() if name in _TUNABLE}
     return {
-        "async_scheduling": False,
         "kv_transfer_config": {
             "kv_connector": CONNECTOR,
             "kv_role": "kv_producer",
