@@ -122,11 +122,11 @@ def draw(found: Mapping[str, Shown], path: Path) -> None:
             axes.plot(middle, place + up, "o", color=color, label=label)
         bytes_only = rows["pruned"]["bound_ms"] / rows["stock"]["bound_ms"]
         axes.plot(bytes_only, place, "|", color="#cc3311", markersize=14, markeredgewidth=2)
-    axes.plot([], [], "|", color="#cc3311", label="bytes alone")
+    axes.plot([], [], "|", color="#cc3311", label="ratio of the bytes")
     axes.axvline(1, color="#555555", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlim(0, 1.6)
-    axes.set_xlabel("a decode step over the stock step, median and range of the rounds")
+    axes.set_xlabel("time of a decoding step / that of the stock cache: median and range of rounds")
     axes.legend(loc="upper right", frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -76,7 +76,8 @@ def draw(shown: Shown, path: Path) -> None:
     gammas = [layer.gamma[0] for layer in shown.report.layers]
     rows = (gammas.index(min(gammas)), gammas.index(max(gammas)))
     axes = right.subplots(2, heads)
-    right.suptitle(f'Picture 1 of 6, "{shown.question}": kept tokens, head by head', fontsize=9)
+    heading = f'Picture 1 of 6, "{shown.question}": tokens that each head keeps'
+    right.suptitle(heading, fontsize=9)
     for row, layer in enumerate(rows):
         for head in range(heads):
             _picture(axes[row][head], shown.picture, shown.kept[layer, head])
@@ -104,7 +105,7 @@ def _gammas(axes: Any, shown: Shown) -> None:
     axes.set(xlabel="layer", ylim=(0, 1), xlim=(-0.6, len(layers) + 1.0))
     axes.set_xticks(range(len(layers)))
     axes.set_ylabel("vision attention (gamma)", fontsize=9)
-    axes.set_title("Layers, and the share of each image that they keep", fontsize=9)
+    axes.set_title("Vision attention and kept share of each layer", fontsize=9)
     used = [name for name in COLORS if any(a.layer_class[0] == name for a in layers)]
     bars = [plt.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in used]
     axes.legend(bars, used, fontsize=8, frameon=False, loc="upper left")

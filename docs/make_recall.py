@@ -25,8 +25,8 @@ RESAMPLES, LEAST = 2000, 100  # a task with fewer samples is left out
 NAMES = {
     ("plphp+host", 0.4): "recall, host",
     ("plphp+host", 0.2): "recall, host",
-    ("random+host", 0.4): "the same, random first",
-    ("random+host", 0.2): "the same, random first",
+    ("random+host", 0.4): "recall, host, random at first",
+    ("random+host", 0.2): "recall, host, random at first",
     ("novelty+int4", 0.4): "recall, int4",
     ("novelty+int2", 0.2): "recall, int2",
     ("full+int4", None): "uniform int4",
@@ -40,7 +40,7 @@ NAMES = {
     ("uniform", 0.4): "uniform top-k",
     ("uniform", 0.2): "uniform top-k",
 }
-HIDDEN = "the same"  # the beginning of names that the figure omits: their lines would be covered
+HIDDEN = "recall, host, random at first"  # not drawn, because its line would be covered
 Key = tuple[str, str, float | None]
 
 
@@ -106,7 +106,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")  # no window system needed
     from matplotlib import pyplot as plt
 
-    shown = dict.fromkeys(name for name in NAMES.values() if not name.startswith(HIDDEN))
+    shown = dict.fromkeys(name for name in NAMES.values() if name != HIDDEN)
     colors = dict(zip(shown, plt.get_cmap("tab10").colors, strict=False))
     size = {"figsize": (12, 3.7), "layout": "constrained"}
     figure, panels = plt.subplots(1, len(TASKS), sharey=True, **size)
@@ -121,7 +121,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set_title(task)
         panel.set_xlim(0.1, 0.5)
         panel.set_xlabel("device bytes of vision K/V")
-    panels[0].set_ylabel("exact match over the full cache's")
+    panels[0].set_ylabel("exact match / that of the full cache")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 BLOCK, WIDE, HIGH, LEFT = 4, 15, 20, 190
 TEXT, VISION, FREE, NEW = "#b9c4d0", "#2f6fb0", "none", "#e0b050"
-LAYERS = (("attentive, r = .7", 1), ("balanced, r = .4", 2), ("indifferent, r = .1", 4))
+LAYERS = (("attentive, rate .7", 1), ("balanced, rate .4", 2), ("indifferent, rate .1", 4))
 PROMPT = "t" * 4 + "v" * 20 + "t" * 3  # 27 tokens in 7 blocks; the last block has one free slot
 
 
@@ -25,13 +25,16 @@ def slots(cells: str, top: int, label: str) -> list[str]:
 
 
 def note(x: int, y: int, text: str) -> str:
+    """SVG of a line of text."""
     return f'<text x="{x}" y="{y}" fill="#5b6875">{text}</text>'
 
 
 def main() -> None:
-    lines = [note(LEFT, 18, "the prompt, as every layer computed it: 7 blocks of 4 tokens a layer")]
+    lines = [note(LEFT, 18, "Every layer stores the whole prompt in 7 blocks of 4 slots.")]
     lines += slots(PROMPT, 28, "all layers")
-    lines.append(note(LEFT, 82, "after its last token: what is kept is packed against the end"))
+    lines.append(
+        note(LEFT, 82, "Then each layer moves the tokens that it keeps to the last slots.")
+    )
     for row, (label, dead) in enumerate(LAYERS):
         kept = len(PROMPT) - dead * BLOCK
         cells = "." * (dead * BLOCK) + "t" * 4 + "v" * (kept - 7) + "t" * 3 + "n"
@@ -40,13 +43,15 @@ def main() -> None:
     for x, kind, text in (
         (LEFT, TEXT, "text"),
         (LEFT + 90, VISION, "vision"),
-        (LEFT + 190, NEW, "next token: its slot is where it would have been"),
+        (LEFT + 190, NEW, "the next token, in its original slot"),
     ):
         lines.append(
             f'<rect x="{x}" y="{bottom - 11}" width="13" height="13" rx="2" fill="{kind}"/>'
         )
         lines.append(note(x + 20, bottom, text))
-    lines.append(note(LEFT, bottom + 24, "dashed: freed blocks, whole ones, given back at once"))
+    lines.append(
+        note(LEFT, bottom + 24, "The dashed blocks are freed, and other requests can use them.")
+    )
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 240" '
         'font-family="sans-serif" font-size="13" fill="#2a3440" role="img" '

@@ -1,7 +1,8 @@
 """Muon for matrices, AdamW for everything else.
 
 ``torch.optim.Muon`` iterates in bfloat16, which costs a processor without units for it twenty times
-what float32 does. This one iterates in float32, and all matrices of one shape at once.
+what float32 does. This one iterates in the dtype that it is told, and all matrices of one shape at
+once.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ ADAMW_RMS = 0.2  # an update of Muon is as large as one of AdamW (Liu et al., 20
 class Muon(torch.optim.Optimizer):
     """Momentum whose singular values are all set to about one; parameters are matrices."""
 
-    def __init__(self, matrices: Iterable[Parameter], lr: float) -> None:
+    def __init__(
+        self, matrices: Iterable[Parameter], lr: float, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__(matrices, {"lr": lr})
+        self.dtype = dtype  # of the iteration
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -47,7 +51,8 @@ class Muon(torch.optim.Optimizer):
             looked_ahead.append(grad.lerp(state["momentum"], MOMENTUM))
         rows, columns = alike[0].shape
         size = rate * ADAMW_RMS * max(rows, columns) ** 0.5
-        for parameter, direction in zip(alike, orthogonal(torch.stack(looked_ahead)), strict=True):
+        directions = orthogonal(torch.stack(looked_ahead).to(self.dtype)).to(alike[0].dtype)
+        for parameter, direction in zip(alike, directions, strict=True):
             parameter.mul_(1 - rate * DECAY).sub_(direction, alpha=size)
 
 
@@ -67,14 +72,18 @@ class MuonAdamW:
     """Two optimizers as one; ``tables`` (embeddings, classes) are no matrices to Muon."""
 
     def __init__(
-        self, weights: Iterable[Parameter], tables: Sequence[Parameter], rate: float
+        self,
+        weights: Iterable[Parameter],
+        tables: Sequence[Parameter],
+        rate: float,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         weights = list(weights)
         matrices = [weight for weight in weights if weight.ndim == 2]
         others = [weight for weight in weights if weight.ndim != 2] + list(tables)
         self.parameters, self.rate = matrices + others, rate
         self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=rate),
+            Muon(matrices, rate, dtype),
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from training import build, checkpoint, schedule, vision_stage
+from training import build, checkpoint, machine, schedule, vision_stage
 from training.easy_vqa import EasyVQA
 from training.grow import grow
 from training.joint_stage import Learner
@@ -37,6 +37,7 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.folder: Path = options.out
+        self.dtype = getattr(torch, options.dtype) if options.dtype else machine.fastest_dtype()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self.folder / "state.pt"
         state = checkpoint.read(self.file)
@@ -53,7 +54,8 @@ class Run:
         self.parts = torch.nn.ModuleList([self.model, self.words, self.learner.probe])
         self.average = checkpoint.Average(self.model.parameters())
         self.scores, self.losses = checkpoint.Scores(), checkpoint.Scores()
-        self.stage, self.step, self.seconds = 0, 0, 0.0
+        self.stage = _first_stage(self.stages, options.skip_vision)
+        self.step, self.seconds = 0, 0.0
         self.optimizer = self._optimizer()
         self.told_to_stop = False
         if state:
@@ -63,15 +65,19 @@ class Run:
         """Save and end after this step."""
         self.told_to_stop = True
 
-    def train(self, minutes: float, save_minutes: float) -> bool:
-        """Steps until all are done (True), or the time is over or `stop` was called (False)."""
+    def train(self, minutes: float, save_minutes: float, anneal_minutes: float = 0) -> bool:
+        """Steps until all are done (True), or the time is over or `stop` was called (False).
+
+        In the last ``anneal_minutes`` the learning rate falls to zero, whatever the schedule says.
+        """
         began = saved = last = time.monotonic()
         while self.stage < len(self.stages):
             stage = self.stages[self.stage]
             if self.step >= stage.steps:
                 self._next_stage()
                 continue
-            self._learn(stage)
+            left = minutes - (last - began) / 60
+            self._learn(stage, most=left / anneal_minutes if anneal_minutes else 1.0)
             now = time.monotonic()
             self.seconds, last = self.seconds + now - last, now
             if self.step % LOG_EVERY == 0 or self.step == stage.steps:
@@ -113,16 +119,18 @@ class Run:
         self.scores.update(state["scores"])
         self.losses.update(state["losses"])
 
-    def _learn(self, stage: Stage) -> None:
+    def _learn(self, stage: Stage, most: float = 1.0) -> None:
+        """One step, at ``most`` times the full rate at most."""
         # The stream of a step is its own: a run that goes on draws what it would have drawn.
         rng = np.random.default_rng([stage.seed, self.step])
         phase = stage.phase(self.step)
-        if stage.kind == "vision":
-            visual = self.model.model.visual
-            loss, seen = vision_stage.learn(visual, self.words, self.easy, phase, rng)
-        else:
-            loss, seen = self.learner.learn(self.easy, phase, rng)
-        self.optimizer.step(stage.factor(self.step))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            if stage.kind == "vision":
+                visual = self.model.model.visual
+                loss, seen = vision_stage.learn(visual, self.words, self.easy, phase, rng)
+            else:
+                loss, seen = self.learner.learn(self.easy, phase, rng)
+        self.optimizer.step(min(stage.factor(self.step), max(0.0, most)))
         self.average.update()
         self.scores.add(seen)
         self.losses.add({"loss": loss})
@@ -144,7 +152,8 @@ class Run:
             tables.append(self.learner.probe.lines)
         frozen = stage.kind == "vision" and self.warm  # the words are known already
         self.embeddings.requires_grad_(not frozen)
-        return MuonAdamW(weights, tables if frozen else [*tables, self.embeddings], stage.rate)
+        tables = tables if frozen else [*tables, self.embeddings]
+        return MuonAdamW(weights, tables, stage.rate, self.dtype)
 
     def _log(self, stage: Stage) -> None:
         line = {
@@ -168,15 +177,22 @@ class Run:
         return AutoTokenizer.from_pretrained(folder)
 
 
+def _first_stage(stages: Sequence[Stage], skip_vision: bool) -> int:
+    """Of a run that begins: the first one, or the first of questions."""
+    kinds = [stage.kind for stage in stages]
+    return kinds.index("joint") if skip_vision else 0
+
+
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
+    machine.keep_memory()
     run = Run(options)
     if options.snapshot:
         run.export(options.snapshot)
         return
     signal.signal(signal.SIGTERM, run.stop)
-    if run.train(options.minutes, options.save_minutes):
+    if run.train(options.minutes, options.save_minutes, options.anneal_minutes):
         run.export(options.out / "model")
         print(f"{options.out / 'model'} after {run.seconds / 60:.1f} minutes of training")
 
@@ -186,11 +202,28 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the folder of the run")
     parser.add_argument("--warm", type=Path, help="an older model to grow from; else from nothing")
     parser.add_argument(
+        "--skip-vision",
+        action="store_true",
+        help="begin with questions: the model of --warm knows what its vision tokens show",
+    )
+    parser.add_argument(
         "--scale", type=float, default=1.0, help="multiplies all step counts; 0.01 is a smoke test"
     )
     parser.add_argument("--minutes", type=float, default=1e9, help="of this leg")
+    parser.add_argument(
+        "--anneal-minutes",
+        type=float,
+        default=0.0,
+        help="the learning rate falls to zero in the last so many minutes of this leg, for a "
+        "snapshot that answers well; the next leg goes on at the schedule's rate",
+    )
     parser.add_argument("--save-minutes", type=float, default=4.0, help="between two states")
     parser.add_argument("--snapshot", type=Path, help="write the model so far there, and end")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of matrix products; the weights stay float32. By default what is faster here",
+    )
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(arguments)
 

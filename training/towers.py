@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from training.attention import attend
+
 EARLY_LAYERS = (
     2  # after so many text layers ``run_text`` hands out its hidden states to the position probe
 )
@@ -30,7 +32,7 @@ def encode_pictures(visual: Any, patches: Tensor, high: int, wide: int) -> Tenso
         query, key, value = qkv.unbind(2)
         query = _rotate(query, cos, sin).to(value.dtype).transpose(1, 2)
         key = _rotate(key, cos, sin).to(value.dtype).transpose(1, 2)
-        mixed = functional.scaled_dot_product_attention(query, key, value.transpose(1, 2))
+        mixed = attend(query, key, value.transpose(1, 2))
         x = x + attention.proj(mixed.transpose(1, 2).reshape(count, length, -1))
         x = x + block.mlp(block.norm2(x))
     features: Tensor = visual.merger(x)
@@ -85,13 +87,11 @@ def _attend(
     query = _rotate(query, cos[:, :, skipped:], sin[:, :, skipped:])
     key = _rotate(key, cos, sin).repeat_interleave(heads // kv_heads, 1)
     value = value.repeat_interleave(heads // kv_heads, 1)
-    behind = functional.scaled_dot_product_attention(
-        query[:, :, prefix - skipped :], key, value, attn_mask=mask
-    )
+    behind = attend(query[:, :, prefix - skipped :], key, value, mask)
     parts = [behind]
     if not ends:
         seen = (part[:, :, :prefix] for part in (query, key, value))
-        parts = [functional.scaled_dot_product_attention(*seen, is_causal=True), behind]
+        parts = [attend(*seen, causal=True), behind]
     mixed = torch.cat(parts, 2).transpose(1, 2).flatten(2)
     out: Tensor = attention.o_proj(mixed)
     return out

@@ -97,7 +97,7 @@ def test_another_command_does_not(
     before = interrupted.read_bytes()
     result = run("generate", "--batch", pictures, "--out", tmp_path / "x", *OTHERS[what])
     assert (result.code, asked) == (2, [])
-    assert "was asked something else" in result.err and "move it away" in result.err
+    assert "belongs to another batch" in result.err and "move the file away" in result.err
     assert interrupted.read_bytes() == before and not (tmp_path / "x").exists()
 
 
@@ -106,13 +106,13 @@ def test_a_file_added_changed_or_gone_is_noticed(
 ) -> None:
     again = ("generate", "--batch", pictures, "--out", tmp_path / "x", *SAME)
     shutil.copy(pictures / "c.png", pictures / "a.png")
-    assert "line 0 was asked something else" in run(*again).err
+    assert "its line 0 differs" in run(*again).err
     (pictures / "a.png").unlink()
     whole = (pictures / "b.png").read_bytes()
     shutil.copy(pictures / "c.png", pictures / "b.png")  # another picture of the same name
-    assert "line 0 was asked something else" in run(*again).err
+    assert "its line 0 differs" in run(*again).err
     (pictures / "b.png").unlink()
-    assert "line 0 was asked something else" in run(*again).err
+    assert "its line 0 differs" in run(*again).err
     (pictures / "b.png").write_bytes(whole)
     shutil.copy(pictures / "c.png", pictures / "d.png")  # comes after what is done
     assert run(*again).code == 0
@@ -138,7 +138,7 @@ def test_a_foreign_directory_too(
 ) -> None:
     (tmp_path / "x.part").mkdir()
     result = run("generate", "--batch", pictures, "--out", tmp_path / "x", "--prompt", "p")
-    assert result.code == 2 and "is no file" in result.err
+    assert result.code == 2 and "it is no file" in result.err
 
 
 def test_two_processes_do_not_share_an_output(
@@ -147,7 +147,7 @@ def test_two_processes_do_not_share_an_output(
     with (tmp_path / "x.part").open("a+b") as held:
         lines.lock(held, "x")
         result = run("generate", "--batch", pictures, "--out", tmp_path / "x", "--prompt", "p")
-    assert result.code == 2 and "another process is writing it" in result.err
+    assert result.code == 2 and "another process is writing this file" in result.err
     assert asked == []
 
 
@@ -162,7 +162,7 @@ def test_an_output_that_appears_meanwhile_is_kept(
 
     monkeypatch.setattr(generate, "answer", answer)
     result = run("generate", "--batch", source, "--out", out)
-    assert result.code == 2 and "has appeared meanwhile" in result.err
+    assert result.code == 2 and "was made while this batch ran" in result.err
     assert out.read_text() == "somebody else's" and (tmp_path / "x.part").exists()
 
 
@@ -184,16 +184,16 @@ def test_a_line_never_ends_the_batch(run: Callable, tmp_path: Path, asked: list)
     rows = {
         b'{"prompt": "a", "video": "v.mp4"}': "unknown key 'video'",
         b'{"prompt": "a", "image": "a.png"}': "unknown key 'image'",
-        b'{"prompt": "a", "prompt": "b"}': "'prompt' stands twice",
-        b'{"id": NaN, "prompt": "a"}': "NaN is no number",
-        b'{"id": -Infinity, "prompt": "a"}': "-Infinity is no number",
+        b'{"prompt": "a", "prompt": "b"}': "has the key 'prompt' twice",
+        b'{"id": NaN, "prompt": "a"}': "NaN is not a JSON number",
+        b'{"id": -Infinity, "prompt": "a"}': "-Infinity is not a JSON number",
         b'{"id": 1e999, "prompt": "a"}': "1e999 is too large",
         b'{"id": ' + b"1" * 5000 + b', "prompt": "a"}': "too many digits",
         b'{"id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": "nested deeper",
         b'{"id": ' + b"[" * 80 + b"]" * 80 + b', "prompt": "a"}': "nested deeper",
         b'{"prompt": "\xff"}': "not UTF-8 text",
         b"": "not JSON",
-        b'{"prompt": null}': "prompt must be a text",
+        b'{"prompt": null}': "prompt must be a string",
         b'{"prompt": "break"}': "shapes do not match",
     }
     good = b'{"id": "\\ud800", "prompt": "good"}\r\n'
@@ -224,7 +224,7 @@ def test_names_and_prompts_that_no_system_takes_are_errors_of_their_line(
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.mkfifo(tmp_path / "fifo.png")
     assert run("generate", "--batch", source, "--out", tmp_path / "x").code == 0
-    said = ("too long", "not a file name", "not a file name", "not text", "holds <|image_pad|>",
+    said = ("too long", "not a file name", "not a file name", "not text", "contains <|image_pad|>",
             "not a regular file", "prompt is empty")  # fmt: skip
     for record, word in zip(records(tmp_path / "x"), said, strict=True):
         assert word in record["error"]
@@ -262,7 +262,7 @@ def test_a_full_disk_names_the_file(
     monkeypatch.setattr("plphp.cli.batch.os.fsync", full)
     result = run("generate", "--batch", source, "--out", tmp_path / "x")
     assert result.code == 2
-    assert "x.part: No space left" in result.err and "goes on from here" in result.err
+    assert "x.part: No space left" in result.err and "to continue the batch" in result.err
 
 
 def test_lines_are_split_at_line_feeds_only() -> None:

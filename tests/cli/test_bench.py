@@ -1,14 +1,17 @@
 """`plphp bench`: numbers that add up, files, and refusals before anything is allocated."""
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from transformers import cache_utils
 
-from plphp.bench import layer
+from plphp.bench import layer, machine
 from plphp.bench.caches import TEXT, Schedule, Setting, dynamic, pruned, quantized
 from plphp.bench.capacity import fits
 from plphp.bench.compare import cache_bytes
@@ -168,3 +171,22 @@ def test_ratios_are_taken_round_by_round(setting: Setting) -> None:
     assert bound_seconds(setting, 1000, 1e6) == pytest.approx(
         (setting.shape.parameters * 4 + 1000) / 1e6
     )
+
+
+def test_a_gpu_that_hides_its_energy_is_measured_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(Exception):
+        pass
+
+    def refuse(*args: Any) -> float:
+        raise Refused("Not Supported")
+
+    fake = ModuleType("pynvml")
+    fake.__spec__ = ModuleSpec("pynvml", None)
+    fake.NVMLError, fake.nvmlInit = Refused, lambda: None  # type: ignore[attr-defined]
+    fake.nvmlDeviceGetHandleByIndex = lambda index: index  # type: ignore[attr-defined]
+    fake.nvmlDeviceGetTotalEnergyConsumption = refuse  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert machine.energy_meter("cuda") == (None, "NVML does not tell: Not Supported")
+    fake.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 2500  # type: ignore[attr-defined]
+    meter, name = machine.energy_meter("cuda")
+    assert name == "NVML" and meter is not None and meter() == 2.5

@@ -76,13 +76,13 @@ def test_a_prompt_beyond_the_positions_is_remarked(run: Callable, tmp_path: Path
 @pytest.mark.parametrize(
     ("kind", "tokens", "source"),
     [
-        ("gemma3", 256, "its config says"),
-        ("llava", 576, "its config says"),
-        ("paligemma", 256, "its config says"),
-        ("qwen2_vl", 37 * 37, "for a picture of 1024 x 1024 pixels"),
-        ("qwen3_vl", 32 * 32, "for a picture of 1024 x 1024 pixels"),
-        ("glm46v", 37 * 37, "for a picture of 1024 x 1024 pixels"),
-        ("janus", 576, "its config says"),
+        ("gemma3", 256, "from its config"),
+        ("llava", 576, "from its config"),
+        ("paligemma", 256, "from its config"),
+        ("qwen2_vl", 37 * 37, "from its config, for a picture of 1024 x 1024 pixels"),
+        ("qwen3_vl", 32 * 32, "from its config, for a picture of 1024 x 1024 pixels"),
+        ("glm46v", 37 * 37, "from its config, for a picture of 1024 x 1024 pixels"),
+        ("janus", 576, "from its config"),
         ("fuyu", 1024, "assumed"),
     ],
 )

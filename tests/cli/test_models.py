@@ -29,7 +29,7 @@ def test_weights_are_loaded_as_they_are(half: Path, monkeypatch: pytest.MonkeyPa
     assert loaded.model.dtype == torch.bfloat16
     assert loaded.model.config._attn_implementation == "eager"
     assert inputs.load(str(half), "float32", "cpu").model.dtype == torch.float32
-    with pytest.raises(InputError, match="videos of this model need torchvision"):
+    with pytest.raises(InputError, match="this model needs torchvision to read videos"):
         inputs.make_inputs(loaded, [], "what is this?", ["a.mp4"])
     with pytest.raises(InputError, match="the embedded model reads pictures"):
         inputs.make_inputs(load(), [], "what is this?", ["a.mp4"])
@@ -117,4 +117,4 @@ def test_marks_of_the_model_are_refused(
     for words in tried:
         result = run(*words)
         assert result.code == 2 and result.err.count("\n") <= 2
-        assert f"the prompt holds {prompt.split()[-2 if ' ' in prompt else 0]}" in result.err
+        assert f"the prompt contains {prompt.split()[-2 if ' ' in prompt else 0]}" in result.err

@@ -19,7 +19,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "plphp global": {"budget": "global"},
     "plphp max": {"gqa": "max"},
     "plphp floor": {"min_tokens": 9},
-    "plphp paged": {"round_to": 16},
+    "plphp paged": {"round_to": 8},
     "plphp all options": {"budget": "global", "gqa": "max", "min_tokens": 5, "round_to": 8},
 }
 

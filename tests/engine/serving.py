@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -36,7 +36,7 @@ class Request:
 
     images: tuple[Image.Image, ...]
     question: str
-    policy: plphp.PLPHP | None
+    policy: Any
     tokens: int
     words: tuple[str, ...] = ()
     videos: tuple[np.ndarray, ...] = ()
@@ -63,8 +63,8 @@ class Request:
     def sampling(self) -> SamplingParams:
         extra: dict[str, Any] = {"plphp": "off"}
         if self.policy is not None:
-            names = ("r", "delta_r", "alpha", "beta", "budget", "gqa", "min_tokens")
-            extra = {f"plphp.{name}": getattr(self.policy, name) for name in names}
+            options = asdict(self.policy)
+            extra = {f"plphp.{name}": options[name] for name in options if name != "round_to"}
         return SamplingParams(
             temperature=0, max_tokens=self.tokens, min_tokens=self.tokens, extra_args=extra
         )
@@ -148,7 +148,7 @@ def read(
     model: Any, inputs: Any, request: Request, round_to: int = BLOCK, mask: Any = None
 ) -> Answer:
     """The answer of any model in transformers. mask: (1, N), the `vision_mask` of `plphp.prune`."""
-    policy = replace(request.policy or plphp.PLPHP(r=1, delta_r=0), round_to=round_to)
+    policy = rounded(request.policy or plphp.PLPHP(r=1, delta_r=0), round_to)
     with plphp.prune(model, policy, vision_mask=mask) as pruning:
         out = model.generate(
             **inputs,
@@ -163,8 +163,16 @@ def read(
     return Answer(out.sequences[0, length:].tolist(), margins, pruning.report, length)
 
 
+def rounded(policy: Any, round_to: int) -> Any:
+    """The policy, which drops tokens by multiples of `round_to`, an option of PLPHP only."""
+    if isinstance(policy, plphp.PLPHP):
+        return replace(policy, round_to=round_to)
+    kind = type(policy)
+    return type(kind.__name__, (kind,), {"round_to": round_to})(**asdict(policy))
+
+
 @contextlib.contextmanager
-def engine(policy: plphp.PLPHP | None = None, **options: Any) -> Iterator[LLM]:
+def engine(policy: Any = None, **options: Any) -> Iterator[LLM]:
     """A vLLM engine of the embedded model; `stock=True` for one without pruning."""
     own = {
         name: options.pop(name)

@@ -74,7 +74,7 @@ def test_two_processes_do_not_share_a_shard(store: Store) -> None:
         file.write(b'{"half')  # another process is in the middle of a line
     before = path.read_bytes()
     other = Store(store.out)
-    with pytest.raises(InputError, match="another process is writing it"):
+    with pytest.raises(InputError, match="another process is writing this file"):
         other.finished("t")
     assert path.read_bytes() == before
     shard = Store(store.out, (0, 2))

@@ -83,7 +83,7 @@ def test_sliders_and_keys_show_exactly_what_the_report_kept(browser: Any, made: 
         page.keyboard.press("u")
         heads = [set(expected(report, 4, head)) for head in range(4)]
         assert kept(page) == sorted(set.union(*heads))
-        page.get_by_label("kept by how many heads").check()
+        page.get_by_label("number of heads that keep a token").check()
         assert shares(page) == {
             token: sum(token in head for head in heads) / 4 for token in range(made.page.vision)
         }
@@ -162,13 +162,13 @@ def test_with_recall_the_overlay_shows_what_a_token_read(
         shown.get_by_role("slider", name="KV head").fill("1")
         shown.get_by_role("slider", name="token").fill("0")
         assert kept(shown) == expected(cache.report, 3, 1)
-        assert "at hand after the prompt" in shown.inner_text("#chosen")
+        assert "resident after the prompt" in shown.inner_text("#chosen")
         for step, read in enumerate(cache.recalled()[3]):
             shown.keyboard.press("n")
             assert kept(shown) == [vision.index(p) for p in read[0, 1].tolist()]
             assert f"read at token {step + 2}" in shown.inner_text("#chosen")
             fetched = page.runs[0].steps.fetched[step + 1]
-            assert f"{fetched} tokens fetched" in shown.inner_text("#said").replace(",", "")
+            assert f"fetched {fetched} tokens" in shown.inner_text("#said").replace(",", "")
         assert "parked in main memory" in shown.inner_text("#summary")
         assert watched.said == []
 

@@ -16,17 +16,19 @@ LENGTH = 5000  # tokens, more than the windows of all classes
 HEAD = f"""# What doctor says
 
 `plphp doctor` builds a model without its weights, on torch's meta device, and fills transformers'
-own cache with the keys and values that its layers make. Here is what it says of {LENGTH:,} tokens
-for every image-text-to-text class of transformers, in the config that the class has by default and
-in bfloat16, against the cache that the same class fills when it reads a prompt of that length.
-`tests/integration/test_default_classes.py` makes this page.
+own cache with keys and values. This page compares its numbers with the cache that the same model
+fills when it reads a prompt of {LENGTH:,} tokens. It lists every image-text-to-text class of
+transformers, with the default config of the class and in bfloat16.
+`tests/integration/test_default_classes.py` writes this page.
 
-- layers: those that can be pruned at this prompt, of all
-- bytes: keys and values; beside them: states of linear and convolutional layers, keys of indexers
-- ratio: doctor's bytes of keys and values over those in transformers' cache
+- layers: the number of layers that are pruned for this prompt, of all layers
+- bytes: the bytes of the keys and values that doctor reports
+- other bytes: those of other tensors in the cache, such as states of linear and convolutional
+  layers, and keys of indexers
+- ratio: doctor's bytes of keys and values, divided by those in transformers' cache
 
 """
-COLUMNS = "| class | layers | bytes | beside them | ratio |\n|---|---|---|---|---|\n"
+COLUMNS = "| class | layers | bytes | other bytes | ratio |\n|---|---|---|---|---|\n"
 
 
 def problems(held: defaults.Held) -> list[str]:
@@ -104,8 +106,8 @@ def test_the_page_shows_every_class() -> None:
             table += f"| {name} | {' | '.join(row)} |\n"
     page = (
         f"{HEAD}transformers {transformers.__version__}.\n\n{COLUMNS}{table}\n"
-        "Classes whose default config makes no model that reads a prompt of text on the meta "
-        f"device, and why:\n\n| class | reason |\n|---|---|\n{unread}"
+        "The models of these classes, with their default config, cannot read a prompt of text on "
+        f"the meta device:\n\n| class | reason |\n|---|---|\n{unread}"
     )
     if os.environ.get("PLPHP_WRITE_DOCS"):
         PAGE.write_text(page)

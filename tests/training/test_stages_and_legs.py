@@ -147,3 +147,22 @@ def test_seeds_of_stages_differ_and_phases_inherit() -> None:
     assert last.phase(last.steps).long.tokens[1] == 4000
     assert last.factor(last.steps) == 0
     assert all(stage.phase(0) is stage.phases[0] for stage in stages)
+
+
+@needs_photographs
+def test_a_leg_may_begin_with_questions_and_ends_at_no_rate(tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path), "--warm", str(WEIGHTS), "--skip-vision"]
+    run = retrain.Run(retrain.parse([*arguments, "--dtype", "bfloat16"]))
+    stage = run.stages[run.stage]
+    assert stage.kind == "joint" and not any(s.kind == "joint" for s in run.stages[: run.stage])
+    before = [parameter.detach().clone() for parameter in run.model.parameters()]
+    run.step = 100  # where the schedule's rate is not zero
+    run._learn(stage, most=0.0)
+    assert stage.factor(100) == 1
+    for old, new in zip(before, run.model.parameters(), strict=True):
+        assert torch.equal(old, new)
+    run._learn(stage, most=0.5)
+    changed = [
+        not torch.equal(old, new) for old, new in zip(before, run.model.parameters(), strict=True)
+    ]
+    assert sum(changed) > len(changed) / 2

@@ -26,9 +26,10 @@ from plphp.paged.compaction import PagedLayer, with_fresh
 from plphp.paged.prompts import PromptEnd, spans_of
 from plphp.paged.tables import BatchTables, PrunedRequest
 from plphp.policy import LayerView
+from plphp.policy.base import keep_best
 
 BLOCK, LAYERS, HEADS, KV_HEADS, WIDTH = 8, 6, 4, 2, 16
-POLICY = plphp.PLPHP(r=0.4, delta_r=0.3, alpha=0.55, beta=0.45, round_to=BLOCK)
+POLICY = plphp.PLPHP(r=0.4, delta_r=0.3, alpha=0.55, beta=0.45)
 
 
 def prompt(seed: int) -> tuple[tuple[tuple[int, int, int], ...], int]:
@@ -49,8 +50,19 @@ def attention(seed: int, images: Any, length: int) -> Tensor:
     return (logits + tilt * (spans_of(images, length) > 0)).softmax(-1)
 
 
-def same(tensor: Tensor) -> Tensor:
-    return tensor
+def views(probs: Tensor, spans: Tensor, seed: int = 0) -> list[LayerView]:
+    """The inputs of a policy, one per layer, with random keys and values."""
+    draw = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, LAYERS, 1, KV_HEADS, len(spans), WIDTH, generator=draw)
+    return [
+        LayerView(probs[i][None], spans[None], KV_HEADS, i, LAYERS, keys=keys[i], values=values[i])
+        for i in range(LAYERS)
+    ]
+
+
+def whole(images: Any, length: int) -> PromptEnd:
+    """A prompt that is computed in one step."""
+    return PromptEnd(0, length, length, images, POLICY, None, None)
 
 
 class TorchLayer(PagedLayer):
@@ -72,22 +84,36 @@ class TorchLayer(PagedLayer):
             part[slots // BLOCK, slots % BLOCK] = new
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_the_plan_of_all_layers_is_the_plan_of_each(seed: int) -> None:
+METHODS = {
+    "plphp": POLICY,
+    "plphp, per prompt": replace(POLICY, budget="global", min_tokens=2),
+    "plphp-shared": replace(plphp.policy("plphp-shared"), alpha=0.55, beta=0.45),
+    "plphp-flat": plphp.policy("plphp-flat"),
+    "random": plphp.policy("random", budget=0.3),
+    "uniform": plphp.policy("uniform"),
+    "novelty": plphp.policy("novelty", budget=0.5),
+    "full": plphp.policy("full"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_plan_of_all_layers_is_the_plan_of_each(seed: int, name: str) -> None:
     images, length = prompt(seed)
     probs, spans = attention(seed, images, length), spans_of(images, length)
-    policy = replace(POLICY, budget=("image", "global")[seed % 2], min_tokens=seed % 3)
-    together = choose(probs, spans, policy, KV_HEADS, 1, same)
-    choice = summary(together, spans, BLOCK, 1)
-    for layer in range(LAYERS):
-        alone = policy.plan(LayerView(probs[layer][None], spans[None], KV_HEADS))
+    policy = METHODS[name]
+    inputs = views(probs, spans, seed)
+    together = choose(iter(inputs), policy, BLOCK, 1)
+    choice = summary(together, whole(images, length), BLOCK, 1)
+    for layer, view in enumerate(inputs):
+        look = policy.look(view)
+        counts = policy.rounded_counts(look.rate, look.spans, BLOCK)
+        alone = keep_best(look, look.rate, *counts)
         kept = int(alone.lengths[0])
         assert together.columns[layer, :, -kept:].equal(alone.columns[0])
         assert choice.freed[layer] * BLOCK == length - kept
         assert choice.classes[layer] == int(alone.classes[0])
-        again = choose_again(
-            probs[layer], spans, policy, KV_HEADS, choice.rates[layer], choice.kept[layer]
-        )
+        again = choose_again(view, policy, choice.rates[layer], choice.kept[layer])
         assert again.equal(alone.columns[0]), "the same columns after a preemption"
 
 
@@ -95,8 +121,9 @@ def test_the_plan_of_all_layers_is_the_plan_of_each(seed: int) -> None:
 def test_layers_of_a_group_keep_as_many_as_the_most(layers: int) -> None:
     images, length = prompt(1)
     probs, spans = attention(1, images, length), spans_of(images, length)
-    single = summary(choose(probs, spans, POLICY, KV_HEADS, 1, same), spans, BLOCK, 1)
-    grouped = summary(choose(probs, spans, POLICY, KV_HEADS, layers, same), spans, BLOCK, layers)
+    inputs, end = views(probs, spans), whole(images, length)
+    single = summary(choose(inputs, POLICY, BLOCK, 1), end, BLOCK, 1)
+    grouped = summary(choose(inputs, POLICY, BLOCK, layers), end, BLOCK, layers)
     assert len(grouped.freed) == LAYERS // layers
     for layer, kept in enumerate(grouped.kept):
         first = layer // layers * layers
@@ -113,10 +140,10 @@ def test_kept_tokens_are_found_through_the_table_after_pruning(seed: int, fresh:
     pool = list(range(1, 60))
     random.Random(seed).shuffle(pool)
     held, pool = pool[:needed], pool[needed:]
-    most = fresh_blocks(POLICY, POLICY.r + POLICY.delta_r, images, length, BLOCK)
+    most = fresh_blocks(POLICY, images, length, BLOCK)
     reserved, pool = (pool[:most], pool[most:]) if fresh else ([], pool)
     layer, spans = TorchLayer(60, seed), spans_of(images, length)
-    plan = choose(attention(seed, images, length), spans, POLICY, KV_HEADS, 1, same)
+    plan = choose(views(attention(seed, images, length), spans), POLICY, BLOCK, 1)
     kept, freed = int(plan.lengths[0]), (length - int(plan.lengths[0])) // BLOCK
     columns, source = plan.columns[0, :, -kept:], torch.tensor(held)
     keys, values = layer.gather(source, columns)
@@ -142,7 +169,9 @@ def test_scores_are_the_attention_of_the_last_token() -> None:
     keys, _ = layer.read(blocks)
     keys = keys[:, :20].repeat_interleave(HEADS // KV_HEADS, 0)
     expected = ((keys @ query[..., None])[..., 0] * layer.scale).softmax(-1)
-    torch.testing.assert_close(layer.score(query, blocks, 20), expected)
+    view = layer.view(query, blocks, torch.zeros(20, dtype=torch.int64))
+    torch.testing.assert_close(view.probs[0], expected)
+    assert view.keys is not None and view.keys.shape == (1, KV_HEADS, 20, WIDTH)
 
 
 def test_tables_of_a_batch_start_at_the_first_kept_token() -> None:

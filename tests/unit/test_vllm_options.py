@@ -10,7 +10,7 @@ import pytest
 
 import plphp
 from plphp.policy import POLICIES
-from plphp.vllm.options import Options, read_options, request_policy
+from plphp.vllm.options import METHODS, Options, read_options, request_policy
 
 
 def test_a_server_is_told_what_engine_args_says() -> None:
@@ -70,17 +70,58 @@ def test_a_requests_bad_options_are_named(given: dict[str, Any], message: str) -
         request_policy(Options(), given)
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if name != "plphp"])
-def test_other_methods_are_not_served_as_plphp(name: str) -> None:
+@pytest.mark.parametrize("name", METHODS)
+def test_a_server_prunes_with_the_method_that_it_is_given(name: str) -> None:
+    made: Any = plphp.policy(name)
+    for given in (name, made):
+        extra = plphp.vllm.engine_args(given)["kv_transfer_config"]["kv_connector_extra_config"]
+        assert extra["method"] == name
+        assert read_options(extra).policy == made
+        assert read_options({"method": name}).policy == made
+
+
+def test_the_methods_that_need_one_layer_and_one_query_are_served() -> None:
+    own = {"plphp", "plphp-shared", "plphp-flat", "plphp-global"}
+    assert {"full", "random", "uniform", "novelty", *own} == set(METHODS)
+    assert read_options({"method": "recommended"}).policy == plphp.policy("recommended")
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in METHODS])
+def test_other_methods_are_refused_by_name(name: str) -> None:
     other: Any = plphp.policy(name)
-    with pytest.raises(ValueError, match=f"PLPHP only, got {type(other).__name__}"):
+    with pytest.raises(ValueError, match=f"cannot prune with {type(other).__name__}"):
         plphp.vllm.engine_args(other)
+    with pytest.raises(ValueError, match=f"method must be one of .*, got '{name}'; "):
+        plphp.vllm.engine_args(name)
+    with pytest.raises(ValueError, match=f"method must be one of .*, got '{name}'; "):
+        read_options({"method": name})
 
 
-@pytest.mark.parametrize("given", ["plphp", {"r": 0.4}, 0])
+def test_a_policy_without_a_name_is_refused() -> None:
+    class Mine(plphp.PLPHP):
+        pass
+
+    with pytest.raises(ValueError, match=r"only the policies of plphp\.policy have a name"):
+        plphp.vllm.engine_args(Mine())
+
+
+@pytest.mark.parametrize("given", [{"r": 0.4}, 7])
 def test_what_is_no_policy_is_refused(given: Any) -> None:
-    with pytest.raises(ValueError, match="PLPHP only, got"):
+    with pytest.raises(ValueError, match="vLLM cannot prune with"):
         plphp.vllm.engine_args(given)
+    with pytest.raises(ValueError, match="method must be one of"):
+        read_options({"method": given})
+
+
+def test_options_are_those_of_the_method() -> None:
+    options = read_options({"method": "novelty", "budget": 0.2})
+    assert options.policy == plphp.policy("novelty", budget=0.2)
+    with pytest.raises(ValueError, match="no option 'r'; the options are method, budget, floor"):
+        read_options({"method": "novelty", "r": 0.4})
+    asked = request_policy(options, {"plphp.budget": 0.5})
+    assert asked == plphp.policy("novelty", budget=0.5)
+    with pytest.raises(ValueError, match=r"no option 'plphp\.r'; the options are plphp, plphp\.b"):
+        request_policy(options, {"plphp.r": 0.5})
 
 
 def test_the_start_log_tells_the_real_rounding() -> None:

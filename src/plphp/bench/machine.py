@@ -17,7 +17,9 @@ import transformers
 from plphp._version import __version__
 
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
-BLOCK = 1 << 28  # bytes copied to measure the bandwidth: far more than processor caches hold
+# Bytes copied to measure the bandwidth: far more than processor caches hold, and on a GPU so many
+# that the time of a launch does not count.
+BLOCK = {"cpu": 1 << 28, "cuda": 1 << 31}
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -51,7 +53,8 @@ def synchronize(device: str) -> None:
 
 def bandwidth(device: str, rounds: int = 7) -> float:
     """Bytes per second, read and written, of the fastest of several copies."""
-    source = torch.ones(BLOCK // 4, device=device)
+    size = BLOCK[torch.device(device).type]
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     seconds = []
     for _ in range(rounds):
@@ -60,7 +63,7 @@ def bandwidth(device: str, rounds: int = 7) -> float:
         target.copy_(source)
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * BLOCK / min(seconds)
+    return 2 * size / min(seconds)
 
 
 def free_bytes(device: str) -> int | None:
@@ -113,8 +116,12 @@ def energy_meter(device: str) -> tuple[Callable[[], float] | None, str]:
             return None, "NVML is absent: pip install nvidia-ml-py"
         import pynvml  # type: ignore[import-not-found]
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.device(device).index or 0)
+        try:
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByIndex(torch.device(device).index or 0)
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        except pynvml.NVMLError as error:
+            return None, f"NVML does not tell: {error}"
         return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, "NVML"
     try:
         RAPL.read_text()

@@ -61,20 +61,22 @@ def read_file(path: str | os.PathLike[str], most: int) -> tuple[dict[str, Any], 
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise InputError("it is no regular file")
+            raise InputError("this is no regular file")
         with safe_open(path, framework="pt") as file:
             header = _header((file.metadata() or {}).get(KEY))
             names = list(file.keys())
             if len(names) > most:
-                raise InputError(f"it has {len(names)} tensors, such a model's at most {most}")
+                raise InputError(
+                    f"the file has {len(names)} tensors, and a cache of this model at most {most}"
+                )
             # Copies: the process would crash if a file that is mapped were shortened later.
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{path} is not a saved plphp cache: {error}") from error
     if type(header.get("format")) is not int or header["format"] not in READABLE:
         raise InputError(
-            f"{path} is not a plphp cache of format {' or '.join(map(str, READABLE))}: it says "
-            f"{short(header.get('format'))}"
+            f"{path} is not a plphp cache of format {' or '.join(map(str, READABLE))}: the format "
+            f"in its header is {short(header.get('format'))}"
         )
     return header, tensors
 
@@ -86,9 +88,9 @@ def check_whole(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Non
     try:
         expected = checksum(header, tensors)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"its header is nested too deeply: {error}") from error
+        raise InputError(f"the header is nested too deeply: {error}") from error
     if header.get("checksum") != expected:
-        raise InputError("its checksum does not match: the file is damaged")
+        raise InputError("the file is damaged: its checksum does not match its content")
 
 
 def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -123,11 +125,11 @@ def short(value: Any) -> str:
 def _header(text: Any) -> dict[str, Any]:
     """Parse a header. Raises InputError."""
     if not isinstance(text, str) or len(text) > MAX_HEADER:
-        raise InputError("it has no header in plphp's format")
+        raise InputError("the file has no header in plphp's format")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"its header is no JSON: {error}") from error
+        raise InputError(f"the header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        raise InputError("its header is no JSON object")
+        raise InputError("the header is not a JSON object")
     return header

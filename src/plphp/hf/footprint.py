@@ -51,8 +51,8 @@ class Deadline(TorchFunctionMode):
     ) -> Any:
         if time.monotonic() > self.end:
             raise InputError(
-                f"{self.what} takes more than {self.seconds:.0f} seconds: the sizes in its config "
-                "are out of the ordinary; correct them, or ask about a shorter prompt"
+                f"{self.what} takes more than {self.seconds:.0f} seconds, because the sizes in its "
+                "config are very large: correct them, or ask about a shorter prompt"
             )
         return func(*args, **(kwargs or {}))
 
@@ -99,8 +99,8 @@ def _read(model: nn.Module, tokens: int) -> Any:
                 return cache
             refused = refused or f"{type(error).__name__}: {_first_line(error)}"
     raise UnsupportedModelError(
-        f"its forward does not run without weights and images, so that its cache cannot be "
-        f"measured ({refused})"
+        f"its cache cannot be measured, because the model's forward does not run without weights "
+        f"and images ({refused})"
     )
 
 

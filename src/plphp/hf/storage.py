@@ -36,7 +36,7 @@ def save_cache(cache: Conversation, path: str | os.PathLike[str]) -> None:
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, PrunedLayer):
             raise UnsupportedModeError(
-                f"layer {index} was left to transformers; such a cache cannot be saved"
+                f"layer {index} is left to transformers: a cache with such a layer cannot be saved"
             )
         store = layer.store
         if not isinstance(store, KVStore):
@@ -109,16 +109,17 @@ def _checked_layers(cache: Conversation, header: dict[str, Any]) -> list[dict[st
     kind = header.get("model_type")
     if kind != cache.config.model_type:
         raise InputError(
-            f"it belongs to a model of type {short(kind)}, this one is {cache.config.model_type!r}"
+            f"the file belongs to a model of type {short(kind)}, and this model is of type "
+            f"{cache.config.model_type!r}"
         )
     if header["format"] != 1:
         saved, model = header.get("model"), fingerprint(cache.config, cache._model())
         if not isinstance(saved, dict):
-            raise InputError("it does not say which model it belongs to")
+            raise InputError("the file does not say which model it belongs to")
         for name in differences(saved, model):
             raise InputError(
-                f"it belongs to another model: {name} is {short(saved.get(name))} there, and "
-                f"{short(model[name])} in this one"
+                f"the file belongs to another model: {name} is {short(saved.get(name))} in the "
+                f"file, and {short(model[name])} in this model"
             )
     recall = header.get("recall")
     if recall != _options(cache.shared.recall):
@@ -127,13 +128,13 @@ def _checked_layers(cache: Conversation, header: dict[str, Any]) -> list[dict[st
             options = (f"{name[:20]}={short(value)}" for name, value in recall.items())
             how = f"with recall=plphp.Recall({', '.join(options)})"
         how = how if len(how) < 200 else f"{how[:200]}..."
-        raise InputError(f"it was saved {how}: attach the model like that to read it")
+        raise InputError(f"the file was saved {how}: attach the model in the same way to load it")
     layers = header.get("layers")
     if not isinstance(layers, list) or not all(isinstance(numbers, dict) for numbers in layers):
-        raise InputError("it does not say what its layers hold")
+        raise InputError("the header has no list of the layers")
     if len(layers) != len(cache.layers):
-        raise InputError(f"it has {len(layers)} layers, the model has {len(cache.layers)}")
+        raise InputError(f"the file has {len(layers)} layers, and the model {len(cache.layers)}")
     windows = [getattr(layer, "window", None) for layer in cache.layers]
     if [numbers.get("window") for numbers in layers] != windows:
-        raise InputError("it was made with other attention windows than the model's")
+        raise InputError("the file was made with other attention windows than the model has")
     return layers

@@ -42,7 +42,7 @@ class Stored:
         self.rows = len(self._tensor("0.start", (-1,), torch.int64))
         self.logical: int = layers[0].get("logical", 0)
         if not is_integer(self.logical, 1, MAX_COLUMN) or not self.rows:
-            raise ValueError("layer 0: its lengths are inconsistent")
+            raise ValueError("layer 0: the lengths in the header are inconsistent")
 
     def common(self, cache: Conversation) -> None:
         """Load the state that all layers share into a cache."""
@@ -50,7 +50,7 @@ class Stored:
         self.recall = shared.recall
         cache.shift = self._tensor("shift", (self.rows,), torch.int64, torch.int32)
         if bool((cache.shift.abs() > MAX_COLUMN).any()):
-            raise ValueError("its positions are out of range")
+            raise ValueError("the positions are out of range")
         last = 0
         if self.recall is not None:
             spans = self._tensor("spans", (self.rows, -1), torch.int64)
@@ -58,22 +58,22 @@ class Stored:
             shared.spans, self.vision = spans, Vision.of(spans)
         shared.last_image = self.header.get("last_image", MISSING)
         if not is_integer(shared.last_image, last, self.logical):
-            raise ValueError("its last image is out of range")
+            raise ValueError("the column of the last image is out of range")
         images = self.header.get("images", MISSING)
         if not isinstance(images, list):
-            raise ValueError("it has no list of its images")
+            raise ValueError("the header has no list of the images")
         cache._found = tuple(self._image(image) for image in images)
 
     def layer(self, index: int, layer: Any, parks: bool) -> None:
         """Load one layer. parks: whether it is a layer that parks its vision tokens."""
         if not isinstance(layer, PrunedLayer):
             raise ValueError(
-                f"layer {index} of this model is not pruned, and nothing can be loaded into it"
+                f"layer {index} of this model is not pruned, so that nothing can be loaded into it"
             )
         numbers = self.layers[index]
         raw = numbers.get("raw")
         if not isinstance(raw, bool):
-            raise ValueError(f"layer {index}: it does not say whether the layer holds every column")
+            raise ValueError(f"layer {index}: the header does not say whether tokens were dropped")
         try:
             store = self._store(index, numbers, layer.window, raw)
             home = self._home(index, numbers, store, parks)
@@ -85,42 +85,43 @@ class Stored:
     def check_names(self) -> None:
         """Check that every tensor of the file has been read."""
         if unknown := sorted(set(self.tensors) - self.read):
-            raise ValueError(f"it has an unknown tensor: {unknown[0][:60]!r}")
+            raise ValueError(f"the file has an unknown tensor: {unknown[0][:60]!r}")
 
     def _tensor(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-        """The tensor of a name, with this shape and one of these dtypes, by default any.
+        """The tensor of a name. Raises ValueError for another shape or another dtype.
 
         shape: -1 stands for any size
+        dtypes: the dtypes that are allowed; without any, all are
         """
         self.read.add(name)
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise ValueError(f"{name!r} is missing")
+            raise ValueError(f"the tensor {name!r} is missing")
         pairs = zip(shape, tensor.shape, strict=False)
         expected = [size if size >= 0 else actual for size, actual in pairs]
         if len(shape) != tensor.dim() or list(tensor.shape) != expected:
             wanted = ", ".join("any" if size < 0 else str(size) for size in shape)
             raise ValueError(
-                f"the sizes of {name}, {tuple(tensor.shape)}, do not fit: it must be ({wanted})"
+                f"the tensor {name} has the shape {tuple(tensor.shape)}, which must be ({wanted})"
             )
         if dtypes and tensor.dtype not in dtypes:
-            raise ValueError(f"{name} is {tensor.dtype}, not {dtypes[0]}")
+            raise ValueError(f"the tensor {name} has the dtype {tensor.dtype}, not {dtypes[0]}")
         return tensor
 
     def _checked_spans(self, spans: Tensor) -> int:
         """Check spans (B, N); return the column after the last vision token, 0 without any."""
         if bool(((spans < -1) | (spans > spans.shape[1])).any()):
-            raise ValueError("its spans are inconsistent: the number of an image is out of range")
+            raise ValueError("the spans are inconsistent: the number of an image is out of range")
         columns = (spans > 0).any(0).nonzero()[:, 0]
         last = int(columns[-1]) + 1 if len(columns) else 0
         if last > self.logical:
             raise ValueError(
-                "its spans are inconsistent: an image is in columns that were not read"
+                "the spans are inconsistent: an image is in columns that were not read"
             )
         return last
 
     def _image(self, image: Any) -> EarlierImage:
-        """An entry of the list of images."""
+        """An entry of the header's list of images."""
         names = {"row", "image", "tokens", "kept"}
         if isinstance(image, dict) and set(image) == names:
             kept = image["kept"]
@@ -133,7 +134,7 @@ class Stored:
                 and 0 <= kept <= 1  # neither NaN nor a number too large for a float
             ):
                 return EarlierImage(**image)
-        raise ValueError("its list of images is inconsistent")
+        raise ValueError("the list of images is inconsistent")
 
     def _store(self, index: int, numbers: dict[str, Any], window: int | None, raw: bool) -> KVStore:
         """The keys and values of one layer."""
@@ -141,7 +142,7 @@ class Stored:
         logical: int = numbers.get("logical", 0)
         fits = type(logical) is int and logical == self.logical
         if not fits or not is_integer(end, 1, self.logical):
-            raise ValueError("its lengths are inconsistent")
+            raise ValueError("the lengths in the header are inconsistent")
         start = self._tensor(f"{index}.start", (self.rows,), torch.int64)
         heads, dim, value = self.shapes.get(index, (None, None, None))
         keys = self._tensor(f"{index}.keys", (self.rows, heads or -1, end, dim or -1))
@@ -153,9 +154,12 @@ class Stored:
         if not fits or not keys.is_floating_point() or 0 in (*keys.shape, *values.shape):
             raise ValueError(f"keys of {name_of(keys.dtype)} do not fit the dtype of this model")
         if bool(((start < 0) | (start >= end)).any()):
-            raise ValueError("its row starts are out of range")
+            raise ValueError("the first slots of the rows are out of range")
         if raw and (end != logical or bool(start.any())):
-            raise ValueError("its lengths are inconsistent: it says that nothing was dropped")
+            raise ValueError(
+                "the lengths in the header are inconsistent: the header says that nothing was "
+                "dropped"
+            )
         store = KVStore(keys, values, window)
         if window is not None:
             name = f"{index}.positions"
@@ -171,10 +175,12 @@ class Stored:
         wanted = parks and self.vision is not None and self.vision.most > 0
         if not wanted or self.vision is None or self.recall is None:
             if parked is not None:
-                raise ValueError("it says that tokens are parked, and none can be")
+                raise ValueError(
+                    "the header says that tokens are parked, but this layer parks none"
+                )
             return None
         if not isinstance(parked, dict):
-            raise ValueError("it does not say what is parked")
+            raise ValueError("the header does not describe the parked tokens")
         prefix = f"{index}.{PARKED}"
         names = [name for name in self.tensors if name.startswith(prefix)]
         self.read.update(names)
@@ -187,7 +193,7 @@ class Stored:
         lengths, vision = store.end - store.start, self.vision
         text_only = home is None and not raw
         if text_only and vision is not None and not torch.equal(lengths, vision.text(self.logical)):
-            raise ValueError("its slots do not fit the spans: a text token is missing")
+            raise ValueError("the slots do not fit the spans: a text token is missing")
         if store.columns is None:
             return
         for row, start in enumerate(store.start.tolist()):
@@ -202,7 +208,7 @@ class Stored:
                 fits = bool((columns[:, 0] >= 0).all()) and bool((steps > 0).all())
                 fits = fits and int(columns.max()) < self.logical
             if not fits:
-                raise ValueError("the columns of its slots are inconsistent")
+                raise ValueError("the columns of the slots are inconsistent")
 
 
 def is_integer(value: Any, lowest: int, highest: int) -> bool:

@@ -1,4 +1,4 @@
-"""Models and files as a user names them, turned into what a generation needs."""
+"""Loads the models and files that a user names, and makes the inputs of generate()."""
 
 from plphp.inputs.images import image_files, open_image, upright
 from plphp.inputs.models import (

@@ -1,4 +1,4 @@
-"""Image files, and the one line that a file gets which is none."""
+"""Opens image files. A file that cannot be used raises InputError with one line that says why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import EpsImagePlugin, Image, ImageFile, UnidentifiedImageError
 
 from plphp.errors import InputError
 
-ORIENTATION = 0x0112  # the EXIF tag: how a picture must be turned to stand upright
+ORIENTATION = 0x0112  # the EXIF tag that says how an image must be turned to stand upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -24,47 +24,52 @@ TURNS = {
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """An upright RGB image. Raises InputError that names the file and says what is wrong with it.
+    """Open an image file as an upright RGB image.
 
-    Every image of the package is opened here: it is turned as its EXIF orientation says, which is
-    what transformers does with the same file.
+    The package opens all images here. The image is turned as its EXIF orientation says, as
+    transformers does it. Raises InputError that names the file and says what is wrong with it.
     """
     _check_file(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a reader's remarks; what it cannot read it raises
-            # Pillow only warns of bombs at first: a picture of 90 megapixels is refused here.
+            warnings.simplefilter("ignore")  # serious faults of a file are errors, not warnings
+            # Pillow only warns about an image of 90 megapixels. It is refused here.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return upright(image).convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         most = Image.MAX_IMAGE_PIXELS or 0
         raise InputError(
-            f"image {path}: more than {most:,} pixels (a decompression bomb?); make it smaller"
+            f"image {path}: the image has more than {most:,} pixels and may be a decompression "
+            "bomb: make it smaller"
         ) from None
     except UnidentifiedImageError:
-        raise InputError(f"image {path}: not an image that Pillow can read") from None
+        raise InputError(f"image {path}: this is not an image that Pillow can read") from None
     except MemoryError:
-        raise InputError(f"image {path}: no memory left to decode it; make it smaller") from None
-    except Exception as error:  # every decoder of Pillow fails in ways of its own
+        raise InputError(
+            f"image {path}: there is no memory left to decode the image: make it smaller"
+        ) from None
+    except Exception as error:  # the decoders of Pillow raise errors of many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"image {path}: broken or truncated ({reason})") from None
+        raise InputError(f"image {path}: the file is broken or truncated ({reason})") from None
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says. An orientation that cannot be read is none."""
-    image.load()  # a PNG may say it after its pixels, and some readers turn the image themselves
+    """The image, turned as its EXIF orientation says. An unreadable orientation is ignored."""
+    # A PNG may have its orientation after its pixels, and some decoders turn the image themselves.
+    image.load()
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # the block is broken, the pixels are not
+    except Exception:  # the EXIF data are broken, but the pixels are not
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files of a directory by name: those whose ending Pillow can read, not only write.
+    """The image files of a directory, sorted by name.
 
-    Raises InputError for a directory that cannot be listed.
+    A file is an image file if Pillow can read, and not only write, files with this ending. Raises
+    InputError for a directory that cannot be listed.
     """
     kinds = Image.registered_extensions()
     try:
@@ -75,7 +80,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def _can_read(kind: str | None) -> bool:
-    """Whether Pillow can decode a format here. It recognizes some that it cannot."""
+    """Whether Pillow can decode a format on this machine. It recognises some that it cannot."""
     if kind in (None, "MPEG"):
         return False
     if kind == "EPS":
@@ -87,18 +92,18 @@ def _can_read(kind: str | None) -> bool:
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:
-    """Raise InputError for a path that leads to no file, or to none that can be an image."""
+    """Raise InputError for a path that does not lead to a file, or only to an empty one."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
         raise InputError(f"image {path}: no such file") from None
     except OSError as error:
-        raise InputError(f"image {path}: cannot be read: {error.strerror}") from None
+        raise InputError(f"image {path}: the file cannot be read: {error.strerror}") from None
     except ValueError:  # a zero byte, or a character that no file name can hold
-        raise InputError(f"image {path!r}: not a file name") from None
+        raise InputError(f"image {path!r}: this is not a file name") from None
     if stat.S_ISDIR(found.st_mode):
-        raise InputError(f"image {path}: is a directory; --batch takes directories")
+        raise InputError(f"image {path}: this is a directory, and only --batch takes directories")
     if not stat.S_ISREG(found.st_mode):
-        raise InputError(f"image {path}: not a regular file; save the image to one")
+        raise InputError(f"image {path}: this is not a regular file: save the image as a file")
     if found.st_size == 0:
         raise InputError(f"image {path}: the file is empty")

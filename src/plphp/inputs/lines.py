@@ -1,7 +1,7 @@
-"""JSON lines: one JSON value a line, whatever the texts in it hold.
+"""Reads and writes JSON lines: one JSON value per line.
 
-Only a line feed ends a line. Characters that other readers also take for the end of one, such as
-U+2028, are written as escapes.
+Only a line feed ends a line. Some readers also end a line at other characters, such as U+2028.
+Therefore these characters are written as escapes.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from plphp.errors import InputError
 
 try:
     import fcntl
-except ImportError:  # Windows: there an open file cannot be replaced by another process
+except ImportError:  # on Windows, where another process cannot replace an open file
     fcntl = None  # type: ignore[assignment]
 
-DEEPEST = 64  # levels of lists and objects in a line
+DEEPEST = 64  # the largest number of nested lists and objects in a line
 _ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def split_lines(data: bytes) -> list[bytes]:
-    """The lines of a file without their ends; what follows the last line feed counts if there is
-    something. A byte order mark at the start is left out."""
+    """The lines of a file, without line feeds and without a byte order mark at the start.
+
+    Bytes after the last line feed are a line too.
+    """
     rows = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
     if not rows[-1]:
         rows.pop()
@@ -33,21 +35,24 @@ def split_lines(data: bytes) -> list[bytes]:
 
 
 def read_bytes(path: Path, name: str) -> bytes:
-    """A file of UTF-8 lines. name: how messages begin. Raises InputError if it cannot be one."""
+    """The bytes of a file of UTF-8 lines. name: the beginning of messages.
+
+    Raises InputError for a file that cannot be read, or that is UTF-16 text.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{name}: the file cannot be read: {error.strerror}") from error
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise InputError(f"{name}: UTF-16 text; save it as UTF-8")
+        raise InputError(f"{name}: the file is UTF-16 text: save it as UTF-8")
     return data
 
 
 def load(row: bytes) -> Any:
     """The value of one line. Raises InputError that says what is wrong with it.
 
-    Stricter than Python's own reader: NaN, infinite numbers and a key that stands twice in an
-    object are refused, since something of them would be lost.
+    This is stricter than Python's `json.loads`: NaN, infinite numbers, and a key that an object has
+    twice are refused, because a part of them would be lost.
     """
     try:
         value = json.loads(
@@ -57,22 +62,24 @@ def load(row: bytes) -> Any:
             object_pairs_hook=_unique,
         )
     except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise InputError(
+            f"the line is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
     except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error.msg} at column {error.colno}") from None
+        raise InputError(f"the line is not JSON: {error.msg} at character {error.colno}") from None
     except InputError:
         raise
     except ValueError:
-        raise InputError("not usable JSON: a number has too many digits") from None
+        raise InputError("a number in the line has too many digits") from None
     except RecursionError:
-        raise InputError(f"not usable JSON: nested deeper than {DEEPEST} levels") from None
+        raise InputError(f"the JSON is nested deeper than {DEEPEST} levels") from None
     if _too_deep(value):
-        raise InputError(f"not usable JSON: nested deeper than {DEEPEST} levels")
+        raise InputError(f"the JSON is nested deeper than {DEEPEST} levels")
     return value
 
 
 def dump(value: Any, allow_nan: bool = False) -> str:
-    """One line of text, its end included, that every reader takes for one line."""
+    """A value as JSON on one line, with the line feed. Every reader takes it for a single line."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=allow_nan)
     return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
@@ -80,8 +87,9 @@ def dump(value: Any, allow_nan: bool = False) -> str:
 def lock(file: IO[Any], name: str) -> None:
     """Keep other processes from writing this file until it is closed.
 
-    Raises InputError if another process has done so already. Does nothing where the system or the
-    file system knows no locks.
+    name: the beginning of the message
+    Raises InputError if another process holds the lock. Does nothing if the system or the file
+    system has no locks.
     """
     if fcntl is None:
         return
@@ -89,7 +97,8 @@ def lock(file: IO[Any], name: str) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(
-            f"{name}: another process is writing it; wait for its end, or write elsewhere"
+            f"{name}: another process is writing this file: wait until it ends, or write to "
+            "another file"
         ) from None
     except OSError:
         return
@@ -113,7 +122,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"the key {twice!r} stands twice in one object")
+        raise InputError(f"an object has the key {twice!r} twice")
     return made
 
 
@@ -125,4 +134,4 @@ def _finite(text: str) -> float:
 
 
 def _refuse_constant(text: str) -> Any:
-    raise InputError(f"not JSON: {text} is no number that JSON knows")
+    raise InputError(f"the line is not JSON: {text} is not a JSON number")

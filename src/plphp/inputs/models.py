@@ -1,4 +1,4 @@
-"""Models as a user names them, with what turns pictures and a question into their inputs."""
+"""Loads the model that a user names, together with its processor."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ from plphp.inputs.shell import check_depth
 
 EMBEDDED = "embedded"
 
-Prompt = tuple[Sequence[Image.Image], str]  # the pictures, then the question about them
+Prompt = tuple[Sequence[Image.Image], str]  # the images, and the question about them
 
 
 class Runnable(Protocol):
-    """A model with what turns pictures and a question into its inputs."""
+    """A model that can make its own inputs from images and a question.
+
+    inputs: the arguments of generate() for one prompt
+    batch: the same for several prompts, padded on the left
+    decode: the text of token ids, without special tokens
+    """
 
     @property
     def model(self) -> Any: ...
@@ -37,7 +42,7 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model of the user's choice with its processor."""
+    """A model and its processor, as transformers loads them."""
 
     model: Any
     processor: Any
@@ -49,26 +54,30 @@ class Loaded:
     def inputs(
         self, images: Sequence[Image.Image], question: str, videos: Sequence[Path] = ()
     ) -> dict[str, Tensor]:
-        """What `model.generate(**inputs)` needs for one prompt."""
+        """The arguments of `model.generate()` for one prompt, on the model's device."""
         return self.encode([_user(images, question, videos)])
 
     def batch(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Several prompts, padded on the left, as generate() wants them."""
+        """The arguments of generate() for several prompts, padded on the left."""
         return self.encode_all([[_user(images, question)] for images, question in prompts])
 
     def encode_all(self, chats: Sequence[list[Any]], **options: Any) -> dict[str, Tensor]:
-        """Several chats, each a list of messages as chat templates take them, padded on the left.
+        """The arguments of generate() for several chats, padded on the left.
 
-        options: the processor's
+        chats: each is a list of messages, in the form that chat templates take
+        options: options of the processor
         """
         self.tokenizer.padding_side = "left"
-        # Not every processor knows how to pad, and a single prompt needs none.
+        # A single prompt needs no padding, and some processors cannot pad.
         if len(chats) == 1:
             return self.encode(chats[0], **options)
         return self.encode(list(chats), padding=True, **options)
 
     def encode(self, chats: list[Any], **options: Any) -> dict[str, Tensor]:
-        """One chat, or several of one length. Raises ValueError for what the processor refuses."""
+        """The arguments of generate() for one chat, or for several of the same length.
+
+        Raises the processor's own errors for inputs that it refuses.
+        """
         encoded = self.processor.apply_chat_template(
             chats,
             tokenize=True,
@@ -95,11 +104,16 @@ def _user(
 def load(
     name: str, dtype: str, device: str, attention: str | None = None, trust: bool = False
 ) -> Runnable:
-    """The embedded model, a local directory, or a hub id. Raises InputError with what to do.
+    """Load a model with its processor.
 
-    dtype: "auto" is what the weights have, or "float32", "bfloat16", "float16"
-    device: a torch device, or "auto" to spread the layers over all of them; the embedded model,
-        which is small, takes one of them
+    name: "embedded", a local directory, or a hub id
+    dtype: "float32", "bfloat16" or "float16"; "auto" takes the dtype of the weights
+    device: a torch device. "auto" spreads the layers over all devices; the embedded model, which is
+        small, gets one device
+    attention: the attention implementation of transformers, None for the model's default
+    trust: whether Python code that comes with the model may run
+
+    Raises InputError that says what to do if the model cannot be loaded.
     """
     spread = device == "auto" and name != EMBEDDED
     if device == "auto":
@@ -136,7 +150,7 @@ def load(
 
 
 def _embedded_like(model: Any, name: str) -> Runnable:
-    """A local Qwen2-VL with its pictures' half of the processor: the other needs torchvision."""
+    """A local Qwen2-VL with its image processor only: its video processor needs torchvision."""
     from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
     from plphp.demo.model import Embedded
@@ -147,14 +161,14 @@ def _embedded_like(model: Any, name: str) -> Runnable:
 
 
 def is_embedded(loaded: Runnable) -> bool:
-    """Whether this is the model that comes with the package, not one of its kind."""
+    """Whether this is the model that comes with the package."""
     from plphp.demo.model import WEIGHTS
 
     return bool(loaded.model.name_or_path == str(WEIGHTS))
 
 
 def load_config(name: str, trust: bool = False) -> Any:
-    """The config of a model by name. Raises InputError for what is no model."""
+    """The config of the model with this name. Raises InputError if there is no such model."""
     from transformers import AutoConfig, PreTrainedConfig
 
     if name == EMBEDDED:
@@ -163,9 +177,9 @@ def load_config(name: str, trust: bool = False) -> Any:
         name = str(WEIGHTS)
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"{name} is a directory without a config.json: not a model")
+        raise InputError(f"{name} is a directory without a config.json, so it is not a model")
     if path.is_file():
-        raise InputError(f"{name} is a file; --model takes a directory, a hub id, or 'embedded'")
+        raise InputError(f"{name} is a file: --model takes a directory, a hub id, or 'embedded'")
     if name.startswith((".", "/", "~")) and not path.exists():
         raise InputError(f"{name}: no such directory")
     with _reading(name):
@@ -174,39 +188,42 @@ def load_config(name: str, trust: bool = False) -> Any:
             return AutoConfig.from_pretrained(name, trust_remote_code=trust)
         except (OSError, ValueError, ImportError, RecursionError):
             raise
-        except Exception as error:  # of all kinds: each config class checks its own fields
+        except Exception as error:  # each config class checks its fields and has its own errors
             raise InputError(
-                f"cannot load {name}: its config.json says what its model does not take "
-                f"({_first_sentence(error)}); correct it"
+                f"cannot load {name}: the model does not accept its config.json "
+                f"({_first_sentence(error)}): correct the file"
             ) from error
 
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turn what transformers says about a model that cannot be read into one line."""
+    """Turn the errors of transformers about a model that cannot be loaded into an InputError."""
     try:
         yield
     except (PlphpError, MemoryError, torch.OutOfMemoryError):
         raise
     except RecursionError as error:
         raise InputError(
-            f"cannot load {name}: its config.json is nested too deeply to be read; correct it"
+            f"cannot load {name}: its config.json is nested too deeply: correct the file"
         ) from error
     except Exception as error:
         raise InputError(_refusal(name, error)) from error
 
 
 def _refusal(name: str, error: Exception) -> str:
-    """What an error of transformers means for a model. Its name may hold any word: where the
-    model is on this machine, the hub has nothing to do with it."""
+    """The message for an error of transformers.
+
+    The message of the error may contain the name of the model, which may contain any word.
+    Therefore the hub is only mentioned if the model is not on this machine.
+    """
     away = isinstance(error, OSError) and ("connect" in str(error) or "offline" in str(error))
     if away and not Path(name).exists():
         return (
-            f"{name} is not on this machine and the model hub cannot be reached; give a local "
+            f"{name} is not on this machine, and the model hub cannot be reached: give a local "
             "directory, or unset HF_HUB_OFFLINE and check the network"
         )
     if isinstance(error, (ValueError, ImportError)) and "trust_remote_code=" in str(error):
-        return f"{name} comes with Python code of its own: --trust-remote-code runs it"
+        return f"{name} needs its own Python code: give --trust-remote-code to run it"
     kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else type(error).__name__
     reason = ": ".join(part for part in (kind, _first_sentence(error)) if part)
     return f"cannot load {name}: {reason or type(error).__name__}"
@@ -224,7 +241,7 @@ def check_device(device: str) -> None:
         reason = _first_sentence(error)
         raise InputError(f"--device {device} cannot be used here: {reason}") from error
     if empty.is_meta:
-        raise InputError(f"--device {device} holds no numbers: give cpu, cuda, mps, ...")
+        raise InputError(f"--device {device} stores no numbers: give cpu, cuda or mps")
 
 
 def _set_attention(model: Any, attention: str) -> None:
@@ -235,7 +252,7 @@ def _set_attention(model: Any, attention: str) -> None:
 
 
 def _needs_no_processor(name: str, config: Any) -> bool:
-    """A local Qwen2-VL without torchvision, which its processor needs and its pictures do not."""
+    """Whether this is a local Qwen2-VL and torchvision, which its processor needs, is missing."""
     return bool(config.model_type == "qwen2_vl" and Path(name).is_dir() and not _has_torchvision())
 
 

@@ -1,4 +1,4 @@
-"""Files and a question, turned into what a generation needs."""
+"""Makes the inputs of generate() from image files, video files and a question."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ MARKS = ("image_token", "video_token")  # names that processors have for their p
 def make_inputs(
     loaded: Runnable, images: Sequence[str], prompt: str, videos: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """The model's inputs. Raises InputError for files, shapes and lengths that do not fit, and
-    where the model's processor leaves an image or a video out."""
+    """The arguments of the model's generate() for one prompt.
+
+    Raises InputError for a file that cannot be used, for a prompt that is too long, and if the
+    model's processor leaves an image or a video out.
+    """
     check_prompt(loaded, prompt)
     pictures = [open_image(path) for path in images]
     if videos and not isinstance(loaded, Loaded):
         raise InputError(
             "the embedded model reads pictures, not videos: choose a --model"
             if is_embedded(loaded)
-            else "videos of this model need torchvision, which is not installed: pip install "
-            "torchvision"
+            else "this model needs torchvision to read videos, which is not installed: run pip "
+            "install torchvision"
         )
 
     def encode(images: int, videos: Sequence[str]) -> dict[str, Tensor]:
@@ -47,34 +50,34 @@ def make_inputs(
             _check_more(config, inputs, encode(len(pictures), videos[:-1]), videos[-1])
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # processors and readers of videos fail in ways of their own
+    except Exception as error:  # processors and video readers raise errors of many kinds
         names = ", ".join([*images, *videos]) or "the prompt"
-        raise InputError(f"{names}: the model's processor refuses: {error}") from error
+        raise InputError(f"{names}: the model's processor refuses it: {error}") from error
     _check_length(config, inputs, len(images))
     return inputs
 
 
 def check_prompt(loaded: Runnable, prompt: str) -> None:
-    """Raise InputError for a prompt that is empty, no text, or holds the model's own marks."""
+    """Raise InputError for a prompt that is empty, is no text, or contains image placeholders."""
     if not prompt.strip():
         raise InputError("the prompt is empty")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"the prompt is not text: character {error.start} is half of a pair of surrogates, or "
-            "a byte that is not UTF-8"
+            f"the prompt is not text: character {error.start} is half of a surrogate pair, or a "
+            "byte that is not UTF-8"
         ) from None
     for mark in sorted(_marks(loaded)):
         if mark in prompt:
             raise InputError(
-                f"the prompt holds {mark}, which stands for an image or a video in this model's "
-                "prompts: leave it out, the images are put in by themselves"
+                f"the prompt contains {mark}, this model's placeholder for an image or a video: "
+                "leave it out, because placeholders are added automatically"
             )
 
 
 def _marks(loaded: Runnable) -> set[str]:
-    """What stands for an image or a video in the text that a model reads."""
+    """The placeholders that stand for an image or a video in the model's prompts."""
     holders = (getattr(loaded, "processor", None), loaded.tokenizer)
     found = {getattr(holder, name, None) for holder in holders for name in MARKS}
     ids = list(vision_token_ids(loaded.model.config))
@@ -85,7 +88,7 @@ def _marks(loaded: Runnable) -> set[str]:
 
 
 def _images(config: Any, inputs: dict[str, Tensor]) -> int:
-    """How many images and videos the prompt has a place for."""
+    """The number of images and videos in the prompt; 0 if it cannot be counted."""
     try:
         return int(vision_spans(config, **inputs).max())
     except UnsupportedModelError:
@@ -93,7 +96,7 @@ def _images(config: Any, inputs: dict[str, Tensor]) -> int:
 
 
 def _vision(config: Any, inputs: dict[str, Tensor]) -> int:
-    """How many tokens of the prompt are vision; all of them where that cannot be told."""
+    """The number of vision tokens in the prompt; all tokens if they cannot be distinguished."""
     try:
         return int((vision_spans(config, **inputs) > 0).sum())
     except UnsupportedModelError:
@@ -103,11 +106,14 @@ def _vision(config: Any, inputs: dict[str, Tensor]) -> int:
 def _check_more(
     config: Any, inputs: dict[str, Tensor], fewer: dict[str, Tensor], name: str
 ) -> None:
-    """Raise InputError if a prompt holds no more than one without this file."""
+    """Raise InputError if a prompt has no more vision tokens than the prompt without a file.
+
+    fewer: the inputs without the file; name: the name of the file
+    """
     if _vision(config, inputs) <= _vision(config, fewer):
         raise InputError(
-            f"{name}: the model's processor leaves it out of the prompt: this model does not read "
-            "it; give it what it reads, or another --model"
+            f"{name}: the model's processor leaves it out of the prompt, because this model cannot "
+            "read such a file: give other files, or another --model"
         )
 
 
@@ -116,6 +122,6 @@ def _check_length(config: Any, inputs: dict[str, Tensor], images: int) -> None:
     length = inputs["input_ids"].shape[1]
     if limit is not None and length >= limit:
         raise InputError(
-            f"the prompt takes {length} tokens with {images} images and the model holds "
+            f"the prompt has {length} tokens with {images} images, and the model reads at most "
             f"{limit}: use fewer or smaller images"
         )

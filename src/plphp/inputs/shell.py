@@ -1,4 +1,4 @@
-"""Models without weights, from a config alone, and configs that no model can be made of."""
+"""Builds models without weights from a config, and refuses configs that cannot be built."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ COUNTS = ("depth", "depths", "n_layer", "n_layers", "num_layers", "layer_types")
 
 
 def check_depth(name: str, raw: dict[str, Any]) -> None:
-    """Raise InputError for a config, as its JSON says it, with more layers than any model has.
+    """Raise InputError for a config with more layers than any published model has.
 
-    transformers makes a list of them, or a module of each, before anything can be said of them.
+    raw: the config as a dict, as in config.json. The check comes first, because transformers makes
+    a list entry or a module for each layer while it reads the config.
     """
     for key, count in _counts(raw):
         if count > MOST_LAYERS:
             raise InputError(
-                f"cannot read {name}: its config says {key}: {count:,}, and plphp reads models of "
-                f"up to {MOST_LAYERS:,} layers; correct {key} in its config.json"
+                f"cannot read {name}: {key} in its config.json is {count:,}, and plphp reads "
+                f"models of at most {MOST_LAYERS:,} layers: correct {key}"
             )
 
 
 def _counts(raw: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """How many layers each key of a config and of the configs inside it asks for."""
+    """Each key of a config, and of the configs inside it, that gives a number of layers."""
     left: list[Any] = [raw]
     while left:
         part = left.pop()
@@ -55,11 +56,14 @@ def _is_count(value: Any) -> bool:
 
 
 def shell(config: Any, trust: bool = False, dtype: Any = None) -> Any:
-    """The model of a config without weights; call it where torch's device is meta.
+    """Build the model of a config without weights. Call this with "meta" as torch's device.
 
-    trust: run Python code that comes with the model, where transformers has none for it
-    Raises UnsupportedModelError for what is no model with text output, InputError for a config
-    that no model can be built of.
+    trust: whether Python code that comes with the model may run, if transformers has no class for
+        the model
+    dtype: the dtype of the weights, None for the config's own
+
+    Raises UnsupportedModelError for a model that does not generate text, and InputError if no
+    model can be built from the config.
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -73,7 +77,7 @@ def shell(config: Any, trust: bool = False, dtype: Any = None) -> Any:
         return _built(remote[0], config, True, dtype)
     if remote:
         raise UnsupportedModelError(
-            f"{config.model_type} comes with Python code of its own: --trust-remote-code runs it"
+            f"{config.model_type} needs its own Python code: give --trust-remote-code to run it"
         )
     raise UnsupportedModelError(
         f"{config.model_type} is not a vision-language model that transformers can generate with"
@@ -91,7 +95,7 @@ def _built(auto: Any, config: Any, trust: bool, dtype: Any) -> Any:
     except Exception as error:
         raise InputError(
             f"cannot build {config.model_type} from its config ({type(error).__name__}: "
-            f"{_line(error)}); check the sizes that its config.json gives, and what it leaves out"
+            f"{_line(error)}): check the sizes in its config.json, and whether fields are missing"
         ) from error
 
 

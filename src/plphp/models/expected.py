@@ -1,4 +1,4 @@
-"""How many vision tokens an image will take, before there is one."""
+"""The number of vision tokens that an image will have, from a processor or a config."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ import torch
 from plphp.models.families import FAMILIES, GENERIC
 from plphp.models.sizes import Inputs
 
-ASSUMED = 1024  # vision tokens of an image, where nothing says how many
-SIDE = 1024  # pixels of the square picture, where the number depends on the picture's size
-# Names under which configs give the tokens of every image
+ASSUMED = 1024  # vision tokens of an image, if neither the processor nor the config gives them
+SIDE = 1024  # pixels per side of the image, if the number depends on the size of the image
+# The attributes of configs that give the number of tokens of every image
 NAMES = ("mm_tokens_per_image", "vision_soft_tokens_per_image", "image_seq_length")
 INNER_NAMES = ("num_image_tokens",)
 PICTURE = f"for a picture of {SIDE} x {SIDE} pixels"
+PROCESSOR, CONFIG = "from its processor", "from its config"
 
 
 def image_tokens(config: Any, processor: Any = None) -> tuple[int, str]:
-    """Vision tokens of an image, and what says so in words.
+    """The number of vision tokens of an image, and the source of that number in words.
 
-    processor: the model's, if it is at hand: it knows how pictures are scaled and tiled. Without
-    it the family's rule answers, then the config. Where neither does it is ASSUMED, as the words
-    say.
+    processor: the model's processor, which knows how images are scaled and tiled, or None
+
+    Without a number from the processor, the rule of the model family gives it, and then an
+    attribute of the config. If none of them does, the number is ASSUMED.
     """
     if processor is not None and (count := _of_processor(processor)):
-        return count, f"its processor says, {PICTURE}"
+        return count, f"{PROCESSOR}, {PICTURE}"
     family = FAMILIES.get(getattr(config, "model_type", ""), GENERIC)
     picture = _picture(config)
-    for inputs, words in (({}, "its config says"), (picture, PICTURE)):
+    for inputs, words in (({}, CONFIG), (picture, f"{CONFIG}, {PICTURE}")):
         try:
             counted = family.images(config, inputs)
         except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
@@ -37,15 +39,15 @@ def image_tokens(config: Any, processor: Any = None) -> tuple[int, str]:
         if isinstance(first, int) and first > 0:
             return first, words
     if count := _named(config):
-        return count, "its config says"
+        return count, CONFIG
     if "image_grid_thw" in picture:
         merge = int(config.vision_config.spatial_merge_size) ** 2
-        return int(picture["image_grid_thw"].prod()) // merge, PICTURE
-    return ASSUMED, "assumed: nothing at hand says how many, --tokens-per-image does"
+        return int(picture["image_grid_thw"].prod()) // merge, f"{CONFIG}, {PICTURE}"
+    return ASSUMED, "assumed, because the model does not say it: give --tokens-per-image"
 
 
 def _of_processor(processor: Any) -> int:
-    """What the processor says, 0 where it cannot."""
+    """The number that the processor gives, or 0."""
     counts = getattr(processor, "_get_num_multimodal_tokens", None)
     if counts is None:
         return 0
@@ -56,7 +58,7 @@ def _of_processor(processor: Any) -> int:
 
 
 def _picture(config: Any) -> Inputs:
-    """What a processor would return for one picture, as far as the config tells."""
+    """The outputs of the processor for one image that the config determines."""
     inputs = {"image_sizes": torch.tensor([[SIDE, SIDE]])}
     vision = getattr(config, "vision_config", None)
     patch = getattr(vision, "patch_size", None)
@@ -68,7 +70,7 @@ def _picture(config: Any) -> Inputs:
 
 
 def _named(config: Any) -> int:
-    """The number that the config, or one inside it, gives for every image; 0 if none does."""
+    """The number that an attribute of the config, or of a config inside it, gives; or 0."""
     inner = [getattr(config, name, None) for name in ("vision_config", "text_config")]
     named = [getattr(config, name, None) for name in NAMES]
     named += [getattr(part, name, None) for part in inner for name in INNER_NAMES]

@@ -58,15 +58,14 @@ class Lockstep:
         return held is not None and len(held) * self.block_size >= tokens
 
 
-def fresh_blocks(policy: CachePolicy, rate: float, images: Runs, length: int, block: int) -> int:
+def fresh_blocks(policy: CachePolicy, images: Runs, length: int, block: int) -> int:
     """The most fresh blocks that a group can need for a prompt.
 
-    rate: the highest retention rate of a layer; images: the runs of vision tokens; length: tokens
-    of the prompt; block: tokens per block
+    images: the runs of vision tokens; length: tokens of the prompt; block: tokens per block
     """
-    most = torch.tensor([rate], dtype=torch.float64)
+    most = torch.tensor([policy.highest_rate], dtype=torch.float64)
     spans = spans_of(images, length)
-    quota, total = policy.counts(most, spans[None])
+    quota, total = policy.rounded_counts(most, spans[None], block)
     kept = int((quota.sum(-1) if total is None else total)[0])
     return length // block - (int((spans > 0).sum()) - kept) // block
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from plphp.attention import last_token_probabilities
+from plphp.policy import LayerView
 
 
 class PagedLayer:
@@ -45,15 +46,16 @@ class PagedLayer:
         """Write keys and values (K, Hkv, D) to slots (K,), `block id * block_size + offset`."""
         raise NotImplementedError
 
-    def score(self, query: Tensor, blocks: Tensor, length: int) -> Tensor:
-        """The attention of the last prompt token, (H, N) float32.
+    def view(self, query: Tensor, blocks: Tensor, spans: Tensor) -> LayerView:
+        """The input of a policy, with one row.
 
-        query: (H, D) of the last prompt token; blocks: (n,) of the prompt; length: N
+        query: (H, D) of the last prompt token; blocks: (n,) of the prompt
+        spans: (N,) int64, as in `LayerView`, on the device of the cache
         """
-        keys, _ = self.read(blocks)
-        valid = torch.ones(1, length, dtype=torch.bool, device=keys.device)
-        keys = keys[None, :, :length]
-        return last_token_probabilities(query[None], keys, valid, self.scale, self.softcap)[0]
+        keys, values = (part[None, :, : len(spans)] for part in self.read(blocks))
+        valid = torch.ones(1, len(spans), dtype=torch.bool, device=keys.device)
+        probs = last_token_probabilities(query[None], keys, valid, self.scale, self.softcap)
+        return LayerView(probs, spans[None], self.kv_heads, keys=keys, values=values)
 
     def gather(self, blocks: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values (Hkv, K, D) at columns (Hkv, K) of a block table (n,)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from plphp.policy import PLPHP
+from plphp.policy import CachePolicy
 
 Runs = Sequence[tuple[int, int, int]]  # (image, first, last): images from 1, `last` inclusive
 
@@ -44,9 +44,14 @@ class PromptEnd:
     end: int
     length: int
     images: tuple[tuple[int, int, int], ...]
-    policy: PLPHP
+    policy: CachePolicy
     fresh: tuple[tuple[int, ...], ...] | None
     choice: Choice | None
+
+    @property
+    def text(self) -> int:
+        """The number of tokens of the prompt that are not vision tokens."""
+        return self.length - sum(last - first + 1 for _, first, last in self.images)
 
 
 def spans_of(images: Runs, length: int) -> torch.Tensor:

@@ -122,23 +122,38 @@ class CachePolicy(Policy):
 
     def choose(self, look: Look, rate: Tensor) -> KeepPlan:
         """Keep all text and the vision tokens with the highest scores, at a rate (B,) float64."""
-        return keep_best(look, rate, *self.counts(rate, look.spans))
+        return keep_best(look, rate, *self.rounded_counts(rate, look.spans, self.round_to))
+
+    @property
+    def highest_rate(self) -> float:
+        """The highest retention rate that the policy asks for in any layer, 0 to 1.
+
+        A paged cache reserves blocks for it before the rates are known.
+        """
+        highest: float = self.budget  # type: ignore[attr-defined]  # an option of most policies
+        return highest
 
     def counts(self, rate: Tensor, spans: Tensor) -> tuple[Tensor, Tensor | None]:
         """The numbers of vision tokens to keep, int64: per image (B, m) and per row (B,).
 
         rate (B,) float64, spans (B, N) int64. The number per row is None where it is the sum of
-        the numbers per image.
+        the numbers per image. `round_to` is not applied.
         """
         sizes = steps.image_sizes(spans)
         quota = sizes.clamp(max=self.min_tokens)
         if self.scope == "image":
-            quota = torch.maximum(quota, steps.share(rate, sizes))
-            if self.round_to == 1:
-                return quota, None
+            return torch.maximum(quota, steps.share(rate, sizes)), None
         whole = steps.share(rate, sizes.sum(-1, keepdim=True))[:, 0]
-        total = quota.sum(-1) if self.scope == "image" else torch.maximum(whole, quota.sum(-1))
-        return quota, steps.round_up(total, spans, self.round_to)
+        return quota, torch.maximum(whole, quota.sum(-1))
+
+    def rounded_counts(
+        self, rate: Tensor, spans: Tensor, round_to: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `counts`, with more tokens per row until a multiple of `round_to` is dropped."""
+        quota, total = self.counts(rate, spans)
+        if round_to == 1:
+            return quota, total
+        return quota, steps.round_up(quota.sum(-1) if total is None else total, spans, round_to)
 
 
 class SequencePolicy(Policy):

@@ -98,6 +98,11 @@ class PLPHP(CachePolicy):
         """One of "global", where the tokens of all images are ranked together, and "image"."""
         return "global" if self.budget == "global" else "image"
 
+    @property
+    def highest_rate(self) -> float:
+        """The rate of vision-attentive layers, r + delta_r."""
+        return self.r + self.delta_r
+
     def rate(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """The layer class and the retention rate of each row, from gamma (B,) float32.
 

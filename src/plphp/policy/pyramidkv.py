@@ -32,8 +32,13 @@ class PyramidKV(SnapKV):
         if not isinstance(self.slope, (int, float)) or not self.slope >= 1:
             raise ValueError(f"slope must be a number of at least 1, got {self.slope!r}")
 
+    @property
+    def highest_rate(self) -> float:
+        """The rate of the first layer."""
+        return min(2 * self.budget - self.budget / self.slope, 1.0)
+
     def share(self, view: LayerView) -> float:
-        bottom = min(2 * self.budget - self.budget / self.slope, 1.0)
+        bottom = self.highest_rate
         top = 2 * self.budget - bottom
         depth = view.layer / max(view.layers - 1, 1)
         return min(max(bottom + (top - bottom) * depth, 0.0), 1.0)

@@ -20,6 +20,7 @@ from plphp.recall.budget import Place, affordable_tokens, plan_within
 from plphp.recall.codes import row_bytes
 from plphp.recall.home import Recall
 from plphp.recall.index import BITS, KeyIndex, build, index_bytes
+from plphp.recall.lanes import in_parts, lane_of
 from plphp.recall.serialize import Saved
 from plphp.recall.slot_order import (
     Vision,
@@ -28,7 +29,7 @@ from plphp.recall.slot_order import (
     tokens_in_slots,
     vision_first,
 )
-from plphp.recall.transfer import fetch, largest, to_host, whole_rows
+from plphp.recall.transfer import exchanges, fetch, largest, to_host, whole_rows
 
 
 class HostHome:
@@ -166,15 +167,17 @@ class HostHome:
     def _choose(self, query: Tensor, store: KVStore, column: int) -> None:
         """Choose tokens for the query (B, H, 1, D) of a column, and fetch them into the store."""
         if self.every == 1 or not self.chosen or (column - self.begin) % self.every == 0:
-            scores = self.index.scores(query)
-            if self.valid is not None:
-                scores = scores.masked_fill(~self.valid[:, None], -torch.inf)
-            if self.columns is not None and store.window is not None:
-                outside = self.columns <= column - store.window
-                scores = scores.masked_fill(outside[:, None], -torch.inf)
-            best = largest(scores, self.held.shape[-1], ordered=self.valid is not None)
-            filler = self.keys.shape[2]
-            self.fetched.append(self._swap(best.masked_fill(self.held == filler, filler), store))
+            lane = lane_of(self.held.device)
+            # All scoring is launched before the first fetch, which makes the host wait.
+            parts = in_parts(self.held[..., 0].numel(), lane.parts)
+            # All scoring is launched before the first fetch, which makes the host wait.
+            best = [(self._best(query, store, column, part), lane.mark()) for part in parts]
+            fetched = 0
+            for part, (tokens, mark) in zip(parts, best, strict=True):
+                with lane.copies(mark):
+                    fetched += self._swap(tokens, store, part.start)
+            lane.join()
+            self.fetched.append(fetched)
             if self.every > 1:
                 self.chosen.append((column, self.held.clone()))
         else:
@@ -182,21 +185,31 @@ class HostHome:
         if self.positions is not None:
             self.log.append(positions_of(self.positions, self.held.cpu()))
 
-    def _swap(self, best: Tensor, store: KVStore) -> int:
-        """Make the tokens best (B, Hkv, k) resident, in slots of tokens that are not among them.
+    def _best(self, query: Tensor, store: KVStore, column: int, part: range) -> Tensor:
+        """The tokens (lines, k) that the query (B, H, 1, D) asks for, V in slots that hold none.
 
-        Returns the number of tokens fetched.
+        part: the lines, which are KV heads numbered over all rows
         """
+        lines, heads = slice(part.start, part.stop), self.held.shape[1]
+        row = torch.arange(part.start, part.stop, device=self.held.device) // heads
+        index = self.index.through(lambda x: x.flatten(0, 1)[lines, None])
+        asking = query.reshape(len(self.held) * heads, -1, 1, query.shape[-1])[lines]
+        scores = index.scores(asking)[:, 0]
+        if self.valid is not None:
+            scores = scores.masked_fill(~self.valid[row], -torch.inf)
+        if self.columns is not None and store.window is not None:
+            scores = scores.masked_fill(self.columns[row] <= column - store.window, -torch.inf)
+        best = largest(scores, self.held.shape[-1], ordered=self.valid is not None)
+        none = self.held.flatten(0, 1)[lines] == self.keys.shape[2]
+        return best.masked_fill(none, self.keys.shape[2])
+
+    def _swap(self, best: Tensor, store: KVStore, first: int = 0) -> int:
+        """Fetch the tokens best (lines from `first`, k) that are not resident; return how many."""
         heads, tokens = self.keys.shape[1:3]
-        held = self.held.long()
-        none = torch.zeros(*best.shape[:2], tokens + 1, dtype=torch.bool, device=best.device)
-        wanted, resident = (none.scatter(2, x, True) for x in (best, held))
-        # Every KV head loses as many tokens as it gets, so both lists have the same order of heads.
-        old = (~wanted.gather(2, held)).flatten().nonzero()[:, 0]
-        new = (wanted & ~resident).flatten().nonzero()[:, 0]
-        line, slot = old // held.shape[-1], old % held.shape[-1]
-        source = new - line * (tokens + 1)
-        self.held.view(-1)[old] = source.to(self.held.dtype)
+        held = self.held.flatten(0, 1)[first : first + len(best)].long()
+        line, slot, source = exchanges(best, held, tokens)
+        line += first
+        self.held.view(-1)[line * held.shape[-1] + slot] = source.to(self.held.dtype)
         lines = (source + line * tokens).to(self.keys.device)
         row = line // heads
         place = slot + store.start[row] + line * store.keys.shape[2]
@@ -214,7 +227,7 @@ class HostHome:
         while self.chosen and self.chosen[-1][0] >= store.logical:
             self.chosen.pop()
         if removed and self.chosen:
-            self.fetched[-1] += self._swap(self.chosen[-1][1].long(), store)
+            self.fetched[-1] += self._swap(self.chosen[-1][1].flatten(0, 1).long(), store)
 
     def looked_at(self, store: KVStore, queries: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """The keys, mask and vision tokens of the last query; see `Home.looked_at`."""

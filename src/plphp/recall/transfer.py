@@ -19,6 +19,22 @@ def largest(scores: Tensor, k: int, ordered: bool) -> Tensor:
     return torch.from_numpy(np.argpartition(scores.detach().numpy(), rest, -1)[..., rest:])
 
 
+def exchanges(best: Tensor, held: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which slots take which tokens, so that the tokens `best` are resident instead of `held`.
+
+    best, held: (lines, k) int64, numbers of tokens below `tokens`, or `tokens` for none
+    Returns the line, the slot and the new token of every exchange, each (n,) int64, by lines. The
+    host waits for the device, because n depends on the numbers.
+    """
+    none = torch.zeros(len(best), tokens + 1, dtype=torch.bool, device=best.device)
+    wanted, resident = (none.scatter(1, x, True) for x in (best, held))
+    # Every line loses as many tokens as it gets, so both lists have the same order of lines.
+    old = (~wanted.gather(1, held)).flatten().nonzero()[:, 0]
+    new = (wanted & ~resident).flatten().nonzero()[:, 0]
+    line = old // held.shape[-1]
+    return line, old % held.shape[-1], new - line * (tokens + 1)
+
+
 def to_host(x: Tensor) -> Tensor:
     """A tensor in main memory; pinned if it comes from a GPU, which can then copy from it."""
     if x.device.type != "cuda":

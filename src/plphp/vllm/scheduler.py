@@ -7,14 +7,14 @@ bypasses the prefix cache; a comment at each place gives the reason.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.logger import init_logger
 
 from plphp.paged.blocks import PromptBlocks, fits, fresh_blocks
 from plphp.paged.prompts import Choice, PromptEnd
-from plphp.policy import LAYER_CLASSES, PLPHP
+from plphp.policy import LAYER_CLASSES, CachePolicy
 from plphp.vllm.blocks import LayerBlocks
 from plphp.vllm.messages import Pruned, Step, vision_runs
 from plphp.vllm.metrics import BAD_OPTIONS, BEAM_SEARCH, Counts
@@ -45,7 +45,7 @@ class Prompt:
     """
 
     request: Any
-    policy: PLPHP
+    policy: CachePolicy
     images: tuple[tuple[int, int, int], ...]
     choice: Choice | None = None
     pending: list[int] = field(default_factory=list)
@@ -62,7 +62,9 @@ class Prompt:
         return {
             "vision_tokens": self.vision,
             "retention": sum(self.choice.kept) / (self.vision * len(self.choice.kept)),
-            "layer_classes": [LAYER_CLASSES[c] for c in self.choice.classes],
+            "layer_classes": [
+                None if code < 0 else LAYER_CLASSES[code] for code in self.choice.classes
+            ],
             "freed_blocks": freed,
         }
 
@@ -116,7 +118,6 @@ class SchedulerSide:
             if images:
                 self.counts.count("unpruned")
             return
-        policy = replace(policy, round_to=self.block_size)
         self.prompts[request.request_id] = Prompt(request, policy, images)
         self.plan_blocks(request.request_id)
 
@@ -221,8 +222,7 @@ class SchedulerSide:
         """
         if not self.share_prefix:
             return None
-        request, policy, block = prompt.request, prompt.policy, self.block_size
-        rate, length = policy.r + policy.delta_r, request.num_prompt_tokens
-        fresh = fresh_blocks(policy, rate, prompt.images, length, block)
+        request, block = prompt.request, self.block_size
+        fresh = fresh_blocks(prompt.policy, prompt.images, request.num_prompt_tokens, block)
         pool: int = self.managers[0].block_pool.num_gpu_blocks - 1
         return fresh if fits(request.num_tokens, fresh, block, len(self.managers), pool) else None

@@ -11,7 +11,7 @@ sequence lengths and block tables. It is copied and not changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from plphp.attention import attend
 from plphp.paged.choosing import choose, choose_again, summary
 from plphp.paged.compaction import PagedLayer, with_fresh
 from plphp.paged.prompts import Choice, PromptEnd, spans_of
-from plphp.paged.tables import BatchTables, PrunedRequest
+from plphp.paged.tables import BatchTables, PrunedRequest, to_device
+from plphp.policy import LayerView
 from plphp.vllm.messages import Pruned, Step
 
 
@@ -179,12 +180,10 @@ class WorkerSide:
         if end.choice is not None:
             pruned = [layer for layer in layers if end.choice.freed[layer.group]]
             return end.choice, {layer.name: self._choose_again(layer, ending) for layer in pruned}
-        probs = torch.stack([self._score(layer, ending) for layer in layers])
-        spans = spans_of(end.images, end.length).to(probs.device)
-        plan = choose(
-            probs, spans, end.policy, layers[0].kv_heads, self.layers_per_group, self.over_ranks
-        )
-        choice = summary(plan, spans, self.block_size, self.layers_per_group)
+        spans = self._spans(ending)
+        views = (self._view(layer, ending, spans) for layer in layers)
+        plan = choose(views, end.policy, self.block_size, self.layers_per_group)
+        choice = summary(plan, end, self.block_size, self.layers_per_group)
         kept = [end.length - self.block_size * choice.freed[layer.group] for layer in layers]
         columns = (row[:, -count:] for row, count in zip(plan.columns, kept, strict=True))
         return choice, dict(zip(self.layers, columns, strict=True))
@@ -198,17 +197,28 @@ class WorkerSide:
         assert choice is not None
         if layer.name not in ending.columns:
             index = list(self.layers).index(layer.name)
-            probs = self._score(layer, ending)
-            spans = spans_of(end.images, end.length).to(probs.device)
             ending.columns[layer.name] = choose_again(
-                probs, spans, end.policy, layer.kv_heads, choice.rates[index], choice.kept[index]
+                self._view(layer, ending, self._spans(ending)),
+                end.policy,
+                choice.rates[index],
+                choice.kept[index],
             )
         return ending.columns[layer.name]
 
-    def _score(self, layer: PagedLayer, ending: Ending) -> Tensor:
-        """The attention of the last prompt token in one layer, (H, N) float32."""
+    def _spans(self, ending: Ending) -> Tensor:
+        """The spans (N,) int64 of a prompt, on the device."""
+        return to_device(spans_of(ending.end.images, ending.end.length), self.device)
+
+    def _view(self, layer: PagedLayer, ending: Ending, spans: Tensor) -> LayerView:
+        """The input of the policy for one layer."""
         query, blocks = ending.queries[layer.name], self._blocks(layer, ending)
-        return layer.score(query, blocks, ending.end.length)
+        return replace(
+            layer.view(query, blocks, spans),
+            layer=list(self.layers).index(layer.name),
+            layers=len(self.layers),
+            over_ranks=self.over_ranks,
+            images=ending.end.images[-1][0],
+        )
 
     def _compact(
         self,

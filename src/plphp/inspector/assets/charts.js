@@ -1,8 +1,8 @@
 "use strict";
-// Charts over layers or tokens: plain SVG, drawn anew for the width at hand.
+// Charts of layers or tokens in plain SVG. They are drawn again when the width changes.
 
 const SVG = "http://www.w3.org/2000/svg";
-const LEFT = 34; // room for the axis
+const LEFT = 34; // pixels for the labels of the axis
 
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes || {})) {
@@ -20,7 +20,7 @@ const percent = (x) => `${Math.round(100 * x)}%`;
 const bytes = (n) => n.toLocaleString("en");
 const kind = (layer) => (layer.layer_class || "none").replace("vision-", "");
 
-// One column a layer or token: x is its left edge, w its width.
+// A chart with one column per layer or token. x gives the left edge of a column, w is its width.
 function columns(box, count, height, title, widest = 64) {
   const width = box.clientWidth || 640;
   const w = Math.min((width - LEFT - 8) / count, widest);
@@ -34,7 +34,7 @@ function label(x, y, text, attributes) {
   return svg("text", { x, y, ...attributes }, text);
 }
 
-// Numbers below the columns, as many as there is room for.
+// Numbers below the columns. Where there is no room for all, only some are drawn.
 function numbers(f, y, chosen) {
   const step = Math.ceil((String(f.count).length * 8 + 6) / f.w);
   for (let i = 0; i < f.count; i += 1) {
@@ -105,7 +105,7 @@ function drawGamma(box, run, chosen, choose) {
   const named = ["attentive", "balanced", "indifferent"];
   const used = named.filter((name) => layers.some((layer) => kind(layer) === name));
   const entries = used.map((name) => [name, `vision-${name}`]);
-  box.replaceChildren(html("h3", {}, "Vision attention gamma, by layer"));
+  box.replaceChildren(html("h3", {}, "Vision attention (gamma) of each layer"));
   box.append(legend(entries), f.chart);
 }
 
@@ -134,7 +134,7 @@ function drawGrid(box, run, what, layer, head, choose) {
 }
 
 function drawBytes(box, run, chosen, choose) {
-  const f = columns(box, run.layers.length, 96, "Bytes of every layer, full and allocated");
+  const f = columns(box, run.layers.length, 96, "Bytes of every layer: allocated, and of the full cache");
   const most = Math.max(1, ...run.layers.map((l) => Math.max(l.kv_bytes_full, l.kv_bytes)));
   const [top, bottom] = [6, 76];
   band(f, chosen);
@@ -150,7 +150,7 @@ function drawBytes(box, run, chosen, choose) {
   numbers(f, 92, chosen);
   hits(f, 0, bottom, choose, (i) =>
     `layer ${i}: ${bytes(run.layers[i].kv_bytes)} of ${bytes(run.layers[i].kv_bytes_full)} bytes`);
-  const entries = [["attentive", "allocated"], ["soft", "full prompt", true]];
+  const entries = [["attentive", "allocated"], ["soft", "full cache", true]];
   box.replaceChildren(legend(entries), f.chart);
 }
 
@@ -166,7 +166,7 @@ const mean = (values) => {
   return known.length ? known.reduce((a, b) => a + b, 0) / known.length : 0;
 };
 
-// Stacked bars: what goes to kept tokens, and above it what the full model gives to dropped ones.
+// Stacked bars: the attention to kept tokens, and above it the full model's to dropped tokens.
 function stack(f, kept, lost, top, bottom) {
   kept.forEach((value, i) => {
     if (value === null) return;
@@ -185,7 +185,7 @@ function drawTokens(box, steps, words, [did, not], chosen, choose) {
   const oracle = steps.lost.length > 0;
   const below = [];
   if (oracle) below.push(["KL(full ‖ pruned), nats", steps.kl, (v) => v.toFixed(1)]);
-  if (steps.fetched.length) below.push(["tokens fetched, all layers and heads", steps.fetched, short]);
+  if (steps.fetched.length) below.push(["tokens that all layers and heads fetched", steps.fetched, short]);
   const f = columns(box, steps.kept.length, 186 + 90 * below.length,
     "Attention to vision tokens at every token of the answer");
   const [top, bottom] = [8, 118];
@@ -204,13 +204,14 @@ function drawTokens(box, steps, words, [did, not], chosen, choose) {
   below.forEach((one, i) => drawBelow(f, ...one, bottom + 74 + 90 * i));
   hits(f, 0, f.height, choose, (i) => `token ${i + 1}: ${words[i]}`);
   const entries = oracle
-    ? [["attentive", `full model, to tokens ${did}`], ["lost", `full model, to tokens ${not}`]]
-    : [["attentive", `pruned model, to tokens ${did}`]];
-  box.replaceChildren(html("h3", {}, "Attention to vision tokens, mean over layers"));
+    ? [["attentive", `full model, to tokens that were ${did}`],
+      ["lost", `full model, to tokens that were ${not}`]]
+    : [["attentive", `pruned model, to tokens that were ${did}`]];
+  box.replaceChildren(html("h3", {}, "Attention to vision tokens, averaged over layers"));
   box.append(legend(entries), f.chart);
 }
 
-// Another number of every token, with a scale of its own.
+// A second chart below, with one number per token and its own scale.
 function drawBelow(f, title, values, form, top) {
   const [most, bottom] = [Math.max(1, ...values), top + 56];
   f.chart.append(label(0, top - 10, title));
@@ -241,11 +242,12 @@ function drawAtLayers(box, steps, token, layer, [did, not], choose) {
   numbers(f, 137, layer);
   const told = (i) => {
     const dropped = oracle && steps.lost[token][i] !== null
-      ? `, full model gives ${percent(steps.lost[token][i])} to tokens ${not}` : "";
-    return `layer ${i}: pruned gives ${percent(steps.kept[token][i] ?? 0)} to tokens ${did}${dropped}`;
+      ? `; attention of the full model to tokens that were ${not}: ${percent(steps.lost[token][i])}` : "";
+    const own = percent(steps.kept[token][i] ?? 0);
+    return `layer ${i}: attention of the pruned model to tokens that were ${did}: ${own}${dropped}`;
   };
   hits(f, 0, bottom, choose, told);
-  const entries = oracle ? [["ink", "pruned model, to the tokens that it has"]]
-    : [["attentive", `pruned model, to tokens ${did}`]];
-  box.replaceChildren(html("h3", {}, `At token ${token + 1}, by layer`), legend(entries), f.chart);
+  const entries = [[oracle ? "ink" : "attentive", `pruned model, to tokens that were ${did}`]];
+  const title = `Attention of token ${token + 1} in each layer`;
+  box.replaceChildren(html("h3", {}, title), legend(entries), f.chart);
 }

@@ -1,4 +1,4 @@
-// What is chosen, and everything on the page that follows from it.
+// The selection, and all parts of the page that depend on it.
 
 const page = JSON.parse(document.getElementById("data").textContent);
 const find = (id) => document.getElementById(id);
@@ -20,13 +20,13 @@ function paintChoice() {
   const count = tokens.filter((value) => value > 0).length;
   const which = {
     head: `layer ${state.layer}, KV head ${state.head}`,
-    union: `layer ${state.layer}, any of ${heads} heads`,
-    count: `layer ${state.layer}, shaded by how many of ${heads} heads keep a token`,
+    union: `layer ${state.layer}, any of its ${heads} heads`,
+    count: `layer ${state.layer}, shaded by the number of its ${heads} heads that keep a token`,
   }[state.mode];
-  const rate = layer.rate === null ? "" : `, asked for ${percent(layer.rate)}`;
+  const rate = layer.rate === null ? "" : `; the layer's rate is ${percent(layer.rate)}`;
   find("chosen").textContent = `${which}: ` + (layer.pruned
-    ? `${count} of ${page.vision} vision tokens ${doneWith(state.layer) || `kept${rate}`}`
-    : `left alone, all ${page.vision} vision tokens kept`);
+    ? `${count} of ${page.vision} vision tokens are ${doneWith(state.layer) || `kept${rate}`}`
+    : `the layer is not pruned and keeps all ${page.vision} vision tokens`);
   for (const name of ["mode", "view", "grid"]) {
     const input = document.querySelector(`input[name="${name}"][value="${state[name]}"]`);
     if (input) input.checked = true;
@@ -38,32 +38,32 @@ function paintSummary() {
   const saved = 1 - now.kv_bytes / now.kv_bytes_full;
   const entries = [
     [percent(now.retention),
-      `of the vision K/V ${now.recall ? "in full on the device" : "kept"}`],
-    [`${short(now.kv_bytes)}B`, `in the cache, ${short(now.kv_bytes_full)}B full: ` +
-      `${percent(Math.abs(saved))} ${saved < 0 ? "more" : "saved"}`],
+      `of the vision K/V is ${now.recall ? "resident" : "kept"}`],
+    [`${short(now.kv_bytes)}B`, `in the cache, ${percent(Math.abs(saved))} ` +
+      `${saved < 0 ? "more" : "less"} than the full ${short(now.kv_bytes_full)}B`],
   ];
   if (now.answer && now.answer.ms_per_token !== null && now.full && now.full.ms_per_token !== null) {
     entries.push([`${now.answer.ms_per_token.toFixed(2)} ms`,
-      `a token, ${now.full.ms_per_token.toFixed(2)} ms with the full cache`]);
+      `per token; full cache: ${now.full.ms_per_token.toFixed(2)} ms`]);
     entries.push([`${Math.round(now.answer.first_ms)} ms`,
-      `to the first token, ${Math.round(now.full.first_ms)} ms full`]);
+      `to the first token; full cache: ${Math.round(now.full.first_ms)} ms`]);
   }
   if (now.recall) entries.push(...recalled(now.recall));
   find("summary").replaceChildren(...entries.map(([big, small]) =>
     html("div", { class: "figure" }, html("b", {}, big), html("span", {}, small))));
 }
 
-// Where recall has its bytes, as in `plphp.report.RecallReport`.
+// The bytes of recall, as in `plphp.report.RecallReport`.
 function recalled(told) {
   const coded = told.home !== "host";
   const entries = [
-    [`${short(told.resident)}B`, `of vision K/V in full on the device, ${short(told.full)}B full`],
-    [`${short(told.parked)}B`, coded ? `parked in ${told.home}, read at every token`
-      : "parked in main memory"],
+    [`${short(told.resident)}B`, `of ${short(told.full)}B vision K/V are resident on the device`],
+    [`${short(told.parked)}B`, coded ? `are parked in ${told.home} and read at every token`
+      : "are parked in main memory"],
   ];
   if (coded) return entries;
-  return [...entries, [`${short(told.index)}B`, "of index on the device"],
-    [`${short(told.transferred_per_token)}B`, "fetched a token"]];
+  return [...entries, [`${short(told.index)}B`, "are the index on the device"],
+    [`${short(told.transferred_per_token)}B`, "are fetched per token"]];
 }
 
 function words(box, answer, differs, pick) {
@@ -90,7 +90,7 @@ function paintAnswers() {
   if (now.full) words(find("full"), now.full, now.differs, false);
   words(find("pruned"), now.answer, now.differs, Boolean(now.steps));
   find("differs").textContent = !now.full ? "" : now.differs === null
-    ? "Both answers are the same, token by token." : `They part at token ${now.differs + 1}.`;
+    ? "Both answers are equal." : `The first difference is at token ${now.differs + 1}.`;
 }
 
 function paintSteps() {
@@ -100,20 +100,20 @@ function paintSteps() {
   find("token").max = steps.kept.length - 1;
   find("token").value = state.token;
   find("token-out").textContent = state.token + 1;
-  find("steps-hint").textContent = `The answer of ${policy}, token by token. The first one still ` +
-    "saw every vision token." + (steps.lost.length
-    ? " The full model reads the same answer and says what it would have looked at." : "");
+  find("steps-hint").textContent = `This is the answer of ${policy}. Its first token was computed ` +
+    "from all vision tokens." + (steps.lost.length
+    ? " The attention of the full model is that of the same answer, read with the full cache." : "");
   for (const node of find("pruned").querySelectorAll("[data-token]")) {
     node.setAttribute("aria-current", String(Number(node.dataset.token) === state.token));
   }
   const at = state.token;
   const quoted = (text) => (text ? `“${text.trim() || text}”` : "the end");
   const also = steps.said.length
-    ? `; the full model would say ${quoted(steps.said[at])} here (KL ${steps.kl[at].toFixed(2)})` : "";
+    ? `; the full model would generate ${quoted(steps.said[at])} (KL ${steps.kl[at].toFixed(2)})` : "";
   const fetched = steps.fetched.length
-    ? `; ${bytes(steps.fetched[at])} tokens fetched, over all layers and heads` : "";
+    ? `; all layers and heads together fetched ${bytes(steps.fetched[at])} tokens` : "";
   find("said").textContent =
-    `Token ${at + 1}: ${policy} says ${quoted(answer.tokens[at])}${also}${fetched}.`;
+    `Token ${at + 1}: ${policy} generates ${quoted(answer.tokens[at])}${also}${fetched}.`;
   const named = run().recall ? ["read", "not read"] : ["kept", "dropped"];
   drawTokens(find("tokens"), steps, answer.tokens, named, at, (token) => set({ token }));
   drawAtLayers(find("at-layers"), steps, at, state.layer, named, (layer) => set({ layer }));
@@ -201,7 +201,7 @@ function listen() {
   new ResizeObserver(() => { paintDepth(); paintSteps(); }).observe(find("gamma"));
 }
 
-// The layer that keeps fewest is where there is most to see.
+// Build the page. The layer that keeps the fewest tokens is selected first.
 function start() {
   find("pictures").append(...page.pictures.map(buildPicture));
   find("pictures").classList.toggle("one", page.pictures.length === 1);

@@ -1,23 +1,23 @@
-// Which tokens were kept or read, drawn over their pictures.
+// The tokens that were kept or read, drawn over their pictures.
 
-// What a layer's heads read of the images at the chosen token, where recall fetched it and the page
-// has it; the first token saw everything.
+// The masks of the tokens that a layer's heads read at the selected token of the answer, or null.
+// Only the home "host" has such masks, and not for the first token, which follows from the prompt.
 function readAt(layer) {
   const read = run().steps && run().steps.read[state.token - 1];
   return read && read[layer].length ? read[layer] : null;
 }
 
-// What happened to the tokens shown, where that is more than being kept.
+// What happened to the tokens shown, for recall: "are ..." stands before it.
 function doneWith(layer) {
   const { recall, steps } = run();
   if (!recall) return "";
-  if (recall.home !== "host") return `in full, all others read in ${recall.home}`;
+  if (recall.home !== "host") return `resident, and all others are read in ${recall.home}`;
   if (readAt(layer)) return `read at token ${state.token + 1}`;
   const late = steps && state.token > steps.read.length;
-  return `at hand after the prompt${late ? "; what this token read is not on the page" : ""}`;
+  return `resident after the prompt${late ? "; the page does not have what this token read" : ""}`;
 }
 
-// Bit masks over the prompt's vision tokens, read once.
+// Bit masks over the prompt's vision tokens. Each is decoded once.
 const masks = new Map();
 function mask(layer, head) {
   const text = (readAt(layer) || run().layers[layer].kept)[head];
@@ -26,7 +26,7 @@ function mask(layer, head) {
 }
 const has = (bits, token) => (bits[token >> 3] >> (token & 7)) & 1;
 
-// How much of a token is kept as chosen: 0 or 1, or the share of heads that keep it.
+// Whether the selected head or heads keep a token: 0 or 1, or the share of heads that keep it.
 function kept(token) {
   const heads = run().layers[state.layer].kept.length;
   if (!heads) return 0;
@@ -36,7 +36,7 @@ function kept(token) {
   return state.mode === "union" ? Number(count > 0) : count / heads;
 }
 
-// Tokens that share a rectangle, such as latents of one tile, are drawn as one.
+// The rectangles to draw. Tokens with the same box, such as the latents of a tile, have only one.
 function rectangles(picture) {
   const found = new Map();
   placed(picture).forEach((box, i) => {
@@ -49,7 +49,7 @@ function rectangles(picture) {
   return [...found.values()];
 }
 
-// Without a known place tokens stand in prompt order, in lines.
+// The boxes of a picture's tokens. If their places are not known, they stand in lines.
 function placed(picture) {
   if (picture.boxes.length) return picture.boxes;
   const wide = Math.ceil(Math.sqrt(picture.tokens * 2));
@@ -110,9 +110,9 @@ function paintPictures() {
     const placeless = picture.boxes.filter((box) => box === null).length;
     const notes = [
       `${picture.name}: ${count} of ${picture.tokens} tokens`,
-      placeless ? `${placeless} of them line ends or class tokens, without a place` : "",
-      picture.shared ? "tokens that look at the same area are drawn as one" : "",
-      bare ? "in prompt order: their places are not known" : "",
+      placeless ? `${placeless} of them are line ends or class tokens and have no place` : "",
+      picture.shared ? "tokens that show the same area are drawn as one" : "",
+      bare ? "they stand in the order of the prompt, because their places are not known" : "",
     ];
     figure.querySelector("figcaption").textContent = notes.filter(Boolean).join("; ");
   });
