@@ -6,7 +6,7 @@ import json
 import os
 import random
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import standins
@@ -20,6 +20,7 @@ class Mode:
     environment: of the process
     standins: what it has from a GPU, see `standins`
     hard: whether it is short of blocks, aborts requests, and requests share prefixes
+    tiny: whether few small requests are served, because a step takes seconds
     slow: whether only `make test-vllm-all` runs it
     """
 
@@ -27,6 +28,7 @@ class Mode:
     environment: dict[str, str] = field(default_factory=dict)
     standins: tuple[str, ...] = ()
     hard: bool = False
+    tiny: bool = False
     slow: bool = False
 
     @property
@@ -34,12 +36,22 @@ class Mode:
         """The number of tokens in a block: FLASH_ATTN takes 16, the CPU's attention 32."""
         return 16 if {"flash", "flashinfer", "triton"} & {*self.standins} else 32
 
+    def requests(self, count: int, seed: int) -> list[Any]:
+        import serving
+
+        if self.hard:
+            return serving.related_requests(count, seed)
+        if self.tiny:
+            made = [r for r in serving.random_requests(3 * count, seed, most=4) if r.images]
+            return [replace(r, images=r.images[:2], tokens=3) for r in made[:3]]
+        return serving.random_requests(count, seed)
+
     def engine(self) -> dict[str, Any]:
         """The options of the engine."""
         options = {"block_size": self.block, "max_num_batched_tokens": 128} | self.options
-        if self.hard:  # a pool of 384 tokens, as long as the longest sequence
-            options["num_gpu_blocks_override"] = 6 * 384 // self.block + 1
-            options["max_model_len"] = 384
+        if self.hard:  # a pool of 288 tokens, as long as the longest sequence
+            options["num_gpu_blocks_override"] = 6 * 288 // self.block + 1
+            options["max_model_len"] = 288
         return options
 
 
@@ -57,6 +69,7 @@ MODES: dict[str, Mode] = {
     "bfloat16": Mode({"dtype": "bfloat16"}),
     "FLASH_ATTN": hard("flash"),
     "lengths of the host": hard("flashinfer"),
+    "TRITON_ATTN": Mode(standins=("triton",), tiny=True),
     "asynchronous": hard("async"),
     "V2": hard("v2", slow=True),
     "V2, FLASH_ATTN, asynchronous": hard("v2", "flash", "async"),
@@ -73,8 +86,7 @@ def main(name: str, count: str, seed: str, out: str) -> None:
         standins.install(standin)
     import serving
 
-    made = serving.related_requests if mode.hard else serving.random_requests
-    requests = made(int(count), int(seed))
+    requests = mode.requests(int(count), int(seed))
     found = {"preempted": 0, "blocks left": 0, "entries left": 0}
     with serving.engine(**mode.engine()) as llm:
         config = llm.llm_engine.vllm_config

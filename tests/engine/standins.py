@@ -21,11 +21,9 @@ from torch import Tensor
 
 def environment(names: tuple[str, ...]) -> dict[str, str]:
     """The environment variables that a process needs before it imports vLLM."""
-    found = {}
+    found = {"VLLM_USE_V2_MODEL_RUNNER": "1" if "v2" in names else "0"}
     if {"triton", "v2"} & {*names}:
         found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if "v2" in names:
-        found["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     return found
 
 

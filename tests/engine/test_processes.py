@@ -38,7 +38,7 @@ def test_tokens_equal_transformers(mode: str, count: int, reference: Any, tmp_pa
     assert run.returncode == 0, run.stderr[-3000:]
     told = json.loads(out.read_text())
     made = elsewhere.MODES[mode]
-    requests = (serving.related_requests if made.hard else serving.random_requests)(count, seed)
+    requests = made.requests(count, seed)
     model = load(torch.bfloat16) if mode == "bfloat16" else reference
     parted = pruned = 0
     for place, answer in told["answers"].items():
@@ -51,7 +51,7 @@ def test_tokens_equal_transformers(mode: str, count: int, reference: Any, tmp_pa
         found = serving.same(output, expected)
         assert found is not False or mode == "bfloat16", (place, answer, expected.tokens)
         parted += found is not True
-    assert pruned > 4
+    assert pruned > (0 if made.tiny else 4)
     # bfloat16 rounds differently in the engines
     assert parted <= (5 if mode == "bfloat16" else 1 + count // 100)
     assert told["found"]["blocks left"] == told["found"]["entries left"] == 0

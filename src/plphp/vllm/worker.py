@@ -10,7 +10,7 @@ sequence lengths and block tables. It is copied and not changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from plphp.attention import attend
-from plphp.paged.choosing import choose, choose_again, summary
+from plphp.paged.choosing import choose_again, draft, settle
 from plphp.paged.compaction import PagedLayer, with_fresh
 from plphp.paged.prompts import Choice, PromptEnd, spans_of
 from plphp.paged.tables import BatchTables, PrunedRequest, to_device
@@ -149,16 +149,24 @@ class WorkerSide:
                 self._recompute_answer(self.layers[name], ending, query, output)
 
     def finish(self) -> None:
-        """Prune the prompts whose last token was computed in this step."""
+        """Prune the prompts whose last token was computed in this step.
+
+        The host waits for the device once, for all prompts that are pruned for the first time.
+        """
+        block, per_group = self.block_size, self.layers_per_group
+        new = {name: one for name, one in self.endings.items() if one.end.choice is None}
+        drafts = [draft(self._views(one), one.end.policy, block, per_group) for one in new.values()]
+        choices = settle(drafts, [one.end for one in new.values()], block, per_group)
+        for ending, made, choice in zip(new.values(), drafts, choices, strict=True):
+            columns = made.columns(choice, ending.end.text)
+            ending.columns.update(zip(self.layers, columns, strict=True))
+        chosen = dict(zip(new, choices, strict=True))
         for request_id, ending in self.endings.items():
-            choice, columns = self._choose(ending)
+            choice = ending.end.choice or chosen[request_id]
             self.choices[request_id] = choice
-            for layer in self.layers.values():
-                self._compact(layer, ending.end, self._blocks(layer, ending), choice, columns)
+            self._compact(ending, choice)
             if any(choice.freed):
-                self.pruned_requests[request_id] = PrunedRequest.of(
-                    choice.freed, ending.end, self.block_size
-                )
+                self.pruned_requests[request_id] = PrunedRequest.of(choice.freed, ending.end, block)
         self.endings, self.step = {}, None
 
     def report(self) -> Pruned | None:
@@ -169,24 +177,6 @@ class WorkerSide:
         """The blocks (n,) of a request up to its last token of this step, from vLLM's table."""
         used = -(-ending.end.end // self.block_size)
         return self.tables[layer.group][ending.row, :used].long()
-
-    def _choose(self, ending: Ending) -> tuple[Choice, dict[str, Tensor]]:
-        """Select the tokens of a prompt.
-
-        Returns the numbers for the scheduler, and the kept columns (Hkv, K) by layer name. Layers
-        that drop nothing may be missing.
-        """
-        end, layers = ending.end, list(self.layers.values())
-        if end.choice is not None:
-            pruned = [layer for layer in layers if end.choice.freed[layer.group]]
-            return end.choice, {layer.name: self._choose_again(layer, ending) for layer in pruned}
-        spans = self._spans(ending)
-        views = (self._view(layer, ending, spans) for layer in layers)
-        plan = choose(views, end.policy, self.block_size, self.layers_per_group)
-        choice = summary(plan, end, self.block_size, self.layers_per_group)
-        kept = [end.length - self.block_size * choice.freed[layer.group] for layer in layers]
-        columns = (row[:, -count:] for row, count in zip(plan.columns, kept, strict=True))
-        return choice, dict(zip(self.layers, columns, strict=True))
 
     def _choose_again(self, layer: PagedLayer, ending: Ending) -> Tensor:
         """The kept columns (Hkv, K) of one layer of a request that was preempted.
@@ -202,12 +192,18 @@ class WorkerSide:
                 end.policy,
                 choice.rates[index],
                 choice.kept[index],
+                end.text,
             )
         return ending.columns[layer.name]
 
     def _spans(self, ending: Ending) -> Tensor:
         """The spans (N,) int64 of a prompt, on the device."""
         return to_device(spans_of(ending.end.images, ending.end.length), self.device)
+
+    def _views(self, ending: Ending) -> Iterator[LayerView]:
+        """The inputs of the policy for all layers, one after the other."""
+        spans = self._spans(ending)
+        return (self._view(layer, ending, spans) for layer in self.layers.values())
 
     def _view(self, layer: PagedLayer, ending: Ending, spans: Tensor) -> LayerView:
         """The input of the policy for one layer."""
@@ -220,27 +216,24 @@ class WorkerSide:
             images=ending.end.images[-1][0],
         )
 
-    def _compact(
-        self,
-        layer: PagedLayer,
-        end: PromptEnd,
-        blocks: Tensor,
-        choice: Choice,
-        columns: dict[str, Tensor],
-    ) -> None:
-        """Copy the kept tokens of a layer to the end of its prompt.
+    def _compact(self, ending: Ending, choice: Choice) -> None:
+        """Copy the kept tokens of a prompt to its end in every layer.
 
         The tokens after the prompt then keep their slots.
         """
-        freed = choice.freed[layer.group]
-        if not freed:
-            return
-        target = blocks
-        if end.fresh is not None:
-            full = end.length // self.block_size
-            target = with_fresh(blocks, end.fresh[layer.group], full)
-        first = freed * self.block_size
-        layer.move(columns[layer.name], blocks, target, first, self.block_size)
+        end, block = ending.end, self.block_size
+        fresh = to_device(torch.tensor(end.fresh or (), dtype=torch.int64), self.device)
+        for layer in self.layers.values():
+            freed = choice.freed[layer.group]
+            if not freed:
+                continue
+            columns = ending.columns.get(layer.name)
+            if columns is None:
+                columns = self._choose_again(layer, ending)
+            source = target = self._blocks(layer, ending)
+            if end.fresh is not None:
+                target = with_fresh(source, fresh[layer.group], end.length // block)
+            layer.move(columns, source, target, freed * block, block)
 
     def _recompute_answer(
         self, layer: PagedLayer, ending: Ending, query: Tensor, output: Tensor
