@@ -273,7 +273,7 @@ def test_layer_classes(gamma: float, layer_class: str, rate: float) -> None:
     assert row.near_threshold == (gamma in (0.5, 0.25))
 
 
-def test_rows_count_without_their_padding() -> None:
+def test_padding_of_rows_is_not_counted() -> None:
     spans = torch.tensor([[-1, -1, 1, 1, 0], [0, 1, 1, 2, 0], [-1, -1, -1, 0, 0]])
     p = torch.tensor([[0.0, 0.0, 0.1, 0.4, 0.5], [0.1, 0.2, 0.3, 0.3, 0.1], [0, 0, 0, 0.5, 0.5]])
     selection = oracle.select([p.unsqueeze(1)], spans, Numbers(r=0.5, **FLAT), 1)

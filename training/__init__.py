@@ -1,1 +1,1 @@
-"""How the embedded model of ``plphp.demo`` is made, and how it is measured."""
+"""Trains and measures the embedded model of ``plphp.demo``."""

@@ -1,8 +1,9 @@
-"""Attention of training: PyTorch's own in float32, and a faster one in bfloat16.
+"""The attention for training: PyTorch's function in float32, and a faster one in bfloat16.
 
-On a CPU ``scaled_dot_product_attention`` multiplies small tiles in float32, whatever the dtype. On
-a processor with bfloat16 units whole matrix products are faster: forward and backward together take
-.4 of the time at heads of 32 and 800 tokens. The price is memory, a probability per pair of tokens.
+On a CPU ``scaled_dot_product_attention`` multiplies small tiles in float32 in every dtype. On a
+processor with bfloat16 units whole matrix products are faster: with heads of size 32 and 800
+tokens, forward and backward together take .4 of the time. They need more memory, because they store
+one probability for each pair of tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch.nn import functional
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """[B, H, Q, d] of query [B, H, Q, d], key and value [B, H, L, d]; exact up to rounding.
+    """The attention output [B, H, Q, d] for query [B, H, Q, d], key and value [B, H, L, d].
 
-    ``mask`` is True where a query may look, and broadcasts to [B, H, Q, L]; ``causal`` stands for
-    a triangle of it where Q = L. Under an autocast to bfloat16 all products are in bfloat16.
+    mask: broadcasts to [B, H, Q, L]; True where a query attends to a key
+    causal: each query attends to the keys up to its own position; Q must be L
+
+    Under an autocast to bfloat16 all products are computed in bfloat16.
     """
     if not torch.is_autocast_enabled("cpu"):
         return functional.scaled_dot_product_attention(
@@ -39,7 +42,7 @@ def _hiding(mask: Tensor) -> Tensor:
 
 
 class _Products(torch.autograd.Function):
-    """softmax(query @ key.T + hiding) @ value; keeps the probabilities, not the scores."""
+    """softmax(query @ key.T + hiding) @ value. It stores the probabilities, but not the scores."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""What one training step looks at."""
+"""Draws the batches of training steps."""
 
 from __future__ import annotations
 
@@ -19,20 +19,26 @@ from training.easy_vqa import SIDE, EasyVQA
 
 EASY_TOKENS = 1400
 EASY_SAMPLE_TOKENS = 140
-HEADER_TOKENS = 5  # "Picture 1:", and what opens and closes it
-QUESTION_TOKENS = 260  # what the questions of one round take, about
-ROUND_TOKENS = 500  # so many vision tokens are worth another round of questions
-FREE_SHARE = 0.15  # of those with a thing a token: cells that begin between tokens
-CROWDED = (0.25, 0.7)  # of the cells of a picture of the vision stage
+HEADER_TOKENS = 5  # tokens of "Picture 1:" and of the marks around a picture
+QUESTION_TOKENS = 260  # the approximate number of tokens of a round of questions
+ROUND_TOKENS = 500  # a prompt gets one more round of questions for this number of vision tokens
+# The share of pictures whose cells begin between tokens, where a thing covers one token
+FREE_SHARE = 0.15
+CROWDED = (0.25, 0.7)  # the smallest and largest share of full cells in the vision stage
 
 
 @dataclass(frozen=True)
 class Views:
-    """Pictures of one size, of all samples: patches [samples * count, 4 high wide, 588]."""
+    """The pictures of one size, of all samples.
+
+    high, wide: the size in vision tokens
+    count: number of these pictures in each sample
+    patches: [samples * count, 4 high wide, 588]
+    """
 
     high: int
     wide: int
-    count: int  # in a sample
+    count: int
     patches: Tensor
 
 
@@ -40,8 +46,8 @@ class Views:
 class Batch:
     """Samples whose pictures have the same sizes, and questions about each sample.
 
-    maps: int64 [samples, vision tokens, 2], what the tokens show, where that is known
-    name: what the scores of these questions are listed under
+    maps: int64 [samples, vision tokens, 2], the glyph and the colour that each token shows, or None
+    name: suffix of the names of the scores
     """
 
     frame: Frame
@@ -52,7 +58,7 @@ class Batch:
 
 
 def regime_batch(rng: Generator, regime: Regime, tasks: Sequence[str], budget: int) -> Batch:
-    """Pictures of a regime, ``budget`` tokens of them and of questions, at least one sample."""
+    """A batch of a regime with about ``budget`` tokens, but at least one sample."""
     while True:
         frame = draw_frame(rng, regime)
         prefix = frame.tokens + HEADER_TOKENS * len(frame.sizes)
@@ -68,7 +74,10 @@ def regime_batch(rng: Generator, regime: Regime, tasks: Sequence[str], budget: i
 
 
 def level_batch(rng: Generator, number: int, tasks: Sequence[str], budget: int) -> Batch:
-    """Square pictures on plain paper, a thing a token: what the demo and the dense suites show."""
+    """A batch of square pictures on plain paper, in which each thing covers one token.
+
+    The pictures of the demo and of the dense suites are such pictures.
+    """
     level = LEVELS[number]
     pictures, side = draw_size(rng, level)
     sample_tokens = pictures * (side * side + HEADER_TOKENS) + level.question_tokens
@@ -81,7 +90,7 @@ def level_batch(rng: Generator, number: int, tasks: Sequence[str], budget: int) 
 
 
 def easy_batch(rng: Generator, easy: EasyVQA) -> Batch:
-    """Pictures of easy-VQA, one a sample."""
+    """A batch of pictures of easy-VQA, one in each sample."""
     samples = [easy.sample(rng) for _ in range(EASY_TOKENS // EASY_SAMPLE_TOKENS)]
     frame = Frame(((SIDE, SIDE),), 1)
     views = _views(frame, [[image] for image, _ in samples])
@@ -89,9 +98,9 @@ def easy_batch(rng: Generator, easy: EasyVQA) -> Batch:
 
 
 def crowded_views(rng: Generator, look: Look, scale: int, budget: int) -> tuple[Views, Tensor]:
-    """Pictures of one size with more things than prompts show, and their maps [N, tokens, 2]."""
+    """Pictures of one size with more things than prompts have, and their maps [N, tokens, 2]."""
     rows, columns = (int(rng.integers(2, max(4, 9 - 2 * scale) + 1)) for _ in range(2))
-    # Tokens that show half of a thing are rare where a thing covers one: they are hard to name.
+    # A token that shows half of a thing is hard to name. At scale 1 such tokens are made rare.
     free = scale > 1 or rng.random() < FREE_SHARE
     high, wide = (edge * scale + free * int(rng.integers(scale + 1)) for edge in (rows, columns))
     painted = []
@@ -109,7 +118,7 @@ def as_patches(images: Sequence[np.ndarray]) -> Tensor:
 
 
 def targets(maps: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
-    """Classes of all tokens, glyphs and colours; the last class of each is an empty token."""
+    """The glyph class and the colour class of all tokens. The last class of each means "empty"."""
     glyphs, colours = maps.flatten(0, 1).unbind(1)
     empty = ((glyphs, len(GLYPHS)), (colours, len(COLOURS)))
     found = [
@@ -130,7 +139,7 @@ def _crowd(rng: Generator, rows: int, columns: int) -> Picture:
 
 
 def _views(frame: Frame, images: Sequence[Sequence[np.ndarray]]) -> list[Views]:
-    """Neighbours of one size go together."""
+    """Group adjacent pictures of the same size."""
     views, first = [], 0
     for (high, wide), alike in groupby(frame.sizes):
         count = len(list(alike))

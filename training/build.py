@@ -1,4 +1,4 @@
-"""What a model directory is made of: tokenizer, template, configuration, weights, settings."""
+"""Makes the parts of a model directory: tokenizer, template, configuration, weights, settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPECIAL_TOKENS = [
     "<|video_pad|>",
 ]
 NUMBERS = list("12345678")
-MOST_TOKENS = 8192  # of text and pictures: 4,000 vision tokens and what stands around them
+MOST_TOKENS = 8192  # the longest prompt: 4,000 vision tokens and the text around them
 TEXT_LAYERS, VISION_BLOCKS = 8, 4
 CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text()
 PROCESSOR = {
@@ -54,7 +54,7 @@ PROCESSOR = {
 
 
 def make_tokenizer(easy: EasyVQA) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which every word of the tasks is one token."""
+    """A byte-level BPE tokenizer in which every word of the tasks is one token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -86,12 +86,14 @@ def make_tokenizer(easy: EasyVQA) -> PreTrainedTokenizerFast:
     ]
     split = [word for word in words if len(tokenizer.encode(f" {word}")) != 1]
     if split:
-        raise ValueError(f"words of more than one token, which the stages cannot train on: {split}")
+        raise ValueError(
+            f"these words have more than one token, so they cannot be trained: {split}"
+        )
     return tokenizer
 
 
 def make_model(tokenizer: Any) -> Any:
-    """Initial weights, in float32."""
+    """The model with its initial weights, in float32."""
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(_config(tokenizer))
     with torch.no_grad():
@@ -101,7 +103,10 @@ def make_model(tokenizer: Any) -> Any:
 
 
 def export(model: Any, tokenizer: Any, folder: Path) -> None:
-    """The deliverable: bfloat16 weights (``model`` is converted), tokenizer, template, settings."""
+    """Write the model directory: weights in bfloat16, tokenizer, template and settings.
+
+    ``model`` itself is converted to bfloat16.
+    """
     model.to(torch.bfloat16)
     for config in (model.config.text_config, model.config.vision_config):
         config.dtype = torch.bfloat16
@@ -152,7 +157,7 @@ def _config(tokenizer: Any) -> Qwen2VLConfig:
         "rms_norm_eps": 1e-6,
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": 300.0,  # prompts are short: long wavelengths would tell nothing apart
+            "rope_theta": 300.0,  # prompts are short, so that long wavelengths would be useless
             "mrope_section": [2, 2, 12],
         },
         "bos_token_id": None,
@@ -182,7 +187,10 @@ def _config(tokenizer: Any) -> Qwen2VLConfig:
 
 
 def _start_queries_like_keys(model: Any) -> None:
-    """Tokens of like content attend to each other from the start (Trockman & Kolter, 2023)."""
+    """Make queries similar to keys, so that similar tokens attend to each other from the start.
+
+    This follows Trockman & Kolter, 2023.
+    """
     config = model.config.text_config
     size = config.hidden_size // config.num_attention_heads
     group = config.num_attention_heads // config.num_key_value_heads

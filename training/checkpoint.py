@@ -1,4 +1,4 @@
-"""A run that can be interrupted at any moment: its state in one file, replaced as a whole."""
+"""The state of a training run, in one file, so that the run can be interrupted at any moment."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HORIZON = 0.998  # of the moving average of the weights: the last 500 steps, about
+HORIZON = 0.998  # the decay of the average of the weights, which covers about the last 500 steps
 
 
 class Average:
-    """A moving average of parameters, which answers better than the last step's."""
+    """A moving average of parameters. It answers better than the parameters of the last step."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.parameters = [parameter.detach() for parameter in parameters]
@@ -22,12 +22,13 @@ class Average:
         self.steps = 0
 
     def update(self) -> None:
+        """Add the present parameters to the average."""
         self.steps += 1
         keep = min(HORIZON, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.mean, self.parameters, 1 - keep)
 
     def swap(self) -> None:
-        """Exchange the average and the parameters; twice changes nothing."""
+        """Exchange the average and the parameters. A second call restores both."""
         for parameter, mean in zip(self.parameters, self.mean, strict=True):
             held = parameter.clone()
             parameter.copy_(mean)
@@ -43,9 +44,10 @@ class Average:
 
 
 class Scores(dict[str, tuple[float, float]]):
-    """Running means by name: sum and weight of what was seen lately.
+    """Running means by name, as a weighted sum of the latest values and the sum of the weights.
 
-    Held out as to what is asked, since pictures are drawn afresh; not as to the photographs.
+    The scores are of new pictures and questions, because these are drawn for each step. The
+    photographs behind them are those of training.
     """
 
     memory = 0.95
@@ -60,7 +62,7 @@ class Scores(dict[str, tuple[float, float]]):
 
 
 def save(file: Path, state: dict[str, Any]) -> None:
-    """Whoever reads ``file`` sees the old state or the new one, never half of it."""
+    """Write the state. A reader of ``file`` sees the old or the new state, never a part of one."""
     partial = file.with_suffix(".partial")
     with partial.open("wb") as stream:
         torch.save(state, stream)
@@ -70,5 +72,5 @@ def save(file: Path, state: dict[str, Any]) -> None:
 
 
 def read(file: Path) -> dict[str, Any] | None:
-    """The last state saved, or None."""
+    """The last state that was saved, or None."""
     return torch.load(file, weights_only=False) if file.exists() else None

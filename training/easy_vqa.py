@@ -1,7 +1,6 @@
-"""easy-VQA, the third-party part: 5000 pictures of one coloured shape each, and questions.
+"""easy-VQA: 5,000 pictures of one coloured shape each, and questions about them.
 
-The data (MIT, by Victor Zhou) come inside the PyPI package ``easy-vqa``; nothing is downloaded
-here.
+The data (MIT, by Victor Zhou) are part of the PyPI package ``easy-vqa``; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from plphp.demo.questions import Question
 Split = Literal["train", "test"]
 
 SHAPES = ["circle", "rectangle", "triangle"]
-SIDE = 4  # cells of a picture: the image processor makes 112 px of its 64
-UNKNOWN = -100  # what ``cross_entropy`` ignores
+SIDE = 4  # cells per side: the image processor enlarges the pictures from 64 to 112 pixels
+UNKNOWN = -100  # the class that ``cross_entropy`` ignores
 
 _READERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
@@ -30,7 +29,12 @@ _READERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 
 
 class EasyVQA:
-    """One split: pictures, also as the image processor resizes them, and questions about each."""
+    """One split of the data.
+
+    images, pixels: the pictures, as they are and as the image processor resizes them
+    questions: the questions about each picture
+    colours, shapes: the classes of each picture, as far as the answers give them
+    """
 
     def __init__(self, split: Split) -> None:
         read_questions, read_paths = _READERS[split]
@@ -50,7 +54,7 @@ class EasyVQA:
     def sample(
         self, rng: Generator, questions: int = 8, flip: bool = True
     ) -> tuple[np.ndarray, list[Question]]:
-        """A picture, mirrored half of the time if ``flip``, and some of its questions."""
+        """A picture and some of its questions. With ``flip`` half of the pictures are mirrored."""
         i = int(rng.integers(len(self.questions)))
         pixels = self.pixels[i]
         if flip and rng.random() < 0.5:
@@ -60,6 +64,6 @@ class EasyVQA:
 
 
 def _revealed(asked: list[Question], names: list[str]) -> int:
-    """Which of ``names`` the answers give away about a picture, if any does."""
+    """The index of the name in ``names`` that the answers about a picture contain, or UNKNOWN."""
     answers = [question.answer.rsplit(" ", 1)[-1] for question in asked]
     return next((names.index(answer) for answer in reversed(answers) if answer in names), UNKNOWN)

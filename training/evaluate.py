@@ -1,17 +1,17 @@
-"""Held-out answers of a model directory, full and pruned, by regime.
+"""Measures the answers of a model with the full and the pruned cache, on held-out prompts.
 
     python -m training.evaluate --model DIR        # from the root of the repository
 
-What is measured is what users run: image processor, tokenizer, chat template and ``generate``, one
-prompt at a time. Prompts are drawn with a seed that training never used, photographs are held out,
-and easy-VQA's pictures are of its test split, in their original files. The regime ``level-3`` is
-the hardest of the boards that the demo shows: a thing a token, square, on paper.
+It runs what users run: image processor, tokenizer, chat template and ``generate``, with one prompt
+at a time. Prompts are drawn with a seed that training never used. The photographs are held out, and
+the pictures of easy-VQA are the original files of its test split. The regime ``level-3`` has the
+most difficult boards of the demo: square boards on paper, on which a thing covers one token.
 
-With ``--packed`` no answer is generated: many questions share a prompt, and an answer is right if
-each of its tokens is the likeliest behind the right ones. That is exact match of the full cache as
-well, forty times as fast.
+With ``--packed`` no answer is generated. Many questions share one prompt, and an answer is right if
+the model finds each of its tokens the most probable one after the right tokens before it. This
+gives the exact match of the full cache in a fortieth of the time.
 
-Pictures keep their size: limits that a model's image processor sets are raised to 4,096 tokens.
+Pictures keep their size: the limit of the model's image processor is raised to 4,096 tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from training.joint_stage import Learner
 from training.vision_stage import Words
 
 SEED = 20240
-LEAST_VISION_TOKENS = 100  # of a prompt of the regime level-3
+LEAST_VISION_TOKENS = 100  # the smallest number of vision tokens in a prompt of level-3
 BUDGET = 0.4
 METHODS: Mapping[str, Any] = {
     "full": None,
@@ -61,7 +61,7 @@ class Sample:
 
 @dataclass
 class Seen:
-    """What a regime's prompts gave, in their order."""
+    """The results of a regime's prompts, in their order."""
 
     exact: dict[str, dict[str, list[bool]]] = field(default_factory=dict)  # task, method
     words: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Seen:
     tokens: list[int] = field(default_factory=list)  # vision tokens of each prompt
 
     def summary(self) -> dict[str, Any]:
-        """Means; gamma is that of the prompt's last token, layer by layer."""
+        """The means of all results; gamma is one number per layer."""
         out: dict[str, Any] = {
             name: {task: _means(by_method) for task, by_method in found.items()}
             for name, found in (("exact", self.exact), ("words", self.words))
@@ -83,7 +83,7 @@ class Seen:
 
 
 def draw_samples(regime: str, task: str, options: argparse.Namespace) -> Iterator[Sample]:
-    """Endlessly: prompts of one question each."""
+    """An endless sequence of prompts with one question each."""
     rng = np.random.default_rng([options.seed, sum(map(ord, task))])
     if task == "easyvqa":
         return _easy_samples(rng)
@@ -94,7 +94,7 @@ def draw_samples(regime: str, task: str, options: argparse.Namespace) -> Iterato
 
 
 def ask(embedded: Embedded, sample: Sample, policy: Any) -> tuple[str, Any]:
-    """What the model says, and plphp's report if a policy prunes."""
+    """The answer of the model, and plphp's report, or None without a policy."""
     messages = sample.preamble.messages(len(sample.images), sample.question)
     text = embedded.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
@@ -121,7 +121,7 @@ def word_accuracy(said: str, wanted: str) -> float:
 def evaluate(
     embedded: Embedded, regime: str, task: str, options: argparse.Namespace, seen: Seen
 ) -> None:
-    """Add the answers to ``options.n`` prompts to ``seen``; prints the first ``options.show``."""
+    """Answer ``options.n`` prompts, add the results to ``seen``, and print some of the answers."""
     samples = draw_samples(regime, task, options)
     for i, sample in zip(range(options.n), samples, strict=False):
         seen.tokens.append(sum(image.width * image.height for image in sample.images) // 28**2)
@@ -141,7 +141,7 @@ def evaluate(
 def packed(
     embedded: Embedded, regime: str, prompts: int, seed: int, **changes: float
 ) -> dict[str, float]:
-    """Exact match of the full cache by task, on ``prompts`` prompts about which all is asked."""
+    """The exact match of the full cache by task, on prompts with many questions each."""
     model, tokenizer = embedded.model, embedded.tokenizer
     learner = Learner(model, tokenizer, Words(tokenizer, model.lm_head.weight))
     rng = np.random.default_rng([seed, 1])
@@ -223,17 +223,29 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--tasks",
         default="what,refcolor,describe,describe_all,read",
-        help=f"of {', '.join(TASKS)}, easyvqa",
+        help=f"names from {', '.join(TASKS)}, easyvqa, with commas between them",
     )
-    parser.add_argument("--methods", default="full,plphp", help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--n", type=int, default=100, help="prompts per task and regime")
-    parser.add_argument("--packed", action="store_true", help="full cache only, without generate")
-    parser.add_argument("--reworded", type=float, default=0.0, help="share of other wordings")
-    parser.add_argument("--chatty", type=float, default=0.0, help="share with other text around")
+    parser.add_argument(
+        "--methods",
+        default="full,plphp",
+        help=f"names from {', '.join(METHODS)}, with commas between them",
+    )
+    parser.add_argument("--n", type=int, default=100, help="the number of prompts per task")
+    parser.add_argument(
+        "--packed", action="store_true", help="measure the full cache only, without generate"
+    )
+    parser.add_argument(
+        "--reworded", type=float, default=0.0, help="the share of questions in other words"
+    )
+    parser.add_argument(
+        "--chatty", type=float, default=0.0, help="the share of prompts with other text around"
+    )
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
-    parser.add_argument("--show", type=int, default=0, help="prompts per task to print")
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument(
+        "--show", type=int, default=0, help="the number of prompts to print per task"
+    )
+    parser.add_argument("--json", type=Path, help="the file for the results")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
-"""A start from an older, smaller model: more layers, other words, the same answers.
+"""Initialises a larger model with the weights of an older one, so that it gives the same answers.
 
-A layer that is added copies its predecessor, but adds nothing to the stream of hidden states until
-it has learned to: its output projections are zero.
+The larger model has more layers and other words. An added layer is a copy of the layer before it
+with output projections of zero, so that at first it adds nothing to the hidden states.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 
 def grow(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Give ``model`` the weights of the model in ``folder``, which is no deeper or wider."""
+    """Give ``model`` the weights of the model in ``folder``, which must not be deeper or wider."""
     old = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     text, old_text = model.model.language_model, old.model.language_model
     visual, old_visual = model.model.visual, old.model.visual
@@ -32,9 +32,9 @@ def grow(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def sources(depth: int, old_depth: int) -> list[tuple[int, bool]]:
-    """For every new layer the old one that it copies, and whether it is an addition.
+    """For every new layer the index of the old layer that it copies, and whether it is added.
 
-    Additions are spread over the upper part: the first layers only gather what stands where.
+    The added layers are in the upper half, because the lower layers only collect positions.
     """
     added = depth - old_depth
     behind = [old_depth - 1 - (i * old_depth) // (2 * max(added, 1)) for i in range(added)]
@@ -54,7 +54,7 @@ def _copy_stack(layers: Any, old_layers: Any, outputs: tuple[str, ...]) -> None:
 
 
 def _words(old: Tensor, old_tokenizer: Any, tokenizer: Any) -> Tensor:
-    """The embedding of every token; of a new one the mean of the old ones that spell it."""
+    """The embedding of every token: for a new token, the mean of the old tokens that spell it."""
     known = old_tokenizer.get_vocab()
     rows = []
     for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer))):

@@ -1,4 +1,4 @@
-"""Stage J: both towers learn to answer questions, from easy pictures to hard ones."""
+"""Stage J: the vision tower and the language model learn together to answer questions."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from training.schedule import Phase
 from training.towers import encode_pictures
 from training.vision_stage import Words, crowd_loss, nan_free
 
-PROBED = 2000  # vision tokens a step
+PROBED = 2000  # the largest number of vision tokens that the probe reads in a step
 CROWD_TOKENS = 1000
 
 
 class PositionProbe(nn.Module):
-    """Training only: after two text layers a vision token must know its picture, row and column.
+    """An extra loss of training: it reads a token's picture, row and column after two text layers.
 
-    Picture numbers are classified against the embeddings of the numbers themselves. All tasks need
-    this binding, and few answers teach it; asked for directly it forms within 100 steps, and the
-    tasks follow.
+    The classes of pictures are the embeddings of the numbers. All tasks need a token's position,
+    but few answers teach it. With this loss the model learns it within 100 steps, and the tasks
+    soon after.
     """
 
     def __init__(self, tokenizer: Any, embeddings: nn.Parameter) -> None:
         super().__init__()
-        self.embeddings = [embeddings]  # in a list: not a parameter of the probe
+        self.embeddings = [embeddings]  # in a list, so that it is not a parameter of the probe
         self.number_ids = [tokenizer.encode(f" {number}")[0] for number in NUMBERS]
         self.lines = nn.Parameter(torch.randn(2 * LONGEST_SIDE, embeddings.shape[1]) * 0.06)
 
     def forward(self, hidden: Tensor, frame: Frame) -> Tensor:
-        """Loss of the vision tokens' hidden states [samples * tokens, d]."""
+        """The loss for hidden states of vision tokens [samples * tokens, d]."""
         places = torch.cat([_places(i, *size) for i, size in enumerate(frame.sizes)])
         targets = places.repeat(len(hidden) // len(places), 1)
         if len(hidden) > PROBED:
@@ -53,15 +53,18 @@ class PositionProbe(nn.Module):
 
 
 class Learner:
-    """A model in training, with what it needs for that."""
+    """A model in training, with its packer, its word classes and its position probe."""
 
     def __init__(self, model: Any, tokenizer: Any, words: Words) -> None:
         self.model, self.words, self.packer = model, words, Packer(tokenizer, model)
         self.probe = PositionProbe(tokenizer, model.model.language_model.embed_tokens.weight)
 
     def learn(self, easy: EasyVQA, phase: Phase, rng: Generator) -> tuple[float, dict[str, float]]:
-        """Gradients of one step; the loss of the answers, and what was right under which name."""
-        torch.manual_seed(int(rng.integers(2**31)))  # for the probe's choice of tokens
+        """Compute the gradients of one step.
+
+        Returns the loss of the answers, and the shares of right answers by name.
+        """
+        torch.manual_seed(int(rng.integers(2**31)))  # the probe chooses tokens with this seed
         if rng.random() < phase.old_share:
             number = int(rng.choice(len(LEVELS), p=phase.level_shares))
             batch = level_batch(rng, number, phase.tasks, phase.budget)
@@ -85,7 +88,7 @@ class Learner:
     def _learn_pictures(
         self, batch: Batch, phase: Phase, rng: Generator
     ) -> tuple[float, dict[str, float]]:
-        """Gradients of the answers about drawn pictures, and of what else their tokens must say."""
+        """Compute the gradients of the answers about drawn pictures, and of the extra losses."""
         see = rng.random() < phase.vision_share
         features = self.see(batch, see)
         second = rng.random() < phase.second_share
@@ -103,7 +106,7 @@ class Learner:
         return answer_loss.item(), seen
 
     def see(self, batch: Batch, learn: bool) -> Tensor:
-        """[samples, vision tokens of a sample, d]."""
+        """The vision features [samples, vision tokens of a sample, d]."""
         samples = len(batch.questions)
         with torch.set_grad_enabled(learn):
             parts = [_encode(self.model.model.visual, view, samples) for view in batch.views]
@@ -112,7 +115,7 @@ class Learner:
     def answer(
         self, batch: Batch, features: Tensor, second: bool
     ) -> tuple[Tensor, dict[str, float], Tensor]:
-        """The loss of the answers, exact match by task, early states of the vision tokens."""
+        """The loss of the answers, exact match by task, and early states of the vision tokens."""
         packed = self.packer.pack(batch.frame, batch.questions, second)
         answered = run_packed(self.model, packed, features, self.packer.image)
         right = torch.zeros(answered.where.shape, dtype=torch.bool)
@@ -133,6 +136,6 @@ def _encode(visual: Any, view: Views, samples: int) -> Tensor:
 
 
 def _places(picture: int, high: int, wide: int) -> Tensor:
-    """[high wide, 3]: picture, row, column of the tokens of a picture."""
+    """The picture, row and column of each token of a picture, [high wide, 3]."""
     axes = (torch.tensor([picture]), torch.arange(high), torch.arange(wide))
     return torch.cartesian_prod(*axes)

@@ -1,4 +1,4 @@
-"""What the processor at hand trains fastest with."""
+"""Settings with which this machine trains fastest."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ NO_TRIM, NO_MMAP, TOP_PAD = (-1, 2**31 - 1), (-4, 0), (-2, 2**28)  # options of 
 
 
 def fastest_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies in it, else float32."""
+    """bfloat16 if the processor has bfloat16 units, otherwise float32."""
     fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and "avx512_bf16" in _flags()
     return torch.bfloat16 if fast else torch.float32
 
 
 def keep_memory() -> None:
-    """Memory that was freed stays with the process: fresh pages cost more than what fills them.
+    """Keep freed memory in the process.
 
-    A step allocates tensors of 10 to 50 MB by the hundred. Does nothing without glibc.
+    A step allocates hundreds of tensors of 10 to 50 MB. To get their pages from the system takes
+    longer than to fill them. Without glibc this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

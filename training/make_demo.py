@@ -1,10 +1,9 @@
-"""Make the pictures and questions that ``plphp.demo`` ships.
+"""Makes the pictures and questions of ``plphp.demo``.
 
     python -m training.make_demo        # from the root of the repository
 
-The seed is none of those that trained or measured the model: from 31001 on it is the first that
-gives both sets a scene and a page. No picture or question was chosen by how the model answers it,
-pruned or not.
+The seed was not used to train or measure the model. It is the first seed from 31001 on with which
+both sets have a scene and a page. No picture or question was chosen by the model's answers.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def _prompt(
 
 
 def _ask(pictures: list[Picture], task: str, rng: Generator) -> Question:
-    """Some draws of some tasks are ambiguous: draw until one is not."""
+    """Draw a question of a task until one is not ambiguous."""
     facts = Facts(pictures)
     attempts = (ask(facts, task, rng) for _ in range(100))
     return next(question for question in attempts if question)

@@ -1,8 +1,8 @@
-"""Muon for matrices, AdamW for everything else.
+"""The optimizers: Muon for matrices, AdamW for all other parameters.
 
-``torch.optim.Muon`` iterates in bfloat16, which costs a processor without units for it twenty times
-what float32 does. This one iterates in the dtype that it is told, and all matrices of one shape at
-once.
+``torch.optim.Muon`` iterates in bfloat16. On a processor without bfloat16 units this takes twenty
+times as long as float32. The Muon of this file iterates in a given dtype, and handles all matrices
+of one shape at once.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch.nn import Parameter
 MOMENTUM, DECAY = 0.95, 0.02
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al., 2024
 ITERATIONS = 5
-ADAMW_RMS = 0.2  # an update of Muon is as large as one of AdamW (Liu et al., 2025)
+ADAMW_RMS = 0.2  # makes updates of Muon as large as those of AdamW (Liu et al., 2025)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose singular values are all set to about one; parameters are matrices."""
+    """Steps along the momentum with all its singular values set to about one. For matrices only."""
 
     def __init__(
         self, matrices: Iterable[Parameter], lr: float, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(matrices, {"lr": lr})
-        self.dtype = dtype  # of the iteration
+        self.dtype = dtype  # dtype of the Newton-Schulz iteration
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """[N, rows, columns]: each with its singular values near one, by Newton-Schulz steps."""
+    """The matrices [N, rows, columns] with singular values near one, by Newton-Schulz steps."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -69,7 +69,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 class MuonAdamW:
-    """Two optimizers as one; ``tables`` (embeddings, classes) are no matrices to Muon."""
+    """Both optimizers as one. ``tables`` are embeddings and classes, which AdamW updates."""
 
     def __init__(
         self,

@@ -1,8 +1,9 @@
-"""Packed samples: one prefix of pictures, several questions behind it, each blind to the others.
+"""Packs several questions about the same pictures into one row, to compute the pictures once.
 
-Question tokens see the prefix and their own question (a block-causal mask), and their rotary
-positions start anew behind the prefix. A question may stand behind another one and its answer. So
-every question sees exactly what it would see alone, and the pictures are paid for once.
+A row is a prefix with the pictures, followed by questions. The tokens of a question attend to the
+prefix and to their own question only (a block-causal mask), and their rotary positions begin after
+the prefix. So each question gives the same result as alone. A question may contain an earlier
+question and its answer.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from plphp.demo.questions import Question
 from plphp.demo.regimes import Frame
 from training.towers import run_text
 
-IGNORED = -100  # what ``cross_entropy`` ignores
-PREFIX = 0  # segment of the prefix; questions count from 1
+IGNORED = -100  # the label that ``cross_entropy`` ignores
+PREFIX = 0  # segment of the prefix; the segments of questions begin at 1
 PADDING = 99  # segment of the padding
 
 
@@ -30,9 +31,9 @@ class Packed:
     ids: Tensor  # [B, L]
     positions: Tensor  # [3, B, L]
     labels: Tensor  # [B, L]
-    prefix: int  # P, the length of what all questions see
-    mask: Tensor  # [B, 1, L - P, L], True where a token behind the prefix may look
-    answers: list[list[tuple[str, int, int]]]  # of each row: task, first token, end
+    prefix: int  # P, the length of the prefix
+    mask: Tensor  # [B, 1, L - P, L], True where a token after the prefix attends
+    answers: list[list[tuple[str, int, int]]]  # for each row: task, first token, end
 
 
 class Answered(NamedTuple):
@@ -43,7 +44,7 @@ class Answered(NamedTuple):
 
 
 class _Row:
-    """One sample under construction: four parallel lists, and where its answers lie."""
+    """One sample under construction: four lists with one entry per token, and its answers."""
 
     def __init__(self, prefix: list[int]) -> None:
         length = len(prefix)
@@ -62,7 +63,7 @@ class _Row:
 
 
 class Packer:
-    """Turns questions into tensors with a model's own tokens and positions."""
+    """Turns questions into tensors with the token ids and positions of a model."""
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
         names = [
@@ -75,7 +76,7 @@ class Packer:
         start, self.end, self.vision_start, self.vision_end, self.image = (
             tokenizer.convert_tokens_to_ids(names)
         )
-        # Per instance; the same words come again and again.
+        # Cached in each instance, because the same words are repeated often.
         self._encode = lru_cache(60_000)(lambda t: tokenizer.encode(t, add_special_tokens=False))
         self._prefix = lru_cache(500)(self._make_prefix)
         self._model = model.model
@@ -85,7 +86,10 @@ class Packer:
         self._start = start
 
     def pack(self, frame: Frame, samples: Sequence[Sequence[Question]], second: bool) -> Packed:
-        """Samples in a frame; with ``second`` every question stands behind its predecessor."""
+        """Pack samples of a frame.
+
+        second: whether each question follows the question before it and its answer
+        """
         prefix, prefix_positions, start = self._prefix(frame)
         rows = []
         for questions in samples:
@@ -98,7 +102,7 @@ class Packer:
                     earlier = [*question, *self._encode(answer), *self._close, *self._user]
             rows.append(row)
         length = max(len(row.ids) for row in rows)
-        length += -length % 8  # kernels like multiples of 8
+        length += -length % 8  # kernels are faster with multiples of 8
         segments = _stack([row.segments for row in rows], length, PADDING)
         positions = _stack([row.positions for row in rows], length, 0)[None].repeat(3, 1, 1)
         positions[:, :, : len(prefix)] = prefix_positions[:, None]
@@ -112,7 +116,7 @@ class Packer:
         )
 
     def _make_prefix(self, frame: Frame) -> tuple[list[int], Tensor, int]:
-        """Tokens as the chat template writes them, their positions [3, P], the next position."""
+        """The tokens of the chat template, their positions [3, P], and the next position."""
         ids, preamble = [], frame.preamble
         if preamble.system:
             ids += self._message("system", preamble.system)
@@ -120,7 +124,7 @@ class Packer:
             ids += self._message("user", said) + self._message("assistant", answered)
         ids += self._user
         for i, (high, wide) in enumerate(frame.sizes):
-            # Together with the lead: a tokenizer may join what stands side by side.
+            # They are encoded together with the lead, because a tokenizer may join both.
             header = self._encode(f"{'' if i else preamble.lead}Picture {i + 1}:")
             ids += [*header, self.vision_start, *[self.image] * (high * wide), self.vision_end]
         tokens = torch.tensor([ids])
@@ -134,7 +138,7 @@ class Packer:
 
 
 def answer(model: Any, packed: Packed, features: Tensor, image: int) -> Answered:
-    """Run the text tower with ``features`` in the place of the ``image`` tokens."""
+    """Run the language model with ``features`` in place of the ``image`` tokens."""
     text = model.model.language_model
     embedded = text.embed_tokens(packed.ids).to(features.dtype)
     embedded = embedded.masked_scatter((packed.ids == image)[..., None], features)

@@ -1,10 +1,11 @@
-"""Make the embedded model: from nothing, or grown from an older one.
+"""Trains the embedded model from nothing, or from the weights of an older model.
 
     python -m training.retrain --out DIR [--warm MODEL]      # from the root of the repository
 
-It saves its state in DIR/state.pt every few minutes, and when it is terminated. Called again it
-goes on from there, with the schedule as it is then. DIR/log.jsonl grows by a line every few steps.
-At the end DIR/model is the model; ``--snapshot`` writes it as it is so far, and trains nothing.
+The state is saved in DIR/state.pt every few minutes, and when the process is terminated. The same
+command continues the run, with the schedule that is in the file by then. DIR/log.jsonl gets a line
+every few steps. At the end the model is in DIR/model. ``--snapshot`` writes the present model
+without training.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LOG_EVERY = 20
 
 
 class Run:
-    """A model on its way through the stages."""
+    """A training run: a model, its optimizer, and its place in the stages."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.folder: Path = options.out
@@ -62,13 +63,13 @@ class Run:
             self._load(state)
 
     def stop(self, *_: object) -> None:
-        """Save and end after this step."""
+        """Save the state and end the run after this step."""
         self.told_to_stop = True
 
     def train(self, minutes: float, save_minutes: float, anneal_minutes: float = 0) -> bool:
-        """Steps until all are done (True), or the time is over or `stop` was called (False).
+        """Train. Returns True if all steps are done, False if time is over or `stop` was called.
 
-        In the last ``anneal_minutes`` the learning rate falls to zero, whatever the schedule says.
+        In the last ``anneal_minutes`` the learning rate falls to zero, in place of the schedule.
         """
         began = saved = last = time.monotonic()
         while self.stage < len(self.stages):
@@ -92,7 +93,7 @@ class Run:
         return True
 
     def export(self, folder: Path) -> None:
-        """The moving average, as a model directory; the run cannot go on behind it."""
+        """Write the moving average as a model directory. The run cannot continue afterwards."""
         self.average.swap()
         build.export(self.model, self.tokenizer, folder)
 
@@ -120,8 +121,8 @@ class Run:
         self.losses.update(state["losses"])
 
     def _learn(self, stage: Stage, most: float = 1.0) -> None:
-        """One step, at ``most`` times the full rate at most."""
-        # The stream of a step is its own: a run that goes on draws what it would have drawn.
+        """One step, with a learning rate of at most ``most`` times the full rate."""
+        # Each step has its own random numbers, so that a continued run draws the same samples.
         rng = np.random.default_rng([stage.seed, self.step])
         phase = stage.phase(self.step)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -150,7 +151,7 @@ class Run:
         if stage.kind == "joint":
             weights += [*text.layers.parameters(), *text.norm.parameters()]
             tables.append(self.learner.probe.lines)
-        frozen = stage.kind == "vision" and self.warm  # the words are known already
+        frozen = stage.kind == "vision" and self.warm  # the word embeddings are trained already
         self.embeddings.requires_grad_(not frozen)
         tables = tables if frozen else [*tables, self.embeddings]
         return MuonAdamW(weights, tables, stage.rate, self.dtype)
@@ -170,7 +171,7 @@ class Run:
             log.write(json.dumps(line) + "\n")
 
     def _tokenizer(self) -> Any:
-        """As it was made when the run began."""
+        """The tokenizer that was made when the run began."""
         folder = self.folder / "tokenizer"
         if not folder.exists():
             build.make_tokenizer(self.easy).save_pretrained(folder)
@@ -178,7 +179,7 @@ class Run:
 
 
 def _first_stage(stages: Sequence[Stage], skip_vision: bool) -> int:
-    """Of a run that begins: the first one, or the first of questions."""
+    """The index of the stage with which a new run begins."""
     kinds = [stage.kind for stage in stages]
     return kinds.index("joint") if skip_vision else 0
 
@@ -199,30 +200,38 @@ def main() -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the folder of the run")
-    parser.add_argument("--warm", type=Path, help="an older model to grow from; else from nothing")
+    parser.add_argument("--out", type=Path, required=True, help="the directory of the run")
+    parser.add_argument(
+        "--warm", type=Path, help="an older model whose weights the run begins with"
+    )
     parser.add_argument(
         "--skip-vision",
         action="store_true",
-        help="begin with questions: the model of --warm knows what its vision tokens show",
+        help="begin with the questions, because the model of --warm has learned stage V already",
     )
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="multiplies all step counts; 0.01 is a smoke test"
+        "--scale", type=float, default=1.0, help="a factor of all step counts; 0.01 is a smoke test"
     )
-    parser.add_argument("--minutes", type=float, default=1e9, help="of this leg")
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="the time after which this call ends"
+    )
     parser.add_argument(
         "--anneal-minutes",
         type=float,
         default=0.0,
-        help="the learning rate falls to zero in the last so many minutes of this leg, for a "
-        "snapshot that answers well; the next leg goes on at the schedule's rate",
+        help="the number of last minutes in which the learning rate falls to zero, so that a "
+        "snapshot answers well; the next call continues with the schedule's rate",
     )
-    parser.add_argument("--save-minutes", type=float, default=4.0, help="between two states")
-    parser.add_argument("--snapshot", type=Path, help="write the model so far there, and end")
+    parser.add_argument(
+        "--save-minutes", type=float, default=4.0, help="the time between two saved states"
+    )
+    parser.add_argument(
+        "--snapshot", type=Path, help="write the present model to this directory, and end"
+    )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
-        help="of matrix products; the weights stay float32. By default what is faster here",
+        help="the dtype of matrix products, by default the faster one; the weights are float32",
     )
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(arguments)

@@ -1,8 +1,8 @@
-"""What is trained for how long: ``schedule.json``, read.
+"""Reads ``schedule.json``, which says what is trained for how long.
 
-A stage has optimizers of its own. Its learning rate is a factor given at some steps, with straight
-lines between them. A phase lists only what changes, be it from the stage before. The stages under
-``from_nothing`` come first, where no older model is grown.
+Each stage has its own optimizers. Its learning rate is interpolated linearly between factors that
+are given at some steps. A phase lists only the settings that change, also from the stage before.
+The stages under ``from_nothing`` are run first if the model does not begin with an older one.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ FILE = Path(__file__).parent / "schedule.json"
 
 @dataclass(frozen=True)
 class Phase:
-    """What a step looks at, from step ``step`` of its stage on."""
+    """The settings of steps, from step ``step`` of the stage on. Shares are shares of the steps."""
 
     step: int
     regime: Regime
-    long: Regime  # the same, with more vision tokens
-    long_share: float  # how often a batch is long
-    old_share: float  # how often a batch is of LEVELS: a thing a token, on paper
-    level_shares: tuple[float, ...]  # how often each of them
-    easy_share: float  # how often a batch of easy-VQA joins in
-    easy_weight: float  # of its loss
-    vision_share: float  # how often the vision tower learns too
-    words_weight: float  # then, of the loss of stage V
-    crowd_share: float  # how often a batch of stage V joins in, with that weight
-    probe_weight: float  # of the position probe's loss
-    second_share: float  # how often every question stands behind another one
-    budget: int  # tokens a step, about
+    long: Regime  # the same regime with more vision tokens
+    long_share: float  # share with a batch of `long`
+    old_share: float  # share with a batch of LEVELS: things on paper that cover one token
+    level_shares: tuple[float, ...]  # probability of each level
+    easy_share: float  # share with an additional batch of easy-VQA
+    easy_weight: float  # weight of the loss of that batch
+    vision_share: float  # share in which the vision tower learns too
+    words_weight: float  # weight of the loss of stage V in these steps
+    crowd_share: float  # share with an additional batch of stage V, with the same weight
+    probe_weight: float  # weight of the position probe's loss
+    second_share: float  # share in which each question follows another one and its answer
+    budget: int  # approximate number of tokens in a step
     tasks: tuple[str, ...]
 
 
@@ -59,7 +59,7 @@ class Stage:
         return [phase for phase in self.phases if phase.step <= step][-1]
 
     def scaled(self, scale: float) -> Stage:
-        """The same with ``scale`` times as many steps."""
+        """The same stage with ``scale`` times as many steps."""
         return replace(
             self,
             steps=max(1, round(self.steps * scale)),
@@ -69,7 +69,7 @@ class Stage:
 
 
 def read(warm: bool, file: Path = FILE) -> list[Stage]:
-    """The stages for a start from an older model (``warm``) or from nothing."""
+    """The stages of training. warm: whether the model begins with the weights of an older one."""
     raw = json.loads(file.read_text())
     settings: dict[str, Any] = dict(raw["defaults"])
     stages = []

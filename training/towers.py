@@ -1,9 +1,9 @@
-"""The two towers of Qwen2-VL for training: the arithmetic of transformers, without its bookkeeping.
+"""The vision tower and the language model of Qwen2-VL for training, with less overhead.
 
-On two cores the bookkeeping (ragged picture sizes, caches, mask building) costs as much as the
-matrix products of a model this small. Here pictures of one size are encoded together, and masks and
-positions come ready from ``packing``. The prefix of pictures attends causally to itself, without a
-mask; in the last layer nothing but its keys and values is computed.
+The results are those of transformers. For so small a model on two cores, transformers' handling of
+picture sizes, caches and masks takes as long as the matrix products. Here all pictures of one size
+are encoded together, and ``packing`` makes the masks and positions. The prefix with the pictures
+attends causally to itself, without a mask. In the last layer only its keys and values are computed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ EARLY_LAYERS = (
 
 
 def encode_pictures(visual: Any, patches: Tensor, high: int, wide: int) -> Tensor:
-    """[N, 4 high wide, 588] -> [N, high wide, d]; the two frames are alike: weights are summed."""
+    """The features [N, high wide, d] of pictures with patches [N, 4 high wide, 588].
+
+    Both frames of a patch are equal, so that the weights of the two are summed.
+    """
     count, length, _ = patches.shape
     x = functional.linear(patches, visual.patch_embed.proj.weight.sum(2).flatten(1))
     cos, sin = _vision_rotation(visual, high, wide)
@@ -42,9 +45,9 @@ def encode_pictures(visual: Any, patches: Tensor, high: int, wide: int) -> Tenso
 def run_text(
     text: Any, x: Tensor, positions: Tensor, mask: Tensor, prefix: int
 ) -> tuple[Tensor, Tensor]:
-    """Final hidden states behind the prefix, and early ones of all tokens.
+    """The final hidden states of the tokens after the prefix, and early states of all tokens.
 
-    x [B, L, d], positions [3, B, L], mask [B, 1, L - prefix, L] of what stands behind the prefix.
+    x [B, L, d], positions [3, B, L], mask [B, 1, L - prefix, L] of the tokens after the prefix.
     """
     cos, sin = (angle.to(x.dtype) for angle in _text_rotation(text, positions))
     early, last = x, len(text.layers) - 1
@@ -69,7 +72,7 @@ def _attend(
     prefix: int,
     ends: bool,
 ) -> Tensor:
-    """Of all tokens, or of those behind the prefix if the layer ``ends`` the tower."""
+    """The attention output of all tokens, or only after the prefix in the last layer (``ends``)."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = config.hidden_size // heads
     attention = layer.self_attn
@@ -98,7 +101,7 @@ def _attend(
 
 
 def _vision_rotation(visual: Any, high: int, wide: int) -> tuple[Tensor, Tensor]:
-    """cos, sin [4 high wide, 1, head size] of the patches, cell by cell as the merger wants."""
+    """cos and sin [4 high wide, 1, head size] of the patches, in the merger's order: by cells."""
     row = torch.arange(2 * high)[:, None].expand(2 * high, 2 * wide)
     column = torch.arange(2 * wide).expand(2 * high, 2 * wide)
     by_cell = [axis.reshape(high, 2, wide, 2).transpose(1, 2).flatten() for axis in (row, column)]
@@ -108,7 +111,7 @@ def _vision_rotation(visual: Any, high: int, wide: int) -> tuple[Tensor, Tensor]
 
 
 def _text_rotation(text: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [B, 1, L, head size]: M-RoPE, whose sections take turns at time, row and column."""
+    """cos and sin [B, 1, L, head size] of M-RoPE, with sections for time, row and column."""
     angles = positions[..., None].float() * text.rotary_emb.inv_freq
     sections = angles.split(text.config.rope_parameters["mrope_section"], -1)
     mixed = torch.cat([section[axis] for axis, section in enumerate(sections)], -1)

@@ -1,8 +1,8 @@
-"""Stage V: every vision token must say what it shows, in the language model's own words.
+"""Stage V: the vision tower learns to name what each vision token shows.
 
-Each output of the merger is classified, against the word embeddings, as the glyph and the colour of
-the thing that the token shows a part of. So the vision tower speaks the language model's language
-before the language model learns to listen, and every token of a thing knows the whole thing.
+Each output of the merger is classified as the glyph and the colour of the thing of which the token
+shows a part. The classes are the language model's word embeddings, so that the language model can
+read vision tokens when stage J begins. Each token of a thing learns to name the whole thing.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ EASY_WEIGHT = 0.2
 
 
 class Words(nn.Module):
-    """The classes of a vision token: words, and learned vectors for "no glyph", "no colour"."""
+    """The classes of vision tokens: words, and learned vectors for "no glyph" and "no colour"."""
 
     def __init__(self, tokenizer: Any, embeddings: nn.Parameter) -> None:
         super().__init__()
-        self.embeddings = [embeddings]  # in a list: not a parameter of this module
+        self.embeddings = [embeddings]  # in a list, so that it is not a parameter of this module
         self.nothing = nn.Parameter(torch.randn(2, embeddings.shape[1]) * 0.06)
         self.glyph_ids, self.colour_ids, self.shape_ids = (
             [tokenizer.encode(f" {word}")[0] for word in words]
@@ -39,7 +39,10 @@ class Words(nn.Module):
         )
 
     def loss(self, features: Tensor, maps: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Of vision tokens [T, d] that show ``maps`` [N, T / N, 2]; and the share of right ones."""
+        """The loss of vision tokens [T, d], and the shares of right classes.
+
+        maps: [N, T / N, 2], the glyph and the colour that each token shows
+        """
         glyphs, colours = targets(maps, IGNORED)
         words = self.embeddings[0]
         classes = [torch.cat([words[self.glyph_ids], self.nothing[:1]])]
@@ -56,7 +59,7 @@ class Words(nn.Module):
         return loss, seen
 
     def easy_loss(self, visual: Any, easy: EasyVQA, rng: Generator) -> Tensor:
-        """A picture of easy-VQA shows one thing: its strongest features tell shape and colour."""
+        """The loss of pictures of easy-VQA: the maximum of the features gives shape and colour."""
         chosen = rng.integers(0, len(easy.pixels), EASY_PER_STEP)
         images = [easy.pixels[i][:, :: 1 if rng.random() < 0.5 else -1] for i in chosen]
         features = encode_pictures(visual, as_patches(images), SIDE, SIDE).float().amax(1)
@@ -69,7 +72,7 @@ class Words(nn.Module):
 def learn(
     visual: Any, words: Words, easy: EasyVQA, phase: Phase, rng: Generator
 ) -> tuple[float, dict[str, float]]:
-    """Gradients of one step; the loss, and what was right under which name."""
+    """Compute the gradients of one step. Returns the loss, and the shares of right classes."""
     loss, seen = crowd_loss(visual, words, phase, phase.budget, rng)
     if rng.random() < phase.easy_share:
         loss = loss + EASY_WEIGHT * words.easy_loss(visual, easy, rng)
@@ -80,7 +83,7 @@ def learn(
 def crowd_loss(
     visual: Any, words: Words, phase: Phase, budget: int, rng: Generator
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of pictures that are full of things."""
+    """The loss of pictures with many things, and the shares of right classes by name."""
     scale = int(rng.choice(phase.regime.scales))
     views, maps = crowded_views(rng, phase.regime.look, scale, budget)
     features = encode_pictures(visual, views.patches, views.high, views.wide)
@@ -89,5 +92,5 @@ def crowd_loss(
 
 
 def nan_free(seen: dict[str, float]) -> dict[str, float]:
-    """Without what there was none of."""
+    """The values that are not NaN. NaN stands for a class that no token had."""
     return {name: value for name, value in seen.items() if not np.isnan(value)}

@@ -27,6 +27,7 @@ from plphp.errors import (
 
 if TYPE_CHECKING:
     from plphp.hf import PrunedCache, Pruning, calibrate, prune
+    from plphp.inspector import inspect
     from plphp.models import vision_spans
     from plphp.policy import PLPHP, policy
     from plphp.recall import Recall
@@ -47,6 +48,7 @@ __all__ = [
     "UnsupportedTransformersError",
     "__version__",
     "calibrate",
+    "inspect",
     "policy",
     "prune",
     "vision_spans",
@@ -61,6 +63,7 @@ _LATER = {
     "Recall": "plphp.recall",
     "Report": "plphp.report",
     "calibrate": "plphp.hf",
+    "inspect": "plphp.inspector",
     "policy": "plphp.policy",
     "prune": "plphp.hf",
     "vision_spans": "plphp.models",

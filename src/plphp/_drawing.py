@@ -1,7 +1,6 @@
-"""What draws reports. `plphp/__init__.py` sets it, `plphp.report` asks for it.
+"""Holds the functions that draw reports. `plphp/__init__.py` sets them, `plphp.report` calls them.
 
-A file of its own, so that setting it imports nothing: `import plphp` brings neither torch nor the
-reports.
+This file imports nothing, so that `import plphp` imports neither torch nor the reports.
 """
 
 from __future__ import annotations
@@ -13,15 +12,17 @@ _found: list[Callable[[], Any]] = []
 
 
 def draw_with(drawing: Callable[[], Any]) -> None:
-    """Set what draws reports, a `plphp.report.Drawing`. It is called when a report is first drawn,
-    so it may import late.
+    """Set the functions that draw reports.
 
-    The code that draws needs the models and measurements above `plphp.report`, so that package does
-    not import it: `plphp/__init__.py`, which stands above all packages, connects the two.
+    drawing: returns a `plphp.report.Drawing`. It is called when the first report is drawn, and may
+        import modules then
+
+    The code that draws imports packages above `plphp.report`, so that `plphp.report` cannot import
+    it. `plphp/__init__.py` is above all packages and connects the two.
     """
     _found[:] = [drawing]
 
 
 def drawing() -> Any:
-    """What draws reports."""
+    """The functions that draw reports, a `plphp.report.Drawing`."""
     return _found[0]()

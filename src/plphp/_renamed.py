@@ -1,10 +1,10 @@
-"""Old public names. They work for one release, with a DeprecationWarning that says the new name.
+"""Old public names. They work for one release, with a DeprecationWarning that gives the new name.
 
-A package that had a name in version 0.1.0 which is elsewhere now has one line for all of them:
+A package with old names has this line:
 
     __getattr__ = old_names(__name__)
 
-To rename something else, add it to OLD. Delete this file, and those lines, after the next release.
+To rename something else, add it to OLD. Delete this file and these lines after the next release.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def old_names(package: str) -> Callable[[str], Any]:
         if new is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         warnings.warn(
-            f"{package}.{name} is {new} now; the old name goes with the next release",
+            f"{package}.{name} is now {new}: the next release removes the old name",
             DeprecationWarning,
             stacklevel=2,
         )

@@ -43,8 +43,12 @@ def how_to_install(extra: str) -> str:
     except metadata.PackageNotFoundError:  # plphp runs from its sources and is not installed
         requirements = []
     packages = [
-        f"'{need.name}{need.specifier}'"
+        f"'{need.name}{_extras(need.extras)}{need.specifier}'"
         for need in requirements
         if need.marker is not None and need.marker.evaluate({"extra": extra})
     ]
     return " ".join(["pip install", *(packages or [f"'.[{extra}]' in a checkout of plphp"])])
+
+
+def _extras(names: set[str]) -> str:
+    return f"[{','.join(sorted(names))}]" if names else ""

@@ -67,7 +67,7 @@ CASES = [
     Case("batch over a file", "generate --batch {tmp}/lines.jsonl --out {png}", "exists already"),
     Case("eval, unknown task", "eval --out {tmp}/e --tasks ocr", "unknown task 'ocr'"),
     Case("eval, unknown method", "eval --out {tmp}/e --methods best", "unknown method 'best'"),
-    Case("eval, no share", "eval --out {tmp}/e --budgets 1.5", "not a share above 0"),
+    Case("eval, no share", "eval --out {tmp}/e --budgets 1.5", "must be above 0 and at most 1"),
     Case("eval, no such shard", "eval --out {tmp}/e --shard 2/2", "i from 0 to n - 1"),
     Case("eval, images without prompt", "eval --out {tmp}/e --images {tmp}", "is the question"),
     Case("eval, no images", "eval --out {tmp}/e --images {tmp}/llama --prompt x", "no image files"),

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from plphp.cli import generate, options
+from plphp.cli import generate, needs, options
+from plphp.cli.requests import model_identity
+from plphp.cli.shared_batch import check_same_model
+from plphp.cluster import blocks_of
 from plphp.errors import InputError
 from plphp.inputs import lines
 
@@ -133,7 +137,7 @@ def test_a_foreign_file_is_left_alone(
     assert part.read_bytes() == content and asked == []
 
 
-def test_a_foreign_directory_too(
+def test_a_directory_in_place_of_the_part_file_is_refused(
     run: Callable, tmp_path: Path, pictures: Path, asked: list
 ) -> None:
     (tmp_path / "x.part").mkdir()
@@ -200,7 +204,7 @@ def test_a_line_never_ends_the_batch(run: Callable, tmp_path: Path, asked: list)
     source = tmp_path / "a.jsonl"
     source.write_bytes(b"\xef\xbb\xbf" + good + b"\n".join(rows) + b"\n" + good)
     result = run("generate", "--batch", source, "--out", tmp_path / "x")
-    assert result.code == 0, result.err
+    assert result.code == 3, "done, and some lines hold an error"
     first, *bad, last = records(tmp_path / "x")
     assert first["answer"] == last["answer"] == "an answer to good" and first["id"] == "\ud800"
     for record, says in zip(bad, rows.values(), strict=True):
@@ -223,7 +227,7 @@ def test_names_and_prompts_that_no_system_takes_are_errors_of_their_line(
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.mkfifo(tmp_path / "fifo.png")
-    assert run("generate", "--batch", source, "--out", tmp_path / "x").code == 0
+    assert run("generate", "--batch", source, "--out", tmp_path / "x").code == 3
     said = ("too long", "not a file name", "not a file name", "not text", "contains <|image_pad|>",
             "not a regular file", "prompt is empty")  # fmt: skip
     for record, word in zip(records(tmp_path / "x"), said, strict=True):
@@ -263,6 +267,119 @@ def test_a_full_disk_names_the_file(
     result = run("generate", "--batch", source, "--out", tmp_path / "x")
     assert result.code == 2
     assert "x.part: No space left" in result.err and "to continue the batch" in result.err
+
+
+def test_answers_in_any_order_are_gone_on_with(run: Callable, tmp_path: Path, asked: list) -> None:
+    """As several workers leave them: the whole file has the order of the lines."""
+    source = write(tmp_path / "a.jsonl", [{"prompt": f"p{k}"} for k in range(6)])
+    assert run("generate", "--batch", source, "--out", tmp_path / "x").code == 0
+    whole = (tmp_path / "x").read_bytes()
+    rows = whole.splitlines(keepends=True)
+    asked.clear()
+    (tmp_path / "y.part").write_bytes(rows[4] + rows[0] + rows[3])
+    assert run("generate", "--batch", source, "--out", tmp_path / "y").code == 0
+    assert [prompt for _, prompt, _ in asked] == ["p1", "p2", "p5"]
+    assert (tmp_path / "y").read_bytes() == whole
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "x", "y"}
+    for rest in (rows[4] + rows[4], rows[2].replace(b"2", b"-2", 1)):  # no run leaves these
+        (tmp_path / "z.part").write_bytes(rest)
+        result = run("generate", "--batch", source, "--out", tmp_path / "z")
+        assert result.code == 2 and "is not from a batch" in result.err
+
+
+def test_nothing_is_loaded_for_a_batch_that_is_answered(
+    run: Callable, tmp_path: Path, asked: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.jsonl", [{"prompt": "p"}])
+    assert run("generate", "--batch", source, "--out", tmp_path / "x").code == 0
+    (tmp_path / "x").rename(tmp_path / "y.part")
+    monkeypatch.setattr(options.Source, "load", None)
+    assert run("generate", "--batch", source, "--out", tmp_path / "y").code == 0
+
+
+def test_a_full_disk_at_the_end_loses_nothing(
+    run: Callable, tmp_path: Path, asked: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.jsonl", [{"prompt": f"p{k}"} for k in range(2)])
+    assert run("generate", "--batch", source, "--out", tmp_path / "x").code == 0
+    rows = (tmp_path / "x").read_bytes().splitlines(keepends=True)
+    (tmp_path / "y.part").write_bytes(rows[1] + rows[0])
+
+    def full(old: Path, new: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("plphp.cli.batch.os.replace", full)
+        result = run("generate", "--batch", source, "--out", tmp_path / "y")
+    assert result.code == 2 and "y.part.sorted: No space left" in result.err
+    assert run("generate", "--batch", source, "--out", tmp_path / "y").code == 0
+    assert (tmp_path / "y").read_bytes() == b"".join(rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "all_of_them"),
+    [
+        (["--ray"], ["--ray", "local"]),
+        (["--ray", "--out", "x"], ["--ray", "local", "--out", "x"]),
+        (["--ray", "auto", "--out", "x"], ["--ray", "auto", "--out", "x"]),
+        (["--ray=a:1"], ["--ray=a:1"]),
+        ([], []),
+    ],
+    ids=["alone", "before another", "address", "equals", "nothing"],
+)
+def test_ray_may_stand_without_an_address(words: list[str], all_of_them: list[str]) -> None:
+    assert needs.with_values(words) == all_of_them
+
+
+def test_without_ray_one_line_says_what_to_install(
+    run: Callable, tmp_path: Path, asked: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.jsonl", [{"prompt": "p"}])
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run("generate", "--batch", source, "--out", tmp_path / "x", "--ray")
+    assert result.code == 2 and len(result.err.splitlines()) == 1
+    assert "--ray needs Ray Data" in result.err and "pip install" in result.err
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"")
+    for files in ((source, "x.parquet"), (tmp_path / "a.parquet", "x")):
+        result = run("generate", "--batch", files[0], "--out", tmp_path / files[1])
+        assert result.code == 2 and "Parquet needs pyarrow: pip install" in result.err
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (("--ray", "ray://head:10001"), "ray job submit"),
+        (("--ray", "--device", "cuda:1"), "cannot be used with --ray"),
+        (("--ray", "--device", "auto"), "cannot be used with --ray"),
+        (("--workers", "2"), "--workers needs --ray"),
+    ],
+    ids=["client", "one GPU of several", "all GPUs", "workers alone"],
+)
+def test_what_cannot_be_shared_is_refused_before_ray_is_needed(
+    option: tuple[str, ...], says: str, run: Callable, tmp_path: Path, asked: list
+) -> None:
+    source = write(tmp_path / "a.jsonl", [{"prompt": "p"}])
+    result = run("generate", "--batch", source, "--out", tmp_path / "x", *option)
+    assert result.code == 2 and says in result.err
+
+
+def test_a_list_is_cut_into_blocks_that_can_be_counted() -> None:
+    assert [blocks_of(count) for count in (0, 1, 8, 9, 2000)] == [0, 1, 1, 2, 250]
+    assert blocks_of(3, 1) == 3
+    assert blocks_of(10_000_000) == 10_000, "a million blocks would be too many to look after"
+
+
+def test_another_model_on_a_worker_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    key = {"model": model_identity(str(tmp_path)), "source": {"model": str(tmp_path)}}
+    os.utime(tmp_path / "config.json", (1, 1))
+    check_same_model(key)  # a copy of the same files
+    with pytest.raises(InputError, match="install the same versions"):
+        check_same_model({**key, "model": ["other", *key["model"][1:]]})
+    (tmp_path / "config.json").write_text("{ }")
+    with pytest.raises(InputError, match="the same model's files"):
+        check_same_model(key)
 
 
 def test_lines_are_split_at_line_feeds_only() -> None:

@@ -45,7 +45,7 @@ def test_a_run_gives_numbers_and_files(run: Any, tmp_path: Path) -> None:
     assert (tmp_path / "result.png").stat().st_size > 1000
 
 
-def test_other_ways_have_their_turn(run: Any) -> None:
+def test_other_caches_are_timed_too(run: Any) -> None:
     names = ["short", "static", "pruned-static", "vl-cache", "snapkv"]
     done = run("bench", *SMALL, "--against", ",".join(names), "--keep", ".25", "--json")
     assert done.code == 0, done.err
@@ -77,7 +77,7 @@ def test_a_model_of_ones_own(run: Any) -> None:
 def test_the_table_names_the_machine_and_what_is_absent(run: Any) -> None:
     done = run("bench", *SMALL)
     assert done.code == 0, done.err
-    for word in ("over stock", "bound", "GB/s", "Random weights"):
+    for word in ("over stock", "bound", "GB/s", "The weights are random"):
         assert word in done.out
 
 
@@ -90,7 +90,7 @@ def test_the_table_names_the_machine_and_what_is_absent(run: Any) -> None:
         (["--keep", "1.5"], "from 0 to 1"),
         (["--against", "magic"], "unknown 'magic'"),
         (["--memory", "much"], "--memory much"),
-        (["--model", "embedded", "--layers", "2"], "a --model is measured whole"),
+        (["--model", "embedded", "--layers", "2"], "all layers of a --model are measured"),
         (["--shape", "llava-1.5-7b", "--context", "900000"], "GiB and"),
     ],
 )
@@ -119,7 +119,7 @@ def test_forced_shares_are_kept_layer_by_layer(setting: Setting) -> None:
     assert cache_bytes(dynamic(model, setting, 200)) == whole == setting.shape.kv_bytes(400, 4)
 
 
-def test_kernels_have_their_turn_where_there_is_a_choice(
+def test_both_kernels_are_timed_if_there_is_a_choice(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
@@ -190,3 +190,35 @@ def test_a_gpu_that_hides_its_energy_is_measured_without(monkeypatch: pytest.Mon
     fake.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 2500  # type: ignore[attr-defined]
     meter, name = machine.energy_meter("cuda")
     assert name == "NVML" and meter is not None and meter() == 2.5
+
+
+def test_the_first_token_is_timed_with_the_tower(run: Any) -> None:
+    words = ["bench", "--context", "128", "--rounds", "1", "--layers", "1", "--images", "2"]
+    done = run(*words, "--first-token", "divprune:.5,divprune:.5/plphp", "--json")
+    assert done.code == 0, done.err
+    stock, *others = done.json["first_token"]
+    assert [row["name"] for row in others] == ["divprune:.5", "divprune:.5/plphp"]
+    assert stock["over_stock"] == stock["decoder_over_stock"] == [1, 1, 1]
+    for row in (stock, *others):
+        assert 0 < row["tower_ms"] < row["ms"]
+        assert row["tower_share"] == pytest.approx(row["tower_ms"] / row["ms"], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--first-token", "best"], "--first-token best: unknown policy"),
+        (["--first-token", "divprune:2"], "budget must be a share from 0 to 1"),
+        (["--first-token", "downsample:.5"], "makes the images smaller instead"),
+        (["--first-token", " "], "--first-token is empty"),
+        (["--first-token", "divprune", "--out", "x"], "leave out --model and --out"),
+        (["--first-token", "divprune", "--shape", "mantis-8b"], "has no vision tower for mantis"),
+        (["--first-token", "divprune", "--images", "40"], "at least three columns"),
+    ],
+)
+def test_a_first_token_that_cannot_be_timed_is_refused(
+    run: Any, options: list[str], says: str
+) -> None:
+    done = run("bench", "--context", "128", "--layers", "1", *options)
+    assert done.code == 2
+    assert says in done.err

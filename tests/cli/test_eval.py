@@ -35,7 +35,7 @@ def test_a_run_leaves_files_and_the_same_numbers_twice(run: Callable, tmp_path: 
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def test_shards_meet_in_one_directory(run: Callable, tmp_path: Path) -> None:
+def test_two_shards_fill_one_directory(run: Callable, tmp_path: Path) -> None:
     words = ("eval", "--tasks", "easyvqa", "--methods", "uniform", "--budgets", ".4")
     some = (*words, "--limit", 4, "--batch", 2, "--out", tmp_path)
     assert "lines of other shards are missing" in run(*some, "--shard", "0/2").err

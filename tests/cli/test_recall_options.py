@@ -20,7 +20,7 @@ def test_generate_reports_what_was_parked(run: Callable, picture: str) -> None:
     assert found["home"] == "int4" and found["share"] <= 0.4
 
 
-def test_full_beside_recall(run: Callable, picture: str) -> None:
+def test_compare_with_recall_shows_full_and_pruned(run: Callable, picture: str) -> None:
     options = ("generate", "--image", picture, *QUESTION, "--compare", "--rounds", 1)
     recall = ("--recall", "host", "--recall-budget", ".3")
     shown = run(*options, *recall)

@@ -59,7 +59,7 @@ def test_with_recall_it_says_that_all_of_them_were_there(home: str) -> None:
     assert ("int4 numbers" in str(second)) == (home == "int4")
 
 
-def test_what_rows_lost_goes_with_them() -> None:
+def test_reordered_rows_take_their_lost_images_along() -> None:
     family = tiny.FAMILIES["qwen2_vl"]
     model = family.build(0)
     inputs, spans = family.make_inputs(model, [tiny.ONE, tiny.THREE], 0)

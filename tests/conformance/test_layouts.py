@@ -76,7 +76,7 @@ def test_sizes_of_earlier_turns_are_passed_over(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["internvl", "smolvlm"])
-def test_frames_that_nobody_tells_are_images_and_said_to_be(name: str) -> None:
+def test_frames_that_look_like_images_count_as_images_and_a_note_says_so(name: str) -> None:
     if name not in EVERY:
         pytest.skip(f"no {name} in this transformers")
     config, inputs, spans = prompt(name, "videos")

@@ -161,7 +161,7 @@ def test_the_quick_run_has_every_family() -> None:
     assert sorted(cell[0] for cell in QUICK) == sorted([*tiny.FAMILIES, *tiny.DECODERS])
 
 
-def test_every_way_meets_every_column() -> None:
+def test_every_circumstance_has_a_cell_for_every_family_of_its_table() -> None:
     assert not {*MODES} & {*CIRCUMSTANCES}
     met = {(family, mode) for family, _, mode in WAYS}
     assert met == {(family, mode) for family in COLUMNS for mode in CIRCUMSTANCES}

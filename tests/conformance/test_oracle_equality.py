@@ -119,7 +119,7 @@ def test_a_row_of_a_batch_is_the_row_alone(name: str, seed: int) -> None:
 
 
 @every_family
-def test_a_text_only_prompt_is_left_alone_and_said_so(name: str) -> None:
+def test_a_text_only_prompt_is_not_pruned_and_a_note_says_so(name: str) -> None:
     family = EVERY[name]
     model = family.build(0)
     inputs, _ = family.make_inputs(model, [tiny.NONE], seed=0)

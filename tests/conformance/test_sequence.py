@@ -18,16 +18,31 @@ import tiny
 from invariants import EVERY, LOGITS, generate, state_of, truth
 
 KEEP = 0.4
-REFUSED = {  # why no token may leave the hidden states of these families
-    "qwen3_vl": "added to the hidden states",
-    "qwen3_vl_moe": "added to the hidden states",
-    "qwen3_5": "no ordinary attention",
-    "gemma3": "some layers cannot be pruned|no ordinary attention",
-    "cohere2_vision": "some layers cannot be pruned|no ordinary attention",
-}
 METHODS = {
     "fastv": lambda: plphp.policy("fastv", layer=2, keep=KEEP),
     "vtw": lambda: plphp.policy("vtw", layer=2),
+    "divprune": lambda: plphp.policy("divprune", budget=KEEP),
+}
+# They choose by other rules, and leave in the same way.
+OTHERS = {
+    "dart": lambda: plphp.policy("dart", layer=2, keep=KEEP),
+    "cdpruner": lambda: plphp.policy("cdpruner", budget=KEEP),
+    "vidcom2": lambda: plphp.policy("vidcom2", budget=KEEP),
+}
+FIRST = {
+    "fastv": 2,
+    "vtw": 2,
+    "dart": 2,
+    "divprune": 0,
+    "cdpruner": 0,
+    "vidcom2": 0,
+}  # the first layer that drops tokens
+RECURRENT = "some of whose layers are recurrent"
+REFUSED = {  # why no token may leave the hidden states of these families
+    ("qwen3_5", "fastv"): RECURRENT,
+    ("qwen3_5", "vtw"): RECURRENT,
+    ("gemma3", "fastv"): "layer 1 cannot score the tokens",
+    ("gemma3", "vtw"): "layer 1 cannot score the tokens",
 }
 
 
@@ -50,6 +65,39 @@ def hidden_from(model: Any, first: int, dropped: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+def without(
+    model: Any, inputs: dict[str, Tensor], dropped: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of a model that was never given the dropped columns (B, N), row by row.
+
+    tokens: (B, T), decoded along
+    """
+    given: dict[str, Tensor] = {}
+    decoder = model.get_decoder()
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        given.update({name: kwargs[name] for name in ("inputs_embeds", "position_ids")})
+
+    with decoder.register_forward_pre_hook(note, with_kwargs=True):
+        generate(model, inputs, steps=1)
+    stays = ~dropped & (inputs["attention_mask"] > 0)
+    rows = []
+    for row, columns in enumerate(stays):
+        embeds = given["inputs_embeds"][row : row + 1, columns]
+        positions = given["position_ids"][:, row : row + 1][..., columns]
+        answer = model.get_input_embeddings()(tokens[row : row + 1, :-1])
+        later = positions[..., -1:] + 1 + torch.arange(answer.shape[1])
+        hidden = decoder(
+            inputs_embeds=torch.cat([embeds, answer], 1),
+            position_ids=torch.cat([positions, later], -1),
+            attention_mask=stays.new_ones(1, embeds.shape[1] + answer.shape[1]).long(),
+            use_cache=False,
+        ).last_hidden_state
+        rows.append(model.lm_head(hidden[:, -tokens.shape[1] :]))
+    logits = torch.cat(rows)
+    return logits.argmax(-1), logits
+
+
 def dropped_columns(spans: Tensor, kept: Tensor) -> Tensor:
     """(B, N) bool: vision columns that are not among the row-logical positions kept (B, 1, K)."""
     logical = (spans >= 0).cumsum(-1) - 1
@@ -70,27 +118,52 @@ def best(scores: Tensor, spans: Tensor, keep: float) -> tuple[list[int], float]:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_leaving_equals_hiding(family: str, name: str, rows: str) -> None:
+    check_leaving(family, name, rows)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    [
+        ("llava", "batch"),
+        ("qwen3_vl", "videos"),
+        ("llava_onevision", "videos"),
+        ("smolvlm", "videos"),
+    ],
+)
+def test_other_methods_leave_in_the_same_way(family: str, name: str, rows: str) -> None:
+    check_leaving(family, name, rows)
+
+
+def check_leaving(family: str, name: str, rows: str) -> None:
+    make = {**METHODS, **OTHERS}[name]
     expected = truth(family, 0, rows)
     model = expected.build()
-    if family in REFUSED:
+    if (family, name) in REFUSED:
         before = state_of(model)
-        errors = (plphp.UnsupportedModelError, plphp.UnsupportedModeError)
-        with pytest.raises(errors, match=REFUSED[family]), plphp.prune(model, METHODS[name]()):
+        errors, why = (plphp.UnsupportedModelError, plphp.UnsupportedModeError), (family, name)
+        with pytest.raises(errors, match=REFUSED[why]), plphp.prune(model, make()):
             generate(model, expected.inputs)
         assert state_of(model) == before
         return
-    with plphp.prune(model, METHODS[name](), vision_mask=expected.mask) as pruning:
+    first = FIRST[name]
+    with plphp.prune(model, make(), vision_mask=expected.mask) as pruning:
         tokens, logits = generate(model, expected.inputs)
         report = pruning.report
-    for layer in report.layers[:2]:
+    attending = [layer for layer in report.layers[first:] if layer.kept.shape[1]]
+    for layer in report.layers[:first]:
         assert layer.retention == 1
-    assert len({layer.retention for layer in report.layers[2:]}) == 1
-    kept = report.layers[2].kept
+    assert len({layer.retention for layer in attending}) == 1
+    kept = attending[0].kept
     if name == "fastv":
         check_ranking(expected, kept)
-    model.set_attn_implementation("eager")
-    with hidden_from(model, 2, dropped_columns(expected.spans, kept)):
-        wanted, wanted_logits = oracle.generate(model, expected.inputs, len(tokens[0]), tokens)
+    dropped = dropped_columns(expected.spans, kept)
+    if family == "qwen3_5":  # a mask cannot hide a column from a recurrent layer
+        wanted, wanted_logits = without(model, expected.inputs, dropped, tokens)
+    else:
+        model.set_attn_implementation("eager")
+        with hidden_from(model, first, dropped):
+            wanted, wanted_logits = oracle.generate(model, expected.inputs, len(tokens[0]), tokens)
     assert torch.equal(tokens, wanted)
     assert (logits - wanted_logits).abs().max() < LOGITS
     if any(row.images for row in expected.rows):
@@ -135,9 +208,6 @@ def test_prompts_that_come_in_pieces_are_refused() -> None:
             generate(model, expected.inputs, prefill_chunk_size=16)
         with pytest.raises(plphp.UnsupportedModeError, match="prompt_lookup"):
             generate(model, expected.inputs, prompt_lookup_num_tokens=3)
-        cache = plphp.PrunedCache(model, max_len=256, static=True)
-        with pytest.raises(plphp.UnsupportedModeError, match="static"):
-            generate(model, expected.inputs, cache=cache)
 
 
 def test_a_budget_out_of_reach_is_said_when_attaching() -> None:

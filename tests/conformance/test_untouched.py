@@ -92,7 +92,7 @@ def interrupted(model: PreTrainedModel, truth: Truth, **kwargs: object) -> None:
     ],
 )
 @every_family
-def test_the_model_is_as_it_was(name: str, leave: Callable[[PreTrainedModel, Truth], None]) -> None:
+def test_the_model_is_restored(name: str, leave: Callable[[PreTrainedModel, Truth], None]) -> None:
     expected = truth(name, 0, "batch")
     model = EVERY[name].build(0)
     tokens, logits = generate(
@@ -110,7 +110,7 @@ def test_the_model_is_as_it_was(name: str, leave: Callable[[PreTrainedModel, Tru
 
 
 @every_family
-def test_it_goes_on_after_an_interruption(name: str) -> None:
+def test_the_next_call_after_an_interruption_is_unaffected(name: str) -> None:
     """An interrupted call has no effect on the next one."""
     expected = truth(name, 0, "batch")
     model = EVERY[name].build(0)
@@ -126,7 +126,7 @@ def test_it_goes_on_after_an_interruption(name: str) -> None:
 
 
 @every_family
-def test_a_second_model_of_the_same_config_object_is_not_met(name: str) -> None:
+def test_a_second_model_with_the_same_config_object_is_not_affected(name: str) -> None:
     family, expected = EVERY[name], truth(name, 0, "batch")
     config = family.config()
     attached, bystander = family.build(0, config), family.build(1, config)

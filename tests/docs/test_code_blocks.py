@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 import plphp.cli
@@ -113,6 +114,30 @@ class Processor:
         return str(embedded().tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
 
+class Ask:
+    """As much of transformers' pipeline("image-text-to-text") as the pages use.
+
+    tests/integration/test_pipeline.py prunes in the real one.
+    """
+
+    def __init__(self, task: str, name: str, **options: Any) -> None:
+        assert task == "image-text-to-text" and name == HUB_ID
+        assert set(options) <= {"dtype", "device_map"}
+        self.model = embedded().model
+
+    def __call__(self, text: list[dict[str, Any]], max_new_tokens: int) -> list[dict[str, Any]]:
+        processor = Processor()
+        inputs = processor.apply_chat_template(
+            text,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        out = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
+        return [{"generated_text": processor.decode(out[0], skip_special_tokens=True)}]
+
+
 def from_hub(what: Callable[[], Any]) -> Callable[..., Any]:
     def from_pretrained(name: str, **options: Any) -> Any:
         assert name == HUB_ID and set(options) <= {"dtype", "device_map"}
@@ -132,6 +157,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         AutoModelForImageTextToText, "from_pretrained", from_hub(lambda: embedded().model)
     )
     monkeypatch.setattr(AutoProcessor, "from_pretrained", from_hub(Processor))
+    for module in (transformers, transformers.pipelines):  # the first copies from the second
+        monkeypatch.setattr(module, "pipeline", Ask)
     # What a page adds to the registries is gone after it.
     for registry in (POLICIES, FAMILIES):
         for name in registry:

@@ -81,7 +81,9 @@ def test_nothing_is_shared_that_was_pruned_in_place() -> None:
 
 
 @pytest.mark.parametrize("policy", [POLICY, None])
-def test_images_that_left_the_cache_are_read_again(policy: Any, reference: Any) -> None:
+def test_images_that_were_evicted_from_the_cache_are_read_again(
+    policy: Any, reference: Any
+) -> None:
     """Without plphp, vLLM does not send the pixels to the workers, and its engine stops."""
     request = ask("describe picture 1.", policy)
     with serving.engine() as llm:

@@ -192,7 +192,7 @@ def test_a_mistyped_name_is_corrected(name: str) -> None:
         config_of(**args)
 
 
-def test_every_series_is_there_before_its_first_event() -> None:
+def test_every_metric_exists_before_its_first_event() -> None:
     with serving.engine(disable_log_stats=False):
         found = {
             (sample.name, sample.labels.get("layer_class") or sample.labels.get("reason"))

@@ -66,5 +66,5 @@ def test_cider_by_hand() -> None:
     assert said[0] == pytest.approx(10 * (one + two) / 4 * math.exp(-1 / 72))
 
 
-def test_what_all_references_say_is_worth_nothing() -> None:
+def test_cider_of_words_that_all_references_have_is_zero() -> None:
     assert cider(["the"], [["the"]]) == [0.0]

@@ -50,7 +50,7 @@ def test_another_prompt_or_picture_is_another_run(store: Store) -> None:
     made, samples = task()
     blue = replace(samples[0], images=(Image.new("RGB", (4, 4), "blue"),))
     for others in (task("another"), (made, [blue]), (made, [*samples, blue])):
-        with pytest.raises(InputError, match="asked something else"):
+        with pytest.raises(InputError, match="another prompt or other images"):
             store.describe(*others)
 
 
@@ -63,7 +63,7 @@ def test_a_folder_whose_files_changed_is_another_run(store: Store, tmp_path: Pat
     assert [sample.id for sample in made.draw(5, 1)] == ["a.png"]
     store.describe(made, made.draw(5, 1))
     Image.new("RGB", (4, 4), "green").save(pictures / "a.png")
-    with pytest.raises(InputError, match="asked something else"):
+    with pytest.raises(InputError, match="another prompt or other images"):
         store.describe(folder(pictures, "q"), folder(pictures, "q").draw(5, 1))
 
 
@@ -97,7 +97,7 @@ def test_files_that_no_run_wrote_are_left_alone(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("content", ["", "mine", "[1]", "[" * 100_000])
 def test_a_run_json_of_something_else(content: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(InputError, match=r"run\.json: not a file of a run"):
+    with pytest.raises(InputError, match=r"run\.json is not a file of a run"):
         Store(tmp_path).open(SETTINGS)
     assert (tmp_path / "run.json").read_text() == content
 
@@ -105,5 +105,5 @@ def test_a_run_json_of_something_else(content: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("row", ["mine", "[1]", "{}", json.dumps({"method": "x"}), "[" * 100_000])
 def test_a_line_that_no_run_wrote_is_named(row: str, store: Store) -> None:
     (store.out / "samples" / "t.jsonl").write_text(f"{json.dumps(LINE)}\n{row}\n")
-    with pytest.raises(InputError, match=r"t\.jsonl, line 2: not a line of a run"):
+    with pytest.raises(InputError, match=r"t\.jsonl, line 2 is not a line of a run"):
         list(read_lines(store.out, "t"))

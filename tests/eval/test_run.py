@@ -15,7 +15,7 @@ from plphp.errors import InputError, UnsupportedModelError
 from plphp.eval.answers import answer, refer
 from plphp.eval.batches import in_batches, make_batch
 from plphp.eval.feature_cache import remembered
-from plphp.eval.methods import FULL, Setting, parse
+from plphp.eval.methods import FULL, Setting, make, parse
 from plphp.eval.run import Plan, run
 from plphp.eval.shrink import shrinker
 from plphp.eval.store import read_lines
@@ -23,6 +23,8 @@ from plphp.eval.summary import missing, summarize
 from plphp.eval.tasks import TASKS
 from plphp.hf.attached import attached
 from plphp.hf.shared_prefill import read
+from plphp.policy import policy
+from plphp.recall import Recall
 
 SEED, FEW = 7, 6
 ABOUT = {"model": "embedded"}
@@ -177,7 +179,7 @@ def test_two_shards_are_one_run(
 
 
 def test_a_run_of_other_settings_is_refused(embedded: Embedded, plan: Plan, finished: Path) -> None:
-    with pytest.raises(InputError, match="holds a run with seed 7, not 8"):
+    with pytest.raises(InputError, match="has a run with seed 7, not 8"):
         run(embedded, replace(plan, out=finished, seed=8), ABOUT, silent)
 
 
@@ -208,14 +210,24 @@ def test_controls_are_added() -> None:
     ]  # fmt: skip
 
 
+def test_two_stages_share_the_budget_with_and_without_recall() -> None:
+    settings, _ = parse("divprune/plphp,divprune:.8/novelty+host", ".2")
+    made, parked = settings[1:3]
+    assert make(made, None).second.budget == 0.4, "of the half that divprune leaves"
+    assert parked.recall == Recall("host", 0.25)
+    assert make(parked, None).second == policy("novelty")
+
+
 @pytest.mark.parametrize(
     ("methods", "budgets", "says"),
     [
         ("best", ".4", "unknown method 'best'"),
+        ("plphp/divprune", ".4", "a sequence method such as divprune, then a cache method"),
+        ("divprune:9/plphp", ".4", "'divprune:9': budget must be a share"),
         ("plphp", "much", "'much' is not a number"),
-        ("plphp", "0", "not a share"),
-        ("plphp", "1.5", "not a share"),
-        (" ,", ".4", "--methods names nothing"),
+        ("plphp", "0", "must be above 0"),
+        ("plphp", "1.5", "must be above 0"),
+        (" ,", ".4", "--methods is empty"),
     ],
 )
 def test_bad_settings_are_named(methods: str, budgets: str, says: str) -> None:

@@ -73,7 +73,7 @@ def test_means_intervals_and_verdicts(out: Path) -> None:
     assert by["vtw"]["skipped"] == "cannot"
 
 
-def test_the_rest_is_plain_means(out: Path) -> None:
+def test_values_without_intervals_are_means(out: Path) -> None:
     by = {row["method"]: row for row in summarize(out)["tasks"]["made"]["settings"]}
     plphp = by["plphp"]
     assert plphp["kl"] == pytest.approx(0.3)  # of the second and third token

@@ -82,7 +82,7 @@ def test_difference_differs_in_one_cell() -> None:
 
 
 @pytest.mark.parametrize(("name", "rows"), [("transcribe", 1), ("grid", 2)])
-def test_pages_have_their_rows(name: str, rows: int) -> None:
+def test_pages_have_the_number_of_rows_of_their_task(name: str, rows: int) -> None:
     for sample in TASKS[name].draw(FEW, 7):
         assert sample.answers[0].count(" / ") == rows - 1
 

@@ -176,7 +176,7 @@ def test_with_recall_the_overlay_shows_what_a_token_read(
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
-def test_nothing_runs_off_the_side_and_text_can_be_read(
+def test_nothing_is_wider_than_the_page_and_text_has_enough_contrast(
     browser: Any, made: Made, size: dict[str, int], dark: bool
 ) -> None:
     with opened(browser, made.path, size, dark) as watched:

@@ -188,7 +188,7 @@ def test_rows_of_a_batch_have_pages_of_their_own(embedded: Embedded) -> None:
     assert masks[0] == masks[1]
 
 
-def test_where_answers_part() -> None:
+def test_the_first_difference_of_two_answers_is_found() -> None:
     a, b = torch.tensor([1, 2, 3]), torch.tensor([1, 5, 3])
     assert first_difference(a, b) == 1 and first_difference(a, a) is None
     assert first_difference(a, a[:2]) == 2

@@ -198,7 +198,7 @@ def test_an_interrupted_prompt_spoils_its_cache_only(model: torch.nn.Module) -> 
         assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
 
 
-def test_two_models_in_two_threads_do_not_meet() -> None:
+def test_two_models_in_two_threads_do_not_affect_each_other() -> None:
     models = [QWEN.build(seed) for seed in (0, 1)]
     inputs = [QWEN.make_inputs(m, ONE, seed)[0] for seed, m in enumerate(models)]
     options = {"max_new_tokens": 12, "do_sample": False}
@@ -290,7 +290,7 @@ def test_a_refused_call_leaves_a_kept_cache_usable(model: torch.nn.Module) -> No
         assert torch.equal(model.generate(**inputs, **GREEDY, cache=cache), wanted)
 
 
-def test_a_cache_follows_its_model_and_the_policy_in_force(model: torch.nn.Module) -> None:
+def test_a_cache_uses_the_policy_that_is_attached_now(model: torch.nn.Module) -> None:
     inputs = prompt(model)
     with plphp.prune(model, plphp.PLPHP(r=1, delta_r=0)):
         cache = plphp.PrunedCache(model)

@@ -279,7 +279,10 @@ def test_damaged_and_foreign_parked_tokens_are_refused(
             plphp.PrunedCache.load(model, file)
         cache.save(file)
     for other in (None, plphp.Recall("int2")):
-        with plphp.prune(model, SOME, recall=other), pytest.raises(plphp.InputError, match="like"):
+        with (
+            plphp.prune(model, SOME, recall=other),
+            pytest.raises(plphp.InputError, match="in the same way"),
+        ):
             plphp.PrunedCache.load(model, file)
 
 
@@ -299,9 +302,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
             metadata = saved.metadata()
             tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
         for damage, says in (
-            ({"1.keys": tensors["1.keys"][:, :, :-1].contiguous()}, "do not fit"),
-            ({"1.keys": tensors["1.keys"][:, :1].contiguous()}, "do not fit"),
-            ({"1.start": tensors["1.start"] + 999}, "row starts"),
+            ({"1.keys": tensors["1.keys"][:, :, :-1].contiguous()}, "which must be"),
+            ({"1.keys": tensors["1.keys"][:, :1].contiguous()}, "which must be"),
+            ({"1.start": tensors["1.start"] + 999}, "first slots of the rows"),
         ):
             save_file({**tensors, **damage}, file, metadata)
             with pytest.raises(plphp.InputError, match=says):

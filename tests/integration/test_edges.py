@@ -273,7 +273,7 @@ def test_a_cache_is_used_under_the_recall_that_it_was_made_for(
 
 
 @pytest.mark.parametrize("recall", [None, "host", "int4"])
-def test_a_copied_conversation_goes_its_own_way(model: Any, recall: Any) -> None:
+def test_a_copied_conversation_is_independent(model: Any, recall: Any) -> None:
     with plphp.prune(model, SOME, recall=recall):
         alone = plphp.PrunedCache(model)
         more = later(model, alone)

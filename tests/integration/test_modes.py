@@ -145,7 +145,9 @@ def test_eager_prefill_prunes_as_sdpa_does(name: str) -> None:
         assert torch.equal(one.kept, other.kept)
 
 
-def test_the_first_forward_of_prompt_lookup_holds_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_forward_of_prompt_lookup_contains_guessed_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The mode "prompt lookup" of the matrix depends on it."""
     model, inputs = case("llava", "three")
     inputs["input_ids"][:, -2:] = inputs["input_ids"][:, 1:3]

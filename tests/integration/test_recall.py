@@ -49,7 +49,7 @@ def ask(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava", "idefics2"])
-def test_with_everything_at_hand_it_is_the_untouched_model(family: str, call: str) -> None:
+def test_recall_that_reads_every_token_equals_the_unpruned_model(family: str, call: str) -> None:
     rows = "three" if call == "lookup" else "batch"
     expected = truth(family, 0, rows)
     model = expected.build()
@@ -84,7 +84,7 @@ def turns(model: Any, family: str, cache: Any) -> list[tuple[dict[str, Tensor], 
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava", "idefics2"])
-def test_a_conversation_with_everything_at_hand_is_the_untouched_models(family: str) -> None:
+def test_a_conversation_in_which_every_token_is_read_equals_the_unpruned_one(family: str) -> None:
     model = EVERY[family].build(0)
     with plphp.prune(model, plphp.PLPHP(r=1, delta_r=0)):
         wanted = turns(model, family, plphp.PrunedCache(model))
@@ -144,7 +144,7 @@ def test_what_recall_cannot_do_is_refused() -> None:
 
 @pytest.mark.parametrize("budget", [0.0, 0.6, 0.9, 0.99])
 @pytest.mark.parametrize("home", ["int4", "int2"])
-def test_every_budget_of_codes_goes(home: str, budget: float) -> None:
+def test_codes_work_with_every_budget(home: str, budget: float) -> None:
     """With a large budget all tokens of the first layers are resident, and none are in codes."""
     model = tiny.FAMILIES["llava"].build(0)
     inputs, _ = EVERY["llava"].make_inputs(model, ROWS["batch"], 0)
@@ -184,5 +184,8 @@ def test_a_new_home_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert torch.equal(*answers)
     assert isinstance(next(cache.pruned_layers())[1].parked, Attic)
     assert "parked in the attic" in str(pruning.report)
-    with plphp.prune(model, SOME, recall="attic"), pytest.raises(plphp.InputError, match="like"):
+    with (
+        plphp.prune(model, SOME, recall="attic"),
+        pytest.raises(plphp.InputError, match="in the same way"),
+    ):
         plphp.PrunedCache.load(model, tmp_path / "host")

@@ -92,7 +92,7 @@ def outcomes(policy: str) -> dict[tuple[str, str], str]:
     return {tuple(name.split("::")[1:]): what for name, what in found.items()}
 
 
-def test_the_untouched_models_pass() -> None:
+def test_the_unpruned_models_pass() -> None:
     passed = [name for name, what in outcomes("untouched").items() if what == "passed"]
     assert len({model for model, _ in passed}) == len(TESTS)
     assert len(passed) > 80, "a checkout whose tests do not run here says nothing"

@@ -48,7 +48,7 @@ def test_the_embedded_model_reads_one_turn() -> None:
             chats.encode(loaded, [chat], chats.at_most(None), 8)
 
 
-def test_text_and_pictures_alternate_as_the_task_has_them(tmp_path: Path) -> None:
+def test_text_and_pictures_keep_the_order_of_the_task(tmp_path: Path) -> None:
     save(tmp_path)
     loaded = load(str(tmp_path), "auto", "cpu")
     picture, a, b = {"type": "image", "url": PICTURE}, *({"type": "text", "text": t} for t in "ab")

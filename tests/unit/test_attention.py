@@ -76,7 +76,9 @@ def test_sdpa_equals_the_reference(
     torch.testing.assert_close(out.float(), wanted, atol=close, rtol=close)
 
 
-def test_every_thread_has_a_task_and_heads_stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_split_into_enough_parts_for_all_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     cpu = torch.device("cpu")
     assert [sdpa.parts(tasks, 6, cpu) for tasks in (1, 2, 3, 4, 8, 64)] == [6, 6, 3, 2, 1, 1]

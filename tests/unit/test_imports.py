@@ -34,6 +34,7 @@ LEVELS = {
     "demo": 5,
     "bench": 5,
     "inputs": 6,
+    "cluster": 6,
     "eval": 7,
     "inspector": 7,
     "cli": 8,
@@ -155,7 +156,7 @@ def test_the_graph_sees_circles() -> None:
 )
 def test_old_names_work_and_warn(package: str, name: str, new: str) -> None:
     module, _, attribute = new.rpartition(".")
-    with pytest.warns(DeprecationWarning, match=rf"{package}\.{name} is {new} now") as said:
+    with pytest.warns(DeprecationWarning, match=rf"{package}\.{name} is now {new}") as said:
         found = getattr(importlib.import_module(package), name)
     assert found is getattr(importlib.import_module(module), attribute)
     assert said[0].filename == __file__, "the warning names the line that uses the old name"

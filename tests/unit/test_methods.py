@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import plphp
-from plphp.policy import POLICIES, KeepPlan, LayerView, SequencePolicy, steps
+from plphp.policy import POLICIES, HiddenPolicy, KeepPlan, LayerView, SequencePolicy, steps
 from plphp.policy.plphp import calibrated
 
 CACHE_METHODS = [n for n in POLICIES if POLICIES[n]().prunes_cache]
@@ -297,6 +297,28 @@ def test_calibration_splits_the_layers_in_three_and_keeps_the_budget() -> None:
         )
 
 
+def test_tgv_kv_ranks_by_text_and_rates_layers_by_text_to_vision_attention() -> None:
+    views = [layer(index=index, padding=2) for index in range(4)]
+    policy, crossing, scores = plphp.policy("tgv-kv", budget=0.3), [], []
+    for view in views:
+        columns = range(view.spans.shape[1])
+        vision = [j for j in columns if view.spans[0, j] > 0]
+        text = [j for j in columns if j > vision[-1] and view.spans[0, j] == 0]
+        row = {int(c): i for i, c in enumerate(view.asked[0])}
+        text = [t for t in text if t in row]
+        a = {t: view.window[0, :, row[t]].double().mean(0) for t in text}
+        weight = {t: sum(float(a[i][t]) for i in text if i >= t) / sum(i >= t for i in text)
+                  for t in text}  # fmt: skip
+        scores.append([sum(weight[t] * float(a[t][j]) for t in text) for j in columns])
+        crossing.append(sum(float(a[t][j]) for t in text for j in vision))
+    rates = [0.3 * 4 * c / sum(crossing) for c in crossing]
+    assert max(rates) < 1, "no layer is full in this case"
+    for plan, view, rate, score in zip(plans(policy, views), views, rates, scores, strict=True):
+        vision = [j for j in range(view.spans.shape[1]) if view.spans[0, j] > 0]
+        wanted = top(torch.tensor(score), vision, math.ceil(rate * len(vision) - 1e-6))
+        assert [vision_kept(plan, view, head) for head in range(KV_HEADS)] == [wanted] * KV_HEADS
+
+
 @pytest.mark.parametrize("floor", [0.0, 0.5, 1.0])
 def test_novelty_keeps_what_differs_from_its_image(floor: float) -> None:
     view = layer()
@@ -341,8 +363,9 @@ FIXED = {"beta": {"alpha": 0.9, "r": 0.5, "delta_r": 0.3}, "alpha": {"beta": 0.0
 
 
 def options_of_methods() -> list[tuple[str, str]]:
-    """Every option of every method that prunes a cache or hidden states."""
-    names = [n for n in POLICIES if n not in ("full", "downsample")]
+    """Every option of every method that reads attention; test_hidden_methods has the others."""
+    reads = [n for n in POLICIES if not issubclass(POLICIES[n], HiddenPolicy)]
+    names = [n for n in reads if n not in ("full", "downsample")]
     return [(n, o) for n in names for o in POLICIES[n].__dataclass_fields__]
 
 

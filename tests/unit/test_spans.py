@@ -40,16 +40,16 @@ def test_padding_is_minus_one() -> None:
     assert spans(QWEN, [0, 0, IMG, IMG, 5], attention_mask=mask) == [-1, -1, 1, 1, 0]
 
 
-def test_touching_images_part_at_their_grids() -> None:
+def test_adjacent_images_are_separated_by_their_grids() -> None:
     grid = torch.tensor([[1, 2, 4], [1, 4, 4]])  # 2 and 4 tokens
     assert spans(QWEN, [1, *[IMG] * 6, 2], image_grid_thw=grid) == [0, 1, 1, 2, 2, 2, 2, 0]
 
 
-def test_touching_llava_images_part_at_the_feature_count() -> None:
+def test_adjacent_llava_images_are_separated_by_the_number_of_features() -> None:
     assert spans(LLAVA, [*[IMG] * 8, 5]) == [1, 1, 1, 1, 2, 2, 2, 2, 0]
 
 
-def test_sizes_that_do_not_add_up_are_said() -> None:
+def test_a_note_says_that_image_sizes_do_not_add_up() -> None:
     ids = torch.tensor([[IMG] * 5 + [7]])
     found, notes = find_spans(LLAVA, ids, None, None, {})
     assert found[0].tolist() == [1, 1, 1, 1, 1, 0]

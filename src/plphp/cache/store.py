@@ -76,17 +76,32 @@ class KVStore:
         self.ragged = plan.ragged
         self.end = longest
 
-    def name_columns(self, plan: KeepPlan, logical: int) -> None:
-        """Record which columns the slots hold, if tokens left the hidden states before this layer.
+    def name_columns(self, plan: KeepPlan, begin: int, logical: int) -> None:
+        """Record which columns the last slots hold, if tokens left the hidden states before.
 
-        plan: its `columns` (B, 1 or Hkv, end) are those of the slots in use
-        logical: number of columns that the model was given
+        plan: its `columns` (B, 1 or Hkv, K) are those of the last K slots, counted from `begin`
+        begin: the column of the prompt's first token; logical: the column after its last one
         """
-        self.start = plan.start
-        self.ragged = plan.ragged
+        new = plan.columns.shape[-1]
         self.logical = logical
         if self.columns is not None:
-            self.columns = plan.columns.to(torch.int32).expand_as(self.columns).contiguous()
+            named = (plan.columns + begin).to(torch.int32)
+            self.columns[:, :, self.end - new : self.end] = named
+        if self.end == new:
+            self.start, self.ragged = plan.start.to(self.start.device), plan.ragged
+        elif plan.ragged:
+            self._close_gaps(plan.start.to(self.start.device), self.end - new)
+
+    def _close_gaps(self, fillers: Tensor, at: int) -> None:
+        """Move the slots before the slot `at` right by `fillers` (B,), over fillers that follow."""
+        slots = torch.arange(self.end, device=self.start.device)
+        self.start = self.start + fillers
+        moved = torch.where(slots < at + fillers[:, None], slots - fillers[:, None], slots)
+        columns = moved.clamp(min=0)[:, None].expand(-1, self.keys.shape[1], -1)
+        self.keys, self.values = take(self.keys, columns), take(self.values, columns)
+        if self.columns is not None:
+            self.columns = take(self.columns[..., None], columns)[..., 0]
+        self.ragged = True
 
     def visible(self, queries: int) -> Tensor | None:
         """The mask of the last `queries` columns, True where one attends to a slot.

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from plphp.cli.console import one_line, progress, say
 from plphp.cli.requests import digest, file_digest
 from plphp.errors import InputError
-from plphp.inputs import image_files, lines
+from plphp.inputs import image_files, lines, parquet
+
+Record = dict[str, Any]  # what is written of a line
+Answer = Callable[..., tuple[str, Any]]  # (job, images, prompt) -> the text and the report
 
 KEYS = ("id", "images", "prompt")
 TORN = re.compile(rb'\{"line": \d+[,}]')  # the beginning of a record
@@ -47,7 +50,8 @@ class Batch:
     """A batch in progress. Its answers are in `part`, which no other process may write meanwhile.
 
     key: what all lines share
-    done: number of lines that are answered already
+    done: the byte of `part` at which the record of a line begins, by the number of the line; the
+        records may have any order
     failed: number of errors among them
     """
 
@@ -57,51 +61,94 @@ class Batch:
     key: Mapping[str, Any]
     lines: list[Line]
     file: IO[bytes]
-    done: int = 0
+    done: dict[int, int] = field(default_factory=dict)
     failed: int = 0
 
-    def run(self, job: Any, answer: Callable[..., Any], quiet: bool) -> None:
-        """Answer the lines that are left. `out` appears only when it is complete."""
+    @property
+    def left(self) -> list[Line]:
+        """The lines that have no record yet."""
+        return [line for line in self.lines if line.number not in self.done]
+
+    def run(self, answers: Iterable[Sequence[Record]], quiet: bool) -> int:
+        """Write records as they come. `out` appears only when it is complete.
+
+        answers: groups of records, in any order, each with the `request` of its line
+        Returns the number of lines whose record is an error.
+        """
         with progress(quiet) as bar:
-            task = bar.add_task("answering", total=len(self.lines), completed=self.done)
-            for line in self.lines[self.done :]:
-                record = _record(job, line, answer)
-                self.failed += "error" in record
-                self._write({**record, "request": line.request(self.key)})
-                bar.advance(task)
+            task = bar.add_task("answering", total=len(self.lines), completed=len(self.done))
+            for records in answers:
+                self.write(records)
+                bar.advance(task, len(records))
         if self.out.exists():
             raise InputError(
                 f"{self.out} was made while this batch ran: the answers are in {self.part}; move "
                 "one of the two files away"
             )
-        os.replace(self.part, self.out)
+        self._finish()
         say(f"{self.out} has {len(self.lines)} lines, errors: {self.failed}")
+        return self.failed
 
-    def _write(self, record: dict[str, Any]) -> None:
-        """Write one line with one call, and put it on the disk before the next line begins."""
-        try:
-            self.file.write(lines.dump(record).encode("utf-8"))
+    def write(self, records: Sequence[Record]) -> None:
+        """Write some records with one call, and put them on the disk before the next ones."""
+        rows = [lines.dump(record).encode("utf-8") for record in records]
+        with self._writing(self.part):
+            begin = self.file.seek(0, os.SEEK_END)
+            self.file.write(b"".join(rows))
             self.file.flush()
             os.fsync(self.file.fileno())
+        for record, row in zip(records, rows, strict=True):
+            self.done[record["line"]] = begin
+            self.failed += "error" in record
+            begin += len(row)
+
+    def _finish(self) -> None:
+        """Make `out` of `part`: in the order of the lines, as JSON lines or as Parquet."""
+        begins = [self.done[line.number] for line in self.lines]
+        as_parquet = self.out.suffix == ".parquet"
+        if begins == sorted(begins) and not as_parquet:
+            os.replace(self.part, self.out)
+            return
+        ready = self.out.with_name(f"{self.part.name}.sorted")
+        with self._writing(ready):
+            rows = self._rows(begins)
+            if as_parquet:
+                parquet.write(ready, map(lines.load, rows), [line.id for line in self.lines])
+            else:
+                with ready.open("wb") as file:
+                    file.writelines(rows)
+            os.replace(ready, self.out)
+            self.part.unlink()
+
+    def _rows(self, begins: Iterable[int]) -> Iterator[bytes]:
+        for begin in begins:
+            self.file.seek(begin)
+            yield self.file.readline()
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise InputError(
-                f"{self.part}: {error.strerror}; give the same command again to continue the batch"
+                f"{path}: {error.strerror}; give the same command again to continue the batch"
             ) from error
 
     def resume(self) -> None:
-        """Count the lines of an earlier run. Raises InputError for a line of another batch.
+        """Find the records of an earlier run. Raises InputError for a record of another batch.
 
         The file is changed only after every line is known to belong to this batch. Then an
         incomplete last line is removed.
         """
         self.file.seek(0)
         data = self.file.read()
-        whole = data.rfind(b"\n") + 1
-        for row in lines.split_lines(data[:whole]):
+        whole, begin = data.rfind(b"\n") + 1, 0
+        for row in data[:whole].split(b"\n")[:-1]:
             record = self._known(row)
             self._check(record)
+            self.done[record["line"]] = begin
             self.failed += "error" in record
-            self.done += 1
+            begin += len(row) + 1
         torn = data[whole:]
         if torn and not TORN.match(torn) and not b'{"line": 0123456789'.startswith(torn):
             raise self._foreign()
@@ -114,17 +161,19 @@ class Batch:
             raise self._foreign() from None
         if not isinstance(record, dict) or not {"line", "request"} <= record.keys():
             raise self._foreign()
+        number = record["line"]
+        if type(number) is not int or number < 0 or number in self.done:
+            raise self._foreign()
         return record
 
     def _check(self, record: Mapping[str, Any]) -> None:
-        number = self.done
+        number = record["line"]
         if number >= len(self.lines):
             raise InputError(
                 f"{self.part} has more lines than {self.source}, so it belongs to another batch: "
                 "move it away, or give another --out"
             )
-        asked = self.lines[number].request(self.key)
-        if (record["line"], record["request"]) != (number, asked):
+        if record["request"] != self.lines[number].request(self.key):
             raise InputError(
                 f"{self.part} belongs to another batch: an image, the prompt, the model, the "
                 f"method or an option of its line {number} differs; continue with the same command "
@@ -171,7 +220,11 @@ def _is_still(part: Path, file: IO[bytes]) -> bool:
 
 
 def read_lines(source: Path, prompt: str | None) -> Iterator[Line]:
-    """The prompts of a batch: one per image of a directory, or one per line of a JSONL file."""
+    """The prompts of a batch: one per image of a directory, or per line of JSONL or Parquet."""
+    if source.suffix == ".parquet" and not source.is_dir():
+        for number, entry in enumerate(parquet.read(source)):
+            yield _line(number, entry, prompt, source.parent)
+        return
     if source.is_dir():
         files = image_files(source)
         if not files:
@@ -191,12 +244,18 @@ def _parse(number: int, row: bytes, prompt: str | None, folder: Path) -> Line:
         return Line(number, error=str(error), row=row)
     if not isinstance(entry, dict):
         return Line(number, error="the line is not a JSON object with images and prompt", row=row)
+    return _line(number, entry, prompt, folder, row)
+
+
+def _line(
+    number: int, entry: Mapping[str, Any], prompt: str | None, folder: Path, row: bytes = b""
+) -> Line:
     images, question = entry.get("images", []), entry.get("prompt", prompt)
     images = [images] if isinstance(images, str) else images
     wrong = _wrong(entry, images, question)
     if wrong:
         return Line(number, id=entry.get("id"), error=wrong, row=row)
-    paths = tuple(str(folder / image) for image in images)  # relative to the JSONL file
+    paths = tuple(str(folder / image) for image in images)  # relative to the file
     return Line(number, paths, str(question), entry.get("id"))
 
 
@@ -210,15 +269,16 @@ def _wrong(entry: Mapping[str, Any], images: Any, question: Any) -> str:
     return "" if isinstance(question, str) else "prompt must be a string"
 
 
-def _record(job: Any, line: Line, answer: Callable[..., Any]) -> dict[str, Any]:
-    record: dict[str, Any] = {"line": line.number}
+def answer_line(job: Any, line: Line, key: Mapping[str, Any], answer: Answer) -> Record:
+    """The record of one line. What goes wrong with it is its error: the others are answered."""
+    record: Record = {"line": line.number}
     if line.id is not None:
         record["id"] = line.id
     if line.error:
-        return {**record, "error": line.error}
+        return {**record, "error": line.error, "request": line.request(key)}
     try:
         text, report = answer(job.seeded(line.number), line.images, line.prompt)
     except Exception as error:  # an error of one line does not end the batch
-        return {**record, "error": one_line(error)}
+        return {**record, "error": one_line(error), "request": line.request(key)}
     costs = {name: getattr(report, name) for name in ("retention", "kv_bytes", "kv_bytes_full")}
-    return {**record, "answer": text, **costs}
+    return {**record, "answer": text, **costs, "request": line.request(key)}

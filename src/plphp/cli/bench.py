@@ -38,6 +38,7 @@ def bench(
     new_tokens: flags.NewTokens = 16,
     rounds: flags.BenchRounds = 5,
     prefill: flags.Prefill = False,
+    first_token: flags.FirstToken = None,
     memory: flags.Memory = "16,24,48,80,141",
     dtype: flags.FloatDtype = "float32",
     gpu: flags.Gpu = False,
@@ -55,6 +56,11 @@ def bench(
     memories = tuple(int(gib * 2**30) for gib in _numbers(memory, "--memory", "24,80"))
     names = tuple(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
     check_names(names)
+    if first_token is not None:
+        if model is not None or out is not None:
+            raise InputError("--first-token builds its own model: leave out --model and --out")
+        return _first_token(first_token, shape, layers, context, images, batch, rounds, dtype, gpu,
+                            as_json)  # fmt: skip
     options = Options(_rates(keep), rounds, new_tokens, prefill, names, memories)
     kind, device = getattr(torch, dtype), _device(gpu)
     loaded, chosen = _chosen(shape, layers, model, dtype, device)
@@ -64,6 +70,45 @@ def bench(
     _show(found, out, as_json)
     if model is None and not as_json:
         stdout().print(NOTE, style="dim")
+
+
+def _first_token(
+    methods: str, shape: str, layers: int | None, context: int, images: int, batch: int,
+    rounds: int, dtype: str, gpu: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Time the first token with these methods, and print a table or JSON."""
+    import torch
+
+    from plphp.bench import first_token as measure
+    from plphp.bench import machine
+    from plphp.bench.caches import Setting
+    from plphp.bench.run import check_memory
+    from plphp.bench.shapes import shape_of
+
+    policies, device = measure.named_policies(methods), _device(gpu)
+    setting = Setting(
+        shape_of(shape, layers), context, batch, images, getattr(torch, dtype), device
+    )
+    check_memory(setting)
+    with progress(as_json, transient=True) as bar:
+        about = machine.describe(device)
+        task = bar.add_task(f"first tokens on {about['machine']}")
+        model = measure.build(setting.shape, setting.dtype, device)
+        bar.update(task, total=(1 + len(policies)) * (1 + rounds))
+        rows = measure.first_token(model, setting, policies, rounds, lambda: bar.advance(task))
+    if as_json:
+        print(json.dumps({"about": about, "rounds": rounds, "first_token": rows}, indent=1))
+        return
+    title = f"The first token: {shape}, {setting.shape.layers} layers, {dtype}, {context:,} columns"
+    table = Table("method", title=title)
+    for column in ("ms", "tower ms", "tower", "over stock", "decoder over stock"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        ratios = (row["over_stock"], row["decoder_over_stock"])
+        shares = [f"{mid:.2f} ({low:.2f} - {high:.2f})" for mid, low, high in ratios]
+        cells = [row["name"], f"{row['ms']:.1f}", f"{row['tower_ms']:.1f}"]
+        table.add_row(*map(shown, [*cells, f"{row['tower_share']:.0%}", *shares]))
+    stdout().print(table)
 
 
 def _device(gpu: bool) -> str:

@@ -1,4 +1,4 @@
-"""`plphp eval`: what every method loses on every task, at equal budgets."""
+"""`plphp eval`: compares what methods lose on each task, at equal budgets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from plphp.cli import flags
 from plphp.cli import options as o
@@ -38,6 +40,7 @@ def evaluate(
     prompt: flags.FolderPrompt = None,
     shard: flags.Shard = "0/1",
     source: o.Source,
+    cluster: o.Cluster,
     as_json: o.Json = False,
 ) -> None:
     """Compare what pruning methods lose on each task, at equal budgets."""
@@ -49,6 +52,22 @@ def evaluate(
     )
     if added:
         say(f"added to --methods, as controls: {', '.join(added)}")
+    pool = cluster.pool(source.device)
+    if pool is None:
+        _run(source, plan, prompt, as_json)
+        problems = []
+    else:
+        from plphp.cli.shared_eval import run_shared
+
+        problems = run_shared(pool, source, plan, prompt, _about, as_json)
+    for problem in problems:
+        say(f"not finished, {problem}")
+    _finish(plan, as_json)
+    if problems:
+        raise typer.Exit(3)
+
+
+def _run(source: o.Source, plan: Plan, prompt: str | None, quiet: bool) -> None:
     from plphp.eval.run import run
 
     loaded = source.load()
@@ -56,10 +75,8 @@ def evaluate(
         from plphp.inputs import check_prompt
 
         check_prompt(loaded, prompt)
-    about = _about(source, loaded)
-    with _progress(plan, as_json) as watch:
-        run(loaded, plan, about, watch)
-    _finish(plan, as_json)
+    with _progress(plan, quiet) as watch:
+        run(loaded, plan, _about(source, loaded), watch)
 
 
 def _plan(
@@ -93,19 +110,19 @@ def _tasks(names: str, images: Path | None, prompt: str | None) -> tuple[Task, .
                 f"{', '.join(SUITES)}, and single tasks of a suite, such as what@redundant-4"
             )
     if not wanted:
-        raise InputError("--tasks names nothing")
+        raise InputError("--tasks is empty: give at least one name")
     return tuple(known[name] for name in dict.fromkeys(wanted))
 
 
 def _shard(text: str) -> tuple[int, int]:
     i, _, n = text.partition("/")
     if not (i.isdecimal() and n.isdecimal()) or not int(i) < int(n):
-        raise InputError(f"--shard {text}: not i/n with i from 0 to n - 1, such as 0/2")
+        raise InputError(f"--shard {text}: give i/n with i from 0 to n - 1, such as 0/2")
     return int(i), int(n)
 
 
 def _about(source: o.Source, loaded: Any) -> dict[str, Any]:
-    """What a run that goes on with this one must share, besides its plan."""
+    """The settings, besides the plan, that must be equal for a run to be continued."""
     import torch
     import transformers
 
@@ -156,10 +173,13 @@ def _finish(plan: Plan, as_json: bool) -> None:
     left = missing(plan.out, plan.settings, [task.name for task in plan.tasks])
     if left:
         i, n = plan.shard
-        say(
-            f"shard {i}/{n} is done; {left} lines of other shards are missing: the last one to "
-            "finish writes the summary, or the same command again"
-        )
+        if n == 1:
+            say(f"{left} lines are missing: give the same command again to continue")
+        else:
+            say(
+                f"shard {i}/{n} is done, and {left} lines of other shards are missing: the last "
+                "shard to finish writes the summary, or the same command given again"
+            )
         return
     found = summarize(plan.out)
     write(found, plan.out)
@@ -167,4 +187,4 @@ def _finish(plan: Plan, as_json: bool) -> None:
         print(json.dumps(found, indent=1))
         return
     print(shown((plan.out / "summary.md").read_text(encoding="utf-8")))
-    say(f"summary.json, summary.md and curves in {plan.out}")
+    say(f"summary.json, summary.md and curves are in {plan.out}")

@@ -27,12 +27,12 @@ Prompt = Annotated[
 Batch = Annotated[
     Path | None,
     typer.Option(
-        help="Answer many prompts: a directory of images, or a JSONL file with images and prompt "
-        "in each line."
+        help="Answer many prompts: a directory of images, or a JSONL or Parquet file with images "
+        "and prompt in each line."
     ),
 ]
 BatchOut = Annotated[
-    Path | None, typer.Option("--out", help="The JSONL file for the answers of --batch.")
+    Path | None, typer.Option("--out", help="The JSONL or Parquet file for the answers of --batch.")
 ]
 Compare = Annotated[
     bool, typer.Option("--compare", help="Generate with the full and the pruned cache in turn.")
@@ -87,7 +87,8 @@ Methods = Annotated[
     str,
     typer.Option(
         help="The names of the methods, or 'all'. NAME:paper is a method with its own defaults, "
-        "plphp:calibrated is PLPHP with thresholds that fit this model."
+        "plphp:calibrated is PLPHP with thresholds that fit this model, and divprune/plphp or "
+        "divprune:.25/plphp are two stages."
     ),
 ]
 Budgets = Annotated[
@@ -157,6 +158,13 @@ BenchRounds = Annotated[
     int, typer.Option("--rounds", min=1, max=MOST, help="The number of rounds for each cache.")
 ]
 Prefill = Annotated[bool, typer.Option(help="Time the prefill too.")]
+FirstToken = Annotated[
+    str | None,
+    typer.Option(
+        help="Time the first token instead of decoding, vision tower included, with these "
+        "methods, such as 'divprune:.5,divprune:.25,divprune:.5/plphp,plphp'."
+    ),
+]
 Memory = Annotated[
     str,
     typer.Option(

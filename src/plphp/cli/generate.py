@@ -1,4 +1,4 @@
-"""`plphp generate`: answers about images of the user's own, one prompt or many."""
+"""`plphp generate`: answers one prompt about images, or a batch of prompts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.table import Table
 
 from plphp.cli import flags
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A loaded model, how it is pruned, and what generate() is told."""
+    """A loaded model, how it is pruned, and the options of generate()."""
 
     loaded: Runnable
     policy: Policy
@@ -39,13 +40,13 @@ class Job:
     seed: int | None = None
 
     def seeded(self, number: int) -> Job:
-        """The same job with the seed of a batch's line: an interruption changes no answer."""
+        """The same job with the seed of a line, so that an interruption changes no answer."""
         return self if self.seed is None else replace(self, seed=(self.seed + number) % 2**32)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is written: greedily where nothing is said."""
+    """The options of sampling. Without temperature, top_p and top_k an answer is greedy."""
 
     max_new_tokens: o.MaxNewTokens = 128
     temperature: flags.Temperature = None
@@ -54,7 +55,7 @@ class Sampling:
     seed: flags.SamplingSeed = None
 
     def options(self) -> dict[str, Any]:
-        """What generate() is told. Raises InputError for what cannot be sampled from."""
+        """The arguments of generate(). Raises InputError for a number out of range."""
         given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
         said = {name: value for name, value in given.items() if value is not None}
         for name, value in said.items():
@@ -78,6 +79,7 @@ def generate(
     report: flags.FullReport = False,
     sampling: Sampling,
     source: o.Source,
+    cluster: o.Cluster,
     as_json: o.Json = False,
 ) -> None:
     """Answer a prompt about images with a pruned cache, and print the answer word by word."""
@@ -86,15 +88,10 @@ def generate(
     images, videos = image or [], video or []
     check_files(images, videos, source.model)
     if compare and generation["do_sample"]:
-        raise InputError("--compare needs greedy answers: drop the sampling options")
+        raise InputError("--compare needs greedy answers: leave out the sampling options")
     if batch is not None and out is not None:
         _check_batch(batch, out, prompt)
-        from plphp.cli.batch import open_batch
-
-        key = _key(method, sampling, source)
-        with open_batch(batch, out, prompt, key) as work:
-            job = Job(source.load(), policy, method.policy, generation, parked, sampling.seed)
-            work.run(job, answer, as_json)
+        _answer_batch(batch, out, prompt, method, sampling, source, cluster, as_json)
         return
     prompt = _standard_input() if prompt is None else prompt
     if not prompt.strip():
@@ -106,8 +103,36 @@ def generate(
         _print_answer(job, images, videos, prompt, report, as_json)
 
 
+def _answer_batch(
+    batch: Path, out: Path, prompt: str | None, method: o.Method, sampling: Sampling,
+    source: o.Source, cluster: o.Cluster, quiet: bool,
+) -> None:  # fmt: skip
+    """Answer what is left of a batch. Exits with 3 if some of its lines hold an error."""
+    from plphp.cli.batch import answer_line, open_batch
+
+    key = _key(method, sampling, source)
+
+    def make_job() -> Job:
+        policy, recall = method.chosen(), method.parked()
+        options = sampling.options()
+        return Job(source.load(), policy, method.policy, options, recall, sampling.seed)
+
+    pool = cluster.pool(source.device)
+    with open_batch(batch, out, prompt, key) as work:
+        if pool is None:
+            job = make_job() if work.left else None
+            answers = ([answer_line(job, line, key, answer)] for line in work.left)
+            failed = work.run(answers, quiet)
+        else:
+            from plphp.cli.shared_batch import share
+
+            failed = work.run(share(pool, work.left, key, make_job, answer), quiet)
+    if failed:
+        raise typer.Exit(3)
+
+
 def _key(method: o.Method, sampling: Sampling, source: o.Source) -> dict[str, Any]:
-    """What all lines of a batch share: another batch must not go on with its answers."""
+    """What all lines of a batch share. A batch with another key is not continued."""
     from plphp.cli.requests import model_identity
 
     said = {"method": vars(method), "sampling": vars(sampling), "source": vars(source)}
@@ -121,7 +146,7 @@ def answer(
     videos: Sequence[str] = (),
     streamer: Any = None,
 ) -> tuple[str, Report]:
-    """The text and the report."""
+    """Answer one prompt. Returns the text and the report."""
     import torch
 
     from plphp.inputs import make_inputs
@@ -165,7 +190,7 @@ def _print_answer(
 
 
 def _streamer(tokenizer: Any) -> Any:
-    """Prints an answer as it comes, nothing of which may control the terminal."""
+    """A streamer that prints an answer, with escapes for characters that control the terminal."""
     from transformers import TextStreamer
 
     class Shown(TextStreamer):
@@ -237,7 +262,7 @@ def _what(job: Job, images: Sequence[str], prompt: str) -> dict[str, Any]:
 
 
 def check_files(images: Sequence[str], videos: Sequence[str], model: str) -> None:
-    """Say at once what cannot be read: a model takes a while to load."""
+    """Raise InputError for files that cannot be read, before the model is loaded."""
     from plphp.inputs import EMBEDDED, open_image
 
     for path in images:
@@ -250,12 +275,16 @@ def check_files(images: Sequence[str], videos: Sequence[str], model: str) -> Non
 
 
 def _check_batch(batch: Path, out: Path, prompt: str | None) -> None:
+    from plphp.inputs import parquet
+
     if os.path.lexists(out):
         raise InputError(f"{out} exists already: move it away, or give another --out")
     if not os.path.exists(batch):
         raise InputError(f"--batch {batch}: no such file or directory")
+    for path in (batch, out):
+        parquet.check(path)
     if batch.is_dir() and prompt is None:
-        raise InputError("--batch with a directory needs --prompt, asked of every image")
+        raise InputError("--batch with a directory needs --prompt, the question about each image")
 
 
 def _standard_input() -> str:

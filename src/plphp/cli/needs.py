@@ -20,9 +20,11 @@ NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
         "rounds": ("compare",),
         "seed": ("temperature", "top_p", "top_k"),
         "recall_budget": ("recall",),
+        "ray": ("batch",),
+        "workers": ("ray",),
     },
     "inspect": {"recall_budget": ("recall",)},
-    "eval": {"images": ("prompt",), "prompt": ("images",)},
+    "eval": {"images": ("prompt",), "prompt": ("images",), "workers": ("ray",)},
 }
 
 # Command -> option -> options that make it useless, so that both cannot be given.
@@ -35,8 +37,11 @@ WITHOUT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "inspect": {"policy": ("policies",)},
     "bench": {"shape": ("model",), "layers": ("model",)},
-    "eval": {"tasks": ("images",)},
+    "eval": {"tasks": ("images",), "shard": ("ray",)},
 }
+
+# Options that may be given without a value, and the value that they have then.
+ALONE = {"--ray": "local"}
 
 # The reason, for options whose name does not give it.
 WHY = {
@@ -49,6 +54,9 @@ WHY = {
     "images": "--prompt is the question about the images",
     "prompt": "--prompt is the question about the images",
     "tasks": "the images of --images are a task",
+    "ray": "a single answer cannot be divided among workers",
+    "workers": "without --ray there is only one model",
+    "shard": "--ray divides the run into shards itself",
     "policy": "--policies names all methods of the page",
 }
 
@@ -61,6 +69,7 @@ class Command(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        args = with_values(args)
         order = self.make_parser(ctx).parse_args(args=list(args))[2]
         typed = [param.name for param in order]
         for param in order:
@@ -70,6 +79,16 @@ class Command(TyperCommand):
                 raise InputError(f"{param.opts[0]} is given twice: give it once")
         ctx.meta[TYPED] = {name for name in typed if name is not None}
         return list(super().parse_args(ctx, args))
+
+
+def with_values(args: list[str]) -> list[str]:
+    """The arguments with the values of options that stand alone: at the end, or before another."""
+    pairs = zip(args, [*args[1:], "-"], strict=False)  # no arguments make no pair
+    return [
+        part
+        for arg, following in pairs
+        for part in ([arg, ALONE[arg]] if arg in ALONE and following.startswith("-") else [arg])
+    ]
 
 
 def check(ctx: typer.Context, values: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from plphp.errors import InputError
 from plphp.policy import Policy, policy
 
 if TYPE_CHECKING:
+    from plphp.cluster import Pool
     from plphp.inputs import Runnable
     from plphp.recall import Recall
 
@@ -46,7 +47,14 @@ MOST = 2**31 - 1  # the upper limit of counts, which tensors and loops can still
 MaxNewTokens = Annotated[
     int, typer.Option(min=1, max=MOST, help="The largest number of tokens in an answer.")
 ]
-PolicyName = Annotated[str, typer.Option("--policy", help="The name of the pruning method.")]
+PolicyName = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        help="The name of the pruning method. Two names make two stages: 'divprune,plphp', or "
+        "'divprune:.25,plphp' with the share that the first leaves.",
+    ),
+]
 Rate = Annotated[
     float | None,
     typer.Option(
@@ -140,6 +148,20 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the Python code that comes with the model."),
 ]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Share the work among several models on Ray Data. Without a value Ray is started on "
+        "this machine; a value is the address of a cluster: auto, or HOST:PORT.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MOST, help="The number of models with --ray. The default is one per GPU or core."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -198,6 +220,23 @@ class Source:
         from plphp.inputs import load
 
         return load(self.model, self.dtype, self.device, self.attn, self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Whether the work is shared on Ray, where, and among how many."""
+
+    ray: RayAddress = None
+    workers: Workers = None
+
+    def pool(self, device: str) -> Pool | None:
+        """The workers, or None without --ray. Raises InputError if Ray is missing, or for a
+        device that workers cannot share."""
+        if self.ray is None:
+            return None
+        from plphp.cluster import Pool
+
+        return Pool(self.ray, self.workers, device)
 
 
 def chosen_policy(name: str, **options: Any) -> Policy:

@@ -1,10 +1,10 @@
-"""Pictures: boards of 28-pixel cells that hold coloured letters and shapes.
+"""Draws pictures: boards of 28-pixel cells with coloured letters and shapes.
 
-28 pixels are one token of the language model (two patches of 14, merged), so a board of n x n cells
-is n * n vision tokens. A *scene* scatters a few things of distinct colours; a *page* is a dense
-block of letters in one colour, to be read. Everything is drawn from a numpy ``Generator``, so a
-seed fixes it; the order of the draws is part of that contract. Letters are drawn with matplotlib's
-fonts (the extra `eval`).
+A cell of 28 x 28 pixels is one vision token (2 x 2 patches of 14 pixels, merged), so that a board
+of n x n cells has n * n vision tokens. A *scene* has a few things of different colours in random
+cells. A *page* is a block of letters in one colour. A numpy ``Generator`` determines each picture;
+the order of the random numbers must not change. Letters are drawn with matplotlib's fonts (the
+extra `eval`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLOURS = {
 }  # the eight colours of easy-VQA
 COLOUR_NAMES = list(COLOURS)
 COLOUR_VALUES = np.array(list(COLOURS.values()), np.float32)
-LETTERS = list("ABCDEFGHJKLMNPQRSTUVWXYZ")  # no I, no O: too like 1 and 0 and each other's strokes
+LETTERS = list("ABCDEFGHJKLMNPQRSTUVWXYZ")  # without I and O, which look like 1 and 0
 SHAPES = ["circle", "square", "triangle", "star"]
 GLYPHS = LETTERS + SHAPES
 
@@ -45,7 +45,7 @@ STYLES = len(FONT_SIZES) * len(FONTS)
 
 
 class Thing(NamedTuple):
-    """What one cell holds, as indices into ``GLYPHS`` and ``COLOUR_NAMES``."""
+    """The content of a cell, as indices into ``GLYPHS`` and ``COLOUR_NAMES``."""
 
     glyph: int
     colour: int
@@ -56,9 +56,11 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """A board of ``side`` rows; ``things`` maps (row, column) to what is there.
+    """A board.
 
-    It has as many columns as rows where ``wide`` does not say otherwise.
+    side: number of rows
+    things: (row, column) -> the thing in that cell
+    wide: number of columns; None for a square board
     """
 
     side: int
@@ -78,7 +80,7 @@ def draw_scene(
     colours: Collection[int],
     wide: int | None = None,
 ) -> Picture:
-    """The given things, each in a cell of its own."""
+    """A scene with the given things, each in another random cell."""
     columns = side if wide is None else wide
     cells = rng.permutation(side * columns)[: len(glyphs)]
     things = {
@@ -91,7 +93,7 @@ def draw_scene(
 def draw_page(
     rng: Generator, side: int, rows: int, columns: int, wide: int | None = None
 ) -> Picture:
-    """A block of ``rows`` x ``columns`` distinct letters in one colour, somewhere on the board."""
+    """A page: a block of ``rows`` x ``columns`` different letters in one colour."""
     right = (side if wide is None else wide) - columns
     top, left = int(rng.integers(side - rows + 1)), int(rng.integers(right + 1))
     glyphs = rng.permutation(len(LETTERS))[: rows * columns]
@@ -104,7 +106,7 @@ def draw_page(
 
 
 def render(picture: Picture, rng: Generator) -> np.ndarray:
-    """uint8 [28 side, 28 side, 3]: light background, jittered things, noise."""
+    """The pixels uint8 [28 side, 28 side, 3]: a light background, jittered things, and noise."""
     size = picture.side * CELL
     image = np.empty((size, size, 3), np.float32)
     image[:] = rng.integers(215, 256, 3)
@@ -121,7 +123,7 @@ def render(picture: Picture, rng: Generator) -> np.ndarray:
 
 
 def to_patches(image: np.ndarray) -> np.ndarray:
-    """[4 side^2, 588]: the values and order of ``Qwen2VLImageProcessor``, one of its two frames."""
+    """The patches [4 side^2, 588] of one frame, as ``Qwen2VLImageProcessor`` computes them."""
     high, wide = image.shape[0] // 14, image.shape[1] // 14
     pixels = (image.astype(np.float32) / 255 - 0.5) / 0.5
     merged = pixels.reshape(high // 2, 2, 14, wide // 2, 2, 14, 3)
@@ -129,7 +131,7 @@ def to_patches(image: np.ndarray) -> np.ndarray:
 
 
 def glyph_mask(glyph: str, font_file: str, size: float, cell: int) -> np.ndarray:
-    """A glyph of ``size`` px in the middle of a square of ``cell`` px: 0 background, 1 ink."""
+    """A glyph of ``size`` pixels in the middle of ``cell`` x ``cell`` pixels; 1 is ink."""
     image = Image.new("L", (cell, cell), 0)
     draw = ImageDraw.Draw(image)
     if glyph in SHAPES:

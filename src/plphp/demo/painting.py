@@ -1,7 +1,7 @@
-"""Boards at native resolution: a cell covers ``scale`` x ``scale`` vision tokens.
+"""Draws boards whose cells cover ``scale`` x ``scale`` vision tokens.
 
-Behind the things lies plain paper or a crop of a photograph. Where the board begins on its canvas
-need not be where a vision token begins. ``paint`` also says which token shows which thing.
+The background is plain paper or a crop of a photograph. A board need not begin where a vision token
+begins. ``paint`` also returns which thing each token shows.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from PIL import Image, ImageDraw, ImageFilter
 from plphp.demo.boards import CELL, COLOUR_VALUES, FONTS, GLYPHS, NOISE, Picture, Thing, glyph_mask
 from plphp.demo.photographs import crop
 
-GLYPH_SIZES = (0.66, 0.92)  # of a cell, as the font size
-HALO = 0.06  # of a cell: the pale rim of things on a photograph
-EMPTY, UNCLEAR = -1, -2  # in a map: a token that shows nothing, and one that shows a bit of a thing
-SHOWS = 0.35  # a token shows a thing whose ink's box covers this share of it
+GLYPH_SIZES = (0.66, 0.92)  # smallest and largest font size, as a share of the cell
+HALO = 0.06  # width of the pale rim of things on a photograph, as a share of the cell
+EMPTY, UNCLEAR = -1, -2  # in a map: a token that shows nothing, and one that shows too little
+SHOWS = 0.35  # a token shows a thing if the box of the thing's ink covers this share of the token
 
 
 @dataclass(frozen=True)
 class Look:
-    """What makes pictures hard to see; the shares are of the pictures.
+    """What makes things hard to recognise. Shares without another note are shares of the pictures.
 
-    photographs: the names to crop from, () for paper only
+    photographs: names of the photographs for backgrounds, () for paper only
     """
 
     photographs: tuple[str, ...] = ()
     photograph_share: float = 1.0
     shading_share: float = 0.0
     clutter_share: float = 0.0
-    occlusion_share: float = 0.0  # of the things
+    occlusion_share: float = 0.0  # share of the things
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """How big a picture is: in vision tokens, with a board at (``top``, ``left``) px."""
+    """The size of a picture in vision tokens, and the corner of its board in pixels."""
 
     high: int
     wide: int
@@ -47,7 +47,7 @@ class Canvas:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The rows and columns of cells that fit."""
+        """The number of rows and columns of cells that fit."""
         cell = CELL * self.scale
         return (self.high * CELL - self.top) // cell, (self.wide * CELL - self.left) // cell
 
@@ -55,9 +55,9 @@ class Canvas:
 def paint(
     picture: Picture, canvas: Canvas, look: Look, rng: Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [28 high, 28 wide, 3], and the map: int64 [high, wide, 2] of the tokens.
+    """The pixels uint8 [28 high, 28 wide, 3], and the map of the tokens int64 [high, wide, 2].
 
-    The map holds the glyph and the colour of the thing that a token shows, or EMPTY, or UNCLEAR.
+    The map has the glyph and the colour of the thing that a token shows, or EMPTY, or UNCLEAR.
     """
     high, wide = canvas.high * CELL, canvas.wide * CELL
     image, photo = _ground(rng, look, high, wide)
@@ -79,7 +79,7 @@ def paint(
 
 
 def _ground(rng: Generator, look: Look, high: int, wide: int) -> tuple[np.ndarray, bool]:
-    """float32 [high, wide, 3], and whether it is a photograph."""
+    """The background float32 [high, wide, 3], and whether it is a photograph."""
     photo = bool(look.photographs) and rng.random() < look.photograph_share
     if photo:
         image = crop(rng, look.photographs, high, wide).copy()
@@ -98,7 +98,7 @@ def _ground(rng: Generator, look: Look, high: int, wide: int) -> tuple[np.ndarra
 
 
 def _clutter(rng: Generator, image: np.ndarray, cell: int) -> np.ndarray:
-    """Lines, arcs and blots of any colour, behind the things."""
+    """The background with lines, arcs and spots of random colours."""
     drawn = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(drawn)
     high, wide = image.shape[:2]
@@ -122,7 +122,7 @@ def _clutter(rng: Generator, image: np.ndarray, cell: int) -> np.ndarray:
 
 
 def _place(rng: Generator, canvas: Canvas, row: int, column: int) -> tuple[int, int]:
-    """The corner of a cell, jittered as far as the canvas allows."""
+    """The corner of a cell in pixels, with a random shift that stays on the canvas."""
     cell, reach = CELL * canvas.scale, 2 * canvas.scale
     top = canvas.top + row * cell + int(rng.integers(-reach, reach + 1))
     left = canvas.left + column * cell + int(rng.integers(-reach, reach + 1))
@@ -140,7 +140,7 @@ def _draw_thing(
     cell: int,
     photo: bool,
 ) -> tuple[int, int, int, int]:
-    """Draw into ``image``; the box of the ink: top, left, bottom, right."""
+    """Draw a thing into ``image``. Returns the box of its ink: top, left, bottom, right."""
     font = FONTS[int(rng.integers(len(FONTS)))]
     size = round(float(rng.uniform(*GLYPH_SIZES)) * cell)
     mask = glyph_mask(GLYPHS[thing.glyph], font, size, cell)
@@ -158,7 +158,7 @@ def _draw_thing(
 
 
 def _rim(mask: np.ndarray, cell: int) -> np.ndarray:
-    """The mask, wider by the halo and soft."""
+    """The mask of the pale rim: the glyph, made wider and soft."""
     ink = Image.fromarray((mask * 255).astype(np.uint8))
     reach = max(1, round(HALO * cell))
     blurred = ink.filter(ImageFilter.GaussianBlur(reach))
@@ -166,7 +166,7 @@ def _rim(mask: np.ndarray, cell: int) -> np.ndarray:
 
 
 def _occlude(rng: Generator, image: np.ndarray, box: tuple[int, int, int, int]) -> None:
-    """A strip of one colour over an eighth to a fifth of the ink's box."""
+    """Draw a strip of one colour over an eighth to a fifth of the box of the ink."""
     top, left, bottom, right = box
     colour = rng.integers(120, 256, 3)
     share = rng.uniform(0.12, 0.2)
@@ -183,7 +183,7 @@ def _occlude(rng: Generator, image: np.ndarray, box: tuple[int, int, int, int]) 
 def _mark(
     shown: np.ndarray, covered: np.ndarray, thing: Thing, box: tuple[int, int, int, int]
 ) -> None:
-    """Write a thing into the map; a token that two things touch belongs to the larger share."""
+    """Write a thing into the map. A token with two things shows the one that covers more of it."""
     top, left, bottom, right = box
     rows = slice(top // CELL, bottom // CELL + 1)
     columns = slice(left // CELL, right // CELL + 1)
@@ -199,7 +199,7 @@ def _mark(
 
 
 def _overlap(tokens: slice, start: int, end: int) -> np.ndarray:
-    """The share of each token of a row (or column) that lies between two px."""
+    """The share of each token of a row, or column, that lies between two pixels."""
     begins = np.arange(tokens.start, tokens.stop) * CELL
     shared: np.ndarray = np.minimum(begins + CELL, end) - np.maximum(begins, start)
     return shared / CELL

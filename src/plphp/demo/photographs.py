@@ -1,7 +1,8 @@
-"""Photographs to lie behind the boards, from what other packages bundle; nothing is downloaded.
+"""Photographs for the backgrounds of boards, from other installed packages.
 
-scikit-image, scikit-learn and matplotlib ship a few pictures each. Their files are read where
-these packages lie: none is imported. Training and held-out photographs are apart, by name.
+scikit-image, scikit-learn and matplotlib contain a few photographs each. The files are read from
+the directories of these packages, without an import or a download. The photographs for training and
+the held-out ones have different names.
 """
 
 from __future__ import annotations
@@ -39,24 +40,28 @@ HELD_OUT = (
     "skimage/data/moon.png",
     "sklearn/datasets/images/flower.jpg",
 )
-SMALLEST_CROP = 96  # px a side of the photograph, which is then enlarged
+SMALLEST_CROP = 96  # pixels per side; a crop that is too small is enlarged
 
 
 @lru_cache
 def photograph(name: str) -> Image.Image:
-    """One of the names above, as RGB. Raises InputError where its package is not installed."""
+    """The photograph of this name, as RGB. Raises InputError if its package is not installed."""
     package, _, rest = name.partition("/")
     spec = find_spec(package)
     folder = Path(spec.origin).parent if spec and spec.origin else None
     if folder is None or not (folder / rest).is_file():
         raise InputError(
-            f"photograph {name} not found: pip install scikit-image scikit-learn matplotlib"
+            f"the photograph {name} was not found: run pip install scikit-image scikit-learn "
+            "matplotlib"
         )
     return Image.open(folder / rest).convert("RGB")
 
 
 def crop(rng: Generator, names: tuple[str, ...], high: int, wide: int) -> np.ndarray:
-    """float32 [high, wide, 3], 0 to 255: some part of some photograph, mirrored half the time."""
+    """A random part of a random photograph, float32 [high, wide, 3] from 0 to 255.
+
+    Half of the crops are mirrored.
+    """
     source = photograph(names[int(rng.integers(len(names)))])
     fit = min(source.width / wide, source.height / high)
     least = min(1.0, SMALLEST_CROP / (fit * max(high, wide)))

@@ -1,7 +1,7 @@
-"""Prompts: a few pictures that belong together, and questions about them with their answers.
+"""Draws prompts: a few pictures, and questions about them with their answers.
 
-Which pictures a prompt may hold is a ``Level``; what may be asked of them is a task, one function
-each below. A task that has no unambiguous question about the given pictures gives None.
+A ``Level`` says which pictures a prompt may have. A task is a function that makes one kind of
+question. It returns None if it has no unambiguous question about the pictures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Range = tuple[int, int]  # both ends included
 Item = TypeVar("Item")
 
 PAGE_SHARE = 0.3
-# What a packed sample asks; a task named twice is asked twice.
+# The tasks of a packed sample. A task that is listed twice gives two questions.
 MIX = [
     *("color", "color", "refcolor", "refcolor"),
     *("what", "what", "which", "all"),
@@ -42,7 +42,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Level:
-    """How hard the pictures of a prompt are."""
+    """How difficult the pictures of a prompt are: ranges of their numbers and sizes."""
 
     pictures: Range
     side: Range
@@ -50,7 +50,7 @@ class Level:
     page_rows: Range
     page_columns: Range
     max_vision_tokens: int
-    question_tokens: int  # what the questions and answers of one packed sample take, about
+    question_tokens: int  # approximate number of tokens in the questions and answers of a sample
 
 
 LEVELS = (
@@ -62,7 +62,7 @@ LEVELS = (
 
 
 def draw_size(rng: Generator, level: Level) -> tuple[int, int]:
-    """How many pictures, and how many cells to a side: what all samples of a batch share."""
+    """The number of pictures, and of cells per side. All samples of a batch have the same."""
     while True:
         count, side = _within(rng, level.pictures), _within(rng, level.side)
         if count * side * side <= level.max_vision_tokens:
@@ -70,17 +70,19 @@ def draw_size(rng: Generator, level: Level) -> tuple[int, int]:
 
 
 def draw_pictures(rng: Generator, level: Level, count: int, side: int) -> list[Picture]:
-    """Scenes and pages of ``side`` x ``side`` cells, as ``draw_boards`` has them."""
+    """Scenes and pages of ``side`` x ``side`` cells; see ``draw_boards``."""
     return draw_boards(rng, level, [(side, None)] * count)
 
 
 def draw_boards(
     rng: Generator, level: Level, grids: Sequence[tuple[int, int | None]]
 ) -> list[Picture]:
-    """A picture for each grid of (rows, columns), columns None for a square.
+    """A picture for each grid: scenes and pages, at least one of them a scene.
 
-    Scenes and pages, at least one scene; two glyphs recur in several, the others in one. A grid
-    needs three cells; a smaller one than the level asks for gets fewer things.
+    grids: (rows, columns) of each picture, with None for as many columns as rows. A grid needs at
+        least three cells. A grid that is smaller than the level wants gets fewer things
+
+    Two glyphs occur in several scenes, all others in one.
     """
     count = len(grids)
     kinds = ["page" if rng.random() < PAGE_SHARE else "scene" for _ in range(count)]
@@ -110,7 +112,7 @@ def draw_boards(
 def draw_prompt(
     rng: Generator, level: Level, count: int, side: int, tasks: Sequence[str] = MIX
 ) -> tuple[list[Picture], list[Question]]:
-    """Pictures and one question for every task that they allow, none twice."""
+    """Pictures, and a question for each task that they allow. No question occurs twice."""
     pictures = draw_pictures(rng, level, count, side)
     return pictures, ask_all(rng, pictures, tasks)
 
@@ -118,7 +120,10 @@ def draw_prompt(
 def ask_all(
     rng: Generator, pictures: Sequence[Picture], tasks: Sequence[str], reworded: float = 0.0
 ) -> list[Question]:
-    """One question for every task that the pictures allow; a share of them in other words."""
+    """A question for each task that the pictures allow.
+
+    reworded: the share of questions in other words than the first wording
+    """
     facts = Facts(pictures)
     asked = (ask(facts, task, rng, reworded) for task in tasks)
     # A dict drops repeats and keeps the order.
@@ -126,7 +131,7 @@ def ask_all(
 
 
 class Facts:
-    """What is where in the pictures of one prompt, as the tasks need to know it."""
+    """The places of all things in the pictures of a prompt, in the form that the tasks need."""
 
     def __init__(self, pictures: Sequence[Picture]) -> None:
         self.pictures = pictures
@@ -139,18 +144,18 @@ class Facts:
                 self.places.setdefault(thing.glyph, []).append((i, thing.colour))
 
     def single_glyphs(self) -> list[int]:
-        """Glyphs that occur once in the prompt, pages included: "the K" must be one thing."""
+        """The glyphs that occur once in the prompt and its pages, so that "the K" is one thing."""
         letters = {thing.glyph for thing in self.on_pages}
         return [g for g, where in self.places.items() if len(where) == 1 and g not in letters]
 
     def repeated_glyphs(self) -> list[int]:
-        """Glyphs of several scenes; all glyphs if there are none."""
+        """The glyphs that occur in several scenes, or all glyphs if there are none."""
         repeated = [g for g, where in self.places.items() if len(where) > 1]
         return repeated or sorted(self.places)
 
 
 def ask(facts: Facts, task: str, rng: Generator, reworded: float = 0.0) -> Question | None:
-    """A question of the given task, at a chance of ``reworded`` in other words."""
+    """A question of the given task, or None. reworded: the probability of other words"""
     found = TASKS[task](facts, rng)
     if found is None:
         return None
@@ -177,7 +182,7 @@ def reading(picture: Picture) -> str:
     return " / ".join(" ".join(row) for row in rows.values())
 
 
-Asked = dict[str, str] | None  # what WORDINGS has places for
+Asked = dict[str, str] | None  # the values for the fields of a wording
 
 
 def _color(facts: Facts, rng: Generator) -> Asked:
@@ -254,7 +259,7 @@ TASKS: dict[str, Callable[[Facts, Generator], Asked]] = {
 
 
 def _share_glyphs(rng: Generator, scenes: list[int]) -> tuple[dict[int, list[int]], list[int]]:
-    """For every scene the recurring glyphs that it gets, and the glyphs that nobody has yet."""
+    """The repeated glyphs of each scene, and the glyphs that no scene has yet."""
     order = [int(glyph) for glyph in rng.permutation(len(GLYPHS))]
     recurring, unused = order[:2], order[2:]
     glyphs: dict[int, list[int]] = {scene: [] for scene in scenes}

@@ -1,7 +1,7 @@
-"""Prompts by how redundant their pictures are: how many vision tokens a thing covers.
+"""Draws prompts whose things cover several vision tokens, so that tokens are redundant.
 
-``dense`` has a thing a token, ``redundant-4`` and ``redundant-16`` have 2 x 2 and 4 x 4 tokens a
-thing. Photographs lie behind the things unless a regime is called plain.
+A regime says how many tokens a thing covers: one in ``dense``, 2 x 2 in ``redundant-4``, and 4 x 4
+in ``redundant-16``. The backgrounds are photographs, except in the regimes that end in ``-plain``.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from plphp.demo.photographs import HELD_OUT
 from plphp.demo.questions import Level, Question, Range, ask_all, draw_boards
 from plphp.demo.wording import CHAT, LEADS, SYSTEM, TAILS
 
-LEAST_TOKENS = 16  # of a picture: fewer are enlarged by the image processor
-LONGEST_SIDE = 40  # of a picture, in vision tokens
-LEAST_CELLS = 4  # of a picture
-MANY_PICTURES = 6  # more than so many hold fewer things: the letters would not suffice
+LEAST_TOKENS = 16  # the image processor enlarges a picture with fewer vision tokens
+LONGEST_SIDE = 40  # the longest side of a picture, in vision tokens
+LEAST_CELLS = 4  # the smallest number of cells of a picture
+MANY_PICTURES = 6  # with more pictures each one has fewer things, because there are too few letters
 LEVEL = Level((1, 8), (2, 40), (2, 5), (1, 2), (3, 6), 4000, 240)
 
 
 @dataclass(frozen=True)
 class Regime:
-    """What prompts are drawn from.
+    """The distribution of prompts.
 
-    scales: things cover scale x scale vision tokens
-    tokens: vision tokens of a prompt, about; drawn evenly on a logarithmic axis
-    aligned_share: pictures whose cells begin where vision tokens begin
-    dense_aligned_share: the same where a thing covers one token, which shows half of it otherwise
-    reworded: questions in other than the first words
-    chatty: prompts with text that is not about the answer
+    scales: a thing covers scale x scale vision tokens
+    pictures: range of the number of pictures
+    tokens: range of the approximate number of vision tokens, with a uniform logarithm
+    aligned_share: share of pictures whose cells begin where vision tokens begin
+    dense_aligned_share: the same for scale 1, where a token otherwise shows half of a thing
+    reworded: share of questions in other words than the first wording
+    chatty: share of prompts with text that is not about the answer
     """
 
     look: Look
@@ -49,14 +50,14 @@ class Regime:
 
 
 class Preamble(NamedTuple):
-    """Text before the pictures: a system prompt or none, earlier turns, the pictures' lead."""
+    """The text before the pictures: a system prompt, earlier turns, and an introduction."""
 
     system: str = ""
     turns: tuple[tuple[str, str], ...] = ()
     lead: str = ""
 
     def messages(self, pictures: int, question: str) -> list[dict[str, object]]:
-        """The chat of a prompt, as chat templates take it."""
+        """The messages of a prompt, in the form that chat templates take."""
         out: list[dict[str, object]] = []
         if self.system:
             out.append({"role": "system", "content": self.system})
@@ -73,9 +74,9 @@ SILENCE = Preamble()
 
 @dataclass(frozen=True)
 class Frame:
-    """What the samples of a batch share: the sizes of their pictures, and the preamble."""
+    """What the samples of a batch have in common: the sizes of the pictures, and the preamble."""
 
-    sizes: tuple[tuple[int, int], ...]  # of each picture, in vision tokens: high, wide
+    sizes: tuple[tuple[int, int], ...]  # (high, wide) of each picture, in vision tokens
     scale: int
     preamble: Preamble = SILENCE
 
@@ -85,7 +86,7 @@ class Frame:
 
 
 class Drawn(NamedTuple):
-    """One prompt: what is in its pictures, the pictures, their maps, questions about them."""
+    """One prompt: the boards, the pixels and the maps of its pictures, and the questions."""
 
     pictures: list[Picture]
     images: list[np.ndarray]
@@ -112,7 +113,7 @@ REGIMES["long"] = replace(_HELD_OUT, scales=(2, 3, 4), pictures=(4, 8), tokens=(
 
 
 def draw_frame(rng: Generator, regime: Regime) -> Frame:
-    """Sizes of pictures that fit the regime."""
+    """A frame with sizes of pictures that fit the regime."""
     scale = int(rng.choice(regime.scales))
     while True:
         count = int(rng.integers(regime.pictures[0], regime.pictures[1] + 1))
@@ -129,7 +130,7 @@ def draw_frame(rng: Generator, regime: Regime) -> Frame:
 
 
 def draw_preamble(rng: Generator, chatty: float) -> Preamble:
-    """Text that is not about the answer; none at a chance of 1 - ``chatty``."""
+    """Text that is not about the answer, with the probability ``chatty``; otherwise no text."""
     if rng.random() >= chatty:
         return SILENCE
     system = SYSTEM[int(rng.integers(len(SYSTEM)))] if rng.random() < 0.6 else ""
@@ -139,7 +140,7 @@ def draw_preamble(rng: Generator, chatty: float) -> Preamble:
 
 
 def draw(rng: Generator, regime: Regime, frame: Frame, tasks: Sequence[str]) -> Drawn:
-    """A prompt in a frame, with one question for every task that its pictures allow."""
+    """A prompt with the sizes of a frame, and a question for each task that its pictures allow."""
     aligned = regime.dense_aligned_share if frame.scale == 1 else regime.aligned_share
     canvases = [_canvas(rng, size, frame.scale, aligned) for size in frame.sizes]
     many = len(canvases) > MANY_PICTURES
@@ -154,7 +155,7 @@ def draw(rng: Generator, regime: Regime, frame: Frame, tasks: Sequence[str]) -> 
 
 
 def _size(rng: Generator, tokens: float, scale: int) -> tuple[int, int]:
-    """High and wide, both at least a cell; aspects from 2:5 to 5:2."""
+    """The height and width of a picture, at least a cell, with an aspect from 2:5 to 5:2."""
     aspect = float(np.exp(rng.uniform(-0.9, 0.9)))
     high = max(scale, round((tokens * aspect) ** 0.5))
     return high, max(scale, round(tokens / high))
@@ -167,7 +168,7 @@ def _fits(size: tuple[int, int], scale: int) -> bool:
 
 
 def _canvas(rng: Generator, size: tuple[int, int], scale: int, aligned_share: float) -> Canvas:
-    """Where the board begins; aligned if nothing else leaves enough cells."""
+    """A canvas with the place of the board, which is aligned if it has too few cells otherwise."""
     high, wide = size
     if rng.random() >= aligned_share:
         rest = [(edge % scale) * CELL or CELL - 1 for edge in size]

@@ -1,7 +1,7 @@
-"""How tasks are worded: of each the first wording is the one that the demo and the suites use.
+"""The wordings of the tasks. The demo and the suites use the first wording of each task.
 
-A wording fixes how its answer begins, so that a question says what is wanted: some answers repeat
-the question first, others begin with what was asked for.
+Each wording has its own form of answer: some answers repeat the question first, others begin with
+what was asked for.
 """
 
 from __future__ import annotations

@@ -214,8 +214,9 @@ def kept_shares(report: Report, vision: tuple[int, ...]) -> tuple[float, ...]:
 
     vision: (B,) number of vision tokens of each row
     """
-    if report.recall is not None:
-        return (report.recall.share,) * len(vision)
+    if report.recall is not None:  # of the tokens that the first of two stages has left
+        left = report.stages[0].kept if report.stages else 1.0
+        return (report.recall.share * left,) * len(vision)
     layers = [layer for layer in report.layers if layer.kept.shape[1]]
     shares = []
     for row, tokens in enumerate(vision):

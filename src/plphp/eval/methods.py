@@ -1,4 +1,4 @@
-"""Which methods run, and at which budgets."""
+"""The settings of a run: methods by name, each at several budgets."""
 
 from __future__ import annotations
 
@@ -8,30 +8,43 @@ from typing import Any
 
 from plphp.errors import InputError
 from plphp.hf import calibrate
-from plphp.policy import ALIASES, POLICIES, Policy, policy
+from plphp.policy import ALIASES, POLICIES, Policy, policy, sequence_stage
 from plphp.recall import HOMES, Recall
 
-PAPER = ":paper"  # a method with its own defaults instead of a budget
-# POLICY+HOME: what the policy drops is parked there, and the budget is of device bytes. Of
-# full+int4 everything is parked, at whatever that takes: the control of the others.
+PAPER = ":paper"  # NAME:paper is a method with its own defaults instead of a budget
+# POLICY+HOME is a policy with recall: the home parks what the policy drops, and the budget limits
+# the device bytes. full+int4 parks all vision tokens and has no budget. It is the control.
 PARKED = "+"
+STAGES = "/"  # FIRST/SECOND: two stages, a sequence method and then a cache method
 CALIBRATED = ":calibrated"  # PLPHP with thresholds from this model's own vision attention
-CONTROLS = ("full", "random", "uniform")  # no result without them
+CONTROLS = ("full", "random", "uniform")  # these always run
 BUDGETS = (0.6, 0.4, 0.2, 0.1)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A method at a budget: the share of vision K/V kept, over layers; None for its defaults."""
+    """A method at a budget.
+
+    budget: the share of vision K/V to keep, averaged over layers; with recall, that of device
+        bytes. None for the defaults of the method
+    """
 
     method: str
     budget: float | None
 
     @property
     def recall(self) -> Recall | None:
-        """Where the method parks what it drops."""
-        home = self.method.partition(PARKED)[2]
-        return Recall(home, self.budget or 0) if home else None  # type: ignore[arg-type]
+        """The options of recall, None for a method without recall.
+
+        The budget counts the device bytes of all vision tokens. A home only has those that the
+        first of two stages has left, so that its own budget is larger.
+        """
+        name, _, home = self.method.partition(PARKED)
+        if not home:
+            return None
+        first = sequence_stage(policy(name)) if STAGES in name else None
+        left = getattr(first, "budget", None) or 1.0
+        return Recall(home, min((self.budget or 0) / left, 1.0))
 
     def __str__(self) -> str:
         return self.method if self.budget is None else f"{self.method} at {self.budget:g}"
@@ -41,25 +54,26 @@ FULL = Setting("full", 1.0)
 
 
 def known_methods() -> list[str]:
-    """Every name that `parse` takes, but for `NAME:paper` of the other methods."""
+    """The names that `parse` takes, without NAME:paper of methods other than plphp."""
     return [*POLICIES, f"plphp{PAPER}", f"plphp{CALIBRATED}"]
 
 
 def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
-    """Settings of comma-separated names and shares, `full` first, and which controls were added.
+    """The settings for comma-separated names and shares, and the controls that were added.
 
-    Raises InputError for an unknown name and for a share that is none.
+    The first setting is `full`. Raises InputError for an unknown name, and for a budget that is not
+    above 0 and at most 1.
     """
     names = list(dict.fromkeys(map(_full_name, _split(methods, "--methods"))))
     for name in names:
         base, _, home = name.removesuffix(PAPER).partition(PARKED)
-        right = base in POLICIES or name == f"plphp{CALIBRATED}"
+        right = base in POLICIES or name == f"plphp{CALIBRATED}" or _in_stages(base)
         right = right and name != f"full{PARKED}host"
         if not right or (home and home not in HOMES) or name.endswith(PARKED):
             known = ", ".join([*known_methods(), *ALIASES])
             raise InputError(
-                f"--methods: unknown method {name!r}; known are {known}, and NAME+HOME with recall "
-                f"from {', '.join(HOMES)}"
+                f"--methods: unknown method {name!r}; known are {known}, FIRST/SECOND for two "
+                f"stages, and NAME+HOME with recall from {', '.join(HOMES)}"
             )
     added = [name for name in CONTROLS if name not in names]
     shares = [_share(text) for text in _split(budgets, "--budgets")]
@@ -68,29 +82,45 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
         if name.endswith(PAPER) or name.startswith(f"full{PARKED}"):
             settings.append(Setting(name, None))
         elif name != "full":
-            # Everything kept is what "full" stands for.
+            # A budget of 1 keeps all tokens, and "full" does that already.
             settings += [Setting(name, share) for share in dict.fromkeys(shares) if share < 1]
     return settings, [name for name in added if name != "full"]
 
 
 def _full_name(name: str) -> str:
-    """A method's own name where an alias such as "recommended" stands for it."""
+    """The name of a method, with an alias such as "recommended" replaced by the method's name."""
     for alias, own in ALIASES.items():
         if name == alias or name.startswith((alias + PAPER, alias + PARKED)):
             return own + name.removeprefix(alias)
     return name
 
 
-def make(setting: Setting, model: Any, samples: Sequence[Mapping[str, Any]] = ()) -> Policy:
-    """The policy of a setting. samples: inputs of generate(), for what is calibrated.
+def _in_stages(name: str) -> bool:
+    """Whether a name such as "divprune:.25/plphp" names two stages. Raises InputError for others.
 
-    Raises ValueError where the method cannot reach the budget.
+    A method without such a mark is no error here.
+    """
+    if STAGES not in name:
+        return False
+    try:
+        policy(name)
+    except ValueError as error:
+        raise InputError(f"--methods: {error}") from None
+    return True
+
+
+def make(setting: Setting, model: Any, samples: Sequence[Mapping[str, Any]] = ()) -> Policy:
+    """The policy of a setting.
+
+    samples: arguments of generate(), with which thresholds are calibrated
+    Raises ValueError if the method cannot reach the budget.
     """
     if setting.method == f"plphp{CALIBRATED}" and setting.budget is not None:
-        # Thresholds fit the mean prompt; the budget then holds for every one, as for the others.
+        # The thresholds fit the average prompt. The budget holds for each prompt, as it does for
+        # the other methods.
         return replace(calibrate(model, samples, budget=setting.budget), budget=setting.budget)
     name = setting.method.removesuffix(PAPER)
-    if setting.recall is not None:  # its budget is recall's, and the policy's is not asked
+    if setting.recall is not None:  # the budget is that of recall, and the policy only ranks tokens
         return policy(name.partition(PARKED)[0])
     return policy(name) if setting.budget is None else policy(name, budget=setting.budget)
 
@@ -98,7 +128,7 @@ def make(setting: Setting, model: Any, samples: Sequence[Mapping[str, Any]] = ()
 def _split(text: str, option: str) -> list[str]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
-        raise InputError(f"{option} names nothing")
+        raise InputError(f"{option} is empty: give at least one name or number")
     return parts
 
 
@@ -108,5 +138,5 @@ def _share(text: str) -> float:
     except ValueError:
         raise InputError(f"--budgets: {text!r} is not a number") from None
     if not 0 < share <= 1:
-        raise InputError(f"--budgets: {text} is not a share above 0 and at most 1")
+        raise InputError(f"--budgets: {text} must be above 0 and at most 1")
     return share

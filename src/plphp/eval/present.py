@@ -1,4 +1,4 @@
-"""What a summary leaves in the directory of its run."""
+"""Writes the summary of a run into its directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plphp.eval.tables import markdown
 
 
 def write(summary: dict[str, Any], out: Path) -> None:
-    """summary.json, summary.md, and the curves."""
+    """Write summary.json, summary.md and the figures with curves."""
     write_json(out / "summary.json", summary)
     (out / "summary.md").write_text(markdown(summary), encoding="utf-8", errors="backslashreplace")
     draw(summary, out)

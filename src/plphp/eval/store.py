@@ -1,9 +1,9 @@
-"""What a run leaves on the disk, so that an interrupted one goes on where it stopped.
+"""The files of a run, with which an interrupted run is continued.
 
-OUT/run.json               what was asked for: another setting of it belongs into another OUT
-OUT/policies.json          every method's options, calibrated ones included
-OUT/tasks/TASK.json        the questions and what counts as right
-OUT/samples/TASK.jsonl     a line a sample, method and budget; TASK.0-of-2.jsonl of a shard
+OUT/run.json               the settings of the run; other settings need another OUT
+OUT/policies.json          the options of each method, calibrated ones included
+OUT/tasks/TASK.json        the questions and the reference answers
+OUT/samples/TASK.jsonl     one line per sample, method and budget; TASK.0-of-2.jsonl for a shard
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +22,16 @@ from plphp.eval.methods import Setting
 from plphp.eval.sample import Sample, Task
 from plphp.inputs import lines as jsonl
 
-RESULTS = ("policies.json", "summary.json", "summary.md", "curves.png", "kl.png")  # beside run.json
+RESULTS = ("policies.json", "summary.json", "summary.md", "curves.png", "kl.png")  # with run.json
 Line = dict[str, Any]
 Done = set[tuple[str, Setting]]  # sample and setting
 
 
 @dataclass
 class Store:
-    """The directory of a run, and this process's own files in it.
+    """The directory of a run, and the files in it that this process writes.
 
-    shard: (i, n): which part of the work this process does
+    shard: (i, n): this process does part i of n parts of the work
     """
 
     out: Path
@@ -38,7 +39,7 @@ class Store:
     files: dict[str, IO[bytes]] = field(default_factory=dict)
 
     def open(self, settings: Mapping[str, Any]) -> None:
-        """Begin or go on. Raises InputError if the directory holds a run of other settings."""
+        """Begin or continue a run. Raises InputError for a directory with another run."""
         run = self.out / "run.json"
         if self.out.is_dir() and not run.exists():
             self._check_empty()
@@ -53,21 +54,22 @@ class Store:
         for name, value in settings.items():
             if before.get(name) != value:
                 raise InputError(
-                    f"--out {self.out} holds a run with {name} {before.get(name)!r}, not "
-                    f"{value!r}: give another --out, or the same settings to go on with it"
+                    f"--out {self.out} has a run with {name} {before.get(name)!r}, not {value!r}: "
+                    "give another --out, or the same settings to continue that run"
                 )
 
     def _check_empty(self) -> None:
-        """Raise InputError if files that are no run's would be among a run's, or lost."""
+        """Raise InputError if the directory has files with the names of results, but no run."""
         for path in sorted(self.out.iterdir()):
-            if path.name in RESULTS:
+            # Another process may begin the same run just now: its results come after run.json.
+            if path.name in RESULTS and not (self.out / "run.json").exists():
                 raise InputError(
-                    f"--out {self.out} holds a {path.name} and no run.json, so it is not a run: "
-                    "give another --out"
+                    f"--out {self.out} has a {path.name} but no run.json, so it is not a run: give "
+                    "another --out"
                 )
 
     def describe(self, task: Task, samples: Iterable[Sample]) -> None:
-        """Write down what a task asks. Raises InputError if an earlier call asked other things."""
+        """Write the questions of a task. Raises InputError if an earlier call asked other ones."""
         found = {
             "task": task.name,
             "what": task.what,
@@ -87,22 +89,23 @@ class Store:
         path = self.out / "tasks" / f"{task.name}.json"
         if path.exists() and read_json(path) != json.loads(json.dumps(found)):
             raise InputError(
-                f"--out {self.out} holds a run whose task {task.name} asked something else (the "
-                "prompt or the images differ): give another --out, or the same to go on with it"
+                f"--out {self.out} has a run whose task {task.name} has another prompt or other "
+                "images: give another --out, or the same prompt and images to continue that run"
             )
         write_json(path, found)
 
     def note_policies(self, policies: Mapping[str, str]) -> None:
-        """Write down the options of every method, beside those of earlier calls."""
+        """Add the options of methods to those that earlier calls have written."""
         path = self.out / "policies.json"
         before = read_json(path) if path.exists() else {}
         write_json(path, {**before, **policies})
 
     def finished(self, task: str) -> Done:
-        """Samples that need no more work; settings that could not run are tried again.
+        """The samples and settings of a task that are finished.
 
-        From here on no other process may write this shard of the task. Raises InputError if one
-        does so already.
+        Settings that could not run are not among them, so that they are tried again. From now on no
+        other process can write this shard of the task. Raises InputError if another one already
+        does.
         """
         self._begin(task)
         return {
@@ -112,19 +115,20 @@ class Store:
         }
 
     def append(self, task: str, lines: Iterable[Line]) -> None:
-        """Add lines in one write, handed to the system before this returns."""
+        """Add lines with one write, and pass them to the operating system at once."""
         self._begin(task)
         text = "".join(jsonl.dump(line, allow_nan=True) for line in lines)
         self.files[task].write(text.encode("utf-8"))
         self.files[task].flush()
 
     def close(self) -> None:
+        """Close the files, so that other processes can write them."""
         for file in self.files.values():
             file.close()
         self.files.clear()
 
     def _begin(self, task: str) -> None:
-        """Open this process's own file and cut off a last line that a kill left half written."""
+        """Open the file of a task, and remove a last line that a killed process left incomplete."""
         if task in self.files:
             return
         i, n = self.shard
@@ -141,9 +145,9 @@ class Store:
 
 
 def read_lines(out: Path, task: str) -> Iterator[Line]:
-    """Every whole line of a task, of all shards, each sample and setting once.
+    """The complete lines of a task from all shards, one for each sample and setting.
 
-    Raises InputError for a line that no run wrote.
+    Raises InputError for a line that cannot come from a run.
     """
     seen = set()
     for path in sorted((out / "samples").glob(f"{task}.*jsonl")):
@@ -153,7 +157,8 @@ def read_lines(out: Path, task: str) -> Iterator[Line]:
                 key = line.get("id"), line["method"], line["budget"]
             except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
                 raise InputError(
-                    f"{path}, line {number}: not a line of a run; remove it, or give another --out"
+                    f"{path}, line {number} is not a line of a run: remove it, or give another "
+                    "--out"
                 ) from error
             if key not in seen:
                 seen.add(key)
@@ -161,7 +166,7 @@ def read_lines(out: Path, task: str) -> Iterator[Line]:
 
 
 def read_tasks(out: Path) -> list[dict[str, Any]]:
-    """What was written by `describe`, of every task of a run."""
+    """The objects that `describe` wrote, one for each task of a run."""
     return [read_json(path) for path in sorted((out / "tasks").glob("*.json"))]
 
 
@@ -170,22 +175,22 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a file of a run ({error}); give another --out") from error
+        raise InputError(f"{path} is not a file of a run ({error}): give another --out") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path}: not a file of a run (no JSON object); give another --out")
+        raise InputError(f"{path} is not a file of a run (no JSON object): give another --out")
     return found
 
 
 def write_json(path: Path, content: Any) -> None:
-    """The whole file or none of it, also when two processes write the same."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Write a JSON file completely or not at all, even if two processes write it at once."""
+    part = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     part.write_bytes(text.encode("utf-8", "backslashreplace"))
     os.replace(part, path)
 
 
 def _pixels(sample: Sample) -> str:
-    """16 characters that differ where the pictures do."""
+    """A digest of the images, 16 characters."""
     seen = hashlib.sha256()
     for image in sample.images:
         seen.update(repr((image.mode, image.size)).encode() + image.tobytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,8 +25,8 @@ from plphp.hf.generate import (
 from plphp.hf.positions import later_positions, position_shift
 from plphp.hf.recall import checked_recall
 from plphp.hf.report import build_report
-from plphp.hf.sequence import decoder_layers, refuse_prompt
-from plphp.hf.targets import attach_kind, chosen_policy, prunable
+from plphp.hf.sequence import refuse_prompt
+from plphp.hf.targets import attach_stages, check_kind, chosen_policy, decoder_layers, prunable
 from plphp.hf.vision_mask import checked_mask
 from plphp.policy import Policy
 from plphp.recall import Recall
@@ -35,7 +36,7 @@ logger = logging.getLogger("plphp")
 
 def prune(
     model: Any,
-    policy: Policy | type[Policy] | str | None = None,
+    policy: Policy | type[Policy] | str | Sequence[Any] | None = None,
     *,
     vision_mask: Any = None,
     recall: Recall | str | None = None,
@@ -44,7 +45,8 @@ def prune(
 
     model: a transformers vision-language model, or a PEFT or torch.compile wrapper around one
     policy: what to keep: a policy, a policy class or the name of a policy, the last two with their
-        default options. By default PLPHP() with the options of the paper
+        default options. By default PLPHP() with the options of the paper. A list of a sequence
+        method and a cache method makes two stages: the second prunes what the first has left
     vision_mask: which tokens are vision tokens, for models where plphp cannot find them: (B, N)
         integers coded as `vision_spans` returns them (a tensor, an array or nested lists), or a
         function from input_ids (B, N) to such a tensor
@@ -68,10 +70,11 @@ def _attach(pruning: Pruning) -> None:
     """Set all hooks and attributes. Raises as `prune` does, before anything is changed."""
     model = pruning.model
     modules = prunable(model, pruning.vision_mask)
-    pruning._undo += attach_kind(model, pruning.policy, modules)
+    check_kind(model, pruning.policy, modules)
     compat.register_attention(pruned_attention)
     pruning.layers = tuple(module.layer_idx for module in modules)
     pruning.decoder = decoder_layers(model, modules)
+    attach_stages(pruning, modules)
     for module in modules:
         pruning._set(module, "config", ConfigView(module))
         handle = module.register_forward_pre_hook(pass_layer, with_kwargs=True)
@@ -132,6 +135,7 @@ def _begin(
         prefill.locate(batch, kwargs.get("attention_mask"))
         refuse_prompt(cache, prefill, columns)
     cache._in_forward = True
+    pruning.calls.remaining = None
     return args, kwargs
 
 
@@ -170,7 +174,7 @@ def _finish(
     cache = compat.given_cache(kwargs)
     if not isinstance(cache, PrunedCache):
         return  # `_begin` has refused the call
-    cache._in_forward = False
+    cache._in_forward, pruning.calls.remaining = False, None
     prefill = cache.shared.prefill
     if output is None or prefill is None or prefill.located is None:
         return

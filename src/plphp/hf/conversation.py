@@ -18,6 +18,7 @@ from plphp.hf.attached import Pruning, attached
 from plphp.hf.layer import PrunedLayer, Shared, layer_tensors, spans_until
 from plphp.hf.prompt import Prefill, Prompt
 from plphp.hf.recall import recalled
+from plphp.policy import sequence_stage
 from plphp.policy.base import check_count
 from plphp.report import EarlierImage, Report
 
@@ -61,13 +62,19 @@ class Conversation(Cache):
         """New layers for a prompt of `prompt` columns, pruned ones where that is possible.
 
         If a sliding window is shorter than the prompt, the last token cannot score all vision
-        tokens. Such a layer, and one of another kind, is what transformers itself would use.
+        tokens. Such a layer, and one of another kind, is what transformers itself would use. If
+        tokens leave the hidden states, it needs to know which columns it holds, as pruned ones do.
         """
+        leaves = sequence_stage(self.shared.policy) is not None
         layers: list[Any] = compat.stock_layers(self.config)
         pruned = []
         for index, window in enumerate(compat.layer_windows(self.config)):
-            if compat.covers(window, prompt):
+            if isinstance(window, str):
+                continue
+            covers = compat.covers(window, prompt)
+            if covers or leaves:
                 layers[index] = PrunedLayer(window, self.shared)
+            if covers:
                 pruned.append(index)
         self.shared.depth = len(layers)
         self.shared.prunable = tuple(index for index in pruned if index in self.shared.attached)
@@ -136,7 +143,7 @@ class Conversation(Cache):
             raise ValueError(f"the prompt ends at column {prompt.end}, max_len is {self.max_len}")
         if begin == 0:
             self.layers = self._renewed(length)
-            if self.static and not all(isinstance(layer, PrunedLayer) for layer in self.layers):
+            if self.static and len(self.shared.prunable) < len(self.layers):
                 raise UnsupportedModeError(
                     "static=True needs every layer to be prunable; this model has others: "
                     "use static=False"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from plphp.cache import KVStore
 from plphp.hf.prompt import Prefill
+from plphp.policy.view import TEXT
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ def slot_spans(prefill: Prefill, start: Tensor, end: int) -> Tensor:
 
     start: (B,) int64 first slot of each row; end: number of slots in use
     """
-    spans = prefill.where.spans.to(start.device)
+    spans = prefill.entered.spans.to(start.device)
     earlier = torch.zeros(len(spans), end - spans.shape[1], dtype=spans.dtype, device=start.device)
+    if prefill.remaining is not None:  # slots of earlier turns were moved over the fillers
+        spans = spans.clamp(min=TEXT)
     slots = torch.cat([earlier, spans], -1)
     return slots.masked_fill(torch.arange(end, device=start.device) < start[:, None], -1)
 
@@ -65,7 +68,7 @@ def slot_positions(prefill: Prefill, end: int) -> Tensor:
     """Position (B, end) int64 of the token in each slot; 0 in the slots of earlier turns."""
 
     def padded() -> Tensor:
-        positions = prefill.where.positions()
+        positions = prefill.entered.positions()
         return torch.nn.functional.pad(positions, (end - positions.shape[1], 0))
 
     return prefill.once(("positions", end), padded)

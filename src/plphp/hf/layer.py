@@ -14,7 +14,7 @@ from plphp.cache import KVStore, StaticStore, bucketed
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.prompt import Prefill
-from plphp.policy import KeepPlan, Policy
+from plphp.policy import KeepPlan, Policy, SequencePolicy, cache_stage, policy, sequence_stage
 from plphp.recall import Home, Recall
 
 
@@ -52,6 +52,21 @@ class Shared:
     watch: Callable[..., None] | None = None
     recall: Recall | None = None
     spans: Tensor | None = None
+
+    def stages(self, layer: int) -> tuple[SequencePolicy | None, Policy | None]:
+        """The policies that look at the attention of a layer: a sequence and a cache method.
+
+        A static cache needs a compaction of every layer, so that its cache method is `full` where
+        the policy has none.
+        """
+        first, second = sequence_stage(self.policy), cache_stage(self.policy)
+        if first is not None and not first.scores_layer(layer, self.depth):
+            first = None
+        if second is None and self.static:
+            second = policy("full")
+        if layer not in self.prunable or (second and not second.scores_layer(layer, self.depth)):
+            second = None
+        return first, second
 
     def reserve(self, longest: int, logical: int) -> int | None:
         """Slots to keep free after a compaction, for the columns up to `max_len`.

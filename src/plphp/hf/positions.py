@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.hf.prompt import Located
+from plphp.hf.located import Located
 from plphp.models import processor_inputs
 
 

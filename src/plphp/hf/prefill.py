@@ -2,8 +2,8 @@
 
 There is one function for each kind of policy. With a policy that decides layer by layer, the layer
 is compacted at once. With a policy whose layers share a budget, the layers wait for the last one.
-A sequence method only plans here; the tokens are removed in `sequence`. With recall, dropped
-tokens are parked.
+A sequence method that reads attention only plans here; the tokens are removed in `sequence`. A
+cache method after it sees the columns that are left. With recall, dropped tokens are parked.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from plphp.hf.last_queries import last_queries, slot_positions
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.prompt import Prefill
 from plphp.hf.recall import park_layer
-from plphp.hf.remaining_tokens import RemainingTokens
-from plphp.policy import CachePolicy, KeepPlan, LayerView, Look
+from plphp.policy import CachePolicy, KeepPlan, LayerView, Look, Policy
 
 # Keyword arguments of attention functions whose effect on the probabilities is not computed here.
 REFUSED = {"s_aux": "attention sinks", "position_bias": "position biases"}
@@ -75,42 +74,53 @@ def after_attention(
     kwargs: the keyword arguments of the attention function
     Raises UnsupportedModelError for attention whose probabilities cannot be computed here.
     """
-    store, policy, shared = layer.store, layer.shared.policy, layer.shared
+    store, shared = layer.store, layer.shared
     if not isinstance(store, KVStore):
         return
     index, end = int(module.layer_idx), prefill.prompt.end  # type: ignore[arg-type]
     if prefill.remaining is not None:
-        return adopt_remaining(layer, store, prefill, index)
+        adopt_remaining(layer, store, prefill)
+    window = shared.policy.window
     query = layer.with_recent(query)
     if store.logical < end:  # a chunk that is not the last one
-        layer.recent = query[:, :, -policy.window :].clone() if policy.window > 1 else None
+        layer.recent = query[:, :, -window:].clone() if window > 1 else None
         return
     layer.recent = None
-    if not prefill.where.prunes or not policy.scores_layer(index, shared.depth):
+    if not prefill.where.prunes:
         return
-    first = store.logical - query.shape[2]  # column of the first of these queries
+    first, second = shared.stages(index)
+    if first is None and second is None:
+        if prefill.remaining is not None:
+            record_remaining(layer, store, prefill, index)
+        return
+    begin = store.logical - query.shape[2]  # column of the first of these queries
     drafts = store.split(store.logical - end)
-    view = _view(module, query, store, prefill, first, policy.window, kwargs)
+    view = _view(module, query, store, prefill, begin, window, kwargs)
     view = replace(view, layer=index, layers=shared.depth)
     if shared.over_ranks is not None:
         view = replace(view, over_ranks=shared.over_ranks)
-    act = park if shared.recall is not None else BY_KIND[policy.kind]
-    act(Scored(layer, store, view, drafts), prefill)
+    scored = Scored(layer, store, view, drafts)
+    plan = None if first is None else first.plan(replace(view, kv_heads=1))
+    if second is not None:
+        act = park if shared.recall is not None else BY_KIND[second.kind]
+        act(second, scored, prefill)
+    if plan is not None:
+        prefill.leave(plan, "flash" in shared.config._attn_implementation)
 
 
-def plan_now(scored: Scored, prefill: Prefill) -> None:
+def plan_now(policy: Policy, scored: Scored, prefill: Prefill) -> None:
     """For a policy that decides layer by layer: plan and compact at once."""
-    scored.compact(scored.layer.shared.policy.plan(scored.view), prefill)
+    scored.compact(policy.plan(scored.view), prefill)
 
 
-def park(scored: Scored, prefill: Prefill) -> None:
+def park(policy: Policy, scored: Scored, prefill: Prefill) -> None:
     """For any policy with recall: park the vision tokens and compact the layer at once."""
-    scored.compact(park_layer(scored.layer, scored.view), prefill)
+    scored.compact(park_layer(scored.layer, scored.view, prefill.entered.places), prefill)
 
 
-def plan_together(scored: Scored, prefill: Prefill) -> None:
+def plan_together(policy: Policy, scored: Scored, prefill: Prefill) -> None:
     """For a policy whose layers share a budget: plan and compact all layers in the last one."""
-    layer, policy = scored.layer, scored.layer.shared.policy
+    layer = scored.layer
     assert isinstance(policy, CachePolicy)
     positions = slot_positions(prefill, scored.store.end)
     waiting = Waiting(layer, policy.look(scored.view), positions, scored.drafts)
@@ -125,29 +135,25 @@ def plan_together(scored: Scored, prefill: Prefill) -> None:
         ready.layer.compact(plan, ready.drafts)
 
 
-def plan_hidden_states(scored: Scored, prefill: Prefill) -> None:
-    """For a sequence method: plan which tokens stay in the hidden states of the next layers."""
-    shared = scored.layer.shared
-    plan = shared.policy.plan(replace(scored.view, kv_heads=1))
-    flash = "flash" in shared.config._attn_implementation
-    prefill.remaining = RemainingTokens(plan, prefill.prompt.length, flash)
-
-
-BY_KIND: dict[str, Callable[[Scored, Prefill], None]] = {
+BY_KIND: dict[str, Callable[[Policy, Scored, Prefill], None]] = {
     "layer": plan_now,
     "layers": plan_together,
-    "sequence": plan_hidden_states,
 }
 
 
-def adopt_remaining(layer: PrunedLayer, store: KVStore, prefill: Prefill, index: int) -> None:
-    """Record what a layer holds that was only given the tokens remaining in the hidden states."""
+def adopt_remaining(layer: PrunedLayer, store: KVStore, prefill: Prefill) -> None:
+    """Note which columns a layer was given, if it was not given all of the prompt."""
+    assert prefill.remaining is not None
+    store.name_columns(prefill.remaining.plan, prefill.prompt.begin, prefill.prompt.end)
+    layer.raw = False
+
+
+def record_remaining(layer: PrunedLayer, store: KVStore, prefill: Prefill, index: int) -> None:
+    """Record for the report what a layer holds that only a sequence method has pruned."""
     assert prefill.remaining is not None
     plan, where = prefill.remaining.plan, prefill.where
-    store.name_columns(plan, prefill.prompt.end)
-    layer.raw = False
-    every_head = plan.columns.expand(-1, store.keys.shape[1], -1)
-    prefill.plans[index] = (replace(plan, columns=every_head), where.spans, where.positions())
+    every_head = replace(plan, columns=plan.columns.expand(-1, store.keys.shape[1], -1))
+    prefill.plans[index] = (every_head, where.spans, where.positions())
 
 
 def _view(

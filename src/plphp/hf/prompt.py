@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from plphp.errors import InputError
+from plphp.hf.located import Located
 from plphp.hf.remaining_tokens import RemainingTokens
 from plphp.hf.vision_mask import Mask, mask_columns
 from plphp.models import find_spans, processor_inputs
@@ -45,37 +46,6 @@ class Prompt:
         return self.begin + self.length
 
 
-@dataclass(frozen=True)
-class Located:
-    """Where the images of a prompt are, for the rows that the model sees.
-
-    spans: (B, N) int64 of the prompt's columns; of all columns of the conversation with recall
-    end: the column after the prompt's last one
-    tokens_before: (B,) int64, tokens before the columns of `spans`, padding not counted
-    images: the largest number of images in a row
-    prunes: whether a layer may have to drop something: vision tokens or padding
-    notes: remarks for the report, such as on images that could not be told apart
-    """
-
-    spans: Tensor
-    end: int
-    tokens_before: Tensor
-    images: int
-    prunes: bool
-    notes: tuple[str, ...] = ()
-
-    @property
-    def last_image(self) -> int:
-        """The column after the last vision token of the conversation, 0 without vision tokens."""
-        columns = (self.spans > 0).any(0).nonzero()
-        first = self.end - self.spans.shape[1]
-        return first + int(columns[-1]) + 1 if len(columns) else 0
-
-    def positions(self) -> Tensor:
-        """(B, N) int64 row-logical position of each column of `spans`: padding is not counted."""
-        return (self.spans >= 0).cumsum(-1) - 1 + self.tokens_before[:, None]
-
-
 @dataclass
 class Prefill:
     """The state of one prompt while the model reads it.
@@ -99,6 +69,19 @@ class Prefill:
         assert self.located is not None, "the prompt has not been read to its end"
         return self.located
 
+    @property
+    def entered(self) -> Located:
+        """The columns that entered the layer that runs now: all, or those that a stage left."""
+        return self.where if self.remaining is None else self.remaining.where
+
+    def leave(self, plan: KeepPlan, flash: bool) -> None:
+        """From the next layer on, only the columns of a plan (for one KV head) are computed.
+
+        flash: as in `RemainingTokens`
+        """
+        whole = replace(self.where, spans=self.where.spans[:, -self.prompt.length :])
+        self.remaining = RemainingTokens(plan, whole.only(plan), self.prompt.length, flash)
+
     def locate(self, batch: int, attention_mask: Tensor | None) -> None:
         """Find the images, for a forward of `batch` rows: beams repeat the prompt's rows.
 
@@ -117,6 +100,7 @@ class Prefill:
         """
         if self.prompt.begin:
             return compute()
+        key = (self.remaining is None, *key)
         if key not in self._results:
             self._results[key] = compute()
         result: Result = self._results[key]

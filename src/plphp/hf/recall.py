@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,16 @@ from plphp.cache import KVStore, allocated
 from plphp.errors import InputTypeError, UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer
-from plphp.policy import CachePolicy, KeepPlan, LayerView, Policy, policy
+from plphp.policy import (
+    CachePolicy,
+    KeepPlan,
+    LayerView,
+    Policy,
+    cache_stage,
+    in_stages,
+    policy,
+    sequence_stage,
+)
 from plphp.recall import HOMES, Recall, as_recall, park
 from plphp.report import RecallReport
 
@@ -38,7 +48,7 @@ def checked_recall(
     recall = as_recall(given)
     if recall is None:
         return None, chosen
-    if not isinstance(chosen, CachePolicy):
+    if not isinstance(cache_stage(chosen), CachePolicy):
         raise UnsupportedModeError(
             f"{type(chosen).__name__} does not rank what a cache holds, which recall needs: use a "
             "method that prunes the cache, or leave recall out"
@@ -50,19 +60,26 @@ def checked_recall(
             f"model's vision K/V that its codes take, got {recall.budget}: take fewer bits, "
             "home='host', or 0 to hold nothing in full"
         )
-    return (None, policy("full")) if recall.budget == 1 else (recall, chosen)
+    if recall.budget != 1:
+        return recall, chosen
+    first, full = sequence_stage(chosen), policy("full")
+    return None, full if first is None else in_stages([first, full])
 
 
-def park_layer(layer: PrunedLayer, view: LayerView) -> KeepPlan:
-    """Park the vision tokens of a layer. Returns the plan to which its store must be compacted."""
-    chosen, recall = layer.shared.policy, layer.shared.recall
+def park_layer(layer: PrunedLayer, view: LayerView, places: Tensor | None = None) -> KeepPlan:
+    """Park the vision tokens of a layer. Returns the plan to which its store must be compacted.
+
+    places: as in `Look`
+    """
+    chosen, recall = cache_stage(layer.shared.policy), layer.shared.recall
     assert isinstance(chosen, CachePolicy) and isinstance(layer.store, KVStore)
     assert recall is not None
     if not view.most_images():
         return chosen.plan(view)
     layers = layer.shared.prunable
     place = (layers.index(view.layer), len(layers))
-    layer.parked = home = park(layer.store, chosen.look(view), recall, place)
+    look = replace(chosen.look(view), places=places)
+    layer.parked = home = park(layer.store, look, recall, place)
     plan, home.plan = home.plan, None
     assert plan is not None
     return plan

@@ -6,22 +6,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from plphp.errors import UnsupportedModeError
+from plphp.hf.located import Located
 from plphp.policy import KeepPlan
 
 
 @dataclass
 class RemainingTokens:
-    """The tokens of a prompt that stay. One layer plans them, and all layers after it use them.
+    """The tokens of a prompt that stay. They are planned before one layer, and all later ones use
+    them.
 
-    plan: the columns that stay, a plan for a single KV head
+    plan: the columns that stay, a plan for a single KV head, counted from the prompt's first
+    where: the spans and positions of these columns
     prompt: N, number of columns of the prompt
-    flash: whether the attention function accepts only a mask (B, K), as FlashAttention does
+    flash: whether the attention function accepts only a mask (B, S), as FlashAttention does
     """
 
     plan: KeepPlan
+    where: Located
     prompt: int
     flash: bool
     _masks: dict[int, tuple[Any, Tensor]] = field(default_factory=dict)
@@ -36,10 +41,11 @@ class RemainingTokens:
 
         It is computed once for all layers that share a mask.
 
-        mask: the model's, (B, N) or (B or 1, heads, N, N), bool or additive; None for causal
-            attention without padding
+        mask: the model's, (B, S) or (B or 1, heads, N, S), bool or additive; None for causal
+            attention without padding. S is N and the columns of earlier turns
         columns: (B, K) int64, on the device of the mask
-        Returns a mask (B, K) or (B, heads, K, K), or None for causal attention.
+        Returns a mask (B, S') or (B, heads, K, S'), or None for causal attention; S' is K and the
+        columns of earlier turns.
         Raises UnsupportedModeError for a mask that is no tensor, such as flex attention's.
         """
         if mask is None and not self.plan.ragged:
@@ -48,6 +54,25 @@ class RemainingTokens:
             # The mask is kept too: while it exists, no other object has the same id.
             self._masks[id(mask)] = (mask, self._reduced(mask, columns))
         return self._masks[id(mask)][1]
+
+    def flags(self, mask: Any, columns: Tensor) -> Tensor:
+        """A mask (B, K) of a layer without attention: which columns are tokens.
+
+        mask: the model's (B, N), or None for a prompt without padding
+        """
+        valid = self.plan.valid.to(columns.device)
+        return valid if mask is None else select_columns(mask, -1, columns) * valid
+
+    def added(self, mask: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The features that a model adds to the hidden states of vision tokens, of those that stay.
+
+        mask: (B, N) bool, the vision tokens; features: (V, E), one for each True, row by row
+        Returns such a mask (B, K), and the features of its tokens.
+        """
+        columns = self.columns.to(mask.device)
+        number = (mask.flatten().cumsum(0) - 1).view_as(mask)
+        stays = mask.gather(1, columns) & self.plan.valid.to(mask.device)
+        return stays, features[number.gather(1, columns)[stays].to(features.device)]
 
     def _reduced(self, mask: Any, columns: Tensor) -> Tensor:
         """The mask of `mask`, where it is not None or rows differ in length."""
@@ -63,19 +88,27 @@ class RemainingTokens:
                 "eager or FlashAttention"
             )
         elif mask.dim() == 2:
-            return select_columns(mask, -1, columns) * valid
+            earlier = mask[:, : -self.prompt]
+            new = select_columns(mask[:, -self.prompt :], -1, columns) * valid
+            return torch.cat([earlier.expand(len(new), -1), new], -1)
         else:
-            mask = mask.expand(len(columns), *mask.shape[1:])
-            rows = columns[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-            mask = mask.gather(2, rows)
-            across = columns[:, None, None].expand(-1, *mask.shape[1:3], -1)
-            mask = mask.gather(3, across)
+            mask = self._gathered(mask, columns)
         # A filler attends to itself, so that no row of the softmax is empty.
         hidden = ~valid[:, None, None] & (slots != slots[:, None])
+        hidden = F.pad(hidden, (mask.shape[-1] - len(slots), 0))
         reduced: Tensor = mask
         if reduced.dtype == torch.bool:
             return reduced & ~hidden
         return reduced.masked_fill(hidden, torch.finfo(reduced.dtype).min)
+
+    def _gathered(self, mask: Tensor, columns: Tensor) -> Tensor:
+        """(B, heads, K, S') of a mask (B or 1, heads, N, S) whose last N keys are the prompt's."""
+        mask = mask.expand(len(columns), *mask.shape[1:])
+        rows = columns[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+        mask = mask.gather(2, rows)
+        across = columns[:, None, None].expand(-1, *mask.shape[1:3], -1)
+        new = mask[..., -self.prompt :].gather(3, across)
+        return torch.cat([mask[..., : -self.prompt], new], -1)
 
 
 def select_columns(tensor: Tensor, dim: int, columns: Tensor) -> Tensor:

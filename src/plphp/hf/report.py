@@ -14,18 +14,21 @@ from plphp.hf.layer import PrunedLayer, layer_tensors
 from plphp.hf.prompt import Prefill
 from plphp.hf.recall import recall_report
 from plphp.models import processor_inputs
-from plphp.policy import SequencePolicy
+from plphp.policy import Policy, cache_stage, sequence_stage
 from plphp.recall import HOMES, Recall
 from plphp.report import (
     EarlierImage,
     LayerReport,
     Report,
     Seen,
+    StageReport,
     earlier_images_note,
     images_left,
     images_of,
     in_rows,
     layer_report,
+    left_aligned,
+    ratio,
     untouched_report,
 )
 
@@ -47,7 +50,31 @@ def build_report(cache: Conversation, prefill: Prefill) -> Report:
         seen=_seen(prefill, spans),
         recall=recall_report(cache.shared.recall, cache.layers),
         earlier=earlier,
+        stages=stage_reports(cache.shared.policy, prefill, layers),
     )
+
+
+def stage_reports(
+    policy: Policy, prefill: Prefill, layers: tuple[LayerReport, ...]
+) -> tuple[StageReport, ...]:
+    """What each stage of a policy left; empty where no hidden states were dropped."""
+    first, second = sequence_stage(policy), cache_stage(policy)
+    if first is None or prefill.remaining is None:
+        return ()
+    columns = prefill.prompt.length
+    all_tokens = int((prefill.where.spans[:, -columns:] > 0).sum())
+    where, at = prefill.remaining.where, first.leave_at(len(layers))
+    left = int((where.spans > 0).sum())
+    stays = where.positions().masked_fill(where.spans <= 0, -1).cpu()
+    share = ratio(left, all_tokens)
+    stages = [StageReport(type(first).__name__, at, share, left_aligned(stays[:, None])[:, 0])]
+    if second is not None:
+        entered = sum(
+            layer.kept.shape[1] * (all_tokens if layer.layer < at else left) for layer in layers
+        )
+        kept = sum(int((layer.kept >= 0).sum()) for layer in layers)
+        stages.append(StageReport(type(second).__name__, None, ratio(kept, entered)))
+    return tuple(stages)
 
 
 def _rounding_home(recall: Recall | None) -> str | None:
@@ -92,7 +119,8 @@ def _seen(prefill: Prefill, spans: Tensor) -> Seen:
 def _kept(cache: Conversation, prefill: Prefill, index: int) -> LayerReport:
     """What one layer kept, without its bytes."""
     if index in prefill.plans:
-        return layer_report(index, *prefill.plans[index])
+        vision = tuple((prefill.where.spans > 0).sum(-1).tolist())
+        return layer_report(index, *prefill.plans[index], vision)
     pair = _pair(cache.layers[index]) if index < len(cache.layers) else []
     kv_heads = pair[0].shape[1] if pair else 0  # 0 for a layer without keys, such as a linear one
     return untouched_report(index, prefill.where.spans, prefill.where.positions(), kv_heads)
@@ -132,14 +160,15 @@ def _full_bytes(layer: Any, columns: int) -> int:
 def _notes(cache: Conversation, prefill: Prefill) -> list[str]:
     """Remarks on the layers and the policy."""
     notes, policy = [], cache.shared.policy
+    first, second = sequence_stage(policy), cache_stage(policy)
     if prefill.where.images <= 0:
         notes.append("nothing was pruned: the prompt has no vision tokens")
     pruned = {index for index, _ in cache.pruned_layers()}
     alone = [index for index in range(_depth(cache)) if index not in pruned]
-    if policy.kind == "layers" and cache.shared.recall is None:
+    if second is not None and second.kind == "layers" and cache.shared.recall is None:
         notes.append("planned after the last layer: until then the whole prompt was held")
-    if prefill.remaining is not None and isinstance(policy, SequencePolicy):
-        at = policy.leave_at(len(cache.layers))
+    if prefill.remaining is not None and first is not None and first.leave_at(_depth(cache)) > 0:
+        at = first.leave_at(_depth(cache))
         notes.append(f"tokens left before layer {at}: earlier layers hold them all")
     if alone:
         why = (

@@ -23,7 +23,8 @@ from plphp.hf.attached import Pruning
 from plphp.hf.cache import PrunedCache
 from plphp.hf.last_queries import slot_positions
 from plphp.hf.layer import PrunedLayer
-from plphp.hf.prompt import Located, Prefill
+from plphp.hf.located import Located
+from plphp.hf.prompt import Prefill
 from plphp.hf.recall import park_layer
 from plphp.hf.report import build_report
 from plphp.policy import KeepPlan, LayerView, Policy, plan_views, policy

@@ -21,6 +21,7 @@ from plphp.hf.fingerprint import differences, fingerprint, name_of
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.report import images_found
 from plphp.hf.stored import PARKED, Stored
+from plphp.policy import sequence_stage
 from plphp.recall import Recall
 
 
@@ -31,6 +32,10 @@ def save_cache(cache: Conversation, path: str | os.PathLike[str]) -> None:
     and for one with layers that are not pruned; InputError for a path that cannot be written.
     """
     cache.check()
+    if cache.shared.recall is not None and sequence_stage(cache.shared.policy) is not None:
+        raise UnsupportedModeError(
+            "a cache with recall after a sequence method cannot be saved: save one without recall"
+        )
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for index, layer in enumerate(cache.layers):

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from functools import partial
 from typing import Any
 
 from torch import nn
+from transformers.cache_utils import CacheLayerMixin
 
 from plphp.errors import InputTypeError, UnsupportedModeError, UnsupportedModelError
 from plphp.hf import compat
+from plphp.hf.attached import Pruning
 from plphp.hf.attention import ConfigView
-from plphp.hf.sequence import attach_sequence, decoder_layers
+from plphp.hf.sequence import attach_sequence, drop_features
 from plphp.hf.vision_mask import Mask
-from plphp.models import describes_vision, refusal, sequence_refusal
-from plphp.policy import PLPHP, Policy, SequencePolicy, policy
+from plphp.models import describes_vision, refusal
+from plphp.policy import PLPHP, Policy, in_stages, policy, sequence_stage
+
+# The method of a language model with DeepStack that adds image features to the hidden states.
+ADDS_FEATURES = "_deepstack_process"
 
 
 def chosen_policy(given: Any) -> Policy:
     """The policy that the caller of `plphp.prune` gave, as an object.
 
-    given: a policy, the name or the class of one (with its default options), or None for PLPHP()
-    Raises InputTypeError for any other type, and as `policy` does for an unknown name.
+    given: a policy, the name or the class of one (with its default options), a list of two stages
+        of such, or None for PLPHP()
+    Raises InputTypeError for any other type, ValueError for stages that do not follow one another,
+    and as `policy` does for an unknown name.
     """
+    if isinstance(given, list | tuple):
+        return in_stages([chosen_policy(stage) for stage in given])
     if given is None:
         return PLPHP()
     if isinstance(given, str):
@@ -36,29 +46,71 @@ def chosen_policy(given: Any) -> Policy:
     return given
 
 
-def attach_kind(model: Any, policy: Policy, modules: list[Any]) -> list[Callable[[], None]]:
-    """Check that a policy fits the model, and set the hooks that its kind needs.
+def check_kind(model: Any, policy: Policy, modules: list[Any]) -> None:
+    """Check that a policy fits the model. Raises as `prune`.
 
     modules: the attention modules to attach to
-    Returns functions that remove the hooks; only sequence methods have any. Raises as `prune`.
     """
     if policy.kind == "images":
         raise UnsupportedModeError(
             f"{type(policy).__name__} makes the images smaller before the model sees them: resize "
             "them to policy.size(width, height, multiple), and do not attach the model"
         )
-    policy.check(len(modules))
-    if not isinstance(policy, SequencePolicy):
-        return []
-    if reason := sequence_refusal(model.config):
-        raise UnsupportedModelError(f"{model.config.model_type}: {reason}")
-    layers = decoder_layers(model, modules)
-    if len(layers) < len(compat.layer_windows(compat.text_config(model))):
+    first = sequence_stage(policy)
+    if first is None:
+        return policy.check(len(modules))
+    policy.check(len(decoder_layers(model, modules)))
+    others = layers_of_other_kinds(compat.text_config(model))
+    if others:
         raise UnsupportedModelError(
-            f"{type(policy).__name__} drops hidden states, and some layers of this decoder have no "
-            "ordinary attention: they need the states of all tokens"
+            f"{type(first).__name__} drops hidden states, and layers {', '.join(map(str, others))} "
+            "of this decoder share their keys and values or hold them in their own way: use a "
+            "method that prunes the cache"
         )
-    return attach_sequence(policy, layers)
+    if first.leave_at(len(modules)) > 0 and compat.is_recurrent(compat.text_config(model)):
+        raise UnsupportedModelError(
+            f"{type(first).__name__} drops hidden states inside the decoder, some of whose layers "
+            "are recurrent: use a method that acts before layer 0, such as divprune"
+        )
+    text = model.get_decoder()
+    adds = [name for name in inspect.signature(text.forward).parameters if "deepstack" in name]
+    if adds and not hasattr(text, ADDS_FEATURES):
+        raise UnsupportedModelError(
+            f"{type(first).__name__} drops hidden states, and {type(text).__name__} adds image "
+            "features to those of all tokens: use a method that prunes the cache"
+        )
+
+
+def attach_stages(pruning: Pruning, modules: list[Any]) -> None:
+    """Set the hooks that a sequence method needs, if the policy has one.
+
+    modules: the attention modules to attach to
+    """
+    first = sequence_stage(pruning.policy)
+    if first is None:
+        return
+    text = pruning.model.get_decoder()
+    pruning._undo += attach_sequence(pruning, first, decoder_layers(pruning.model, modules))
+    if hasattr(text, ADDS_FEATURES):
+        adds = partial(drop_features, pruning, getattr(text, ADDS_FEATURES))
+        pruning._set(text, ADDS_FEATURES, adds)
+
+
+def layers_of_other_kinds(config: Any) -> list[int]:
+    """The layers that hold columns in another way than full or sliding attention does.
+
+    Such a layer cannot be given fewer columns. A recurrent layer, which only holds a state, can.
+    """
+    windows, layers = compat.layer_windows(config), compat.stock_layers(config)
+    holds = [isinstance(layer, CacheLayerMixin) for layer in layers]
+    return [i for i, window in enumerate(windows) if isinstance(window, str) and holds[i]]
+
+
+def decoder_layers(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
+    """All layers of the decoder that contains these attention modules, in order."""
+    names = {module: name for name, module in model.named_modules()}
+    layer = names[modules[0]].rpartition(".")[0]
+    return list(model.get_submodule(layer.rpartition(".")[0]).children())
 
 
 def prunable(model: Any, vision_mask: Mask) -> list[Any]:

@@ -4,17 +4,20 @@ from plphp.inspector.data import Answer, Layer, Page, Picture, PolicyResult, Ste
 from plphp.inspector.examine import examine
 from plphp.inspector.gather import page_of, page_of_report, result_of
 from plphp.inspector.html import notebook, render, write_html, write_report
+from plphp.inspector.inspect import Inspection, inspect
 from plphp.inspector.plot import plot
 from plphp.inspector.videos import shown_videos
 
 __all__ = [
     "Answer",
+    "Inspection",
     "Layer",
     "Page",
     "Picture",
     "PolicyResult",
     "Steps",
     "examine",
+    "inspect",
     "notebook",
     "page_of",
     "page_of_report",

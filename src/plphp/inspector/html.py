@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,11 @@ def write_report(
 def notebook(report: Report) -> str | None:
     """The page of a report's first row as an iframe; None if it cannot be drawn."""
     try:
-        from jinja2 import Environment
-
-        text = render(page_of_report(report))
-    except (ImportError, InputError):
+        return frame(page_of_report(report))
+    except InputError:
         return None
-    return Environment(autoescape=True).from_string(FRAME).render(page=text)
+
+
+def frame(page: Page) -> str:
+    """The page as an iframe, for a notebook. Raises InputError if jinja2 is not installed."""
+    return FRAME.replace("{{ page }}", escape(render(page)))

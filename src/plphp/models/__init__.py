@@ -2,7 +2,8 @@
 
 from plphp.models.boxes import Box, Patch, Places
 from plphp.models.expected import image_tokens
-from plphp.models.families import FAMILIES, places, refusal, sequence_refusal
+from plphp.models.families import FAMILIES, places, refusal
+from plphp.models.frames import frames_of
 from plphp.models.patches import Shown
 from plphp.models.spans import describes_vision, find_spans, processor_inputs, vision_spans
 
@@ -14,10 +15,10 @@ __all__ = [
     "Shown",
     "describes_vision",
     "find_spans",
+    "frames_of",
     "image_tokens",
     "places",
     "processor_inputs",
     "refusal",
-    "sequence_refusal",
     "vision_spans",
 ]

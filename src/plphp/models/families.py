@@ -29,8 +29,6 @@ class Family:
     frames: whether the prompt marks the frames of a video as it marks images, so that the token
         ids do not tell them apart
     refused: the reason why the family cannot be pruned, or an empty string
-    sequence_refused: the reason why tokens cannot leave the hidden states (FastV, VTW), or an empty
-        string
     """
 
     images: Sizes = sizes.unknown
@@ -40,10 +38,7 @@ class Family:
     video_places: Patches = patches.unknown
     frames: bool = False
     refused: str = ""
-    sequence_refused: str = ""
 
-
-DEEPSTACK = "image features are added to the hidden states of several layers: tokens cannot leave"
 
 GRIDS = Family(
     images=sizes.grid("image_grid_thw"),
@@ -51,15 +46,14 @@ GRIDS = Family(
     places=patches.grid("image_grid_thw"),
     video_places=patches.grid("video_grid_thw"),
 )
-DEEPSTACK_GRIDS = replace(GRIDS, sequence_refused=DEEPSTACK)
 TILES_THEN_WHOLE = Family(layout=layouts.whole_last, places=patches.tiled())
 GENERIC = Family()
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": GRIDS,
     "qwen2_5_vl": GRIDS,
-    "qwen3_vl": DEEPSTACK_GRIDS,  # a video's frames have timestamps between them
-    "qwen3_vl_moe": DEEPSTACK_GRIDS,
+    "qwen3_vl": GRIDS,  # a video's frames have timestamps between them
+    "qwen3_vl_moe": GRIDS,
     "qwen3_5": GRIDS,
     "qwen3_5_moe": GRIDS,
     "glm4v": GRIDS,
@@ -97,11 +91,6 @@ FAMILIES: dict[str, Family] = {
         "prompt, so that there is nothing to prune"
     ),
 }
-
-
-def sequence_refusal(config: Any) -> str:
-    """The reason why no token can leave the hidden states of such a model, or an empty string."""
-    return FAMILIES.get(getattr(config, "model_type", ""), GENERIC).sequence_refused
 
 
 def places(shown: Shown, video: bool = False) -> Places:

@@ -140,6 +140,15 @@ def _kinds(config: Any, input_ids: Tensor | None, mm_token_type_ids: Tensor | No
     return torch.where((by_id > 0) & (types > 0), types, by_id)
 
 
+def columns_of_kind(
+    config: Any, input_ids: Tensor | None, mm_token_type_ids: Tensor | None, kind: int
+) -> Tensor | None:
+    """(B, N) bool on the CPU: the columns of images or videos; None where nothing tells them."""
+    if mm_token_type_ids is None and (input_ids is None or not vision_token_ids(config)):
+        return None
+    return (_kinds(config, input_ids, mm_token_type_ids) == kind).cpu()
+
+
 def _kinds_by_id(config: Any, input_ids: Tensor | None) -> Tensor | None:
     """Kinds (B, N) by the config's token ids; None without token ids in the config or input_ids."""
     names = vision_token_ids(config)

@@ -11,9 +11,13 @@ from types import ModuleType
 from typing import Any
 
 from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy, plan_views
+from plphp.policy.cdpruner import CDPruner
+from plphp.policy.dart import DART
+from plphp.policy.divprune import DivPrune
 from plphp.policy.downsample import Downsample
 from plphp.policy.fastv import FastV
 from plphp.policy.full import Full
+from plphp.policy.hidden import HiddenPolicy, HiddenView
 from plphp.policy.novelty import Novelty
 from plphp.policy.plphp import PLPHP, calibrated
 from plphp.policy.plphp_flat import PLPHPFlat
@@ -22,7 +26,10 @@ from plphp.policy.plphp_shared import PLPHPShared
 from plphp.policy.pyramidkv import PyramidKV
 from plphp.policy.random import Random
 from plphp.policy.snapkv import SnapKV
+from plphp.policy.stages import Stages, cache_stage, in_stages, named, sequence_stage
+from plphp.policy.tgv_kv import TGVKV
 from plphp.policy.uniform import Uniform
+from plphp.policy.vidcom2 import VidCom2
 from plphp.policy.view import LAYER_CLASSES, KeepPlan, LayerView
 from plphp.policy.vl_cache import VLCache
 from plphp.policy.vtw import VTW
@@ -38,9 +45,14 @@ POLICIES: dict[str, Any] = {
     "snapkv": SnapKV,
     "pyramidkv": PyramidKV,
     "vl-cache": VLCache,
+    "tgv-kv": TGVKV,
     "novelty": Novelty,
     "fastv": FastV,
     "vtw": VTW,
+    "divprune": DivPrune,
+    "cdpruner": CDPruner,
+    "dart": DART,
+    "vidcom2": VidCom2,
     "downsample": Downsample,
 }
 
@@ -53,14 +65,20 @@ __all__ = [
     "PLPHP",
     "POLICIES",
     "CachePolicy",
+    "HiddenPolicy",
+    "HiddenView",
     "KeepPlan",
     "LayerView",
     "Look",
     "Policy",
     "SequencePolicy",
+    "Stages",
+    "cache_stage",
     "calibrated",
+    "in_stages",
     "plan_views",
     "policy",
+    "sequence_stage",
 ]
 
 
@@ -69,9 +87,12 @@ def policy(name: str, **options: Any) -> Policy:
 
     Every policy has the option `budget`, the share of vision K/V kept over all layers, 0 to 1.
     "recommended" is the best policy that we know among those that select tokens once, at the end
-    of the prompt; see docs/methods.md. Raises ValueError, naming it, for an unknown name, an
-    unknown option or a value out of range.
+    of the prompt; see docs/methods.md. Two names make two stages: `policy("divprune,plphp")`, or
+    `policy("divprune:.25,plphp")` with the share that the first stage leaves. Raises ValueError,
+    naming it, for an unknown name, an unknown option or a value out of range.
     """
+    if "," in name or "/" in name:
+        return named(name, policy, options)
     name = ALIASES.get(name, name)
     if name not in POLICIES:
         known = ", ".join(sorted([*POLICIES, *ALIASES]))

@@ -76,6 +76,8 @@ class Look:
         where a row has no vision tokens
     gamma: (B,) float32, vision attention; NaN where a row has no vision tokens
     classes: (B,) int64, index into LAYER_CLASSES, -1 for a policy without layer classes
+    places: (B, N) int64, the row-logical position of each column, where some columns of the prompt
+        did not enter the layer; else None
     """
 
     scores: Tensor
@@ -83,6 +85,7 @@ class Look:
     rate: Tensor
     gamma: Tensor
     classes: Tensor
+    places: Tensor | None = None
 
 
 class CachePolicy(Policy):
@@ -160,7 +163,8 @@ class SequencePolicy(Policy):
     """Base class of policies that remove tokens from the hidden states, for all later layers.
 
     The policy scores tokens at the last layer that computes all of them. It sees that layer as a
-    layer with one KV head, because all heads of a later layer lose the same tokens.
+    layer with one KV head, because all heads of a later layer lose the same tokens. A
+    `HiddenPolicy` reads the hidden states before a layer instead.
     """
 
     @property
@@ -180,7 +184,7 @@ class SequencePolicy(Policy):
         return keep_best(look, look.rate, torch.zeros_like(sizes), total)
 
     def leave_at(self, layers: int) -> int:
-        """The index of the first layer that does not compute the dropped tokens, 1 to `layers`.
+        """The index of the first layer that does not compute the dropped tokens, 0 to `layers`.
 
         Raises ValueError for options that do not fit a decoder with this number of layers.
         """
@@ -244,3 +248,25 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError, naming the option, unless it is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def layer_within(layer: int, budget: float | None, layers: int) -> int:
+    """`layer`, if it is in a decoder of `layers` layers and a budget can be met; else ValueError.
+
+    All layers before `layer` hold every token, which is the least budget.
+    """
+    if layer >= layers:
+        raise ValueError(f"layer must be below the decoder's {layers} layers, got {layer}")
+    if budget is not None and budget < layer / layers - 1e-9:
+        raise ValueError(
+            f"budget must be at least layer / layers = {layer} / {layers}, got {budget}: earlier "
+            "layers keep everything; take a smaller layer"
+        )
+    return layer
+
+
+def share_after(layer: int, keep: float | None, budget: float | None, layers: int) -> float:
+    """The share of the tokens from `layer` on: `keep`, or what makes `budget` over all layers."""
+    if budget is None:
+        return 0.5 if keep is None else keep
+    return max(budget * layers - layer, 0.0) / (layers - layer)

@@ -13,7 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from plphp.policy import steps
-from plphp.policy.base import Look, SequencePolicy, check_count, check_share, flat_look
+from plphp.policy.base import (
+    Look,
+    SequencePolicy,
+    check_count,
+    check_share,
+    flat_look,
+    layer_within,
+    share_after,
+)
 from plphp.policy.view import LayerView
 
 
@@ -41,19 +49,8 @@ class FastV(SequencePolicy):
             raise ValueError("budget and keep say the same thing: give one of them")
 
     def leave_at(self, layers: int) -> int:
-        if self.layer >= layers:
-            raise ValueError(f"layer must be below the decoder's {layers} layers, got {self.layer}")
-        least = self.layer / layers
-        if self.budget is not None and self.budget < least - 1e-9:
-            raise ValueError(
-                f"budget must be at least layer / layers = {self.layer} / {layers}, got "
-                f"{self.budget}: earlier layers keep everything; take a smaller layer"
-            )
-        return self.layer
+        return layer_within(self.layer, self.budget, layers)
 
     def look(self, view: LayerView) -> Look:
-        layers = view.layers
-        keep = 0.5 if self.keep is None else self.keep
-        if self.budget is not None:
-            keep = max(self.budget * layers - self.layer, 0.0) / (layers - self.layer)
+        keep = share_after(self.layer, self.keep, self.budget, view.layers)
         return flat_look(view, steps.shared_scores(view), keep)

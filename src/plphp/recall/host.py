@@ -62,16 +62,16 @@ class HostHome:
         index: KeyIndex,
         held: Tensor,
         begin: int,
-        windowed: bool,
+        columns: Tensor | None,
     ) -> None:
         """Called by `park` and `restored`.
 
-        parked: keys and values of all vision tokens; windowed: whether the layer has a window
+        parked: keys and values of all vision tokens; columns: as in the class
         """
         self.keys, self.values = map(to_host, parked)
         self.index, self.held, self.begin, self.every = index, held, begin, recall.every
         self.valid = None if bool(vision.valid.all()) else vision.valid
-        self.columns = vision.order.int() if windowed else None
+        self.columns = columns
         self.origin = torch.arange(len(held), device=held.device)
         self.positions = vision.positions().cpu() if recall.record else None
         heads, unit = held.shape[1], self.token_bytes
@@ -99,7 +99,7 @@ class HostHome:
     @classmethod
     def park(cls, store: KVStore, look: Look, recall: Recall, place: Place) -> Self:
         """Park all vision tokens. Those with the highest scores are resident at first."""
-        vision = Vision.of(look.spans)
+        vision = Vision.of(look.spans, look.places)
         every_head = vision.order[:, None].expand(-1, store.keys.shape[1], -1)
         keys, values = (take(x, every_head) for x in store.held())
         dim, number = keys.shape[-1], number_type(vision)
@@ -112,8 +112,8 @@ class HostHome:
         plan = vision_first(plan_within(look, count), look.spans)
         held = tokens_in_slots(plan, look.spans, count).to(number)
         index = build(keys, vision.valid, rank)
-        windowed = store.window is not None
-        home = cls(recall, vision, (keys, values), index, held, store.logical, windowed)
+        columns = None if store.columns is None else store.columns[:, 0].gather(1, vision.order)
+        home = cls(recall, vision, (keys, values), index, held, store.logical, columns)
         home.plan = plan
         return home
 
@@ -135,7 +135,8 @@ class HostHome:
         held = saved.held(number_type(vision), store, vision, ascending=False)
         begin = saved.number("begin", 0, store.logical)
         index = KeyIndex(codes, basis, vision.most)
-        return cls(recall, vision, (keys, values), index, held, begin, store.window is not None)
+        columns = None if store.window is None else vision.order.int()
+        return cls(recall, vision, (keys, values), index, held, begin, columns)
 
     def saved(self) -> Saved:
         """The parked keys and values, the index, `held` and `begin`."""

@@ -35,16 +35,16 @@ class Saved:
         """Check that the file has these names and no others."""
         for expected, names in ((tensors, self.tensors), (numbers, self.numbers)):
             if missing := sorted(set(expected) - set(names)):
-                raise ValueError(f"its parked tokens are incomplete: {missing[0]} is missing")
+                raise ValueError(f"the parked tokens are incomplete: {missing[0]} is missing")
             if unknown := sorted(set(names) - set(expected)):
-                raise ValueError(f"its parked tokens do not fit their home: {unknown[0][:60]!r}")
+                raise ValueError(f"the parked tokens do not fit their home: {unknown[0][:60]!r}")
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The tensor of a name, which must have this shape and dtype."""
         tensor = self.tensors[name]
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(
-                f"its parked tokens do not fit the layer: {name} is {tuple(tensor.shape)} "
+                f"the parked tokens do not fit the layer: {name} is {tuple(tensor.shape)} "
                 f"{tensor.dtype}, not {shape} {dtype}"
             )
         return tensor
@@ -54,7 +54,7 @@ class Saved:
         number = self.numbers[name]
         if type(number) is not int or not lowest <= number <= highest:
             raise ValueError(
-                f"its parked tokens are inconsistent: {name} must be {lowest} to {highest}"
+                f"the parked tokens are inconsistent: {name} must be {lowest} to {highest}"
             )
         return number
 
@@ -69,7 +69,7 @@ class Saved:
         held = self.tensor("held", (*lead, count), dtype)
         numbers = held.long()
         if bool(((numbers < 0) | (numbers > most)).any()):
-            raise ValueError("its resident tokens are inconsistent: a number is out of range")
+            raise ValueError("the resident tokens are inconsistent: a number is out of range")
         is_token = numbers < most
         slots = torch.arange(count)
         used = is_token.sum(-1)
@@ -81,11 +81,11 @@ class Saved:
         beyond = is_token & (numbers >= vision.tokens[:, None, None])
         if wrong or bool(twice.any()) or bool(beyond.any()):
             raise ValueError(
-                "its resident tokens are inconsistent: one is there twice, or does not exist"
+                "the resident tokens are inconsistent: one is there twice, or does not exist"
             )
         text = store.end - store.start - used[:, 0]
         if not torch.equal(text, vision.text(store.logical)):
-            raise ValueError("its resident tokens do not fit the layer: a text token is missing")
+            raise ValueError("the resident tokens do not fit the layer: a text token is missing")
         return held
 
 

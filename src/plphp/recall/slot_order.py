@@ -21,21 +21,23 @@ class Vision:
     order: (B, V) int64, the column of each vision token, ascending; rows with fewer than V end with
         other columns as fillers
     valid: (B, V) bool, False for these fillers
+    places: (B, N) int64, the position of each column where they do not follow from the spans
     """
 
     spans: Tensor
     tokens: Tensor
     order: Tensor
     valid: Tensor
+    places: Tensor | None = None
 
     @classmethod
-    def of(cls, spans: Tensor) -> Vision:
-        """The vision tokens of spans (B, N)."""
+    def of(cls, spans: Tensor, places: Tensor | None = None) -> Vision:
+        """The vision tokens of spans (B, N). places: as in the class."""
         vision = spans > 0
         tokens = vision.sum(-1)
         order = vision.int().argsort(dim=-1, descending=True, stable=True)
         order = order[:, : int(tokens.max())]
-        return cls(spans, tokens, order, vision.gather(1, order))
+        return cls(spans, tokens, order, vision.gather(1, order), places)
 
     @property
     def most(self) -> int:
@@ -57,7 +59,8 @@ class Vision:
 
     def positions(self) -> Tensor:
         """(B, V + 1) int64: row-logical position of each vision token, -1 for fillers and at V."""
-        position = ((self.spans >= 0).cumsum(-1) - 1).gather(1, self.order)
+        places = (self.spans >= 0).cumsum(-1) - 1 if self.places is None else self.places
+        position = places.gather(1, self.order)
         return F.pad(position.masked_fill(~self.valid, -1), (0, 1), value=-1)
 
     def not_resident(self, held: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,15 @@ from plphp.report.earlier_images import (
     images_of,
     in_rows,
 )
-from plphp.report.layers import LayerReport, Seen, layer_report, untouched_report
+from plphp.report.layers import (
+    LayerReport,
+    Seen,
+    StageReport,
+    layer_report,
+    left_aligned,
+    ratio,
+    untouched_report,
+)
 from plphp.report.report import Drawing, Report
 from plphp.report.traffic import RecallReport
 
@@ -24,10 +32,13 @@ __all__ = [
     "RecallReport",
     "Report",
     "Seen",
+    "StageReport",
     "earlier_images_note",
     "images_left",
     "images_of",
     "in_rows",
     "layer_report",
+    "left_aligned",
+    "ratio",
     "untouched_report",
 ]

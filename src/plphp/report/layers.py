@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,36 @@ class LayerReport:
         return ratio(int((self.kept >= 0).sum()), sum(self.vision) * self.kept.shape[1])
 
 
+@dataclass(frozen=True)
+class StageReport:
+    """What one stage of a policy left.
+
+    method: the class of its policy
+    layer: the layer before which a sequence method dropped tokens; None for a cache method
+    kept: of a sequence method, the share of the prompt's vision tokens that stay from that layer
+        on; of a cache method, the share of the K/V of the vision tokens that entered the layers
+    stays: of a sequence method, (B, K) int64 on the CPU, row-logical positions of the vision tokens
+        that stay, ascending, filled up with -1 on the right; None for a cache method
+    """
+
+    method: str
+    layer: int | None
+    kept: float
+    stays: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stage without its positions, ready for JSON."""
+        return {"method": self.method, "layer": self.layer, "kept": self.kept}
+
+    def __str__(self) -> str:
+        if self.layer is None:
+            return f"{self.method} kept {self.kept:.1%} of the vision K/V that was computed"
+        return (
+            f"{self.method} left {self.kept:.1%} of the vision tokens in the layers from "
+            f"{self.layer} on; the others have no keys there"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Seen:
     """Which tokens of a prompt are vision tokens, and what the inspector needs to draw them.
@@ -68,23 +98,26 @@ class Seen:
     ids: Tensor | None = None
 
 
-def layer_report(layer: int, plan: KeepPlan, spans: Tensor, positions: Tensor) -> LayerReport:
+def layer_report(
+    layer: int, plan: KeepPlan, spans: Tensor, positions: Tensor, vision: tuple[int, ...]
+) -> LayerReport:
     """The report of a layer from its plan.
 
     spans, positions: (B, C) int64, span and row-logical position of each slot that the plan chose
         from
+    vision: (B,) number of vision tokens in the prompt, of which fewer may have entered the layer
     """
     spans, positions, columns = spans.cpu(), positions.cpu(), plan.columns.cpu()
     rows = torch.arange(len(spans))[:, None, None]
-    vision = plan.valid.cpu()[:, None] & (spans[rows, columns] > 0)
-    kept = positions[rows, columns].masked_fill(~vision, -1)
+    shows = plan.valid.cpu()[:, None] & (spans[rows, columns] > 0)
+    kept = positions[rows, columns].masked_fill(~shows, -1)
     return LayerReport(
         layer=layer,
         gamma=tuple(plan.gamma.tolist()),
         layer_class=tuple(LAYER_CLASSES[c] if c >= 0 else None for c in plan.classes.tolist()),
         rate=tuple(plan.rate.tolist()),
-        kept=_left_aligned(kept),
-        vision=tuple((spans > 0).sum(-1).tolist()),
+        kept=left_aligned(kept),
+        vision=vision,
     )
 
 
@@ -103,13 +136,13 @@ def untouched_report(layer: int, spans: Tensor, positions: Tensor, kv_heads: int
         gamma=no_number,
         layer_class=(None,) * len(spans),
         rate=no_number,
-        kept=_left_aligned(kept),
+        kept=left_aligned(kept),
         vision=tuple((spans > 0).sum(-1).tolist()),
         pruned=False,
     )
 
 
-def _left_aligned(kept: Tensor) -> Tensor:
+def left_aligned(kept: Tensor) -> Tensor:
     """Positions (B, Hkv, K), ascending, with the -1 on the right and no entry that is -1 in all."""
     order = (kept < 0).to(torch.uint8).argsort(dim=-1, stable=True)
     longest = int((kept >= 0).sum(-1).max()) if kept.numel() else 0

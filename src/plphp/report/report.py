@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from plphp._drawing import drawing
 from plphp.report.earlier_images import EarlierImage
-from plphp.report.layers import LayerReport, Seen, ratio
+from plphp.report.layers import LayerReport, Seen, StageReport, ratio
 from plphp.report.traffic import RecallReport
 
 
@@ -30,6 +30,7 @@ class Report:
     seen: where the images are in the prompt
     recall: where the vision tokens are, None without recall
     earlier: images of earlier turns, with the share of each that this prompt found
+    stages: what each stage left, where a sequence method dropped hidden states; else empty
     """
 
     layers: tuple[LayerReport, ...]
@@ -41,6 +42,7 @@ class Report:
     seen: Seen | None = field(default=None, repr=False, compare=False)
     recall: RecallReport | None = None
     earlier: tuple[EarlierImage, ...] = ()
+    stages: tuple[StageReport, ...] = ()
 
     @property
     def retention(self) -> float:
@@ -63,6 +65,7 @@ class Report:
             "notes": list(self.notes),
             "recall": None if self.recall is None else self.recall.to_dict(),
             "earlier": [asdict(image) for image in self.earlier],
+            "stages": [stage.to_dict() for stage in self.stages],
             "layers": [
                 {
                     "layer": a.layer,
@@ -135,7 +138,8 @@ class Report:
         """One line: the share that was kept, or with recall where the tokens are, and the bytes."""
         share = f"{self.retention:.1%} of vision K/V kept"
         if self.recall is not None:
-            share = f"nothing was dropped: {self.recall.whereabouts}"
+            lost = "nothing was dropped" if not self.stages else "nothing was dropped by the cache"
+            share = f"{lost}: {self.recall.whereabouts}"
         return (
             f"{share}; cache {self.kv_bytes:,} bytes allocated, "
             f"{self.kv_bytes_full:,} for the full prompt"
@@ -143,8 +147,9 @@ class Report:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The lines after the summary: the bytes of recall, and the notes."""
-        return (*([] if self.recall is None else [str(self.recall)]), *self.notes)
+        """The lines after the summary: what each stage left, the bytes of recall, the notes."""
+        recall = [] if self.recall is None else [str(self.recall)]
+        return (*map(str, self.stages), *recall, *self.notes)
 
 
 def _number(value: float) -> float | None:

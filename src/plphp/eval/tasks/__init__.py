@@ -1,6 +1,7 @@
-"""The tasks by name. A new task is a function `draw` in a file of its own, and an entry here.
+"""The tasks by name. A new task is a file with a function `draw`, and an entry here.
 
-`TASKS` are the default. `SUITES` hold most of them again, by how many vision tokens a thing covers.
+`TASKS` are the default. `SUITES` has most of them again, drawn so that each thing covers 1, 4 or 16
+vision tokens.
 """
 
 from __future__ import annotations

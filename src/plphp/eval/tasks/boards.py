@@ -19,8 +19,8 @@ from plphp.demo.questions import LEVELS, Level, draw_prompt, draw_size
 from plphp.eval.sample import Sample
 
 HARD, MEDIUM = LEVELS[3], LEVELS[2]
-MIN_VISION_TOKENS = 100  # of a hard prompt
-MOST_PICTURES = 12  # of a needle prompt; training went up to 6
+MIN_VISION_TOKENS = 100  # the smallest number of vision tokens of a hard prompt
+MOST_PICTURES = 12  # the largest number of pictures of a needle prompt; training had at most 6
 LONG = 60  # words and marks of a long answer, about as many tokens of the embedded model
 LONG_LEVEL = Level((4, 4), (4, 5), (5, 5), (1, 1), (3, 4), 150, 0)
 

@@ -1,7 +1,7 @@
-"""easy-VQA (MIT, by Victor Zhou): a third party's pictures of one coloured shape, and questions.
+"""easy-VQA (MIT, by Victor Zhou): pictures of one coloured shape, and questions about them.
 
-Only its test split: the embedded model was trained on the other one. The data come inside the PyPI
-package `easy-vqa`; nothing is downloaded.
+Only the test split is used, because the embedded model was trained on the other one. The data are
+part of the PyPI package `easy-vqa`; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from plphp.inputs import open_image
 
 
 def draw(count: int, seed: int) -> list[Sample]:
-    """Questions of the test split in an order drawn from the seed, none twice."""
+    """Different questions of the test split, in an order that the seed determines."""
     questions, answers, pictures = easy_vqa.get_test_questions()
     paths = easy_vqa.get_test_image_paths()
     order = np.random.default_rng([seed, 1]).permutation(len(questions))

@@ -1,4 +1,4 @@
-"""Any folder of images without labels: one prompt, asked of each, scored by agreement only."""
+"""A directory of images without labels: one prompt for all, scored by agreement only."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from plphp.inputs import image_files, open_image
 
 
 def folder(images: Path, prompt: str) -> Task:
-    """The images of a directory in an order drawn from the seed. Raises InputError for none."""
+    """The task with the images of a directory, in an order that the seed determines.
+
+    Raises InputError if the directory has no images.
+    """
     if not images.is_dir():
         raise InputError(f"--images {images}: no such directory")
     files = image_files(images)
     if not files:
-        raise InputError(f"--images {images}: no image files in this directory")
+        raise InputError(f"--images {images}: there are no image files in this directory")
 
     def draw(count: int, seed: int) -> list[Sample]:
         order = np.random.default_rng([seed, 3]).permutation(len(files))[:count]

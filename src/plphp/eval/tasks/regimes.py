@@ -1,8 +1,9 @@
-"""The drawn tasks by regime: how many vision tokens a thing covers, on held-out photographs.
+"""Suites of the drawn tasks on held-out photographs. They differ in the tokens that a thing covers.
 
-``dense`` has a thing a token, ``redundant-4`` and ``redundant-16`` have 2 x 2 and 4 x 4 tokens a
-thing. The boards are those of the tasks on paper, with fewer cells where cells are larger, so that
-prompts stay below 2,000 vision tokens. The photographs are of scikit-image and scikit-learn.
+In ``dense`` a thing covers one vision token, in ``redundant-4`` 2 x 2 tokens, and in
+``redundant-16`` 4 x 4 tokens. The boards are those of the other tasks. Boards with larger cells
+have fewer of them, so that a prompt has less than 2,000 vision tokens. The photographs come with
+scikit-image and scikit-learn.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from plphp.eval.sample import Task
 from plphp.eval.tasks import boards
 
 SCALES = {"dense": 1, "redundant-4": 2, "redundant-16": 4}
-LEVELS = {  # as hard as a scale's prompts of up to 1,500 vision tokens allow
+LEVELS = {  # the most difficult level that fits into 1,500 vision tokens at each scale
     1: boards.HARD,
     2: Level((2, 6), (4, 8), (3, 5), (1, 2), (3, 6), 375, 0),
     4: Level((2, 6), (3, 5), (3, 5), (1, 2), (3, 5), 93, 0),
 }
-ALIGNED_SHARE = 0.3  # pictures whose cells begin where vision tokens begin; all of dense
+# The share of pictures whose cells begin where vision tokens begin. In dense, all pictures are so.
+ALIGNED_SHARE = 0.3
 
 
 def suite(name: str) -> list[Task]:
-    """The tasks of a regime; each is named what@redundant-4, for example."""
+    """The tasks of a suite. Their names have the form what@redundant-4."""
     scale = SCALES[name]
     level = LEVELS[scale]
     made: dict[str, tuple[boards.Make, str | None, str]] = {
@@ -61,7 +63,10 @@ def suite(name: str) -> list[Task]:
 
 
 def painter(scale: int) -> Callable[[Picture, Generator], np.ndarray]:
-    """How a board is shown: its cells ``scale`` tokens wide; larger ones begin mid-token mostly."""
+    """A function that draws a board on a photograph, with cells that are ``scale`` tokens wide.
+
+    Most of the larger cells begin in the middle of a vision token.
+    """
 
     def show(picture: Picture, rng: Generator) -> np.ndarray:
         high, wide = picture.side * scale, picture.columns * scale

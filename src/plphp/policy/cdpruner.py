@@ -1,0 +1,92 @@
+"""CDPruner (Zhang et al. 2025, arXiv 2506.10967): diverse tokens that are relevant to the prompt.
+
+    c[i]    = - mean over text tokens t of cos(x_i, t)
+    r[i]    = (c[i] - min c + 1e-6) / (max c - min c)                 relevance, of one image
+    L[i, j] = r[i] cos(x_i, x_j) r[j]                                 kernel of a DPP
+    next    = argmax_i  det(L of the chosen and i), greedily, until ceil(budget |V_i| - 1e-6)
+    keep    = all text and the chosen tokens, in every layer
+
+x are the embeddings of an image's tokens as they enter layer 0. The authors' program for LLaVA
+takes the relevance from the two encoders of CLIP, with the sign above. The text encoder of CLIP is
+no part of a model in transformers. As in OpenVINO GenAI, the embeddings of the language model are
+used in its place: those of the text after the last image, or of all text where none follows.
+Whether the sign fits these embeddings was not measured. The kernel takes 4 M^2 bytes for an image
+of M tokens, and the greedy loop O(C^2 M) operations for C chosen ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plphp.policy.base import check_count, check_share
+from plphp.policy.hidden import HiddenPolicy, HiddenView, by_order, images, unit
+
+LEAST = 1e-10  # the determinant of a token that adds nothing to the chosen ones
+
+
+@dataclass(frozen=True)
+class CDPruner(HiddenPolicy):
+    """A share of each image, diverse and relevant, enters the language model (2506.10967).
+
+    budget: the share of each image's tokens that stays, 0 to 1
+    min_tokens: the number of tokens that stay of each image at least
+    Raises ValueError, naming the field, for a value out of range.
+    """
+
+    budget: float = 0.5
+    min_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        check_share("budget", self.budget)
+        check_count("min_tokens", self.min_tokens, 0)
+
+    def scores(self, view: HiddenView, quota: Tensor) -> Tensor:
+        asked = instruction(view.hidden, view.spans)
+        scores = torch.zeros(view.spans.shape, device=view.spans.device)
+        for rows, columns in images(view.spans):
+            tokens = unit(view.hidden[rows, columns])
+            relevance = -(tokens @ asked[rows[:, 0]][..., None])[..., 0]
+            low, high = relevance.aminmax(dim=-1, keepdim=True)
+            relevance = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
+            kernel = relevance[..., None] * (tokens @ tokens.transpose(1, 2)) * relevance[:, None]
+            count = int(quota[rows, view.spans[rows, columns[:, :1]] - 1].max())
+            scores[rows, columns] = by_order(most_likely(kernel, count), columns.shape[1])
+        return scores
+
+
+def instruction(hidden: Tensor, spans: Tensor) -> Tensor:
+    """The mean (B, E) float32 of the unit embeddings of the text after the last image of each row.
+
+    hidden (B, N, E), spans (B, N) int64. Of all text where no text follows an image.
+    """
+    columns = torch.arange(spans.shape[1], device=spans.device)
+    last = torch.where(spans > 0, columns, -1).amax(-1, keepdim=True)
+    text = spans == 0
+    after = text & (columns > last)
+    used = torch.where(after.any(-1, keepdim=True), after, text)[..., None]
+    return (unit(hidden) * used).sum(1) / used.sum(1).clamp(min=1)
+
+
+def most_likely(kernel: Tensor, count: int) -> Tensor:
+    """Tokens in the order in which the greedy maximum of a DPP chooses them, (I, count) int64.
+
+    kernel: (I, M, M) float32. Chen et al. 2018 (arXiv 1709.05135), algorithm 1: rows of a Cholesky
+    factor are added one by one.
+    """
+    every = torch.arange(len(kernel), device=kernel.device)
+    gain = kernel.diagonal(dim1=1, dim2=2).clone()
+    factor = kernel.new_zeros(len(kernel), count, kernel.shape[-1])
+    chosen = torch.empty(len(kernel), count, dtype=torch.int64, device=kernel.device)
+    taken = torch.zeros_like(gain, dtype=torch.bool)
+    for step in range(count):
+        chosen[:, step] = best = gain.masked_fill(taken, -torch.inf).argmax(-1)
+        taken[every, best] = True
+        before = factor[:, :step]
+        shared = (before[every, :, best][:, None] @ before)[:, 0]
+        root = gain[every, best].clamp(min=LEAST).sqrt()
+        factor[:, step] = row = (kernel[every, best] - shared) / root[:, None]
+        gain = gain - row.square()
+    return chosen

@@ -1,0 +1,66 @@
+"""DivPrune (Ranjbar Alvar et al. 2025, arXiv 2503.02175): the most diverse tokens enter layer 0.
+
+    d(i, j) = 1 - cos(x_i, x_j)            of two tokens x of one image, as they enter layer 0
+    first   = argmax_i  min_{j != i} d(i, j)
+    next    = argmax_i  min_{j chosen} d(i, j), until ceil(budget |V_i| - 1e-6) tokens are chosen
+    keep    = all text and the chosen tokens, in every layer
+
+This is the greedy solution of the max-min diversity problem. It needs no attention and no text, so
+the choice is the same for every question. The paper chooses among all vision tokens of its models'
+single image; here each image is chosen from by itself. The greedy loop runs once for each token
+that stays, and needs 4 M^2 bytes for an image of M tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plphp.policy.base import check_count, check_share
+from plphp.policy.hidden import HiddenPolicy, HiddenView, by_order, images, unit
+
+
+@dataclass(frozen=True)
+class DivPrune(HiddenPolicy):
+    """A diverse share of each image enters the language model (arXiv 2503.02175).
+
+    budget: the share of each image's tokens that stays, 0 to 1; the paper's default is .098
+    min_tokens: the number of tokens that stay of each image at least
+    Raises ValueError, naming the field, for a value out of range.
+    """
+
+    budget: float = 0.5
+    min_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        check_share("budget", self.budget)
+        check_count("min_tokens", self.min_tokens, 0)
+
+    def scores(self, view: HiddenView, quota: Tensor) -> Tensor:
+        scores = torch.zeros(view.spans.shape, device=view.spans.device)
+        for rows, columns in images(view.spans):
+            tokens = unit(view.hidden[rows, columns])
+            count = int(quota[rows, view.spans[rows, columns[:, :1]] - 1].max())
+            chosen = farthest(1 - tokens @ tokens.transpose(1, 2), count)
+            scores[rows, columns] = by_order(chosen, columns.shape[1])
+        return scores
+
+
+def farthest(distance: Tensor, count: int) -> Tensor:
+    """Tokens in the order in which the max-min rule chooses them, (I, count) int64.
+
+    distance: (I, M, M) float32, changed: its diagonal is set to infinity
+    """
+    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    nearest = distance.amin(-1)  # before the first choice: the distance to the nearest other token
+    every = torch.arange(len(distance), device=distance.device)
+    chosen = torch.empty(len(distance), count, dtype=torch.int64, device=distance.device)
+    taken = torch.zeros_like(nearest, dtype=torch.bool)
+    for step in range(count):
+        chosen[:, step] = best = nearest.masked_fill(taken, -1.0).argmax(-1)
+        taken[every, best] = True
+        new = distance[every, best]
+        nearest = new if step == 0 else torch.minimum(nearest, new)
+    return chosen

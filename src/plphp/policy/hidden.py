@@ -1,0 +1,128 @@
+"""Base class of the sequence methods that choose from the hidden states before a layer.
+
+FastV and VTW choose by the attention of a layer. These methods read the hidden states themselves:
+before layer 0 they are the embeddings of the text, with the projected features of the images in
+the places of the vision tokens. Tokens dropped there are computed in no layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plphp.policy import steps
+from plphp.policy.base import Look, SequencePolicy
+from plphp.policy.view import KeepPlan, LayerView, pack
+
+
+@dataclass(frozen=True)
+class HiddenView:
+    """What a method sees of a prompt before one layer. N columns, padding included.
+
+    hidden: (B, N, E), the hidden states that the layer would be given, in the model's dtype
+    spans: (B, N) int64, 0 text, i > 0 the i-th image or video, -1 padding
+    layers: number of layers of the decoder
+    keys: (B, Hkv, N, D) of the layer before, None before layer 0
+    frames: (B, N) int64, the frame of its video that a vision token shows, 0 for other tokens;
+        None for a method that does not read them
+    """
+
+    hidden: Tensor
+    spans: Tensor
+    layers: int = 1
+    keys: Tensor | None = None
+    frames: Tensor | None = None
+
+
+class HiddenPolicy(SequencePolicy):
+    """A sequence method that chooses from hidden states. A subclass implements `scores`.
+
+    budget: the share of each image's vision tokens that stays
+    min_tokens: the number of tokens that stay of each image at least
+    """
+
+    budget: float
+    min_tokens: int
+    reads_frames = False  # whether `view.frames` is read
+
+    def leave_at(self, layers: int) -> int:
+        """The layer before which the tokens are dropped, 0 by default."""
+        return 0
+
+    def share(self, layers: int) -> float:
+        """The share of the vision tokens that stays from layer `leave_at` on."""
+        return self.budget
+
+    def scores_layer(self, layer: int, layers: int) -> bool:
+        """No layer's attention is read."""
+        return False
+
+    def look(self, view: LayerView) -> Look:
+        """Not used: there is no attention to look at."""
+        raise NotImplementedError
+
+    def scores(self, view: HiddenView, quota: Tensor) -> Tensor:
+        """The score of each column, (B, N) float32; in each image the highest stay.
+
+        quota: (B, m) int64, how many tokens stay of each image
+        """
+        raise NotImplementedError
+
+    def choose(self, view: HiddenView) -> KeepPlan:
+        """The columns that stay: all text, and of each image its quota of the best tokens.
+
+        The plan is for a single KV head. The host reads from the device: the sizes of the images.
+        """
+        sizes = steps.image_sizes(view.spans)
+        rate = sizes.new_full((len(sizes),), self.share(view.layers), dtype=torch.float64)
+        quota = torch.maximum(sizes.clamp(max=self.min_tokens), steps.share(rate, sizes))
+        quota = self.quotas(view, quota)
+        keep = steps.select(self.scores(view, quota)[:, None], view.spans, quota)
+        without = ~(view.spans > 0).any(-1)
+        unknown = rate.new_full(rate.shape, torch.nan, dtype=torch.float32)
+        classes = torch.full_like(sizes[:, 0], -1)
+        return pack(keep, unknown, rate.masked_fill(without, torch.nan), classes)
+
+    def quotas(self, view: HiddenView, quota: Tensor) -> Tensor:
+        """How many tokens stay of each image, (B, m) int64. By default `quota`, their shares."""
+        return quota
+
+
+def images(spans: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The vision tokens of the images, images of equal size together, so that one loop serves all.
+
+    spans: (B, N) int64
+    Yields (rows, columns): (I, 1) int64 the row of each image, and (I, M) int64 its M columns. The
+    host waits for the device once.
+    """
+    by_size: dict[int, list[tuple[int, int]]] = {}
+    for row, sizes in enumerate(steps.image_sizes(spans).cpu().tolist()):
+        for number, size in enumerate(sizes, start=1):
+            if size:
+                by_size.setdefault(size, []).append((row, number))
+    for size, found in by_size.items():
+        rows = torch.tensor([row for row, _ in found], device=spans.device)[:, None]
+        numbers = torch.tensor([number for _, number in found], device=spans.device)[:, None]
+        own = (spans[rows[:, 0]] == numbers).to(torch.uint8)
+        columns = own.argsort(dim=-1, descending=True, stable=True)[:, :size]
+        yield rows, columns
+
+
+def unit(features: Tensor) -> Tensor:
+    """Vectors (..., E) of length 1 in float32, from vectors of any dtype; a zero vector stays 0."""
+    return torch.nn.functional.normalize(features.float(), dim=-1)
+
+
+def by_order(chosen: Tensor, size: int) -> Tensor:
+    """Scores (I, M) float32 of tokens that were chosen one after the other: earlier is higher.
+
+    chosen: (I, C) int64, the tokens in the order of their choice; size: M. Tokens that were not
+    chosen have the score 0.
+    """
+    count = chosen.shape[1]
+    scores = torch.zeros(len(chosen), size, device=chosen.device)
+    order = torch.arange(count, 0, -1, device=chosen.device, dtype=torch.float32)
+    return scores.scatter_(1, chosen, order.expand(len(chosen), -1))

@@ -1,0 +1,103 @@
+"""Two stages: a sequence method drops tokens first, then a cache method prunes what is left.
+
+The sequence method decides which vision tokens a layer computes at all, and the cache method which
+of these each KV head keeps. The shares multiply: half of the tokens, and .4 of those in the cache,
+are .2 of the vision K/V. In layers before the sequence method's, the cache method sees all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plphp.policy.base import CachePolicy, Kind, Policy, SequencePolicy
+
+
+@dataclass(frozen=True)
+class Stages(Policy):
+    """One sequence method before one cache method.
+
+    Raises ValueError for policies of other kinds or in another order.
+    """
+
+    first: SequencePolicy
+    second: CachePolicy
+
+    def __post_init__(self) -> None:
+        fits = isinstance(self.first, SequencePolicy) and isinstance(self.second, CachePolicy)
+        if not fits:
+            got = f"{type(self.first).__name__}, {type(self.second).__name__}"
+            raise ValueError(
+                "two stages are a sequence method such as divprune, then a cache method such as "
+                f"plphp; got {got}"
+            )
+
+    @property
+    def kind(self) -> Kind:
+        """Always "sequence": the prompt's forward is changed."""
+        return "sequence"
+
+    @property
+    def window(self) -> int:
+        return self.second.window
+
+    def check(self, layers: int) -> None:
+        self.first.check(layers)
+        self.second.check(layers)
+
+
+def in_stages(policies: Sequence[Policy]) -> Policy:
+    """One policy from a list of one policy, or of two stages. Raises ValueError for others."""
+    if len(policies) == 1:
+        return policies[0]
+    if len(policies) != 2:
+        raise ValueError(
+            "a list of policies is one policy, or a sequence method and then a cache method; got "
+            f"{len(policies)}"
+        )
+    first, second = policies
+    return Stages(first, second)  # type: ignore[arg-type]  # checked there
+
+
+def sequence_stage(policy: Policy) -> SequencePolicy | None:
+    """The part of a policy that drops hidden states, or None."""
+    if isinstance(policy, Stages):
+        return policy.first
+    return policy if isinstance(policy, SequencePolicy) else None
+
+
+def cache_stage(policy: Policy) -> Policy | None:
+    """The part of a policy that prunes the cache, or None."""
+    if isinstance(policy, Stages):
+        return policy.second
+    return None if isinstance(policy, SequencePolicy) else policy
+
+
+def named(name: str, make: Any, options: dict[str, Any]) -> Policy:
+    """Two stages by name, such as "divprune,plphp" or "divprune:.25,plphp".
+
+    make: makes one policy from its name and options
+    options: of the second stage, but for `budget` (float), which is the share of vision K/V that
+        both leave: the second stage keeps budget / (the first stage's share)
+    Raises ValueError for a name or option that does not fit, and for a budget above the first
+    stage's share.
+    """
+    parts = [part.strip() for part in name.replace("/", ",").split(",")]
+    if len(parts) != 2:
+        raise ValueError(f"{name!r} must name a sequence method and a cache method, in this order")
+    own, _, share = parts[0].partition(":")
+    try:
+        first = make(own, **({"budget": float(share)} if share else {}))
+    except ValueError as error:
+        raise ValueError(f"{parts[0]!r}: {error}") from None
+    budget = options.get("budget")
+    if isinstance(budget, int | float) and not isinstance(budget, bool):
+        of_first = getattr(first, "budget", None)
+        if of_first is None or budget > of_first + 1e-9:
+            raise ValueError(
+                f"budget must be at most the share of the first stage, {of_first}, got {budget}: "
+                f"give the first stage a larger one, as in '{own}:{budget:g},{parts[1]}'"
+            )
+        options = {**options, "budget": min(budget / of_first, 1.0) if of_first else 1.0}
+    return in_stages([first, make(parts[1], **options)])
