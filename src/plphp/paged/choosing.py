@@ -105,4 +105,6 @@ def choose_again(view: LayerView, policy: CachePolicy, rate: float, kept: int, t
 
 def _of_all_layers(looks: list[Look]) -> Look:
     """One look whose rows are the layers."""
-    return Look(*(torch.cat([getattr(look, f.name) for look in looks]) for f in fields(Look)))
+    # `places` is None: in a paged cache every column of the prompt enters every layer.
+    names = [f.name for f in fields(Look) if getattr(looks[0], f.name) is not None]
+    return Look(**{name: torch.cat([getattr(look, name) for look in looks]) for name in names})
