@@ -228,7 +228,7 @@ $(VLLM)/.installed:
 $(RAY_ENV)/.installed: $(CONSTRAINTS) $(ROOT)/pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) $(shell grep '^torch==' $(CONSTRAINTS)) $(TORCH_FROM)
-	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) -e "$(ROOT)[eval,ray,test]" -c $(CONSTRAINTS)
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) -e "$(ROOT)[eval,ray,test]" kubernetes-validate jsonschema -c $(CONSTRAINTS)
 	touch $@
 
 $(VENV)-kvpress/.installed: $(CONSTRAINTS)
