@@ -109,7 +109,6 @@ def test_the_service_starts_vllm_with_the_arguments_of_the_plugin() -> None:
     (llm,) = config["applications"][0]["args"]["llm_configs"]
     asked = engine_args(plphp.PLPHP(r=0.4, delta_r=0.3))
     told = llm["engine_kwargs"]
-    assert told["async_scheduling"] is asked["async_scheduling"] is False
     connector = told["kv_transfer_config"]
     for key in ("kv_connector", "kv_role"):
         assert connector[key] == asked["kv_transfer_config"][key]
