@@ -17,8 +17,8 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-ray test-ray-all test-gpu soak-vllm fuzz-saved lint support \
-	support-recall docs figures screenshot accuracy accuracy-page bench bench-gpu bench-page bench-vllm wheel release-check retrain clean
+.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-ray test-ray-all soak-vllm fuzz-saved lint support \
+	support-recall docs figures screenshot accuracy accuracy-page bench gpu gpu-check gpu-bench gpu-vllm gpu-import bench-page bench-vllm wheel release-check retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -62,9 +62,6 @@ accuracy-page: $(VENV)/.installed-dev
 # What has no result yet is measured (about 20 minutes on 2 quiet cores), then docs/benchmarks.md written.
 bench: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python docs/make_benchmarks.py --run
-
-bench-gpu: $(VENV)/.installed-dev
-	cd $(ROOT) && $(BIN)/python docs/make_benchmarks.py --run --gpu
 
 bench-page: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python docs/make_benchmarks.py
@@ -137,6 +134,18 @@ soak-vllm: $(VLLM)/.installed
 bench-vllm: $(VLLM)/.installed
 	for what in scheduling capacity capacity capacity prefix; do $(IN_VLLM) docs/benchmarks/vllm/measure.py $$what || exit 1; done
 
+# The work on a GPU, in parts of at most 8 minutes: docs/reproduce.md. It installs nothing and takes
+# GPU_PYTHON with its packages. With DRY=1 every part runs on the CPU with tiny sizes, in a minute.
+GPU_PYTHON ?= $(PYTHON)
+gpu gpu-check gpu-bench gpu-vllm: $(if $(DRY),$(VENV)/.installed-dev)
+	rm -rf $(ROOT)/runs/gpu-dry
+	cd $(ROOT) && $(if $(DRY),$(BIN)/python,$(GPU_PYTHON)) dev/gpu/run.py \
+		$(if $(filter gpu,$@),all,$(@:gpu-%=%)) $(if $(DRY),--dry --out runs/gpu-dry)
+
+# What a GPU measured becomes committed files: make gpu-import DIR=runs/gpu
+gpu-import: $(VENV)/.installed-dev
+	cd $(ROOT) && $(BIN)/python dev/gpu/take.py $(DIR) && $(BIN)/python docs/make_benchmarks.py
+
 # Work that is shared on Ray Data, in an environment of its own (1.4 GB).
 RAY_ENV ?= $(VENV)-ray
 IN_RAY := cd $(ROOT) && PYTHONPATH=$(ROOT)/src OMP_NUM_THREADS=1 $(RAY_ENV)/bin/python -m pytest tests/cluster
@@ -146,9 +155,6 @@ test-ray: $(RAY_ENV)/.installed
 # Also 2,000 lines whose workers and command are killed.
 test-ray-all: $(RAY_ENV)/.installed
 	$(IN_RAY)
-
-test-gpu: $(VENV)/.installed-dev
-	cd $(ROOT) && $(BIN)/python -m pytest -m gpu
 
 wheel: $(VENV)/.installed-release
 	cd $(ROOT) && $(BIN)/python -m build -q --wheel --outdir $(ROOT)/dist
@@ -222,7 +228,7 @@ $(VLLM)/.installed:
 $(RAY_ENV)/.installed: $(CONSTRAINTS) $(ROOT)/pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) $(shell grep '^torch==' $(CONSTRAINTS)) $(TORCH_FROM)
-	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) -e "$(ROOT)[eval,ray,test]" -c $(CONSTRAINTS)
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) -e "$(ROOT)[eval,ray,test]" kubernetes-validate jsonschema -c $(CONSTRAINTS)
 	touch $@
 
 $(VENV)-kvpress/.installed: $(CONSTRAINTS)

@@ -1,7 +1,8 @@
 """Write docs/benchmarks.md from the committed results: `make bench-page`.
 
-With --run, the runs without a result are made first, one `plphp bench` each; with --gpu those of a
-GPU. A result is one JSON file with the name of its run, in docs/benchmarks/cpu or /gpu.
+With --run, the runs on a CPU that have no result are made first, one `plphp bench` each. Those on a
+GPU are made by dev/gpu. A result is one JSON file with the name of its run, in docs/benchmarks/cpu
+or /gpu.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +27,6 @@ DOCS = Path(__file__).parent
 FOLDER = DOCS / "benchmarks"
 SHORT = "--rounds 5 --new-tokens 8"
 SMALL = "--shape qwen2-vl-2b"
-LARGE = "--gpu --shape qwen2-vl-7b --dtype bfloat16"
 
 CPU = {
     f"{context // 1024}k-{dtype}": f"{SMALL} --context {context} --dtype {dtype} {SHORT}"
@@ -42,17 +42,8 @@ CPU = {
     "--against short,static,pruned-static,fp8,snapkv,vl-cache",
     "prefill": f"{SMALL} --layers 4 --context 4096 --prefill {SHORT}",
 }
-GPU = {
-    f"{context // 1024}k-x{batch}": f"{LARGE} --against short,static,pruned-static --prefill "
-    f"--context {context} --batch {batch}"
-    for context in (4096, 16384, 32768, 65536)
-    for batch in (1, 8, 32)
-    if context * batch <= 524_288
-} | {
-    "128k-x1": f"{LARGE} --context 131072",
-    "a-tenth": f"{LARGE} --context 32768 --batch 8 --keep .1",
-    "the-papers-rates": f"{LARGE} --context 4096 --keep .7,.4,.1",
-}
+ASKED = json.loads((FOLDER / "gpu-runs.json").read_text())
+GPU = {name: f"{ASKED['model']} {options}" for name, options in ASKED["runs"].items()}
 Shown = Mapping[str, Any]
 
 
@@ -65,7 +56,7 @@ def run(names: Mapping[str, str], folder: Path) -> None:
             continue
         print(f"{name}: plphp bench {options}", file=sys.stderr)
         done = subprocess.run(
-            [str(Path(sys.executable).parent / "plphp"), "bench", *options.split(), "--json"],
+            [sys.executable, "-m", "plphp", "bench", *options.split(), "--json"],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -81,12 +72,16 @@ def page() -> str:
         loader=jinja2.FileSystemLoader(FOLDER), trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
-    cpu, gpu = _read(FOLDER / "cpu"), _read(FOLDER / "gpu")
+    cpu, gpu, others = (_read(FOLDER / name) for name in ("cpu", "gpu", "gpu-others"))
     template = environment.get_template("benchmarks.md.jinja")
     return template.render(
         cpu=[(name, options, cpu.get(name)) for name, options in CPU.items()],
         gpu=[(name, options, gpu.get(name)) for name, options in GPU.items()],
+        others=others,
+        machines=machines([*gpu.values(), *others.values()]),
         over=over,
+        of_bound=of_bound,
+        prompt=prompt,
         sections=sections,
         title=title,
         fits=[_capacity("qwen2-vl-2b"), _capacity("qwen2-vl-7b")],
@@ -102,6 +97,28 @@ def over(found: Shown | None, mine: str, theirs: str) -> str:
         return ""
     ratios = [a / b for a, b in zip(rounds[mine], rounds[theirs], strict=True)]
     return f"{median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
+
+
+def of_bound(found: Shown, name: str) -> str:
+    """The bound as a share of a variant's step; nothing if it was not measured."""
+    return "".join(f"{row['of_bound']:.0%}" for row in found["steps"] if row["name"] == name)
+
+
+def prompt(found: Shown) -> str:
+    """The ratio of the pruned to the stock prefill; nothing if it was not measured."""
+    rows = {row["name"]: row for row in found["prefill"] or []}
+    return "{:.2f} ({:.2f} - {:.2f})".format(*rows["pruned"]["over_stock"]) if rows else ""
+
+
+def machines(found: Iterable[Shown]) -> list[str]:
+    """Where and when results were made, each once."""
+    abouts = [one["about"] for one in found if "about" in one]
+    said = [
+        f"{about['machine']}, Python {about['python']}, torch {about['torch']}, "
+        f"transformers {about['transformers']}, {about['date']}"
+        for about in abouts
+    ]
+    return [*dict.fromkeys(said)]
 
 
 def draw(found: Mapping[str, Shown], path: Path) -> None:
@@ -145,10 +162,9 @@ def _read(folder: Path) -> dict[str, Shown]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", action="store_true", help="make missing results first")
-    parser.add_argument("--gpu", action="store_true", help="make those of a GPU")
     chosen = parser.parse_args()
     if chosen.run:
-        run(GPU if chosen.gpu else CPU, FOLDER / ("gpu" if chosen.gpu else "cpu"))
+        run(CPU, FOLDER / "cpu")
     (DOCS / "benchmarks.md").write_text(page())
     draw(_read(FOLDER / "cpu"), FOLDER / "cpu.png")
 

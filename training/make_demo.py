@@ -2,13 +2,18 @@
 
     python -m training.make_demo        # from the root of the repository
 
-The seed was not used to train or measure the model. It is the first seed from 31001 on with which
-both sets have a scene and a page. No picture or question was chosen by the model's answers.
+The seeds were not used to train or measure a model. For the boards it is the first seed from 31001
+on with which both sets have a scene and a page. For each of the two regimes it is the first seed,
+from 31101 and from 31201 on, with which every task has a question; their photographs are held out.
+No picture or question was chosen by a model's answers.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
@@ -17,6 +22,7 @@ from PIL import Image
 from plphp.demo.boards import Picture, render
 from plphp.demo.model import WEIGHTS
 from plphp.demo.questions import LEVELS, Facts, Question, ask, draw_pictures
+from plphp.demo.regimes import REGIMES, Drawn, Frame, draw
 
 SEED = 31005
 DEMO = WEIGHTS.parent
@@ -36,6 +42,15 @@ PROMPTS = [  # task, and the pictures that its question is about
 ]
 
 
+TASKS = ("what", "refcolor", "which", "describe", "read")
+# Letter -> the regime, the size of each of its four pictures in vision tokens, the first seed
+BEHIND_PHOTOGRAPHS = {
+    "c": ("redundant-4", ((10, 10), (8, 12), (10, 10), (12, 8)), 31101),
+    "d": ("redundant-16", ((12, 12), (12, 12), (12, 16), (16, 12)), 31201),
+}
+JPEG = {"quality": 95, "subsampling": 0}  # photographs as PNG take five times as much
+
+
 def main() -> None:
     rng = np.random.default_rng(SEED)
     drawn = {letter: draw_pictures(rng, LEVEL, *size) for letter, size in SETS.items()}
@@ -49,18 +64,47 @@ def main() -> None:
     for name, picture in pictures.items():
         Image.fromarray(render(picture, rng)).save(folder / f"{name}.png", optimize=True)
     prompts = [_prompt(task, names.split(), pictures, rng) for task, names in PROMPTS]
+    for letter, (regime, sizes, first) in BEHIND_PHOTOGRAPHS.items():
+        prompts += _of_regime(letter, regime, sizes, first, folder)
     (DEMO / "questions.json").write_text(json.dumps(prompts, indent=1) + "\n")
+
+
+def _of_regime(
+    letter: str, regime: str, sizes: tuple[tuple[int, int], ...], first: int, folder: Path
+) -> list[dict[str, str | list[str]]]:
+    """One question for every task about four pictures, which are saved as JPEG."""
+    drawn = next(found for found in map(_drawer(regime, sizes), count(first)) if _complete(found))
+    names = [f"{letter}{i}.jpg" for i in range(1, len(sizes) + 1)]
+    for name, image in zip(names, drawn.images, strict=True):
+        Image.fromarray(image).save(folder / name, **JPEG)
+    return [_entry(names, question, regime) for question in drawn.questions]
+
+
+def _drawer(regime: str, sizes: tuple[tuple[int, int], ...]) -> Callable[[int], Drawn]:
+    """What draws the pictures and questions of a seed."""
+    kind, frame = REGIMES[regime], Frame(sizes, REGIMES[regime].scales[0])
+    return lambda seed: draw(np.random.default_rng(seed), kind, frame, TASKS)
+
+
+def _complete(drawn: Drawn) -> bool:
+    """Whether there is a question for every task."""
+    return {question.task for question in drawn.questions} == set(TASKS)
 
 
 def _prompt(
     task: str, names: list[str], pictures: dict[str, Picture], rng: Generator
 ) -> dict[str, str | list[str]]:
     question = _ask([pictures[name] for name in names], task, rng)
+    return _entry([f"{name}.png" for name in names], question, "dense")
+
+
+def _entry(images: Sequence[str], question: Question, regime: str) -> dict[str, str | list[str]]:
     return {
-        "images": [f"{name}.png" for name in names],
+        "images": list(images),
         "question": question.text,
         "expected": question.answer,
-        "task": task,
+        "task": question.task,
+        "regime": regime,
     }
 
 

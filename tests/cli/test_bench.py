@@ -14,9 +14,9 @@ from transformers import cache_utils
 from plphp.bench import layer, machine
 from plphp.bench.caches import TEXT, Schedule, Setting, dynamic, pruned, quantized
 from plphp.bench.capacity import fits
-from plphp.bench.compare import cache_bytes
 from plphp.bench.shapes import SHAPES, build, shape_of
 from plphp.bench.steps import Measured, bound_seconds
+from plphp.bench.ways import cache_bytes
 from plphp.hf import prune
 
 SMALL = ["--context", "128", "--rounds", "2", "--new-tokens", "2", "--layers", "2"]

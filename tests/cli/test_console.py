@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from plphp.cli import console, demo, generate
+from plphp.cli import console, demo_details, generate
 from plphp.errors import InputError
 from plphp.eval.methods import parse
 
@@ -103,7 +103,7 @@ def test_what_is_not_ours_is_printed_as_it_stands(
     flat = "".join(shown.out.replace("│", " ").split())
     assert "[bold]no[/bold]" in flat and ":smile:" in flat and "\\x1b[31m\\x07\\r" in flat
     assert "\x1b" not in shown.out and "\x07" not in shown.out
-    marked = demo._mark("[/red] \x1b right", "a b right")
+    marked = demo_details.mark("[/red] \x1b right", "a b right")
     assert marked.plain == "[/red] \\x1b right"
 
 

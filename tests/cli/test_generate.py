@@ -59,7 +59,7 @@ def test_the_prompt_may_come_from_standard_input(picture: str) -> None:
 
 
 def test_a_closed_pipe_is_no_error(picture: str) -> None:
-    command = f"{' '.join(map(repr, PLPHP))} demo --rounds 1 --json | head -c 1"
+    command = f"{' '.join(map(repr, PLPHP))} inspect --rounds 1 --json | head -c 1"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
     )

@@ -55,7 +55,3 @@ def test_recall_is_on_the_page_and_refused_where_nothing_is_ranked(
     refused = run("inspect", *question, "--recall", "int4", "--policy", "fastv")
     assert refused.code == 2 and "does not rank" in refused.err
     assert run("inspect", *question, "--recall-budget", ".3").code == 2
-
-
-def test_the_demo_ends_with_how_to_open_the_page(run: Callable) -> None:
-    assert run("demo", "--rounds", 1).out.strip().endswith("plphp inspect, then open report.html.")

@@ -1,4 +1,4 @@
-"""Recall on the command line: `plphp generate --recall`, `plphp demo`, methods of `plphp eval`."""
+"""Recall on the command line: `plphp generate --recall`, methods of `plphp eval`."""
 
 from collections.abc import Callable
 
@@ -41,14 +41,6 @@ def test_recall_is_refused_in_one_line(run: Callable, picture: str) -> None:
         result = run("generate", "--image", picture, *QUESTION, *options)
         assert result.code == 2
         assert said in result.err
-
-
-def test_the_demo_shows_the_recommended_policy_and_recall(run: Callable) -> None:
-    found = run("demo", "--rounds", 1, "--json").json["summary"]
-    single, codes, host = found["beside"]
-    assert single["vision_kv_on_device"] < 0.42 and codes["vision_kv_on_device"] <= 0.4
-    assert host["vision_kv_on_device"] <= 0.2
-    assert min(way["right"] for way in found["beside"]) > found["right_pruned"]
 
 
 def test_methods_with_a_home() -> None:

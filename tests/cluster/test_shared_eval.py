@@ -3,11 +3,12 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from killing import once
 
 from plphp.cli import options
@@ -31,6 +32,16 @@ def lines(out: Path, task: str) -> list[str]:
     return sorted(json.dumps(line, sort_keys=True) for line in read_lines(out, task))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As a worker has: sums of another number of threads differ in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_lines_of_a_run_on_one_model(run: Callable[..., int], tmp_path: Path) -> None:
     assert run("eval", "--out", tmp_path / "a", *SMALL) == 0
     assert run("eval", "--out", tmp_path / "b", *SMALL, "--ray", "--workers", 2) == 0

@@ -10,7 +10,8 @@ import plphp
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
-TARGETS = set(re.findall(r"^([a-z][\w-]*):(?!=)", MAKEFILE, re.MULTILINE))
+RULES = re.findall(r"^([a-z][\w -]*):(?!=)", MAKEFILE, re.MULTILINE)
+TARGETS = {target for rule in RULES for target in rule.split()}
 WORKFLOWS = ROOT / ".github" / "workflows"
 
 

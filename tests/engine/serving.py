@@ -116,6 +116,30 @@ def random_requests(count: int, seed: int, most: int = 10) -> list[Request]:
     return out
 
 
+def related_requests(count: int, seed: int) -> list[Request]:
+    """Long answers to up to four images. About half of the requests share a prefix with another.
+
+    They have the same images and another policy or question, another first image under the same
+    text, or one image more.
+    """
+    rng, out = random.Random(seed), []
+    for made in random_requests(count, seed, most=8):
+        four = {"images": made.images[:4], "words": made.words[:4]}
+        request = replace(made, **four, tokens=made.tokens + 12)
+        before = out[-1] if out and out[-1].images else request
+        changed = rng.choice(("images", "same text", "one more", "", "", ""))
+        if changed == "images":
+            request = replace(request, images=before.images, words=before.words)
+        elif changed == "same text" and before.images:
+            again = (picture(rng.randrange(10**6), 8), *before.images[1:])
+            request = replace(before, images=again, policy=request.policy)
+        elif changed == "one more" and len(before.images) < 4:
+            more = (*before.images, picture(rng.randrange(10**6), 8))
+            request = replace(before, images=more, policy=request.policy)
+        out.append(request)
+    return out
+
+
 def answer(embedded: Embedded, request: Request, round_to: int = BLOCK) -> Answer:
     """The answer of plphp on transformers, with `round_to` equal to the engine's block size."""
     inputs = embedded.inputs_of(request.images, request.text(embedded.tokenizer))

@@ -16,6 +16,7 @@ import psutil
 import serving
 from vllm import LLM
 
+IDLE = 50  # steps without progress after which a run fails
 LAYERS, BLOCKS = 2, 24  # blocks a layer: some three prompts of the sizes below
 SMALL = {
     "hf_overrides": {
@@ -56,6 +57,7 @@ class Soak:
         self.prompts = self.engine.renderer.render_cmpl(
             [serving.prompt(llm, kind) for kind in self.kinds]
         )
+        self.idle, self.before = 0, []
         self._watch()
 
     def run(self, count: int) -> None:
@@ -86,6 +88,7 @@ class Soak:
     def _step(self) -> None:
         """One step. A request may be aborted after the forward, before its result is processed."""
         self.cut: str | None = None
+        self._count_idle()
         for output in self.engine.step():
             if output.finished:
                 self.alive.remove(output.request_id)
@@ -94,6 +97,17 @@ class Soak:
             self.engine.abort_request([self.cut])
             self.alive.remove(self.cut)
             self.counts["aborted in mid-step"] += 1
+
+    def _count_idle(self) -> None:
+        """Raise RuntimeError if no request has gone on for `IDLE` steps while the pool is free."""
+        scheduler = self.core.scheduler
+        held = [*scheduler.running, *scheduler.waiting]
+        now = [(r.request_id, r.num_tokens, r.num_computed_tokens) for r in held]
+        self.idle = self.idle + 1 if now and now == self.before else 0
+        self.before = now
+        if self.idle >= IDLE:
+            free = serving.free_blocks(self.llm)
+            raise RuntimeError(f"{len(now)} requests wait for {IDLE} steps, {free} blocks are free")
 
     def _watch(self) -> None:
         execute, connector = self.core.model_executor.execute_model, self.core.scheduler.connector

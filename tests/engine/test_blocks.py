@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import serving
-from soak import preempt, soak
+from soak import SMALL, Soak, preempt, soak
 from vllm import LLM
 
 import plphp
@@ -182,3 +182,13 @@ def test_random_aborts_and_preemptions_leave_nothing_behind(share: bool) -> None
     assert found["entries left in the scheduler's and the worker's side"] == 0
     happened = ("aborted", "aborted in mid-step", "preempted by force in mid-prompt")
     assert all(found[name] for name in (*happened, "plugin: prompts", "plugin: unpruned"))
+
+
+def test_the_soak_notices_requests_that_wait_for_ever() -> None:
+    with serving.engine(**SMALL) as llm:
+        run = Soak(llm, seed=5)
+        run._add("waits")
+        run.engine.step = lambda: []  # an engine that no longer schedules
+        run.rng.random = lambda: 1.0  # and nobody aborts
+        with pytest.raises(RuntimeError, match="1 requests wait for 50 steps"):
+            run.run(0)

@@ -43,7 +43,7 @@ def test_without_the_switch_nothing_is_changed(stock: Any) -> None:
         (
             "attn_backend",
             "get_name",
-            staticmethod(lambda: "FLASH_ATTN"),
+            staticmethod(lambda: "FLEX_ATTENTION"),
             "its attention backend is",
         ),
         ("", "kv_sharing_target_layer_name", "layers.0", "it shares its cache with another layer"),
@@ -68,4 +68,4 @@ def test_caches_of_other_kinds_are_refused(kind: Any, stock: Any) -> None:
     own = vars(layer.get_kv_cache_spec(config)) | {"sliding_window": 64, "attention_chunk_size": 8}
     spec = kind(**{field.name: own[field.name] for field in fields(kind) if field.name in own})
     with pytest.raises(plphp.UnsupportedModelError, match=f"cache is of kind {kind.__name__}"):
-        attach._check(layer, spec)
+        attach.check_layer(layer, spec, torch.float32)

@@ -16,7 +16,7 @@ from plphp.vllm.messages import Step
 from plphp.vllm.worker import WorkerSide
 
 BLOCK = 16
-ROWS = {12: "a", 25: "b"}  # by the block that each request writes last
+ROWS = (["a", "b"], {"a": 1, "b": 1})
 
 
 def padded_batch() -> CommonAttentionMetadata:
@@ -35,20 +35,23 @@ def padded_batch() -> CommonAttentionMetadata:
         max_seq_len=90,
         block_table_tensor=table,
         slot_mapping=torch.tensor([12 * BLOCK + 7, 25 * BLOCK + 9, -1, -1]),
+        seq_lens_cpu_upper_bound=torch.tensor([40, 90, 0, 0], dtype=torch.int32),
     )
 
 
 @pytest.fixture
 def side() -> Any:
     layer: Any = SimpleNamespace(name="layer", group=0)
-    return WorkerSide([layer], BLOCK, lambda tensor: tensor)
+    return WorkerSide([layer], BLOCK, lambda tensor: tensor, torch.device("cpu"))
 
 
 def test_only_the_rows_of_requests_are_shifted(side: Any) -> None:
     side.pruned_requests = {"b": PrunedRequest((3,), ((),))}
-    side.begin(Step(rows=ROWS))
+    side.begin(Step())
+    side.place(*ROWS)
     found = side.shift(0, padded_batch())
     assert found.seq_lens.tolist() == [40, 90 - 3 * BLOCK, 0, 0]
+    assert found.seq_lens_cpu_upper_bound.tolist() == [40, 90 - 3 * BLOCK, 0, 0]
     assert found.block_table_tensor[1, :3].tolist() == [23, 24, 25]
     assert found.block_table_tensor[2:].tolist() == padded_batch().block_table_tensor[2:].tolist()
     assert found.max_seq_len == 42
@@ -56,7 +59,7 @@ def test_only_the_rows_of_requests_are_shifted(side: Any) -> None:
 
 def test_the_end_of_a_prompt_is_found_in_the_row_of_its_request(side: Any) -> None:
     end = PromptEnd(89, 90, 90, ((1, 0, 31),), plphp.PLPHP(), None, None)
-    side.begin(Step(rows=ROWS, ends={"b": end}))
-    side.shift(0, padded_batch())
+    side.begin(Step(ends={"b": end}))
+    side.place(*ROWS)
     assert side.endings["b"].row == 1
     assert side.endings["b"].last == 1

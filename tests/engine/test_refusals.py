@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import serving
+import torch
 from prometheus_client import REGISTRY
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 import plphp
 from plphp.errors import UnsupportedVllmError
 from plphp.policy import LAYER_CLASSES
-from plphp.vllm.checks import check_modes, check_version
+from plphp.vllm.attach import check_layer
+from plphp.vllm.checks import check_modes, check_version, measured
+from plphp.vllm.connector import check_blocks
 from plphp.vllm.options import Options
 
 POLICY = plphp.PLPHP(alpha=0.55, beta=0.45)
@@ -77,11 +82,11 @@ def test_modes_that_cannot_be_pruned_in_are_refused(options: Any, message: str) 
 @pytest.mark.parametrize(
     ("owner", "name", "value", "message"),
     [
-        ("scheduler_config", "async_scheduling", True, "add --no-async-scheduling"),
+        ("parallel_config", "enable_dbo", True, "leave out --enable-dbo and --ubatch-size"),
+        ("parallel_config", "ubatch_size", 2, "leave out --enable-dbo and --ubatch-size"),
         ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
         ("parallel_config", "prefill_context_parallel_size", 2, "context parallelism"),
         ("model_config", "is_mm_prefix_lm", True, "bidirectional attention among image tokens"),
-        ("", "use_v2_model_runner", True, "set VLLM_USE_V2_MODEL_RUNNER=0"),
     ],
 )
 def test_modes_that_this_machine_does_not_have_are_refused(
@@ -120,15 +125,52 @@ def test_all_that_has_to_change_is_said_at_once() -> None:
     )
 
 
-def test_a_gpu_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(current_platform, "device_type", "cuda")
+def test_another_accelerator_is_refused_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(current_platform, "device_type", "xpu")
     transfer = KVTransferConfig(**plphp.vllm.engine_args()["kv_transfer_config"])
-    with pytest.raises(
-        plphp.UnsupportedModeError, match="vLLM on cpu only, and this engine runs on cuda"
-    ):
+    message = "vLLM on cpu, cuda only, and this engine runs on xpu"
+    with pytest.raises(plphp.UnsupportedModeError, match=message):
         KVConnectorFactory.get_connector_class(transfer)
     other = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
     assert KVConnectorFactory.get_connector_class(other).__name__ == "ExampleConnector"
+
+
+def test_a_gpu_gets_piecewise_graphs_and_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(current_platform, "device_type", "cuda")
+    transfer = KVTransferConfig(**plphp.vllm.engine_args()["kv_transfer_config"])
+    connector = KVConnectorFactory.get_connector_class(transfer)
+    assert connector.requires_piecewise_for_cudagraph(transfer.kv_connector_extra_config)
+    assert "has not yet been run on cuda" in measured("cuda")
+    assert "has not" not in measured("cpu")
+
+
+def test_blocks_that_a_backend_splits_are_refused() -> None:
+    cache = torch.zeros(8, 2, 64, 32)  # (blocks, Hkv, block, 2 D)
+    layer = SimpleNamespace(kv_cache=cache)
+    check_blocks("layer", layer, 64)
+    message = "splits blocks of 128 tokens into blocks of 64: use --block-size 64"
+    with pytest.raises(plphp.UnsupportedModeError, match=message):
+        check_blocks("layer", layer, 128)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"head_size_v": 16}, "its keys and values have unequal head sizes"),
+        ({"dtype": torch.float8_e4m3fn}, r"its cache is quantized \(torch.float8_e4m3fn\)"),
+    ],
+)
+def test_caches_that_cannot_be_read_are_refused(changed: Any, reason: str) -> None:
+    options = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+    backend = SimpleNamespace(get_name=lambda: "FLASH_ATTN")
+    layer: Any = SimpleNamespace(
+        layer_name="layer", attn_backend=backend, impl=None, kv_sharing_target_layer_name=None
+    )
+    check_layer(layer, FullAttentionSpec(**options), torch.float32)
+    with pytest.raises(plphp.UnsupportedModelError, match=reason):
+        check_layer(layer, FullAttentionSpec(**options | changed), torch.float32)
 
 
 def test_other_connectors_beside_it_are_refused() -> None:

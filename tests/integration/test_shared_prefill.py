@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import plphp
 import tiny
 from invariants import generate, truth
+from plphp.hf import compat
 from plphp.hf.shared_prefill import read
 from plphp.policy import POLICIES
 
@@ -76,3 +78,21 @@ def test_what_cannot_be_planned_afterwards_says_so(name: str) -> None:
         pytest.raises(plphp.UnsupportedModeError, match="cannot be planned afterwards"),
     ):
         prompt.pruned(pruning)
+
+
+@pytest.mark.parametrize("family", [*tiny.CORE, "idefics2_window"])
+def test_the_stock_cache_is_that_of_a_run_without_plphp(family: str) -> None:
+    expected = truth(family, 0, "crossing" if family == "idefics2_window" else "batch")
+    model = expected.build()
+    made = read(model, expected.inputs).stock()
+    wanted = DynamicCache(config=compat.text_config(model))
+    options = {compat.CACHE: wanted, "max_new_tokens": 1, "do_sample": False}
+    model.generate(**expected.inputs, **options)
+    assert type(made) is DynamicCache and made.get_seq_length() == wanted.get_seq_length()
+    for one, other in zip(made.layers, wanted.layers, strict=True):
+        assert type(one) is type(other)
+        mask = expected.inputs.get("attention_mask", expected.inputs["input_ids"])
+        real = (mask[:, -one.keys.shape[2] :] > 0)[:, None, :, None]
+        for mine, theirs in ((one.keys, other.keys), (one.values, other.values)):
+            assert mine.shape == theirs.shape
+            assert ((mine - theirs) * real).abs().max() < 1e-5

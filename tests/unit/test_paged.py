@@ -21,7 +21,7 @@ from plphp.paged.blocks import (
     in_use,
     pruned_table,
 )
-from plphp.paged.choosing import choose, choose_again, summary
+from plphp.paged.choosing import choose_again, draft, settle
 from plphp.paged.compaction import PagedLayer, with_fresh
 from plphp.paged.prompts import PromptEnd, spans_of
 from plphp.paged.tables import BatchTables, PrunedRequest
@@ -103,18 +103,32 @@ def test_the_plan_of_all_layers_is_the_plan_of_each(seed: int, name: str) -> Non
     probs, spans = attention(seed, images, length), spans_of(images, length)
     policy = METHODS[name]
     inputs = views(probs, spans, seed)
-    together = choose(iter(inputs), policy, BLOCK, 1)
-    choice = summary(together, whole(images, length), BLOCK, 1)
+    together, end = draft(iter(inputs), policy, BLOCK, 1), whole(images, length)
+    (choice,) = settle([together], [end], BLOCK, 1)
+    columns = together.columns(choice, end.text)
     for layer, view in enumerate(inputs):
         look = policy.look(view)
         counts = policy.rounded_counts(look.rate, look.spans, BLOCK)
         alone = keep_best(look, look.rate, *counts)
         kept = int(alone.lengths[0])
-        assert together.columns[layer, :, -kept:].equal(alone.columns[0])
+        assert columns[layer].equal(alone.columns[0])
         assert choice.freed[layer] * BLOCK == length - kept
         assert choice.classes[layer] == int(alone.classes[0])
-        again = choose_again(view, policy, choice.rates[layer], choice.kept[layer])
+        again = choose_again(view, policy, choice.rates[layer], choice.kept[layer], end.text)
         assert again.equal(alone.columns[0]), "the same columns after a preemption"
+
+
+def test_the_numbers_of_several_prompts_are_read_together() -> None:
+    ends, drafts = [], []
+    for seed in range(3):
+        images, length = prompt(seed)
+        probs, spans = attention(seed, images, length), spans_of(images, length)
+        ends.append(whole(images, length))
+        drafts.append(draft(views(probs, spans, seed), POLICY, BLOCK, 1))
+    together = settle(drafts, ends, BLOCK, 1)
+    alone = [settle([one], [end], BLOCK, 1)[0] for one, end in zip(drafts, ends, strict=True)]
+    assert together == alone
+    assert settle([], [], BLOCK, 1) == []
 
 
 @pytest.mark.parametrize("layers", [2, 3, 6])
@@ -122,8 +136,8 @@ def test_layers_of_a_group_keep_as_many_as_the_most(layers: int) -> None:
     images, length = prompt(1)
     probs, spans = attention(1, images, length), spans_of(images, length)
     inputs, end = views(probs, spans), whole(images, length)
-    single = summary(choose(inputs, POLICY, BLOCK, 1), end, BLOCK, 1)
-    grouped = summary(choose(inputs, POLICY, BLOCK, layers), end, BLOCK, layers)
+    (single,) = settle([draft(inputs, POLICY, BLOCK, 1)], [end], BLOCK, 1)
+    (grouped,) = settle([draft(inputs, POLICY, BLOCK, layers)], [end], BLOCK, layers)
     assert len(grouped.freed) == LAYERS // layers
     for layer, kept in enumerate(grouped.kept):
         first = layer // layers * layers
@@ -143,13 +157,14 @@ def test_kept_tokens_are_found_through_the_table_after_pruning(seed: int, fresh:
     most = fresh_blocks(POLICY, images, length, BLOCK)
     reserved, pool = (pool[:most], pool[most:]) if fresh else ([], pool)
     layer, spans = TorchLayer(60, seed), spans_of(images, length)
-    plan = choose(views(attention(seed, images, length), spans), POLICY, BLOCK, 1)
-    kept, freed = int(plan.lengths[0]), (length - int(plan.lengths[0])) // BLOCK
-    columns, source = plan.columns[0, :, -kept:], torch.tensor(held)
+    made = draft(views(attention(seed, images, length), spans), POLICY, BLOCK, 1)
+    (choice,) = settle([made], [whole(images, length)], BLOCK, 1)
+    columns, freed = made.columns(choice, whole(images, length).text)[0], choice.freed[0]
+    source = torch.tensor(held)
     keys, values = layer.gather(source, columns)
     before = layer.cache.clone()
     if freed:
-        target = with_fresh(source, reserved, full) if fresh else source
+        target = with_fresh(source, torch.tensor(reserved), full) if fresh else source
         layer.move(columns, source, target, freed * BLOCK, BLOCK)
     table, gone = pruned_table(held, reserved, full, freed, 0)
     assert table[:freed] == [0] * freed and 0 not in table[freed:]
@@ -181,13 +196,14 @@ def test_tables_of_a_batch_start_at_the_first_kept_token() -> None:
     assert fresh.fresh == ((93, 94), (82, 83, 84))
     tables = BatchTables((None, PrunedRequest((2, 0), ((), ())), fresh), 2)
     table = torch.arange(1, 33, dtype=torch.int32).view(4, 8)
-    first, freed = tables.apply(0, table)
-    assert freed.tolist() == [0, 2, 3]
+    lengths = torch.tensor([30, 40, 45, 0], dtype=torch.int32)
+    first = tables.apply(0, table)
+    assert tables.shorten(0, BLOCK, lengths).tolist() == [30, 40 - 2 * BLOCK, 45 - 3 * BLOCK, 0]
     assert first[0].tolist() == table[0].tolist() and first[3].tolist() == table[3].tolist()
     assert first[1, :6].tolist() == table[1, 2:].tolist()
     assert first[2, :5].tolist() == [93, 94, *table[2, 5:].tolist()]
-    second, freed = tables.apply(1, table)
-    assert freed.tolist() == [0, 0, 2]
+    second = tables.apply(1, table)
+    assert tables.shorten(1, BLOCK, lengths).tolist() == [30, 40, 45 - 2 * BLOCK, 0]
     assert second[1].tolist() == table[1].tolist()
     assert second[2, :6].tolist() == [82, 83, 84, *table[2, 5:].tolist()]
     assert BatchTables((None, None), 2).empty

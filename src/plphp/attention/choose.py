@@ -1,8 +1,8 @@
 """Selects the implementation of attention over a pruned layer.
 
 On the CPU, and for prompts, it is PyTorch's scaled_dot_product_attention (SDPA). For a few new
-tokens on CUDA it is the Triton kernel, where KERNEL_FROM says so. It is the formula in `reference`
-where neither can be used.
+tokens on CUDA it is the Triton kernel, where `tuned.KERNEL_FROM` says so. It is the formula in
+`reference` where neither can be used.
 """
 
 from __future__ import annotations
@@ -14,16 +14,10 @@ import torch
 from torch import Tensor
 
 from plphp.attention import coded, reference, sdpa
+from plphp.attention.tuned import KERNEL_FROM
 
 HAS_TRITON = find_spec("triton") is not None
 
-# The number of slots from which a decode step uses the Triton kernel, None for never: "masked" if
-# SDPA would need a mask, or for soft-capping, which it does not support; "plain" otherwise. NOT
-# MEASURED ON A GPU YET. The values follow from how the kernels work: PyTorch's flash kernel splits
-# along the keys as the Triton kernel does, but it accepts no mask. The PyTorch kernels that accept
-# one neither split along the keys nor skip hidden slots. Rows of different lengths and static
-# buffers need a mask.
-KERNEL_FROM: dict[str, int | None] = {"plain": None, "masked": 0}
 # With more new tokens the time depends on the matrix products and not on the bytes read, so SDPA is
 # used, as for a prompt.
 MOST_QUERIES = 16

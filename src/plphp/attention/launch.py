@@ -14,14 +14,13 @@ import torch
 import triton
 from torch import Tensor
 
+from plphp.attention.tuned import COSTS, Costs
+
 Launching = TypeVar("Launching", bound=Callable[..., Tensor])
 
 STAGE_BYTES = 32 * 1024  # bytes of keys and values that a pipeline stage loads
 # Two stages are loaded while one is computed with. A program takes 70 to 98 KiB of shared memory.
 STAGES = 3
-# Programs that a multiprocessor runs at a time. They load 128 KiB at once, which hides the memory
-# latency of Hopper GPUs.
-RESIDENT = 2
 MOST_ROWS, MOST_SPLITS = 32, 64
 
 
@@ -93,21 +92,21 @@ def warps(dtype: torch.dtype) -> int:
 
 
 @lru_cache(maxsize=4096)
-def split_count(programs: int, blocks: int, multiprocessors: int) -> int:
+def split_count(programs: int, blocks: int, multiprocessors: int, costs: Costs = COSTS) -> int:
     """The number of splits into which the keys of every program are cut, 1 to MOST_SPLITS.
 
     programs: number of (row, KV head, query block) triples
     blocks: blocks of keys in the capacity of the buffers
 
     It minimises an estimate of the time, in units of the time that a block takes: the number of
-    waves of programs times the blocks that each program reads. Starting a program costs about two
-    blocks, and the second kernel about four.
+    waves of programs times the blocks that each program reads, with the costs of starting a program
+    and of the second kernel.
     """
-    concurrent = multiprocessors * RESIDENT
+    concurrent = multiprocessors * costs.resident
 
     def cost(splits: int) -> int:
         waves = -(-programs * splits // concurrent)
-        return waves * (-(-blocks // splits) + 2) + (4 if splits > 1 else 0)
+        return waves * (-(-blocks // splits) + costs.start) + (costs.second if splits > 1 else 0)
 
     return min(range(1, max(1, min(blocks, MOST_SPLITS)) + 1), key=cost)
 

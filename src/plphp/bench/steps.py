@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from plphp.bench.caches import Setting
-from plphp.bench.compare import cache_bytes
 from plphp.bench.machine import energy_meter, resident_bytes, synchronize
 from plphp.bench.variants import Variant, stepper
+from plphp.bench.ways import cache_bytes
 from plphp.hf import compat
 
 WARM = 2  # steps at the start of each round that are not counted

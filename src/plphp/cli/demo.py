@@ -1,4 +1,4 @@
-"""`plphp demo`: answers of the embedded model with the full and with the pruned cache."""
+"""`plphp demo`: the ways to hold a cache on one screen, with the embedded or another model."""
 
 from __future__ import annotations
 
@@ -7,104 +7,248 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import track
-from rich.table import Table
-from rich.text import Text
-
 from plphp.cli import flags
 from plphp.cli import options as o
-from plphp.cli.console import shown, stderr, stdout
-from plphp.policy import Policy
+from plphp.cli.console import progress, shown, stderr, stdout
+from plphp.cli.generate import check_files
+from plphp.errors import InputError
 
 if TYPE_CHECKING:
-    from plphp.bench import Comparison
-    from plphp.cli.demo_comparison import Prompt
+    from plphp.bench import Way
+    from plphp.cli.demo_prompts import Item, LongBatch
+    from plphp.cli.demo_run import Asked, Result
+    from plphp.inputs import Runnable
 
 NOTE = (
-    "The embedded model is a small one for demonstration (5.4M parameters, pictures of coloured "
-    "letters and shapes). Its answers show what pruning does to answers; its milliseconds say "
-    "little about large models, where keys and values weigh more than Python does."
+    "The embedded model is a small one for demonstration, which reads coloured letters and shapes. "
+    "Large models differ: plphp demo --model DIR_OR_HUB_ID makes this table for yours."
 )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One question of the demo, answered with the full and with the pruned cache."""
-
-    task: str
-    images: tuple[str, ...]
-    question: str
-    expected: str
-    full: str
-    pruned: str
-    compared: Comparison
-
-    def to_dict(self) -> dict[str, Any]:
-        full, pruned = self.compared.full, self.compared.pruned
-        return {
-            "task": self.task,
-            "images": list(self.images),
-            "question": self.question,
-            "expected": self.expected,
-            "full": {
-                "answer": self.full,
-                "right": self.full == self.expected,
-                "kv_bytes": full.kv_bytes,
-                "first_token_ms": full.first_ms,
-                "ms_per_token": full.step_ms,
-            },
-            "pruned": {
-                "answer": self.pruned,
-                "right": self.pruned == self.expected,
-                "kv_bytes": pruned.kv_bytes,
-                "first_token_ms": pruned.first_ms,
-                "ms_per_token": pruned.step_ms,
-            },
-            "report": self.compared.report.to_dict(),
-        }
+OWN_NOTE = (
+    "Nothing is known to be right here: an answer counts if it is, word for word, the greedy "
+    "answer of the full cache. Another answer may be as good."
+)
+ON_CPU = "On a CPU the device is main memory too: what recall host parks is in it as well."
 
 
 def demo(
+    *,
     r: o.Rate = None,
     delta_r: o.DeltaR = None,
     alpha: o.Alpha = None,
     beta: o.Beta = None,
-    device: o.Device = "cpu",
-    dtype: flags.FloatDtype = "float32",
+    model: o.Model = "embedded",
+    image: flags.Image = None,
+    prompt: flags.DemoPrompt = None,
+    details: flags.Details = False,
+    batch: flags.DemoRows = 8,
+    vision_tokens: flags.VisionTokens = 1500,
+    max_new_tokens: o.MaxNewTokens = 64,
     rounds: flags.Rounds = 3,
+    device: flags.DemoDevice = None,
+    dtype: o.Dtype = "auto",
+    attn: o.Attention = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
-    """Ask the embedded model about bundled pictures, with the full and with a pruned cache."""
+    """Show what pruning and recall cost and save, on one screen: answers, bytes and times."""
     policy = o.chosen_policy("plphp", r=r, delta_r=delta_r, alpha=alpha, beta=beta)
-    from plphp.cli.demo_comparison import answers_of_variants, table
-    from plphp.inputs import load
+    images, prompts = image or [], prompt or []
+    if any(not text.strip() for text in prompts):
+        raise InputError("the prompt is empty: give --prompt TEXT")
+    check_files(images, [], model)
+    from plphp.cli import demo_run
+    from plphp.cli.demo_prompts import bundled_questions, long_batch, own_questions
 
-    embedded = load("embedded", dtype, device)
-    prompts = bundled_prompts(embedded)
-    answers = ask(embedded, prompts, policy, rounds, quiet=as_json)
-    others = answers_of_variants(embedded, prompts)
+    known = model == "embedded" and not images and not prompts
+    source = o.Source(model, dtype, device or _device(model), attn, trust_remote_code)
+    loaded = source.load()
+    if known:
+        items = bundled_questions(loaded)
+    else:
+        items = own_questions(loaded, images, prompts, max_new_tokens)
+    long = long_batch(loaded, images, items[0].question, batch, vision_tokens)
+    every, left_out = demo_run.possible(loaded.model, demo_run.ways(policy))
+    asked, results = _measured(loaded, items, long, every, rounds, as_json)
     if as_json:
-        questions = [answer.to_dict() for answer in answers]
-        numbers = summary(answers)
-        numbers["beside"] = [other.to_dict() for other in others]
-        found = {"note": NOTE, "summary": numbers, "questions": questions}
-        print(json.dumps(found, indent=1))
+        found = _found(loaded, asked, results, long, rounds, known)
+        print(json.dumps({**found, "left_out": left_out}, indent=1))
         return
-    console = stdout()
-    console.print(_answers(answers))
-    console.print(_layers(max(answers, key=lambda a: sum(a.compared.report.prompt))))
-    console.print(_costs(answers))
-    console.print(table(others))
-    for line in _words(answers):
-        console.print(line)
-    console.print(NOTE, style="dim")
-    console.print(shown(f"See what question 1 kept: {_command()} inspect, then open report.html."))
+    _print(loaded, asked, results, long, known, details)
+    for name, reason in left_out.items():
+        stdout().print(shown(f"{name} is left out: {reason}"))
+    if known:
+        line = f"See what question 1 kept: {_command()} inspect, then open report.html."
+        stdout().print(shown(line))
+
+
+def _device(model: str) -> str:
+    """Where a model of the user's runs if nothing is said: on all GPUs that there are."""
+    import torch
+
+    if model == "embedded" or not torch.cuda.is_available():
+        return "cpu"
+    return "auto" if torch.cuda.device_count() > 1 else "cuda"
+
+
+def _measured(
+    loaded: Runnable,
+    items: Sequence[Item],
+    long: LongBatch,
+    every: Sequence[Way],
+    rounds: int,
+    quiet: bool,
+) -> tuple[list[Asked], list[Result]]:
+    """Ask and measure, with a progress bar on stderr."""
+    from plphp.cli import demo_run
+
+    # Elsewhere than on a terminal a bar is one line in the end, and an error must be the only one.
+    with progress(quiet or not stderr().is_terminal, transient=True) as bar:
+        work = len(items) * len(every) + 2 * rounds * len(every) + 1
+        task = bar.add_task(f"{len(items)} questions", total=work)
+        asked = demo_run.ask(loaded, items, every, lambda: bar.advance(task))
+        size = f"{long.rows} x {long.vision:,} vision tokens"
+        bar.update(task, description=size)
+        measured = demo_run.measure(loaded, asked, long, every, rounds, lambda: bar.advance(task))
+    return asked, measured
+
+
+def _print(
+    loaded: Runnable,
+    asked: Sequence[Asked],
+    results: Sequence[Result],
+    long: LongBatch,
+    known: bool,
+    details: bool,
+) -> None:
+    from plphp.cli import demo_details, demo_screen
+
+    console, device = stdout(), loaded.model.device
+    console.print(demo_screen.table(results, known))
+    console.print(demo_screen.advice(results, known), style="bold")
+    console.print(shown(_what(loaded, long)), style="dim")
+    if device.type == "cpu":
+        console.print(ON_CPU, style="dim")
+    weak = demo_details.not_read(asked) if known else None
+    if weak is not None:
+        console.print(weak, style="dim")
+    if details:
+        pruned = results[1].name
+        for table in demo_details.tables(asked, pruned):
+            console.print(table)
+        for line in demo_details.hard_cases(asked):
+            console.print(shown(line))
+    console.print(NOTE if known else OWN_NOTE, style="dim")
+    if not details:
+        console.print("--details shows answers side by side, layers and hard cases.", style="dim")
+
+
+def _what(loaded: Runnable, long: LongBatch) -> str:
+    """What the columns were measured on."""
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    rows = f"{long.rows} rows" if long.rows > 1 else "1 row"
+    return (
+        "* the best of its column; in brackets: over the full cache. Bytes and milliseconds a "
+        f"token are of {rows} with {long.vision:,} vision tokens each, the first token of one such "
+        f"row, all ways in turn; {dtype} on {loaded.model.device}."
+    )
+
+
+def _found(
+    loaded: Runnable,
+    asked: Sequence[Asked],
+    results: Sequence[Result],
+    long: LongBatch,
+    rounds: int,
+    known: bool,
+) -> dict[str, Any]:
+    """Everything for JSON."""
+    from plphp.cli import demo_screen
+
+    judge = "right" if known else "same_as_full"
+    return {
+        "note": NOTE if known else OWN_NOTE,
+        "model": str(loaded.model.name_or_path) if not known else "embedded",
+        "advice": demo_screen.advice(results, known),
+        "ways": [result.to_dict(judge) for result in results],
+        "long_prompts": {
+            "rows": long.rows,
+            "vision_tokens": long.vision,
+            "rounds": rounds,
+            "device": str(loaded.model.device),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        },
+        "summary": summary(asked, [result.name for result in results]),
+        "questions": [_question(a, judge) for a in asked],
+    }
+
+
+def summary(asked: Sequence[Asked], names: Sequence[str]) -> dict[str, Any]:
+    """The answers in a few numbers: the full cache, PLPHP, and beside them the other ways.
+
+    names: of the ways, the full cache and PLPHP first. Times are medians over the questions.
+    """
+    from plphp.cli.demo_run import CODE, INT4
+
+    full, pruned, *others = names
+    runs = [(a.answers[full].timing, a.answers[pruned].timing) for a in asked]
+    shares = {name: [_share(a, name) for a in asked] for name in names[1:]}
+    others.sort(key=lambda name: name != INT4 and "recall" in name)
+    return {
+        "questions": len(asked),
+        "right_full": sum(a.right(full) for a in asked),
+        "right_pruned": sum(a.right(pruned) for a in asked),
+        "retention": sum(shares[pruned]) / len(asked),
+        "kv_bytes_full": sum(one.kv_bytes for one, _ in runs),
+        "kv_bytes_pruned": sum(other.kv_bytes for _, other in runs),
+        "ms_per_token_full": median(one.step_ms for one, _ in runs),
+        "ms_per_token_pruned": median(other.step_ms for _, other in runs),
+        "first_token_pruned_over_full": median(b.first_ms / a.first_ms for a, b in runs),
+        "beside": [
+            {
+                "name": CODE[name],
+                "right": sum(a.right(name) for a in asked),
+                "vision_kv_on_device": sum(shares[name]) / len(asked),
+            }
+            for name in others
+        ],
+    }
+
+
+def _share(asked: Asked, name: str) -> float:
+    report = asked.answers[name].report
+    assert report is not None
+    return report.on_device
+
+
+def _question(asked: Asked, judge: str) -> dict[str, Any]:
+    item, (full, pruned, *_) = asked.item, asked.answers
+    answers = {
+        name: {
+            "answer": answer.text,
+            judge: asked.right(name),
+            "kv_bytes": answer.timing.kv_bytes,
+            "first_token_ms": answer.timing.first_ms,
+            "ms_per_token": answer.timing.step_ms,
+        }
+        for name, answer in asked.answers.items()
+    }
+    report = asked.answers[pruned].report
+    assert report is not None
+    return {
+        "task": item.task,
+        "regime": item.regime,
+        "images": list(item.images),
+        "question": item.question,
+        "expected": item.expected,
+        "full": answers[full],
+        "pruned": answers[pruned],
+        "ways": answers,
+        "report": report.to_dict(),
+    }
 
 
 def _command() -> str:
@@ -114,149 +258,3 @@ def _command() -> str:
     if on_path is not None and called.exists() and Path(on_path).samefile(called):
         return "plphp"
     return os.path.relpath(called) if called.name == "plphp" and called.exists() else "plphp"
-
-
-def bundled_prompts(embedded: Any) -> list[Prompt]:
-    """The questions of the demo, each with the inputs of the model."""
-    from plphp.inputs import open_image
-
-    root = Path(str(files("plphp.demo")))
-    prompts = []
-    for q in json.loads((root / "questions.json").read_text(encoding="utf-8")):
-        pictures = [open_image(root / "pictures" / name) for name in q["images"]]
-        prompts.append((q, embedded.inputs(pictures, q["question"])))
-    return prompts
-
-
-def ask(
-    embedded: Any, prompts: Sequence[Prompt], policy: Policy, rounds: int, quiet: bool
-) -> list[Answer]:
-    """Answer every question with the full and with the pruned cache in turn."""
-    from plphp.bench import compare
-
-    answers = []
-    for q, inputs in track(prompts, "asking", console=stderr(), disable=quiet, transient=True):
-        compared = compare(embedded.model, inputs, policy, rounds, do_sample=False)
-        answers.append(
-            Answer(
-                task=q["task"],
-                images=tuple(q["images"]),
-                question=q["question"],
-                expected=q["expected"],
-                full=embedded.decode(compared.full.tokens),
-                pruned=embedded.decode(compared.pruned.tokens),
-                compared=compared,
-            )
-        )
-    return answers
-
-
-def summary(answers: Sequence[Answer]) -> dict[str, Any]:
-    """The results of the demo in a few numbers. Times are medians over the questions."""
-    runs = [(a.compared.full, a.compared.pruned) for a in answers]
-    return {
-        "questions": len(answers),
-        "right_full": sum(a.full == a.expected for a in answers),
-        "right_pruned": sum(a.pruned == a.expected for a in answers),
-        "retention": sum(a.compared.report.retention for a in answers) / len(answers),
-        "kv_bytes_full": sum(full.kv_bytes for full, _ in runs),
-        "kv_bytes_pruned": sum(pruned.kv_bytes for _, pruned in runs),
-        "ms_per_token_full": median(full.step_ms for full, _ in runs),
-        "ms_per_token_pruned": median(pruned.step_ms for _, pruned in runs),
-        "first_token_pruned_over_full": median(p.first_ms / f.first_ms for f, p in runs),
-    }
-
-
-def _answers(answers: Sequence[Answer]) -> Table:
-    table = Table(title="Answers: green is right, underlined words are wrong", show_lines=True)
-    table.add_column("#", justify="right")
-    for name in ("question", "expected", "full cache", "pruned cache"):
-        table.add_column(name, overflow="fold")
-    for number, a in enumerate(answers, start=1):
-        pictures = f"({len(a.images)} picture{'s' if len(a.images) > 1 else ''})"
-        table.add_row(
-            str(number),
-            Text.assemble(a.question, " ", (pictures, "dim")),
-            a.expected,
-            _mark(a.full, a.expected),
-            _mark(a.pruned, a.expected),
-        )
-    return table
-
-
-def _mark(answer: str, expected: str) -> Text:
-    """The answer: green if it is right, otherwise red with each wrong word underlined."""
-    if answer == expected:
-        return Text(shown(answer), style="green")
-    wanted = expected.split()
-    words = [
-        Text(shown(word), style="" if wanted[i : i + 1] == [word] else "underline")
-        for i, word in enumerate(answer.split())
-    ]
-    marked = Text(" ").join(words)
-    marked.stylize("red")
-    return marked
-
-
-def _layers(answer: Answer) -> Table:
-    table = Table(title=f"Layers, for: {answer.question} ({len(answer.images)} pictures)")
-    for name in ("layer", "gamma", "class", "rate", "kept tokens a head", "K/V kept"):
-        table.add_column(name, justify="right")
-    for layer in answer.compared.report.layers:
-        kept = int((layer.kept[0] >= 0).sum()) // layer.kept.shape[1]
-        table.add_row(
-            str(layer.layer),
-            f"{layer.gamma[0]:.3f}",
-            layer.layer_class[0] or "-",
-            f"{layer.rate[0]:.2f}",
-            f"{kept} of {layer.vision[0]}",
-            f"{layer.retention:.0%}",
-        )
-    return table
-
-
-def _costs(answers: Sequence[Answer]) -> Table:
-    table = Table(title="Cost: K/V allocated after the prompt; times measured in turn")
-    for name in (
-        "#",
-        "vision kept",
-        "KV bytes full",
-        "pruned",
-        "ratio",
-        "ms/token full",
-        "pruned",
-        "first token, ratio",
-    ):
-        table.add_column(name, justify="right")
-    for number, a in enumerate(answers, start=1):
-        full, pruned = a.compared.full, a.compared.pruned
-        table.add_row(
-            str(number),
-            f"{a.compared.report.retention:.0%}",
-            f"{full.kv_bytes:,}",
-            f"{pruned.kv_bytes:,}",
-            f"{pruned.kv_bytes / full.kv_bytes:.2f}",
-            f"{full.step_ms:.2f}",
-            f"{pruned.step_ms:.2f}",
-            f"{pruned.first_ms / full.first_ms:.2f}",
-        )
-    return table
-
-
-def _words(answers: Sequence[Answer]) -> list[str]:
-    """Lines that say what pruning saved and which answers it changed."""
-    s = summary(answers)
-    hurt = [a.task for a in answers if a.full == a.expected != a.pruned]
-    lines = [
-        f"Right: {s['right_full']} of {s['questions']} with the full cache, "
-        f"{s['right_pruned']} with {s['retention']:.0%} of the vision K/V kept.",
-        f"KV cache: {s['kv_bytes_pruned'] / s['kv_bytes_full']:.2f} of the full bytes. "
-        f"Decode: {s['ms_per_token_pruned'] / s['ms_per_token_full']:.2f} of the full time a "
-        f"token. First token: {s['first_token_pruned_over_full']:.2f} of the full time.",
-    ]
-    if hurt:
-        lines.append(
-            f"Pruning broke: {', '.join(sorted(set(hurt)))}. Long answers and reading "
-            "suffer first: the last prompt token attends to what the first words need."
-        )
-    return lines

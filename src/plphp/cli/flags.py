@@ -78,6 +78,42 @@ Oracle = Annotated[
     ),
 ]
 
+# demo
+DemoPrompt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt", help="A question about the images. Repeat the option for more questions."
+    ),
+]
+Details = Annotated[
+    bool,
+    typer.Option(
+        "--details", help="Also show the answers side by side, the layers and the hard cases."
+    ),
+]
+DemoRows = Annotated[
+    int,
+    typer.Option(
+        "--batch", min=1, max=MOST, help="The number of rows in the batch of long prompts."
+    ),
+]
+VisionTokens = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=MOST,
+        help="The smallest number of vision tokens in each long prompt; pictures are repeated.",
+    ),
+]
+DemoDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="The torch device, such as cpu, cuda, cuda:1 or mps. By default a --model uses a GPU "
+        "where there is one, and the embedded model the CPU.",
+    ),
+]
+
 # eval
 RunOut = Annotated[
     Path, typer.Option("--out", help="The directory of the run. A run in it is continued.")

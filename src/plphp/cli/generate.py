@@ -221,9 +221,8 @@ def _print_comparison(
         report = compared.report.to_dict()
         print(json.dumps({**_what(job, images, prompt), **numbers, "report": report}))
         return
-    found = compared.report.recall
-    share, how = (found.share, "on the device") if found else (compared.report.retention, "kept")
-    table = Table(title=f"{share:.0%} of the vision K/V {how}")
+    how = "kept" if compared.report.recall is None else "on the device"
+    table = Table(title=f"{compared.report.on_device:.0%} of the vision K/V {how}")
     for name in ("", "full", "pruned"):
         table.add_column(name, overflow="fold")
     rows = {

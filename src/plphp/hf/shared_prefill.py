@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from plphp.cache import KVStore
 from plphp.errors import UnsupportedModeError
@@ -94,6 +95,25 @@ class SharedPrefill:
             prefill.plans[index] = (plan, views[index].spans, slot_positions(prefill, self.columns))
         cache._finish(replace(build_report(cache, prefill), seen=self.seen))
         return cache
+
+    def stock(self) -> DynamicCache:
+        """transformers' own cache, as this prompt would have left it on a model not attached."""
+        cache = DynamicCache(config=self.cache.config)
+        for index, layer in enumerate(self.cache.layers):
+            if isinstance(layer, PrunedLayer):
+                cache.update(*self._held(index, layer), index)
+            else:
+                cache.layers[index] = copy.deepcopy(layer)
+        return cache
+
+    def _held(self, index: int, layer: PrunedLayer) -> tuple[Tensor, Tensor]:
+        """Keys and values of every column of a layer: (B, Hkv, N, D) and (B, Hkv, N, Dv)."""
+        view = self.views.get(index)
+        if view is None:  # nothing of this layer was chosen from, so its store is whole
+            assert layer.store is not None
+            return layer.store.held()
+        assert view.keys is not None and view.values is not None
+        return view.keys, view.values
 
     def _begun(self, cache: PrunedCache, pruning: Pruning) -> Prefill:
         """The state of the prefill, with its images located."""

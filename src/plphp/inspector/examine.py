@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from plphp.bench import Comparison, compare
-from plphp.bench.compare import Timing
 from plphp.bench.machine import describe
+from plphp.bench.ways import Timing
 from plphp.errors import InputError
 from plphp.hf.shared_prefill import read
 from plphp.inputs import Runnable

@@ -5,8 +5,6 @@ Shapes: H query heads, Hkv KV heads, N prompt tokens, D head dimension, n blocks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -75,8 +73,8 @@ class PagedLayer:
         self.write(keys, values, target[index // block].long() * block + index % block)
 
 
-def with_fresh(blocks: Tensor, fresh: Sequence[int], full: int) -> Tensor:
-    """A block table (n,) in which fresh blocks replace the last of its `full` full blocks."""
+def with_fresh(blocks: Tensor, fresh: Tensor, full: int) -> Tensor:
+    """A block table (n,) in which fresh blocks (F,) replace the last of its `full` full blocks."""
     target = blocks.clone()
-    target[full - len(fresh) : full] = torch.tensor(fresh, device=blocks.device)
+    target[full - len(fresh) : full] = fresh
     return target

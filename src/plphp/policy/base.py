@@ -199,14 +199,20 @@ class SequencePolicy(Policy):
         self.leave_at(layers)
 
 
-def keep_best(look: Look, rate: Tensor, quota: Tensor, total: Tensor | None) -> KeepPlan:
+def keep_best(
+    look: Look,
+    rate: Tensor,
+    quota: Tensor,
+    total: Tensor | None,
+    extent: tuple[int, int] | None = None,
+) -> KeepPlan:
     """Keep all text, the best `quota` tokens of each image, and the best others up to `total`.
 
     quota (B, m) int64 per image, total (B,) int64 per row or None. rate (B,) float64 is the rate
-    that the plan reports.
+    that the plan reports. extent: as in `pack`.
     """
     keep = steps.select(look.scores, look.spans, quota, total)
-    return pack(keep, look.gamma, rate, look.classes)
+    return pack(keep, look.gamma, rate, look.classes, extent)
 
 
 def plan_views(policy: Policy, views: Mapping[int, LayerView]) -> dict[int, KeepPlan]:

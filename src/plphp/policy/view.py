@@ -89,14 +89,21 @@ class KeepPlan:
 LAYER_CLASSES = ("vision-indifferent", "vision-balanced", "vision-attentive")
 
 
-def pack(keep: Tensor, gamma: Tensor, rate: Tensor, classes: Tensor) -> KeepPlan:
+def pack(
+    keep: Tensor,
+    gamma: Tensor,
+    rate: Tensor,
+    classes: Tensor,
+    extent: tuple[int, int] | None = None,
+) -> KeepPlan:
     """Make a plan from a keep mask (B, Hkv, N) bool, with the same count in all heads of a row.
 
-    gamma, rate, classes: (B,) each, copied into the plan, see `KeepPlan`. The host reads from the
-    device once: the shortest and the longest row.
+    gamma, rate, classes: (B,) each, copied into the plan, see `KeepPlan`
+    extent: the number of kept columns of the shortest and of the longest row. Without it the host
+        reads them from the device, once
     """
     lengths = keep[:, 0].sum(-1)
-    shortest, longest = torch.stack(lengths.aminmax()).tolist()
+    shortest, longest = extent or torch.stack(lengths.aminmax()).tolist()
     # A stable sort of the mask moves the kept columns to the end and leaves them ascending. Every
     # row then ends at the same slot, so that later tokens are appended at one slot for all rows.
     order = keep.to(torch.uint8).argsort(dim=-1, stable=True)

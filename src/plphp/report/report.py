@@ -51,6 +51,14 @@ class Report:
         every = sum(sum(layer.vision) * layer.kept.shape[1] for layer in self.layers)
         return ratio(kept, every)
 
+    @property
+    def on_device(self) -> float:
+        """The share of the bytes of vision K/V on the device: what was kept, or what recall takes.
+
+        0 to 1; 1 without vision tokens.
+        """
+        return self.retention if self.recall is None else self.recall.share
+
     def to_dict(self) -> dict[str, Any]:
         """The report as numbers, lists and strings, ready for JSON. NaN becomes None.
 

@@ -10,16 +10,18 @@ import functools
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
-from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from plphp.vllm import blocks
 from plphp.vllm.checks import check_modes
-from plphp.vllm.layout import READERS
+from plphp.vllm.layout import BACKENDS
 from plphp.vllm.options import read_options
 from plphp.vllm.worker import WorkerSide
+
+SIDE = "plphp_worker_side"  # the attribute of a layer that holds its `WorkerSide`
 
 
 def attach(layer: Any, spec: Any, vllm_config: Any) -> blocks.LayerSpec:
@@ -33,7 +35,7 @@ def attach(layer: Any, spec: Any, vllm_config: Any) -> blocks.LayerSpec:
     name = layer.layer_name
     options = read_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
     check_modes(vllm_config, options)
-    _check(layer, spec)
+    check_layer(layer, spec, vllm_config.model_config.dtype)
     if not issubclass(layer.attn_backend, Shifted):
         layer.attn_backend = shifted_backend(layer.attn_backend)
         layer.impl.forward = observed_forward(name, layer.impl.forward)
@@ -43,13 +45,20 @@ def attach(layer: Any, spec: Any, vllm_config: Any) -> blocks.LayerSpec:
     return blocks.LayerSpec(group=group, **given)
 
 
-def _check(layer: Any, spec: Any) -> None:
+def check_layer(layer: Any, spec: Any, dtype: torch.dtype) -> None:
+    """Raise UnsupportedModelError for a layer that cannot be pruned.
+
+    spec: as in `attach`; dtype: of the model
+    """
     backend = layer.attn_backend.get_name()
+    full = type(spec) is FullAttentionSpec
     reasons = {
-        f"its attention backend is {backend}, and plphp supports {', '.join(READERS)}": (
-            backend not in READERS
+        f"its attention backend is {backend}, and plphp supports {', '.join(BACKENDS)}": (
+            backend not in BACKENDS
         ),
-        blocks.other_cache(spec): type(spec) is not FullAttentionSpec,
+        blocks.other_cache(spec): not full,
+        "its keys and values have unequal head sizes": full and spec.head_size != spec.head_size_v,
+        f"its cache is quantized ({spec.dtype})": full and spec.dtype != dtype,
         "it shares its cache with another layer": layer.kv_sharing_target_layer_name is not None,
         "it has attention sinks": getattr(layer.impl, "sinks", None) is not None,
         "it has position biases (ALiBi)": getattr(layer.impl, "alibi_slopes", None) is not None,
@@ -70,7 +79,8 @@ def shifted_backend(base: type[Any]) -> type[Any]:
 
     class Builder(builder):
         def build(self, common_prefix_len: int, common: Any, fast_build: bool = False) -> Any:
-            side = worker_side()
+            layers = self.vllm_config.compilation_config.static_forward_context
+            side = side_of(layers[self.layer_names[0]])
             if side is not None:
                 common = side.shift(side.layers[self.layer_names[0]].group, common)
             return super().build(common_prefix_len, common, fast_build)
@@ -99,7 +109,7 @@ def observed_forward(name: str, forward: Any) -> Any:
         **kwargs: Any,
     ) -> Any:
         result = forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-        side = worker_side()
+        side = side_of(layer)
         if attn_metadata is not None and side is not None:
             side.after_attention(name, query, output)
         return result
@@ -107,9 +117,9 @@ def observed_forward(name: str, forward: Any) -> Any:
     return observed
 
 
-def worker_side() -> WorkerSide | None:
-    """The worker side of the connector in this process; None before vLLM has made it."""
-    if not has_kv_transfer_group():
-        return None
-    side: WorkerSide | None = getattr(get_kv_transfer_group(), "worker", None)
-    return side
+def side_of(layer: Any) -> WorkerSide | None:
+    """The worker side that a layer belongs to; None before the caches are allocated.
+
+    It is found through the layer, because vLLM hides the connector from batches that it makes up.
+    """
+    return getattr(layer, SIDE, None)

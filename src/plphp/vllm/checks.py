@@ -9,7 +9,7 @@ from plphp.errors import UnsupportedModeError, UnsupportedVllmError
 from plphp.vllm.options import CONNECTOR, Options
 
 VLLM = "0.32"  # the minor version whose internals this package uses
-PLATFORMS = ("cpu",)  # platforms with an attention backend in `layout`
+PLATFORMS = ("cpu", "cuda")  # platforms with an attention backend in `layout`
 PLPHP_OPTIONS = {"r", "delta_r", "layers_per_group"}  # options that only plphp's connector has
 
 
@@ -22,7 +22,7 @@ def check_version(found: str) -> None:
 
 
 def check_platform(found: str) -> None:
-    """Raise UnsupportedModeError for a platform without a supported attention backend.
+    """Raise UnsupportedModeError for a platform for which no attention backend was tried.
 
     found: vLLM's device type. This runs before a model is loaded.
     """
@@ -31,6 +31,17 @@ def check_platform(found: str) -> None:
             f"{CONNECTOR} supports vLLM on {', '.join(PLATFORMS)} only, and this engine runs on "
             f"{found}: start vLLM without {CONNECTOR}"
         )
+
+
+def measured(platform: str) -> str:
+    """What the start log says about the tests of this engine's platform, vLLM's device type."""
+    if platform == "cpu":
+        return "PLPHPConnector has been run on CPUs only, where its tokens equal transformers'"
+    return (
+        f"PLPHPConnector has not yet been run on {platform}: tokens, speed and memory are measured "
+        "with vLLM's CPU platform only, where torch stands in for the GPU's kernels. Compare "
+        "answers with those of plphp on transformers first (docs/vllm.md)"
+    )
 
 
 def check_alone(transfer: Any, known: Container[str]) -> None:
@@ -65,7 +76,6 @@ def check_modes(vllm_config: Any, options: Options) -> None:
     layers = model.get_total_num_hidden_layers()
     context = parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size
     refused = {
-        "asynchronous scheduling (add --no-async-scheduling)": scheduler.async_scheduling,
         "speculative decoding (leave out --speculative-config)": vllm_config.speculative_config,
         "pipeline parallelism (use tensor parallelism)": parallel.pipeline_parallel_size > 1,
         "context parallelism (use tensor parallelism)": context > 1,
@@ -76,7 +86,7 @@ def check_modes(vllm_config: Any, options: Options) -> None:
             vllm_config.kv_transfer_config.kv_role == "kv_consumer"
         ),
         "data parallelism (start several servers)": parallel.data_parallel_size > 1,
-        "Model Runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
+        "dual batch overlap (leave out --enable-dbo and --ubatch-size)": parallel.use_ubatching,
         "--disable-hybrid-kv-cache-manager (leave it out)": (
             scheduler.disable_hybrid_kv_cache_manager
         ),

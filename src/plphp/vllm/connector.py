@@ -18,13 +18,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
+from plphp.errors import UnsupportedModeError
 from plphp.vllm import blocks, checks
+from plphp.vllm.attach import SIDE
 from plphp.vllm.layer import Layer
-from plphp.vllm.layout import READERS
+from plphp.vllm.layout import reader_of
 from plphp.vllm.messages import Pruned, Step
 from plphp.vllm.metrics import Counts, Prometheus
 from plphp.vllm.options import read_options
+from plphp.vllm.runner import watch_batches
 from plphp.vllm.scheduler import SchedulerSide
 from plphp.vllm.worker import WorkerSide
 
@@ -40,6 +44,14 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
 
     requires_kv_delivery = False  # nothing is transferred, so blocks are free when a request ends
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """True: attention then runs between the pieces of CUDA graphs, with tables of any address.
+
+        extra_config: as the user gave it
+        """
+        return True
+
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         options = read_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
@@ -50,11 +62,13 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         self.block_size: int = self.groups[0].kv_cache_spec.block_size
         self.worker: WorkerSide | None = None
         self.scheduler: SchedulerSide | None = None
+        if role is KVConnectorRole.WORKER:
+            watch_batches(vllm_config.use_v2_model_runner)
         if role is KVConnectorRole.SCHEDULER:
             share = options.share_prefix and vllm_config.cache_config.enable_prefix_caching
             self.scheduler = SchedulerSide(options, self.block_size, share)
             logger.info("pruning images with %s", options.served(self.block_size))
-            logger.warning("PLPHPConnector has been run with vLLM's CPU backend only, on no GPU")
+            logger.warning(checks.measured(current_platform.device_type))
 
     # Called in the scheduler's process
 
@@ -103,20 +117,18 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         modules = self._vllm_config.compilation_config.static_forward_context
-        layers = [
-            Layer(
-                name,
-                group,
-                modules[name],
-                READERS[modules[name].attn_backend.get_name()](modules[name]),
-            )
-            for group, spec in enumerate(self.groups)
-            for name in spec.layer_names
-        ]
-        self.worker = WorkerSide(layers, self.block_size, mean_over_ranks)
+        layers = []
+        for group, spec in enumerate(self.groups):
+            for name in spec.layer_names:
+                check_blocks(name, modules[name], self.block_size)
+                layers.append(Layer(name, group, modules[name], reader_of(modules[name])))
+        device = next(iter(kv_caches.values())).device
+        self.worker = WorkerSide(layers, self.block_size, mean_over_ranks, device)
+        for layer in layers:
+            setattr(layer.module, SIDE, self.worker)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """Begin a step. vLLM calls this first, before it builds attention metadata."""
+        """Begin a step. Model Runner V1 calls this first, V2 after it has built the metadata."""
         assert self.worker is not None and isinstance(kv_connector_metadata, Step)
         self.worker.begin(kv_connector_metadata)
 
@@ -158,6 +170,16 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> Prometheus:
         return Prometheus(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def check_blocks(name: str, module: Any, block_size: int) -> None:
+    """Raise UnsupportedModeError for a layer whose backend splits the blocks of the manager."""
+    split = module.kv_cache.shape[2]
+    if split != block_size:
+        raise UnsupportedModeError(
+            f"{name} cannot be pruned in vLLM: its attention backend splits blocks of {block_size} "
+            f"tokens into blocks of {split}: use --block-size {split}"
+        )
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:

@@ -20,13 +20,10 @@ VISION = ("image", "video")  # modalities whose tokens are pruned
 class Step(KVConnectorMetadata):
     """The message to the workers about one step.
 
-    rows: maps the block that a request writes last, in group 0, to the request id. The workers
-        find the row of each request in the batch with it
     ends: by request id, the prompts whose last token is computed in this step
     released: ids of requests that finished or were preempted since the last step
     """
 
-    rows: dict[int, str] = field(default_factory=dict)
     ends: dict[str, PromptEnd] = field(default_factory=dict)
     released: frozenset[str] = frozenset()
 

@@ -139,7 +139,6 @@ def engine_args(
     tuned = {name: extra["policy"][name] for name in _tunable(options.policy)}
     own = {name: value for name, value in extra.items() if name != "policy"}
     return {
-        "async_scheduling": False,
         "kv_transfer_config": {
             "kv_connector": CONNECTOR,
             "kv_role": "kv_producer",

@@ -1,8 +1,7 @@
 """The scheduler side: it decides which prompts are pruned, informs the workers and frees blocks.
 
 Changes in vLLM: the image features that are sent for a new request, and the flag of a request that
-bypasses the prefix cache; a comment at each place gives the reason. Reads in vLLM: the block tables
-of the managers, because workers identify requests by their blocks.
+bypasses the prefix cache; a comment at each place gives the reason.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class SchedulerSide:
     awaited: prompts whose `pending` is not empty, by request id; their requests may have finished
     blocks: how their blocks are handled, by request id; the managers of all groups share this dict
     refused: why a request is not pruned, by request id
-    features: vLLM's image features of requests that no worker has got yet, by request id
+    features: vLLM's image features of requests, by request id
     """
 
     def __init__(self, options: Options, block_size: int, share_prefix: bool) -> None:
@@ -143,17 +142,15 @@ class SchedulerSide:
         for new in output.scheduled_new_reqs:
             # vLLM does not send pixels to the workers if the prefix cache holds the image. It then
             # stops with an error if the request is preempted and the image evicted, so all
-            # features are sent.
-            new.mm_features = self.features.pop(new.req_id, new.mm_features)
+            # features are sent. Model Runner V2 gets them again when such a request is resumed.
+            new.mm_features = self.features.get(new.req_id, new.mm_features)
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         step = Step(released=released)
-        held = self.managers[0].req_to_blocks
         for request_id, scheduled in output.num_scheduled_tokens.items():
             start = computed[request_id]
             end = start + scheduled
-            step.rows[held[request_id][(end - 1) // self.block_size].block_id] = request_id
             prompt = self.prompts.get(request_id)
             if prompt is not None and start < prompt.request.num_prompt_tokens <= end:
                 step.ends[request_id] = self._prompt_end(prompt, start, end)

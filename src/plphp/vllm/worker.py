@@ -1,7 +1,8 @@
 """The worker side: attention metadata without freed blocks, and compaction at the end of a step.
 
-The calls of one step: `begin`, `shift` once per cache group, `after_attention` once per layer,
-`finish`, `report`.
+The calls of one step: `begin`, `place`, `shift` once per cache group, `after_attention` once per
+layer, `finish`, `report`. A step without tokens has no calls between `begin` and `finish`, and a
+batch that vLLM makes up (to warm up, or to capture a CUDA graph) is outside a step.
 
 Reads in vLLM: the CommonAttentionMetadata of each cache group, because later code has no access to
 sequence lengths and block tables. It is copied and not changed.
@@ -9,7 +10,7 @@ sequence lengths and block tables. It is copied and not changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor
 
 from plphp.attention import attend
-from plphp.paged.choosing import choose, choose_again, summary
+from plphp.paged.choosing import choose_again, draft, settle
 from plphp.paged.compaction import PagedLayer, with_fresh
 from plphp.paged.prompts import Choice, PromptEnd, spans_of
-from plphp.paged.tables import BatchTables, PrunedRequest
+from plphp.paged.tables import BatchTables, PrunedRequest, to_device
 from plphp.policy import LayerView
 from plphp.vllm.messages import Pruned, Step
 
@@ -55,58 +56,84 @@ class WorkerSide:
     layers: all decoder layers
     block_size: tokens per block
     over_ranks: as in `plphp.policy.LayerView`
+    device: of the caches
 
     Only `pruned_requests`, the pruned requests that are being decoded, lasts longer than a step.
     """
 
     def __init__(
-        self, layers: Sequence[PagedLayer], block_size: int, over_ranks: Callable[[Tensor], Tensor]
+        self,
+        layers: Sequence[PagedLayer],
+        block_size: int,
+        over_ranks: Callable[[Tensor], Tensor],
+        device: torch.device,
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
         self.groups = 1 + max(layer.group for layer in layers)
         self.block_size = block_size
         self.over_ranks = over_ranks
+        self.device = device
         self.pruned_requests: dict[str, PrunedRequest] = {}
-        self.batch_tables = BatchTables((), self.groups)
-        self.begin(None)
+        self.batch_tables = BatchTables((), self.groups, device)
+        self.step: Step | None = None
+        self.endings: dict[str, Ending] = {}
+        self.tables: dict[int, Tensor] = {}
+        self.choices: dict[str, Choice] = {}
 
     @property
     def layers_per_group(self) -> int:
         """The number of layers that share a block table."""
         return len(self.layers) // self.groups
 
-    def begin(self, step: Step | None) -> None:
-        """Begin a step, and forget the requests that finished or were preempted."""
-        self.step = step
-        self.matched = False
-        self.endings: dict[str, Ending] = {}
-        self.tables: dict[int, Tensor] = {}
-        self.choices: dict[str, Choice] = {}
-        for request_id in step.released if step else ():
+    def begin(self, step: Step) -> None:
+        """Begin a step, and forget the requests that finished or were preempted.
+
+        vLLM announces a step once or twice; the second call does nothing.
+        """
+        if step is self.step:
+            return
+        self.step, self.endings, self.tables, self.choices = step, {}, {}, {}
+        for request_id in step.released:
             self.pruned_requests.pop(request_id, None)
         if not self.pruned_requests:
-            self.batch_tables = BatchTables((), self.groups)
+            self.batch_tables = BatchTables((), self.groups, self.device)
+
+    def place(self, ids: Sequence[str], tokens: Mapping[str, int]) -> None:
+        """Take note of the requests of a batch. The rows after them, if any, are padding.
+
+        ids: request ids in the order of the rows; tokens: by request id, number of tokens in this
+            step
+        """
+        assert self.step is not None
+        start = 0
+        for row, request_id in enumerate(ids):
+            if request_id in self.step.ends:
+                end = self.step.ends[request_id]
+                self.endings[request_id] = Ending(end, row, start, {}, {})
+            start += tokens[request_id]
+        rows = tuple(self.pruned_requests.get(request_id) for request_id in ids)
+        if rows != self.batch_tables.rows:
+            self.batch_tables = BatchTables(rows, self.groups, self.device)
 
     def shift(self, group: int, common: Any) -> Any:
         """vLLM's CommonAttentionMetadata of a group without freed blocks.
 
         Attention sees a shorter sequence. Its causal mask is aligned to the end of the sequence, so
-        that kernels work unchanged.
+        that kernels work unchanged. `seq_lens_cpu_upper_bound` is shifted by the same numbers,
+        because FlashInfer's plans take it for the lengths themselves.
         """
         if self.step is None:
             return common
-        if not self.matched:
-            self._match_rows(common)
         self.tables[group] = common.block_table_tensor
         if self.batch_tables.empty:
             return common
-        table, freed = self.batch_tables.apply(group, common.block_table_tensor)
-        seq_lens = common.seq_lens.clone()
-        seq_lens[: len(freed)] -= freed * self.block_size
+        batch, block = self.batch_tables, self.block_size
+        on_host = batch.shorten(group, block, common.seq_lens_cpu_upper_bound)
         return common.replace(
-            seq_lens=seq_lens,
-            block_table_tensor=table,
-            max_seq_len=int(seq_lens.max()),
+            seq_lens=batch.shorten(group, block, common.seq_lens),
+            block_table_tensor=batch.apply(group, common.block_table_tensor),
+            seq_lens_cpu_upper_bound=on_host,
+            max_seq_len=int(on_host.max()),
             _num_computed_tokens_cache=None,
         )
 
@@ -122,63 +149,34 @@ class WorkerSide:
                 self._recompute_answer(self.layers[name], ending, query, output)
 
     def finish(self) -> None:
-        """Prune the prompts whose last token was computed in this step."""
+        """Prune the prompts whose last token was computed in this step.
+
+        The host waits for the device once, for all prompts that are pruned for the first time.
+        """
+        block, per_group = self.block_size, self.layers_per_group
+        new = {name: one for name, one in self.endings.items() if one.end.choice is None}
+        drafts = [draft(self._views(one), one.end.policy, block, per_group) for one in new.values()]
+        choices = settle(drafts, [one.end for one in new.values()], block, per_group)
+        for ending, made, choice in zip(new.values(), drafts, choices, strict=True):
+            columns = made.columns(choice, ending.end.text)
+            ending.columns.update(zip(self.layers, columns, strict=True))
+        chosen = dict(zip(new, choices, strict=True))
         for request_id, ending in self.endings.items():
-            choice, columns = self._choose(ending)
+            choice = ending.end.choice or chosen[request_id]
             self.choices[request_id] = choice
-            for layer in self.layers.values():
-                self._compact(layer, ending.end, self._blocks(layer, ending), choice, columns)
+            self._compact(ending, choice)
             if any(choice.freed):
-                self.pruned_requests[request_id] = PrunedRequest.of(
-                    choice.freed, ending.end, self.block_size
-                )
-        self.endings = {}
+                self.pruned_requests[request_id] = PrunedRequest.of(choice.freed, ending.end, block)
+        self.endings, self.step = {}, None
 
     def report(self) -> Pruned | None:
         """The message to the scheduler; None if no prompt was pruned."""
         return Pruned(self.choices) if self.choices else None
 
-    def _match_rows(self, common: Any) -> None:
-        """Find the request of each row by the block that the row writes last in group 0.
-
-        The batch may be padded: the rows of requests come first.
-        """
-        assert self.step is not None
-        starts = common.query_start_loc_cpu[: len(self.step.rows) + 1].tolist()
-        last = torch.tensor(starts[1:], device=common.slot_mapping.device) - 1
-        blocks = (common.slot_mapping[last] // self.block_size).tolist()
-        ids = [self.step.rows[block] for block in blocks]
-        for row, request_id in enumerate(ids):
-            if request_id in self.step.ends:
-                end = self.step.ends[request_id]
-                self.endings[request_id] = Ending(end, row, starts[row], {}, {})
-        rows = tuple(self.pruned_requests.get(request_id) for request_id in ids)
-        if rows != self.batch_tables.rows:
-            self.batch_tables = BatchTables(rows, self.groups)
-        self.matched = True
-
     def _blocks(self, layer: PagedLayer, ending: Ending) -> Tensor:
         """The blocks (n,) of a request up to its last token of this step, from vLLM's table."""
         used = -(-ending.end.end // self.block_size)
         return self.tables[layer.group][ending.row, :used].long()
-
-    def _choose(self, ending: Ending) -> tuple[Choice, dict[str, Tensor]]:
-        """Select the tokens of a prompt.
-
-        Returns the numbers for the scheduler, and the kept columns (Hkv, K) by layer name. Layers
-        that drop nothing may be missing.
-        """
-        end, layers = ending.end, list(self.layers.values())
-        if end.choice is not None:
-            pruned = [layer for layer in layers if end.choice.freed[layer.group]]
-            return end.choice, {layer.name: self._choose_again(layer, ending) for layer in pruned}
-        spans = self._spans(ending)
-        views = (self._view(layer, ending, spans) for layer in layers)
-        plan = choose(views, end.policy, self.block_size, self.layers_per_group)
-        choice = summary(plan, end, self.block_size, self.layers_per_group)
-        kept = [end.length - self.block_size * choice.freed[layer.group] for layer in layers]
-        columns = (row[:, -count:] for row, count in zip(plan.columns, kept, strict=True))
-        return choice, dict(zip(self.layers, columns, strict=True))
 
     def _choose_again(self, layer: PagedLayer, ending: Ending) -> Tensor:
         """The kept columns (Hkv, K) of one layer of a request that was preempted.
@@ -194,13 +192,18 @@ class WorkerSide:
                 end.policy,
                 choice.rates[index],
                 choice.kept[index],
+                end.text,
             )
         return ending.columns[layer.name]
 
     def _spans(self, ending: Ending) -> Tensor:
-        """The spans (N,) int64 of a prompt, on the device of its queries."""
-        device = next(iter(ending.queries.values())).device
-        return spans_of(ending.end.images, ending.end.length).to(device)
+        """The spans (N,) int64 of a prompt, on the device."""
+        return to_device(spans_of(ending.end.images, ending.end.length), self.device)
+
+    def _views(self, ending: Ending) -> Iterator[LayerView]:
+        """The inputs of the policy for all layers, one after the other."""
+        spans = self._spans(ending)
+        return (self._view(layer, ending, spans) for layer in self.layers.values())
 
     def _view(self, layer: PagedLayer, ending: Ending, spans: Tensor) -> LayerView:
         """The input of the policy for one layer."""
@@ -213,27 +216,24 @@ class WorkerSide:
             images=ending.end.images[-1][0],
         )
 
-    def _compact(
-        self,
-        layer: PagedLayer,
-        end: PromptEnd,
-        blocks: Tensor,
-        choice: Choice,
-        columns: dict[str, Tensor],
-    ) -> None:
-        """Copy the kept tokens of a layer to the end of its prompt.
+    def _compact(self, ending: Ending, choice: Choice) -> None:
+        """Copy the kept tokens of a prompt to its end in every layer.
 
         The tokens after the prompt then keep their slots.
         """
-        freed = choice.freed[layer.group]
-        if not freed:
-            return
-        target = blocks
-        if end.fresh is not None:
-            full = end.length // self.block_size
-            target = with_fresh(blocks, end.fresh[layer.group], full)
-        first = freed * self.block_size
-        layer.move(columns[layer.name], blocks, target, first, self.block_size)
+        end, block = ending.end, self.block_size
+        fresh = to_device(torch.tensor(end.fresh or (), dtype=torch.int64), self.device)
+        for layer in self.layers.values():
+            freed = choice.freed[layer.group]
+            if not freed:
+                continue
+            columns = ending.columns.get(layer.name)
+            if columns is None:
+                columns = self._choose_again(layer, ending)
+            source = target = self._blocks(layer, ending)
+            if end.fresh is not None:
+                target = with_fresh(source, fresh[layer.group], end.length // block)
+            layer.move(columns, source, target, freed * block, block)
 
     def _recompute_answer(
         self, layer: PagedLayer, ending: Ending, query: Tensor, output: Tensor
