@@ -15,7 +15,8 @@ from plphp.cache import allocated
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.attached import Pruning, attached
-from plphp.hf.layer import PrunedLayer, Shared, layer_tensors, spans_until
+from plphp.hf.layer import PrunedLayer, Shared, layer_tensors
+from plphp.hf.located import spans_until
 from plphp.hf.prompt import Prefill, Prompt
 from plphp.hf.recall import recalled
 from plphp.policy import sequence_stage

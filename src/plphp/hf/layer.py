@@ -13,8 +13,10 @@ from transformers.cache_utils import CacheLayerMixin
 from plphp.cache import KVStore, StaticStore, bucketed
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
+from plphp.hf.located import spans_until
 from plphp.hf.prompt import Prefill
 from plphp.policy import KeepPlan, Policy, SequencePolicy, cache_stage, policy, sequence_stage
+from plphp.policy.view import PADDING, keep_in_every_head
 from plphp.recall import Home, Recall
 
 
@@ -91,6 +93,7 @@ class PrunedLayer(CacheLayerMixin):
     spare: static buffers that `reset` left, to be filled again by the next conversation
     compute_device: where the layer was before `offload`, None if it was never moved
     recent: (B, H, T, D) last queries of the chunks read so far, None if no chunk is waiting
+    entered: (B, columns) bool, with recall: columns that entered the layer; None for all
     """
 
     is_croppable = True
@@ -107,6 +110,7 @@ class PrunedLayer(CacheLayerMixin):
         self.is_compileable = shared.static
         self.compute_device: torch.device | None = None
         self.recent: Tensor | None = None
+        self.entered: Tensor | None = None
 
     @property
     def keys(self) -> Tensor | None:
@@ -135,7 +139,9 @@ class PrunedLayer(CacheLayerMixin):
             self.is_initialized = True
             self.store = KVStore(key_states, value_states, self.window)
             return key_states, value_states
-        if self.shared.recall is not None and self.shared.prefill is not None and not self.raw:
+        prefill = self.shared.prefill
+        begins = prefill is not None and self.store.logical <= prefill.prompt.begin
+        if self.shared.recall is not None and begins and not self.raw:
             restore(self)
         self.store.append(key_states, value_states)
         return self.store.held()
@@ -191,7 +197,7 @@ class PrunedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.spare = self.store if isinstance(self.store, StaticStore) else None
         self.store, self.raw, self.is_initialized, self.recent = None, True, False, None
-        self.parked = None
+        self.parked = self.entered = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.store is not None:
@@ -209,6 +215,8 @@ class PrunedLayer(CacheLayerMixin):
         """Put the rows (B',) of stored and parked tokens in a new order, or repeat them."""
         assert self.store is not None
         self.store.reorder(rows)
+        if self.entered is not None:
+            self.entered = self.entered[rows.to(self.entered.device)]
         if self.parked is not None:
             self.parked.reorder(rows)
 
@@ -258,6 +266,9 @@ def restore(layer: PrunedLayer) -> None:
     store, home, spans = layer.store, layer.parked, layer.shared.spans
     assert isinstance(store, KVStore) and spans is not None
     spans = spans_until(spans.to(store.start.device), store.logical)
+    if layer.entered is not None:  # what never entered is missing, as padding is
+        entered = layer.entered[:, : store.logical].to(spans.device)
+        spans[:, : entered.shape[1]].masked_fill_(~entered, PADDING)
     heads = (-1, store.keys.shape[1], -1)
     text, vision = ((where[:, None]).expand(heads) for where in (spans == 0, spans > 0))
     used = torch.arange(store.end, device=spans.device) >= store.start[:, None, None]
@@ -274,12 +285,9 @@ def restore(layer: PrunedLayer) -> None:
         whole.append(full)
     layer.store = KVStore(whole[0], whole[1], layer.window)
     layer.raw, layer.parked = True, None
-
-
-def spans_until(spans: Tensor, columns: int) -> Tensor:
-    """Spans (B, columns) of a conversation. Columns after its last prompt are answer, so text."""
-    spans = spans[:, :columns]
-    return torch.nn.functional.pad(spans, (0, columns - spans.shape[1]))
+    if layer.entered is not None:
+        layer.store.compact(keep_in_every_head(spans >= 0, store.keys.shape[1]))
+        layer.raw = False
 
 
 def layer_tensors(layer: Any) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from plphp.policy import KeepPlan
@@ -52,3 +53,9 @@ class Located:
         spans = self.spans.gather(1, columns).masked_fill(gone, PADDING)
         places = self.positions().gather(1, columns).masked_fill(gone, 0)
         return replace(self, spans=spans, places=places)
+
+
+def spans_until(spans: Tensor, columns: int) -> Tensor:
+    """Spans (B, columns) of a conversation. Columns after its last prompt are answer, so text."""
+    spans = spans[:, :columns]
+    return F.pad(spans, (0, columns - spans.shape[1]))

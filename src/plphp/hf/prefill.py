@@ -19,6 +19,7 @@ from plphp.attention import window_probabilities
 from plphp.cache import KVStore
 from plphp.errors import UnsupportedModelError
 from plphp.hf import compat
+from plphp.hf.entered import columns_entered, located_here
 from plphp.hf.last_queries import last_queries, slot_positions
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.prompt import Prefill
@@ -80,6 +81,8 @@ def after_attention(
     index, end = int(module.layer_idx), prefill.prompt.end  # type: ignore[arg-type]
     if prefill.remaining is not None:
         adopt_remaining(layer, store, prefill)
+    recalls = shared.recall is not None and prefill.located is not None
+    prefill.here = located_here(layer, prefill) if recalls and prefill.prompt.begin else None
     window = shared.policy.window
     query = layer.with_recent(query)
     if store.logical < end:  # a chunk that is not the last one
@@ -100,10 +103,11 @@ def after_attention(
     if shared.over_ranks is not None:
         view = replace(view, over_ranks=shared.over_ranks)
     scored = Scored(layer, store, view, drafts)
-    plan = None if first is None else first.plan(replace(view, kv_heads=1))
+    plan = None if first is None else first.plan(_of_prompt(view, prefill.prompt.length))
     if second is not None:
         act = park if shared.recall is not None else BY_KIND[second.kind]
         act(second, scored, prefill)
+        layer.entered = columns_entered(layer, prefill) if recalls else None
     if plan is not None:
         prefill.leave(plan, "flash" in shared.config._attn_implementation)
 
@@ -154,6 +158,14 @@ def record_remaining(layer: PrunedLayer, store: KVStore, prefill: Prefill, index
     plan, where = prefill.remaining.plan, prefill.where
     every_head = replace(plan, columns=plan.columns.expand(-1, store.keys.shape[1], -1))
     prefill.plans[index] = (every_head, where.spans, where.positions())
+
+
+def _of_prompt(view: LayerView, columns: int) -> LayerView:
+    """What a sequence method is shown: the prompt's columns, as a layer with one KV head."""
+    probs, spans = view.probs[..., -columns:], view.spans[:, -columns:]
+    return replace(
+        view, kv_heads=1, probs=probs, spans=spans, window=None, asked=None, keys=None, values=None
+    )
 
 
 def _view(

@@ -52,6 +52,8 @@ class Prefill:
 
     located: set by the forward that brings the prompt's last column
     remaining: the tokens that a sequence method leaves in the hidden states, once it has planned
+    here: the columns in the slots of the layer that runs now, where they are neither all columns
+        nor those of `remaining`
     waiting: layers that were scored and wait for the plan of all layers, by their index
     plans: layer index -> its plan, and the spans and positions (B, slots) that it chose from
     """
@@ -59,6 +61,7 @@ class Prefill:
     prompt: Prompt
     located: Located | None = None
     remaining: RemainingTokens | None = None
+    here: Located | None = None
     waiting: dict[int, Any] = field(default_factory=dict)
     plans: dict[int, tuple[KeepPlan, Tensor, Tensor]] = field(default_factory=dict)
     _results: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
@@ -72,6 +75,8 @@ class Prefill:
     @property
     def entered(self) -> Located:
         """The columns that entered the layer that runs now: all, or those that a stage left."""
+        if self.here is not None:
+            return self.here
         return self.where if self.remaining is None else self.remaining.where
 
     def leave(self, plan: KeepPlan, flash: bool) -> None:
@@ -79,7 +84,9 @@ class Prefill:
 
         flash: as in `RemainingTokens`
         """
-        whole = replace(self.where, spans=self.where.spans[:, -self.prompt.length :])
+        columns = slice(-self.prompt.length, None)
+        spans, places = self.where.spans[:, columns], self.where.positions()[:, columns]
+        whole = replace(self.where, spans=spans, places=places)
         self.remaining = RemainingTokens(plan, whole.only(plan), self.prompt.length, flash)
 
     def locate(self, batch: int, attention_mask: Tensor | None) -> None:

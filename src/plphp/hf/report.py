@@ -85,7 +85,9 @@ def _rounding_home(recall: Recall | None) -> str | None:
 def images_found(cache: Conversation) -> tuple[EarlierImage, ...]:
     """The images of all turns so far, with the share of each that the next prompt finds."""
     if cache.shared.recall is not None and cache.shared.spans is not None:
-        return images_of(cache.shared.spans.cpu())
+        masks = [layer.entered for _, layer in cache.pruned_layers()]
+        entered = [None if mask is None else mask.cpu() for mask in masks]
+        return images_of(cache.shared.spans.cpu(), entered)
     images, report = cache._found, cache.report
     if report is not None:
         assert report.seen is not None

@@ -23,6 +23,7 @@ from plphp.hf.layer import PrunedLayer
 from plphp.hf.prompt import Prefill
 from plphp.hf.remaining_tokens import RemainingTokens, select_columns
 from plphp.policy import HiddenPolicy, SequencePolicy, sequence_stage
+from plphp.policy.view import TEXT
 
 
 def attach_sequence(
@@ -58,8 +59,6 @@ def refuse_prompt(cache: PrunedCache, prefill: Prefill, columns: int) -> None:
     prompt, why = prefill.prompt, None
     if columns != prompt.length:
         why = "the prompt has to be read in one forward, without chunks and drafts"
-    elif shared.recall is not None and prompt.begin:
-        why = "later turns with recall are not supported; start a new cache"
     elif prompt.begin and any(slides(layer, prompt.end) for _, layer in cache.pruned_layers()):
         why = "later turns with images exceed the sliding window of some layers; use a new cache"
     elif not isinstance(first, HiddenPolicy):
@@ -88,7 +87,10 @@ def _choose(policy: HiddenPolicy, hidden: Tensor, kwargs: dict[str, Any], index:
     prefill = cache.shared.prefill if isinstance(cache, PrunedCache) else None
     if prefill is None or prefill.located is None or not prefill.where.prunes:
         return
-    plan = policy.choose(hidden_view(policy, cache, prefill, hidden, index))
+    view = hidden_view(policy, cache, prefill, hidden, index)
+    if not cache.static and not bool((view.spans != TEXT).any()):
+        return  # with recall, the images of earlier turns are located too
+    plan = policy.choose(view)
     prefill.leave(plan, "flash" in cache.shared.config._attn_implementation)
 
 

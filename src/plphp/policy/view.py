@@ -109,3 +109,10 @@ def pack(
     order = keep.to(torch.uint8).argsort(dim=-1, stable=True)
     columns = order[..., keep.shape[-1] - longest :]
     return KeepPlan(columns, lengths, gamma, rate, classes, shortest < longest)
+
+
+def keep_in_every_head(keep: Tensor, kv_heads: int) -> KeepPlan:
+    """A plan that keeps these columns (B, N) bool in every KV head, without further numbers."""
+    nothing = torch.full(keep.shape[:1], torch.nan, device=keep.device)
+    every = keep[:, None].expand(-1, kv_heads, -1)
+    return pack(every, nothing, nothing.double(), torch.full_like(nothing, -1).long())

@@ -49,16 +49,28 @@ def images_left(
     return tuple(images)
 
 
-def images_of(spans: Tensor) -> tuple[EarlierImage, ...]:
-    """The images of a conversation that has lost no token.
+def images_of(spans: Tensor, entered: Sequence[Tensor | None] = ()) -> tuple[EarlierImage, ...]:
+    """The images of a conversation whose caches have lost no token.
 
     spans: (B, columns) int64 on the CPU, of the whole conversation
+    entered: of each layer (B, columns) bool, the columns that it was given; None for all
     """
     return tuple(
-        EarlierImage(row, number, size, 1.0)
+        EarlierImage(row, number, size, _share(row_spans == image, row, entered))
         for row, row_spans in enumerate(spans)
-        for number, (_, size) in enumerate(_sizes(row_spans), start=1)
+        for number, (image, size) in enumerate(_sizes(row_spans), start=1)
     )
+
+
+def _share(image: Tensor, row: int, entered: Sequence[Tensor | None]) -> float:
+    """The share of the columns (N,) bool of an image that entered the layers, in their mean."""
+    shares = [
+        1.0
+        if mask is None
+        else float(mask[row, : len(image)][image[: mask.shape[1]]].float().mean())
+        for mask in entered
+    ]
+    return sum(shares) / len(shares) if shares else 1.0
 
 
 def _sizes(spans: Tensor) -> list[tuple[int, int]]:
