@@ -151,7 +151,8 @@ def compare(case: Case, tally: Tally) -> None:
 
     plan = plphp_policy(case.numbers).plan(LayerView(probs, spans, case.kv_heads))
     positions = valid.cumsum(-1) - 1
-    kept = layer_report(0, plan, spans, positions).kept
+    vision = tuple((spans > 0).sum(-1).tolist())
+    kept = layer_report(0, plan, spans, positions, vision).kept
     selection = oracle.select([exact[:, :, 0]], spans, case.numbers, case.kv_heads)
     verdict = oracle.compare(selection, [kept])
     assert not verdict.wrong, "\n".join(verdict.wrong)
