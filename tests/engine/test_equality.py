@@ -62,7 +62,7 @@ class EqualCounts(plphp.PLPHP):
         from plphp.policy import steps
         from plphp.policy.view import pack
 
-        counted = [self.counts(look.rate, look.spans) for look in looks]
+        counted = [self.rounded_counts(look.rate, look.spans, self.round_to) for look in looks]
         plans = []
         for index, (look, (quota, _)) in enumerate(zip(looks, counted, strict=True)):
             first = index // self.group * self.group
