@@ -250,6 +250,16 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
+def check_early(layer: int, keep: float | None, budget: float | None) -> None:
+    """Raise ValueError, naming the option, for options that `layer_within` cannot take."""
+    check_count("layer", layer, 1)
+    for name, value in (("keep", keep), ("budget", budget)):
+        if value is not None:
+            check_share(name, value)
+    if keep is not None and budget is not None:
+        raise ValueError("budget and keep say the same thing: give one of them")
+
+
 def layer_within(layer: int, budget: float | None, layers: int) -> int:
     """`layer`, if it is in a decoder of `layers` layers and a budget can be met; else ValueError.
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plphp.policy.base import check_count, check_share, layer_within, share_after
+from plphp.policy.base import check_count, check_early, layer_within, share_after
 from plphp.policy.hidden import HiddenPolicy, HiddenView, by_order, images, unit
 
 
@@ -43,12 +43,7 @@ class DART(HiddenPolicy):
     text_pivots: int = 4
 
     def __post_init__(self) -> None:
-        check_count("layer", self.layer, 1)
-        for name in ("keep", "budget"):
-            if getattr(self, name) is not None:
-                check_share(name, getattr(self, name))
-        if self.keep is not None and self.budget is not None:
-            raise ValueError("budget and keep say the same thing: give one of them")
+        check_early(self.layer, self.keep, self.budget)
         check_count("min_tokens", self.min_tokens, 0)
         check_count("pivots", self.pivots, 1)
         check_count("text_pivots", self.text_pivots, 0)

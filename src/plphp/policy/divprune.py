@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plphp.policy.base import check_count, check_share
 from plphp.policy.hidden import HiddenPolicy, HiddenView, by_order, images, unit
 
 
@@ -33,10 +32,6 @@ class DivPrune(HiddenPolicy):
 
     budget: float = 0.5
     min_tokens: int = 1
-
-    def __post_init__(self) -> None:
-        check_share("budget", self.budget)
-        check_count("min_tokens", self.min_tokens, 0)
 
     def scores(self, view: HiddenView, quota: Tensor) -> Tensor:
         scores = torch.zeros(view.spans.shape, device=view.spans.device)

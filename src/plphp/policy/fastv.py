@@ -16,8 +16,7 @@ from plphp.policy import steps
 from plphp.policy.base import (
     Look,
     SequencePolicy,
-    check_count,
-    check_share,
+    check_early,
     flat_look,
     layer_within,
     share_after,
@@ -41,12 +40,7 @@ class FastV(SequencePolicy):
     budget: float | None = None
 
     def __post_init__(self) -> None:
-        check_count("layer", self.layer, 1)
-        for name in ("keep", "budget"):
-            if getattr(self, name) is not None:
-                check_share(name, getattr(self, name))
-        if self.keep is not None and self.budget is not None:
-            raise ValueError("budget and keep say the same thing: give one of them")
+        check_early(self.layer, self.keep, self.budget)
 
     def leave_at(self, layers: int) -> int:
         return layer_within(self.layer, self.budget, layers)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from plphp.policy import steps
-from plphp.policy.base import Look, SequencePolicy
+from plphp.policy.base import Look, SequencePolicy, check_count, check_share
 from plphp.policy.view import KeepPlan, LayerView, pack
 
 
@@ -47,6 +47,10 @@ class HiddenPolicy(SequencePolicy):
     budget: float
     min_tokens: int
     reads_frames = False  # whether `view.frames` is read
+
+    def __post_init__(self) -> None:
+        check_share("budget", self.budget)
+        check_count("min_tokens", self.min_tokens, 0)
 
     def leave_at(self, layers: int) -> int:
         """The layer before which the tokens are dropped, 0 by default."""

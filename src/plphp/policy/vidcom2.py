@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from plphp.policy import steps
-from plphp.policy.base import check_count, check_share
 from plphp.policy.hidden import HiddenPolicy, HiddenView, images, unit
 
 WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)  # a of the kernels
@@ -40,10 +39,6 @@ class VidCom2(HiddenPolicy):
     budget: float = 0.5
     min_tokens: int = 1
     reads_frames = True
-
-    def __post_init__(self) -> None:
-        check_share("budget", self.budget)
-        check_count("min_tokens", self.min_tokens, 0)
 
     def scores(self, view: HiddenView, quota: Tensor) -> Tensor:
         return self.best(view).float()
