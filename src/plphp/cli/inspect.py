@@ -71,6 +71,8 @@ def inspect(
 
 def _present(page: Page, where: Path | None, as_json: bool) -> None:
     """Write the page, and print one line per method, or the data of the page as JSON."""
+    from plphp.report import StageReport
+
     if where is not None:
         from plphp.inspector import write_html
 
@@ -86,6 +88,8 @@ def _present(page: Page, where: Path | None, as_json: bool) -> None:
         )
         held = "kept" if run.recall is None else "in full on the device"
         stdout().print(f"{run.policy}: {run.retention:.0%} of the vision K/V {held}, {same}")
+        for stage in run.stages:
+            stdout().print(f"  {StageReport(**stage)}", soft_wrap=True)
     stdout().print(shown(f"open {where} in a browser"), soft_wrap=True)
 
 
