@@ -116,6 +116,24 @@ def test_the_tower_reads_a_batch_once(embedded: Embedded, monkeypatch: pytest.Mo
     assert "get_image_features" not in vars(embedded.model.model)
 
 
+def test_a_method_in_the_tower_is_given_no_remembered_features(embedded: Embedded) -> None:
+    inputs = embedded.batch([(s.images, s.question) for s in TASKS["easyvqa"].draw(2, SEED)])
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+
+    def both() -> list[torch.Tensor]:
+        with plphp.prune(embedded.model, plphp.policy("visionzip", budget=0.3)) as pruning:
+            pruned = embedded.model.generate(**inputs, **options)
+        assert pruning.report is not None and pruning.report.retention < 0.5
+        return [pruned, embedded.model.generate(**inputs, **options)]
+
+    with torch.inference_mode():
+        fresh = both()
+        with remembered(embedded.model):
+            embedded.model.generate(**inputs, **options)
+            again = both()
+    assert all(torch.equal(a, b) for a, b in zip(fresh, again, strict=True))
+
+
 def test_smaller_pictures_take_the_tokens_that_the_budget_allows(embedded: Embedded) -> None:
     samples = TASKS["difference"].draw(2, SEED)
     by, policy = shrinker(embedded), plphp.policy("downsample", budget=0.2)
