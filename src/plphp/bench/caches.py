@@ -144,7 +144,7 @@ def pruned(
         for index, plan in plan_views(policy, views).items():
             seen = views.pop(index)
             assert seen.keys is not None and seen.values is not None
-            adopt(cache.layers[index], seen.keys, seen.values, plan)
+            adopt(cache.layers[index], seen.keys, seen.values, plan, seen.spans)
     cache.shift = torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)
     return cache
 

@@ -49,7 +49,7 @@ class Scored:
         """Compact the layer to the columns of a plan, and record the plan for the report."""
         positions = slot_positions(prefill, self.store.end)
         prefill.plans[self.view.layer] = (plan, self.view.spans, positions)
-        self.layer.compact(plan, self.drafts)
+        self.layer.compact(plan, self.view.spans, self.drafts)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def plan_together(policy: Policy, scored: Scored, prefill: Prefill) -> None:
     for index, plan in zip(indices, plans, strict=True):
         ready = prefill.waiting.pop(index)
         prefill.plans[index] = (plan, ready.look.spans, ready.positions)
-        ready.layer.compact(plan, ready.drafts)
+        ready.layer.compact(plan, ready.look.spans, ready.drafts)
 
 
 BY_KIND: dict[str, Callable[[Policy, Scored, Prefill], None]] = {

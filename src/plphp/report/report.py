@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from plphp._drawing import drawing
 from plphp.report.earlier_images import EarlierImage
 from plphp.report.layers import LayerReport, Seen, StageReport, ratio
-from plphp.report.traffic import RecallReport
+from plphp.report.traffic import CodesReport, RecallReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,7 @@ class Report:
     seen: where the images are in the prompt
     recall: where the vision tokens are, None without recall
     earlier: images of earlier turns, with the share of each that this prompt found
+    codes: the bytes of vision tokens where kept tokens are in codes, None without `kv_bits`
     stages: what each stage left, where a sequence method dropped hidden states; else empty
     """
 
@@ -43,6 +44,7 @@ class Report:
     recall: RecallReport | None = None
     earlier: tuple[EarlierImage, ...] = ()
     stages: tuple[StageReport, ...] = ()
+    codes: CodesReport | None = None
 
     @property
     def retention(self) -> float:
@@ -72,6 +74,7 @@ class Report:
             "images": list(self.images),
             "notes": list(self.notes),
             "recall": None if self.recall is None else self.recall.to_dict(),
+            "codes": None if self.codes is None else self.codes.to_dict(),
             "earlier": [asdict(image) for image in self.earlier],
             "stages": [stage.to_dict() for stage in self.stages],
             "layers": [
@@ -157,7 +160,8 @@ class Report:
     def remarks(self) -> tuple[str, ...]:
         """The lines after the summary: what each stage left, the bytes of recall, the notes."""
         recall = [] if self.recall is None else [str(self.recall)]
-        return (*map(str, self.stages), *recall, *self.notes)
+        codes = [] if self.codes is None else [str(self.codes)]
+        return (*map(str, self.stages), *recall, *codes, *self.notes)
 
 
 def _number(value: float) -> float | None:
