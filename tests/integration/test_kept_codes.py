@@ -39,6 +39,24 @@ def test_logits_are_those_of_rounded_tokens(family: str, rows: str, bits: int) -
     assert report.codes.share < report.retention
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+def test_reported_bytes_are_those_of_the_tensors(family: str) -> None:
+    expected = truth(family, 0, "one")
+    model = expected.build()
+    with plphp.prune(model, plphp_policy(expected.numbers), kv_bits=4) as pruning:
+        cache = plphp.PrunedCache(model)
+        generate(model, expected.inputs, cache=cache)
+    layers, report = [layer for _, layer in cache.pruned_layers()], pruning.report
+    texts = int((expected.spans == 0).sum())
+    for layer in layers:  # no vision token is left in the store
+        assert layer.store.end - (STEPS - 1) == texts
+    packed = sum(x.nbytes for layer in layers for x in layer.codes.parked())
+    in_full = [layer for layer in report.layers if not layer.pruned]
+    held = sum(layer.kept.numel() for layer in in_full) * 2 * layers[0].store.keys.shape[-1] * 4
+    assert report.codes.device == packed + held
+    assert report.on_device == report.codes.share == report.codes.device / report.codes.full
+
+
 @pytest.mark.parametrize("bits", [4, 2])
 def test_text_in_codes(bits: int) -> None:
     expected = truth("qwen2_vl", 0, "five")

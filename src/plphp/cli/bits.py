@@ -1,9 +1,9 @@
-"""The options that say in how many bits kept tokens are stored."""
+"""The options that say in how many bits kept tokens and weights are stored."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,13 @@ KvBits = Annotated[
     ),
 ]
 KvText = Annotated[bool, typer.Option("--kv-text", help="With --kv-bits, store text in codes too.")]
+Weights = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(
+        "--weights",
+        help="Round the weights while they are loaded: int8, or int4 in the decoder. On CPUs only.",
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rich.table import Table
 from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.bits import Bits
+from plphp.cli.cluster import Cluster
 from plphp.cli.console import say, shown, stderr, stdout
 from plphp.cli.sampling import Sampling
 from plphp.errors import InputError
@@ -58,9 +59,10 @@ def generate(
     compare: flags.Compare = False,
     rounds: flags.Rounds = 3,
     report: flags.FullReport = False,
+    memory: flags.MemoryLimit = None,
     sampling: Sampling,
     source: o.Source,
-    cluster: o.Cluster,
+    cluster: Cluster,
     as_json: o.Json = False,
 ) -> None:
     """Answer a prompt about images with a pruned cache, and print the answer word by word."""
@@ -77,6 +79,14 @@ def generate(
     prompt = _standard_input() if prompt is None else prompt
     if not prompt.strip():
         raise InputError("the prompt is empty: give --prompt TEXT, or standard input")
+    if memory is not None:
+        from plphp.cli.memory import fitted
+
+        longest, given = sampling.max_new_tokens, (method, bits, source)
+        setup, why = fitted(memory, images, videos, prompt, longest, given)
+        say(why)
+        method, bits, source = setup.method, setup.bits, setup.source
+        policy, parked = method.chosen(), method.parked()
     job = Job(source.load(), policy, method.policy, generation, parked, bits, sampling.seed)
     if compare:
         _print_comparison(job, images, videos, prompt, rounds, as_json)
@@ -86,7 +96,7 @@ def generate(
 
 def _answer_batch(
     batch: Path, out: Path, prompt: str | None, method: o.Method, bits: Bits,
-    sampling: Sampling, source: o.Source, cluster: o.Cluster, quiet: bool,
+    sampling: Sampling, source: o.Source, cluster: Cluster, quiet: bool,
 ) -> None:  # fmt: skip
     """Answer what is left of a batch. Exits with 3 if some of its lines hold an error."""
     from plphp.cli.batch import answer_line, open_batch
@@ -204,8 +214,9 @@ def _print_comparison(
         report = compared.report.to_dict()
         print(json.dumps({**_what(job, images, prompt), **numbers, "report": report}))
         return
-    how = "kept" if compared.report.recall is None else "on the device"
-    table = Table(title=f"{compared.report.on_device:.0%} of the vision K/V {how}")
+    found = compared.report
+    how = "kept" if found.recall is None and found.codes is None else "on the device"
+    table = Table(title=f"{found.on_device:.0%} of the vision K/V {how}")
     for name in ("", "full", "pruned"):
         table.add_column(name, overflow="fold")
     rows = {

@@ -57,8 +57,10 @@ class Report:
     def on_device(self) -> float:
         """The share of the bytes of vision K/V on the device: what was kept, or what recall takes.
 
-        0 to 1; 1 without vision tokens.
+        0 to 1; 1 without vision tokens. With kept codes it counts the bytes of the codes.
         """
+        if self.codes is not None:
+            return self.codes.share
         return self.retention if self.recall is None else self.recall.share
 
     def to_dict(self) -> dict[str, Any]:
