@@ -1,10 +1,15 @@
 """`plphp generate --memory`: the best that fits, what was typed, and a real limit."""
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
 from plphp import inputs
 from plphp.cli import memory, needed
@@ -121,3 +126,59 @@ def test_refusals(run: Callable[..., Any], picture: str, tmp_path: Path) -> None
     assert "--device cpu" in run(*ask, "4GiB", "--device", "meta").err
     assert "cannot be used with --compare" in run(*ask, "4GiB", "--compare").err
     assert "give a size" in run(*ask, "plenty").err
+
+
+LIMITED = """
+import re, resource, sys
+import torch, transformers
+import plphp.cli, plphp.cli.needed, plphp.cli.generate, plphp.demo.model, plphp.hf
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
+torch.ones(512, 512) @ torch.ones(512, 512)
+status = open("/proc/self/status").read()
+sizes = dict(re.findall(r"(Vm\\w+):\\s+(\\d+)", status))
+data, resident = (int(sizes[name]) * 1024 for name in ("VmData", "VmRSS"))
+room, file = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+# The checkpoint is mapped privately, which counts here although its pages can be dropped.
+resource.setrlimit(resource.RLIMIT_DATA, (data + room + file,) * 2)
+asked = sys.argv[1:]
+for options in (["--memory", str(resident + room)], ["--dtype", "float32"]):
+    sys.argv[1:] = [*asked, *options]
+    try:
+        plphp.cli.main()
+    except SystemExit as end:
+        print("exit", end.code or 0, file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model like the embedded one, with 260 MB of random weights."""
+    folder: Path = tmp_path_factory.mktemp("models") / "large"
+    shutil.copytree(WEIGHTS, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = AutoConfig.from_pretrained(WEIGHTS)
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 1024, 4096, 8
+    text.layer_types = ["full_attention"] * 8
+    text.num_attention_heads = 32
+    config.vision_config.hidden_size = 1024
+    with torch.device("cpu"):
+        model = Qwen2VLForConditionalGeneration(config).bfloat16()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+def test_a_process_with_this_limit_answers(large: Path, picture: str) -> None:
+    """In the memory of which `--memory` is told, the choice runs and weights in float32 do not.
+
+    Weights in the file's own format are no control: they stay file pages, which count as no data.
+    """
+
+    file = (large / "model.safetensors").stat().st_size
+    asked = ["generate", "--model", str(large), "--image", picture, "--prompt", ASK]
+    command = [sys.executable, "-c", LIMITED, str(180 * 2**20), str(file), *asked]
+    command += ["--max-new-tokens", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    chosen, _, full = done.stderr.partition("exit 0\n")
+    assert "--weights int4" in chosen and "--weights int8 (" in chosen, done.stderr
+    assert "alloc" in full and "exit 2\n" in full, done.stderr

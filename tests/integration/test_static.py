@@ -85,6 +85,7 @@ def test_compiled_decoding_is_one_graph_for_every_step_and_prompt() -> None:
     compiled("llava")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_rounded_weights_are_compiled_into_one_graph_too() -> None:
     compiled("llava", bits=4)

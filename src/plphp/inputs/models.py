@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from plphp.errors import InputError, PlphpError, UnsupportedModelError
-from plphp.inputs.rounding import bits_of, forget, loading_options
+from plphp.inputs.rounding import bits_of, frugal, loading_options, settle
 from plphp.inputs.runnable import Loaded, Runnable
 from plphp.inputs.shell import check_depth
 from plphp.weights import round_weights
@@ -64,11 +64,11 @@ def load(
         raise UnsupportedModelError(
             f"{name} ({config.model_type}) is not a vision-language model that transformers knows"
         )
-    with _reading(name):
+    with _reading(name), frugal() if bits else nullcontext():
         made = _reader(name, config, trust)
         model = AutoModelForImageTextToText.from_pretrained(name, **options)
         if bits:
-            forget(model)
+            settle(model)
         model = (model if spread else model.to(device)).eval()
         return made(model)
 

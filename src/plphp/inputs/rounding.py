@@ -6,6 +6,10 @@ has a registry for this: a quantizer with a name of its own.
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +22,7 @@ from plphp.errors import InputError
 from plphp.weights import BITS, decoder_modules, round_weights, rounded
 
 NAME = "plphp_rounding"
+MMAP_THRESHOLD = -3  # mallopt's number for the size from which memory is mapped by itself
 
 
 class RoundingConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -115,8 +120,33 @@ def loading_options(config: Any, bits: int) -> dict[str, Any]:
     return {"quantization_config": RoundingConfig(bits)}
 
 
-def forget(model: Any) -> None:
-    """Remove what transformers notes on a model that a quantizer has loaded."""
+@contextmanager
+def frugal() -> Iterator[None]:
+    """Context in which memory that is freed goes back to the system at once, if glibc manages it.
+
+    Otherwise glibc keeps what was freed for later, and after several hundred weights that is as
+    much as the model.
+    """
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(MMAP_THRESHOLD, 1 << 16)
+    try:
+        yield
+    finally:
+        libc.mallopt(MMAP_THRESHOLD, 32 << 20)  # the most that glibc chooses by itself
+        libc.malloc_trim(0)
+
+
+def settle(model: Any) -> None:
+    """Remove what transformers notes on a model that a quantizer has loaded, and its open file.
+
+    The weights that were not rounded are parts of the mapped checkpoint, which stays in memory as
+    long as one of them does.
+    """
+    for tensor in model.parameters():
+        tensor.data = tensor.data.clone()
     model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules():
         config: Any = getattr(module, "config", None)
