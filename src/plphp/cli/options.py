@@ -204,10 +204,12 @@ class Source:
     weights: Weights = None
 
     def load(self) -> Runnable:
+        from plphp.cli.console import loading
         from plphp.inputs import load
 
         trust, weights = self.trust_remote_code, self.weights
-        return load(self.model, self.dtype, self.device, self.attn, trust, weights)
+        with loading(self.model):
+            return load(self.model, self.dtype, self.device, self.attn, trust, weights)
 
 
 def chosen_policy(name: str, **options: Any) -> Policy:
