@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from plphp.cli import flags
 from plphp.cli import options as o
-from plphp.cli.console import progress, shown, stderr, stdout
+from plphp.cli.bits import Weights
+from plphp.cli.console import progress, shown, stdout
 from plphp.cli.generate import check_files
 from plphp.errors import InputError
 
@@ -52,6 +53,7 @@ def demo(
     dtype: o.Dtype = "auto",
     attn: o.Attention = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    weights: Weights = None,
     as_json: o.Json = False,
 ) -> None:
     """Show what pruning and recall cost and save, on one screen: answers, bytes and times."""
@@ -64,8 +66,8 @@ def demo(
     from plphp.cli.demo_prompts import bundled_questions, long_batch, own_questions
 
     known = model == "embedded" and not images and not prompts
-    source = o.Source(model, dtype, device or _device(model), attn, trust_remote_code)
-    loaded = source.load()
+    where = device or ("cpu" if weights else _device(model))
+    loaded = o.Source(model, dtype, where, attn, trust_remote_code, weights).load()
     if known:
         items = bundled_questions(loaded)
     else:
@@ -105,8 +107,7 @@ def _measured(
     """Ask and measure, with a progress bar on stderr."""
     from plphp.cli import demo_run
 
-    # Elsewhere than on a terminal a bar is one line in the end, and an error must be the only one.
-    with progress(quiet or not stderr().is_terminal, transient=True) as bar:
+    with progress(quiet, transient=True) as bar:
         work = len(items) * len(every) + 2 * rounds * len(every) + 1
         task = bar.add_task(f"{len(items)} questions", total=work)
         asked = demo_run.ask(loaded, items, every, lambda: bar.advance(task))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from plphp.cli import flags
 from plphp.cli import options as o
-from plphp.cli.console import shown, stderr, stdout
+from plphp.cli.console import shown, stdout, waiting
 from plphp.cli.generate import check_files
 from plphp.errors import InputError
 from plphp.policy import Policy
@@ -52,7 +52,7 @@ def inspect(
     loaded = source.load()
     inputs = make_inputs(loaded, images, prompt, videos)
     media: list[Any] = [*images, *shown_videos(loaded.model.config, inputs)]
-    with stderr().status("reading the prompt") as status:
+    with waiting("reading the prompt", quiet=as_json) as show:
         page = examine(
             loaded,
             inputs,
@@ -64,7 +64,7 @@ def inspect(
             rounds=rounds,
             oracle=oracle,
             recall=parked,
-            advance=status.update,
+            advance=show,
         )
     _present(page, where, as_json)
 
