@@ -39,7 +39,7 @@ def test_weights_are_loaded_as_they_are(half: Path, monkeypatch: pytest.MonkeyPa
     ("error", "remedy"),
     [
         (
-            ImportError("XProcessor requires the Torchvision library. See"),
+            ImportError("X requires the Torchvision library. See"),
             "pip install torchvision",
         ),
         (ValueError("This needs it. Install it with `pip install accelerate`."), "accelerate"),

@@ -99,7 +99,7 @@ def test_models_without_vision_are_refused() -> None:
         plphp.prune(torch.nn.Linear(2, 2))
     with pytest.raises(plphp.UnsupportedModelError, match="from_pretrained"):
         plphp.prune("some/model")
-    with pytest.raises(plphp.UnsupportedModelError, match="pass its `.model`"):
+    with pytest.raises(plphp.UnsupportedModelError, match=r"pass its `\.model`"):
         plphp.prune(SimpleNamespace(model=QWEN.build(0)))
 
 
