@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-ray test-ray-all test-ray-vllm soak-vllm fuzz-saved lint support \
-	support-recall docs figures screenshot accuracy accuracy-page bench gpu gpu-check gpu-bench gpu-vllm gpu-import bench-page bench-vllm wheel release-check retrain clean
+	support-recall docs figures screenshot accuracy accuracy-page regimes-page bench gpu gpu-check gpu-bench gpu-vllm gpu-import bench-page bench-vllm wheel release-check retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -58,6 +58,10 @@ accuracy: $(VENV)/.installed-dev
 
 accuracy-page: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python docs/make_accuracy.py
+
+# docs/regimes.md, with RUN=DIR from the finished `plphp eval` that the page names.
+regimes-page: $(VENV)/.installed-dev
+	cd $(ROOT) && $(BIN)/python docs/make_regimes.py $(if $(RUN),--run $(RUN))
 
 # What has no result yet is measured (about 20 minutes on 2 quiet cores), then docs/benchmarks.md written.
 bench: $(VENV)/.installed-dev
