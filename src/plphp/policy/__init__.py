@@ -100,8 +100,8 @@ def policy(name: str, **options: Any) -> Policy:
     name = ALIASES.get(name, name)
     if name not in POLICIES:
         known = sorted([*POLICIES, *ALIASES])
-        meant = "".join(f", did you mean {near!r}?" for near in get_close_matches(name, known, 1))
-        raise ValueError(f"unknown policy {name!r}{meant or ';'} known are {', '.join(known)}")
+        meant = "".join(f" (did you mean {near!r}?)" for near in get_close_matches(name, known, 1))
+        raise ValueError(f"unknown policy {name!r}{meant}; known are {', '.join(known)}")
     known = POLICIES[name].__dataclass_fields__
     for option in options:
         if option not in known:
