@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
-from plphp.errors import UnsupportedModeError, UnsupportedVllmError
+from plphp.errors import UnsupportedModeError
 from plphp.vllm.options import CONNECTOR, Options
 
-VLLM = "0.32"  # the minor version whose internals this package uses
 PLATFORMS = ("cpu", "cuda")  # platforms with an attention backend in `layout`
 PLPHP_OPTIONS = {"r", "delta_r", "layers_per_group"}  # options that only plphp's connector has
-
-
-def check_version(found: str) -> None:
-    """Raise UnsupportedVllmError for another minor version of vLLM."""
-    if found.split(".")[:2] != VLLM.split("."):
-        raise UnsupportedVllmError(
-            f"plphp prunes in vLLM {VLLM}, found {found}: pip install 'vllm=={VLLM}.*'"
-        )
 
 
 def check_platform(found: str) -> None:

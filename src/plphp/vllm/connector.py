@@ -30,9 +30,10 @@ from plphp.vllm.metrics import Counts, Prometheus
 from plphp.vllm.options import read_options
 from plphp.vllm.runner import watch_batches
 from plphp.vllm.scheduler import SchedulerSide
+from plphp.vllm.versions import check_version
 from plphp.vllm.worker import WorkerSide
 
-checks.check_version(vllm.__version__)
+check_version(vllm.__version__)
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers under its own name
 
 
