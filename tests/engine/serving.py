@@ -64,7 +64,8 @@ class Request:
         extra: dict[str, Any] = {"plphp": "off"}
         if self.policy is not None:
             options = asdict(self.policy)
-            extra = {f"plphp.{name}": options[name] for name in options if name != "round_to"}
+            fixed = ("round_to", "window")  # a request cannot change them
+            extra = {f"plphp.{name}": options[name] for name in options if name not in fixed}
         return SamplingParams(
             temperature=0, max_tokens=self.tokens, min_tokens=self.tokens, extra_args=extra
         )
@@ -224,6 +225,7 @@ def state(llm: LLM) -> int:
         scheduler.features,
     ]
     kept = [worker.pruned_requests, worker.endings, worker.choices, worker.batch_tables.rows]
+    kept += [worker.queries, worker.parts]
     return sum(len(entries) for entries in managers + planned + kept)
 
 

@@ -1,6 +1,7 @@
 """Scoring and compaction of one layer of a prompt whose last token has been computed.
 
-Shapes: H query heads, Hkv KV heads, N prompt tokens, D head dimension, n blocks of a table.
+Shapes: H query heads, Hkv KV heads, N prompt tokens, W of them whose queries a method reads, D head
+dimension, n blocks of a table.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plphp.attention import last_token_probabilities
+from plphp.attention import window_probabilities
 from plphp.policy import LayerView
 
 
@@ -44,16 +45,27 @@ class PagedLayer:
         """Write keys and values (K, Hkv, D) to slots (K,), `block id * block_size + offset`."""
         raise NotImplementedError
 
-    def view(self, query: Tensor, blocks: Tensor, spans: Tensor) -> LayerView:
+    def view(self, queries: Tensor, blocks: Tensor, spans: Tensor) -> LayerView:
         """The input of a policy, with one row.
 
-        query: (H, D) of the last prompt token; blocks: (n,) of the prompt
+        queries: (W, H, D) of the last prompt tokens; blocks: (n,) of the prompt
         spans: (N,) int64, as in `LayerView`, on the device of the cache
         """
         keys, values = (part[None, :, : len(spans)] for part in self.read(blocks))
-        valid = torch.ones(1, len(spans), dtype=torch.bool, device=keys.device)
-        probs = last_token_probabilities(query[None], keys, valid, self.scale, self.softcap)
-        return LayerView(probs, spans[None], self.kv_heads, keys=keys, values=values)
+        columns = torch.arange(len(spans), device=keys.device)
+        asked = columns[None, len(spans) - len(queries) :]
+        visible = columns <= asked[..., None]
+        rows = queries.transpose(0, 1)[None]
+        probs = window_probabilities(rows, keys, visible, self.scale, self.softcap)
+        return LayerView(
+            probs=probs[:, :, -1],
+            spans=spans[None],
+            kv_heads=self.kv_heads,
+            window=probs,
+            asked=asked,
+            keys=keys,
+            values=values,
+        )
 
     def gather(self, blocks: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values (Hkv, K, D) at columns (Hkv, K) of a block table (n,)."""

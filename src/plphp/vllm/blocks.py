@@ -145,10 +145,15 @@ class LockstepCoordinator:
     wrapper then answers without calling the groups.
     """
 
-    def __init__(self, coordinator: Any, freed: Callable[[str], None]) -> None:
-        """freed: called with the id of a request that has given all its blocks back."""
+    def __init__(self, coordinator: Any, freed: Callable[[str], None], window: int) -> None:
+        """freed: called with the id of a request that has given all its blocks back.
+
+        window: number of last prompt tokens whose queries the method reads, so that they are
+            computed even where the prefix cache holds them
+        """
         self.coordinator = coordinator
         self.freed = freed
+        self.window = window
         self.first: LayerBlocks = coordinator.single_type_managers[0]
         self.lockstep = Lockstep(self.first.req_to_blocks, self.first.block_size)
         self.groups = len(coordinator.single_type_managers)
@@ -176,6 +181,11 @@ class LockstepCoordinator:
             request_id, num_tokens, *args, **kwargs
         )
         return new
+
+    def find_longest_cache_hit(self, block_hashes: Any, max_cache_hit_length: int) -> Any:
+        """The cached blocks of a prompt. vLLM asks for all of its tokens but the last one."""
+        most = max(max_cache_hit_length - (self.window - 1), 0)
+        return self.coordinator.find_longest_cache_hit(block_hashes, most)
 
     def cache_blocks(self, request: Any, num_computed_tokens: int) -> None:
         request_id, first = request.request_id, self.first

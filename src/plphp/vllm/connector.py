@@ -77,7 +77,9 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_kv_cache_manager(kv_cache_manager)
         self._scheduler.bind(kv_cache_manager.coordinator.single_type_managers)
         kv_cache_manager.coordinator = blocks.LockstepCoordinator(
-            kv_cache_manager.coordinator, freed=self._scheduler.plan_blocks
+            kv_cache_manager.coordinator,
+            freed=self._scheduler.plan_blocks,
+            window=self._scheduler.options.policy.window,
         )
 
     def on_new_request(self, request: Any) -> None:

@@ -11,6 +11,7 @@ from plphp.policy import policy as make_policy
 from plphp.policy.base import check_count
 
 CONNECTOR = "PLPHPConnector"
+OF_SERVER = ("window",)  # options that a request cannot change: the prefix cache depends on them
 SWITCH = "plphp"  # the extra_args key that switches pruning on or off for a request
 PREFIX = "plphp."  # extra_args keys with this prefix change one option of the method for a request
 
@@ -23,10 +24,12 @@ def refusal(policy: Policy) -> str | None:
         return "only the policies of plphp.policy have a name that all processes of vLLM know"
     if not isinstance(policy, CachePolicy):
         return "it does not prune the cache"
+    if policy.kind != "layer" and isinstance(policy, PLPHP):
+        return f"budget must be 'image' or 'global' in vLLM, got {policy.budget!r}"
     if policy.kind != "layer":
         return "its layers share a budget, and vLLM prunes them apart"
-    if policy.window > 1:
-        return f"it reads the last {policy.window} prompt tokens, which vLLM may compute apart"
+    if policy.round_to != 1:
+        return "round_to cannot be set in vLLM, where it is the block size: leave it at 1"
     return None
 
 
@@ -60,19 +63,11 @@ class Options:
         for name in ("share_prefix", "on"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if isinstance(self.policy, PLPHP) and self.policy.kind != "layer":
-            raise ValueError(
-                f"budget must be 'image' or 'global' in vLLM, got {self.policy.budget!r}"
-            )
         reason = refusal(self.policy)
         if reason:
             raise ValueError(
-                f"vLLM cannot prune with {self.policy!r}: {reason}; it can with "
+                f"vLLM cannot prune with {self.policy!r}: {reason}; the methods are "
                 f"{', '.join(METHODS)}"
-            )
-        if self.policy.round_to != 1:
-            raise ValueError(
-                "round_to cannot be set in vLLM, where it is the block size: leave it at 1"
             )
 
     @property
@@ -107,7 +102,8 @@ def request_policy(options: Options, extra_args: Mapping[str, Any] | None) -> Ca
         {"plphp.r": 0.2} changes one option of the server's method, which also switches pruning on
     Raises ValueError, naming the key.
     """
-    given, tunable = extra_args or {}, _tunable(options.policy)
+    given = extra_args or {}
+    tunable = [name for name in _tunable(options.policy) if name not in OF_SERVER]
     changed = {name[len(PREFIX) :]: given[name] for name in given if name.startswith(PREFIX)}
     switch = given.get(SWITCH, bool(changed) or options.on)
     if isinstance(switch, (list, dict)) or switch not in _SWITCHES:

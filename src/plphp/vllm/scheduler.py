@@ -13,7 +13,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from plphp.paged.blocks import PromptBlocks, fits, fresh_blocks
-from plphp.paged.prompts import Choice, PromptEnd
+from plphp.paged.prompts import Choice, PromptEnd, PromptPart, first_asked
 from plphp.policy import LAYER_CLASSES, CachePolicy
 from plphp.vllm.blocks import LayerBlocks
 from plphp.vllm.messages import Pruned, Step, vision_runs
@@ -152,8 +152,14 @@ class SchedulerSide:
             start = computed[request_id]
             end = start + scheduled
             prompt = self.prompts.get(request_id)
-            if prompt is not None and start < prompt.request.num_prompt_tokens <= end:
+            if prompt is None or start >= prompt.request.num_prompt_tokens:
+                continue
+            length = prompt.request.num_prompt_tokens
+            first = first_asked(prompt.policy, length)
+            if end >= length:
                 step.ends[request_id] = self._prompt_end(prompt, start, end)
+            elif end > first:
+                step.parts[request_id] = PromptPart(start, end, length, first)
         return step
 
     def pruned(self, pruned: Pruned) -> None:
@@ -177,9 +183,10 @@ class SchedulerSide:
             prompt.choice = choice
             if prompt.told is not None:
                 prompt.told.update(prompt.numbers(freed=0))
-            if alive and prompt.request.num_prompt_tokens % self.block_size == 0:
-                # After a preemption the prefix cache could hold the whole prompt. The last token
-                # would then not be computed, and its query would be missing.
+            full = prompt.request.num_prompt_tokens // self.block_size * self.block_size
+            if alive and full > first_asked(prompt.policy, prompt.request.num_prompt_tokens):
+                # After a preemption the prefix cache could hold tokens whose queries are needed.
+                # They would then not be computed.
                 prompt.request.skip_reading_prefix_cache = True
 
     def finish(self, request_id: str) -> dict[str, Any] | None:

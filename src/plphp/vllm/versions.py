@@ -117,6 +117,11 @@ USES = (
         ("request_id", "num_tokens", "new_computed_blocks"),
     ),
     Use(_COORDINATOR, "KVCacheCoordinator.allocate_new_blocks", ("request_id", "num_tokens")),
+    Use(
+        _COORDINATOR,
+        "KVCacheCoordinator.find_longest_cache_hit",
+        ("block_hashes", "max_cache_hit_length"),
+    ),
     Use(_COORDINATOR, "KVCacheCoordinator.cache_blocks", ("request", "num_computed_tokens")),
     Use(_COORDINATOR, "KVCacheCoordinator.free", ("request_id",)),
     Use(_COORDINATOR, "KVCacheCoordinator.pop_blocks_for_free", ("request_id",)),

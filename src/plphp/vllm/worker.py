@@ -20,7 +20,7 @@ from torch import Tensor
 from plphp.attention import attend
 from plphp.paged.choosing import choose_again, draft, settle
 from plphp.paged.compaction import PagedLayer, with_fresh
-from plphp.paged.prompts import Choice, PromptEnd, spans_of
+from plphp.paged.prompts import Choice, PromptEnd, PromptPart, spans_of
 from plphp.paged.tables import BatchTables, PrunedRequest, to_device
 from plphp.policy import LayerView
 from plphp.vllm.messages import Pruned, Step
@@ -33,7 +33,7 @@ class Ending:
     end: the scheduler's message
     row: its row in the batch
     start: index of its first token in the batch
-    queries: by layer name, (H, D) of the last prompt token
+    queries: by layer name, (W, H, D) of the last prompt tokens
     columns: by layer name, (Hkv, K), of layers whose tokens were selected before the end of the
         step
     """
@@ -58,7 +58,9 @@ class WorkerSide:
     over_ranks: as in `plphp.policy.LayerView`
     device: of the caches
 
-    Only `pruned_requests`, the pruned requests that are being decoded, lasts longer than a step.
+    Two fields last longer than a step: `pruned_requests`, the pruned requests that are being
+    decoded, and `queries`, by request id and layer name the queries of the last prompt tokens, of
+    prompts whose last token has not been computed.
     """
 
     def __init__(
@@ -69,14 +71,17 @@ class WorkerSide:
         device: torch.device,
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
+        self.places = {layer.name: place for place, layer in enumerate(layers)}
         self.groups = 1 + max(layer.group for layer in layers)
         self.block_size = block_size
         self.over_ranks = over_ranks
         self.device = device
         self.pruned_requests: dict[str, PrunedRequest] = {}
+        self.queries: dict[str, dict[str, Tensor]] = {}
         self.batch_tables = BatchTables((), self.groups, device)
         self.step: Step | None = None
         self.endings: dict[str, Ending] = {}
+        self.parts: dict[str, tuple[int, PromptPart]] = {}
         self.tables: dict[int, Tensor] = {}
         self.choices: dict[str, Choice] = {}
 
@@ -92,9 +97,10 @@ class WorkerSide:
         """
         if step is self.step:
             return
-        self.step, self.endings, self.tables, self.choices = step, {}, {}, {}
+        self.step, self.endings, self.parts, self.tables, self.choices = step, {}, {}, {}, {}
         for request_id in step.released:
             self.pruned_requests.pop(request_id, None)
+            self.queries.pop(request_id, None)
         if not self.pruned_requests:
             self.batch_tables = BatchTables((), self.groups, self.device)
 
@@ -107,9 +113,13 @@ class WorkerSide:
         assert self.step is not None
         start = 0
         for row, request_id in enumerate(ids):
-            if request_id in self.step.ends:
-                end = self.step.ends[request_id]
-                self.endings[request_id] = Ending(end, row, start, {}, {})
+            end = self.step.ends.get(request_id)
+            part = end.part if end else self.step.parts.get(request_id)
+            if part:
+                self.parts[request_id] = start, part
+                self.queries.setdefault(request_id, {})
+            if end:
+                self.endings[request_id] = Ending(end, row, start, self.queries[request_id], {})
             start += tokens[request_id]
         rows = tuple(self.pruned_requests.get(request_id) for request_id in ids)
         if rows != self.batch_tables.rows:
@@ -143,8 +153,11 @@ class WorkerSide:
         query: (T, H, D) of T tokens in the batch; output: (T, H * D) or (T, H, D), in which the
         rows of answers that follow a pruned prompt are replaced
         """
+        for request_id, (first, part) in self.parts.items():
+            queries = self.queries[request_id]
+            new = query[first : first + part.end - part.start]
+            queries[name] = part.join(queries.get(name), new)
         for ending in self.endings.values():
-            ending.queries[name] = query[ending.last].clone()
             if ending.end.end > ending.end.length:
                 self._recompute_answer(self.layers[name], ending, query, output)
 
@@ -167,7 +180,8 @@ class WorkerSide:
             self._compact(ending, choice)
             if any(choice.freed):
                 self.pruned_requests[request_id] = PrunedRequest.of(choice.freed, ending.end, block)
-        self.endings, self.step = {}, None
+            del self.queries[request_id]
+        self.endings, self.parts, self.step = {}, {}, None
 
     def report(self) -> Pruned | None:
         """The message to the scheduler; None if no prompt was pruned."""
@@ -186,12 +200,12 @@ class WorkerSide:
         end, choice = ending.end, ending.end.choice
         assert choice is not None
         if layer.name not in ending.columns:
-            index = list(self.layers).index(layer.name)
+            place = self.places[layer.name]
             ending.columns[layer.name] = choose_again(
                 self._view(layer, ending, self._spans(ending)),
                 end.policy,
-                choice.rates[index],
-                choice.kept[index],
+                choice.rates[place],
+                choice.kept[place],
                 end.text,
             )
         return ending.columns[layer.name]
@@ -207,10 +221,10 @@ class WorkerSide:
 
     def _view(self, layer: PagedLayer, ending: Ending, spans: Tensor) -> LayerView:
         """The input of the policy for one layer."""
-        query, blocks = ending.queries[layer.name], self._blocks(layer, ending)
+        queries, blocks = ending.queries[layer.name], self._blocks(layer, ending)
         return replace(
-            layer.view(query, blocks, spans),
-            layer=list(self.layers).index(layer.name),
+            layer.view(queries, blocks, spans),
+            layer=self.places[layer.name],
             layers=len(self.layers),
             over_ranks=self.over_ranks,
             images=ending.end.images[-1][0],
