@@ -179,7 +179,7 @@ def engine(policy: Any = None, **options: Any) -> Iterator[LLM]:
     """A vLLM engine of the embedded model; `stock=True` for one without pruning."""
     own = {
         name: options.pop(name)
-        for name in ("layers_per_group", "share_prefix", "on")
+        for name in ("layers_per_group", "share_prefix", "on", "full_graphs")
         if name in options
     }
     if not options.pop("stock", False):

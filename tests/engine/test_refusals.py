@@ -105,6 +105,18 @@ def test_a_cache_in_the_models_own_type_is_accepted() -> None:
     check_modes(config_of(**args, kv_cache_dtype="bfloat16", dtype="bfloat16"), Options())
 
 
+def test_graphs_that_record_prompts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(**plphp.vllm.engine_args(full_graphs=True))
+    modes = type(config.compilation_config.cudagraph_mode)
+    for name in ("NONE", "PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"):
+        monkeypatch.setattr(config.compilation_config, "cudagraph_mode", modes[name])
+        check_modes(config, Options(full_graphs=True))
+    monkeypatch.setattr(config.compilation_config, "cudagraph_mode", modes.FULL)
+    check_modes(config, Options())  # vLLM changes the mode before it records
+    with pytest.raises(plphp.UnsupportedModeError, match=r"\(use FULL_AND_PIECEWISE\)"):
+        check_modes(config, Options(full_graphs=True))
+
+
 def test_the_role_of_a_consumer_is_refused() -> None:
     args = plphp.vllm.engine_args()
     args["kv_transfer_config"]["kv_role"] = "kv_consumer"
@@ -141,6 +153,8 @@ def test_a_gpu_gets_piecewise_graphs_and_a_warning(monkeypatch: pytest.MonkeyPat
     transfer = KVTransferConfig(**plphp.vllm.engine_args()["kv_transfer_config"])
     connector = KVConnectorFactory.get_connector_class(transfer)
     assert connector.requires_piecewise_for_cudagraph(transfer.kv_connector_extra_config)
+    extra = transfer.kv_connector_extra_config | {"full_graphs": True}
+    assert not connector.requires_piecewise_for_cudagraph(extra)
     assert "has not yet been run on cuda" in measured("cuda")
     assert "has not" not in measured("cpu")
 

@@ -136,7 +136,7 @@ def test_a_request_cannot_change_the_window_of_its_server() -> None:
 def test_the_start_log_tells_the_real_rounding() -> None:
     told = Options(plphp.PLPHP(r=0.3), layers_per_group=2).served(32)
     assert "round_to=32" in told and "r=0.3" in told
-    assert told.endswith("layers_per_group=2, share_prefix=True, on=True")
+    assert told.endswith("layers_per_group=2, share_prefix=True, on=True, full_graphs=False")
 
 
 def test_options_do_not_import_vllm() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plphp.attention import window_probabilities
+from plphp.attention import attend, window_probabilities
 from plphp.policy import LayerView
 
 
@@ -72,6 +72,24 @@ class PagedLayer:
         keys, values = self.read(blocks)
         index = columns[..., None].expand(-1, -1, keys.shape[-1])
         return keys.gather(1, index), values.gather(1, index)
+
+    def attend_kept(self, queries: Tensor, blocks: Tensor, kept: Tensor, length: int) -> Tensor:
+        """Attention of the first answer tokens to the kept prompt tokens and to the answer.
+
+        queries: (T, H, D) of the answer tokens, at the columns [length, length + T)
+        blocks: (n,) of the unpruned prompt and the answer; kept: (Hkv, K), the kept columns
+        length: number of tokens of the prompt
+        Returns (T, H, D).
+        """
+        new = len(queries)
+        answer = torch.arange(length, length + new, device=kept.device)
+        columns = torch.cat([kept, answer.expand(len(kept), -1)], 1)
+        keys, values = self.gather(blocks, columns)
+        held = keys.shape[1]
+        seen = torch.ones(new, held, dtype=torch.bool, device=kept.device).tril(held - new)
+        rows, mask = queries.transpose(0, 1)[None], seen[None, None]
+        out = attend(rows, keys[None], values[None], mask, self.scale, self.softcap)
+        return out[0].transpose(0, 1)
 
     def move(self, columns: Tensor, source: Tensor, target: Tensor, first: int, block: int) -> None:
         """Copy the kept tokens to the positions [first, first + K) of a block table.

@@ -64,6 +64,7 @@ def check_modes(vllm_config: Any, options: Options) -> None:
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    graphs = vllm_config.compilation_config.cudagraph_mode
     layers = model.get_total_num_hidden_layers()
     context = parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size
     refused = {
@@ -84,6 +85,9 @@ def check_modes(vllm_config: Any, options: Options) -> None:
         "bidirectional attention among image tokens": model.is_mm_prefix_lm,
         "vLLM's own video pruning (leave out --video-pruning-rate)": (
             model.multimodal_config and model.multimodal_config.video_pruning_rate
+        ),
+        "full_graphs and cudagraph_mode FULL, which records prompts too (use FULL_AND_PIECEWISE)": (
+            options.full_graphs and graphs.mixed_mode().name == "FULL"
         ),
         "pooling, which does not decode": model.runner_type != "generate",
         f"layers_per_group={options.layers_per_group} (use a divisor of {layers} layers)": (

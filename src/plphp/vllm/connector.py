@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import vllm
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
@@ -21,6 +22,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from plphp.errors import UnsupportedModeError
+from plphp.paged.fixed import FixedTensors, query_buffers
 from plphp.vllm import blocks, checks
 from plphp.vllm.attach import SIDE
 from plphp.vllm.layer import Layer
@@ -47,15 +49,17 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """True: attention then runs between the pieces of CUDA graphs, with tables of any address.
+        """Whether attention runs between the pieces of CUDA graphs, with tables of any address.
 
         extra_config: as the user gave it
         """
-        return True
+        return not read_options(extra_config).full_graphs
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        options = read_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        self.options = options = read_options(
+            vllm_config.kv_transfer_config.kv_connector_extra_config
+        )
         checks.check_modes(vllm_config, options)
         blocks.register()
         self.groups = kv_cache_config.kv_cache_groups
@@ -126,9 +130,16 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
                 check_blocks(name, modules[name], self.block_size)
                 layers.append(Layer(name, group, modules[name], reader_of(modules[name])))
         device = next(iter(kv_caches.values())).device
-        self.worker = WorkerSide(layers, self.block_size, mean_over_ranks, device)
+        fixed = self._fixed(layers, device) if self.options.full_graphs else None
+        self.worker = WorkerSide(layers, self.block_size, mean_over_ranks, device, fixed)
         for layer in layers:
             setattr(layer.module, SIDE, self.worker)
+
+    def _fixed(self, layers: list[Layer], device: torch.device) -> FixedTensors:
+        rows = self._vllm_config.scheduler_config.max_num_seqs
+        shapes = {one.name: (one.module.num_heads, one.module.head_size) for one in layers}
+        dtype = self._vllm_config.model_config.dtype
+        return FixedTensors(rows, query_buffers(shapes, rows, dtype, device))
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Begin a step. Model Runner V1 calls this first, V2 after it has built the metadata."""

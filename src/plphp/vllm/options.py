@@ -49,6 +49,7 @@ class Options:
         tokens are copied into fresh blocks, so that another question on the same images need not
         compute them again
     on: whether requests are pruned that do not set the switch themselves
+    full_graphs: whether decoding steps may be replayed as full CUDA graphs; not yet run on a GPU
 
     Raises ValueError, naming the field.
     """
@@ -57,10 +58,11 @@ class Options:
     layers_per_group: int = 1
     share_prefix: bool = True
     on: bool = True
+    full_graphs: bool = False
 
     def __post_init__(self) -> None:
         check_count("layers_per_group", self.layers_per_group, 1)
-        for name in ("share_prefix", "on"):
+        for name in ("share_prefix", "on", "full_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         reason = refusal(self.policy)
@@ -123,6 +125,7 @@ def engine_args(
     layers_per_group: int = 1,
     share_prefix: bool = True,
     on: bool = True,
+    full_graphs: bool = False,
 ) -> dict[str, Any]:
     """The arguments for `vllm.LLM(model, **engine_args(policy))` and for AsyncEngineArgs.
 
@@ -130,7 +133,7 @@ def engine_args(
     Raises ValueError, naming the field, and for a policy that vLLM cannot prune with.
     """
     made = _served(policy) if isinstance(policy, str) else policy or PLPHP()
-    options = Options(made, layers_per_group, share_prefix, on)
+    options = Options(made, layers_per_group, share_prefix, on, full_graphs)
     extra = asdict(options)
     tuned = {name: extra["policy"][name] for name in _tunable(options.policy)}
     own = {name: value for name, value in extra.items() if name != "policy"}

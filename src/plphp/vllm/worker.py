@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.attention import attend
 from plphp.paged.choosing import choose_again, draft, settle
 from plphp.paged.compaction import PagedLayer, with_fresh
+from plphp.paged.fixed import FixedTensors
 from plphp.paged.prompts import Choice, PromptEnd, PromptPart, spans_of
 from plphp.paged.tables import BatchTables, PrunedRequest, to_device
 from plphp.policy import LayerView
@@ -57,6 +57,7 @@ class WorkerSide:
     block_size: tokens per block
     over_ranks: as in `plphp.policy.LayerView`
     device: of the caches
+    fixed: tensors for full CUDA graphs, or None
 
     Two fields last longer than a step: `pruned_requests`, the pruned requests that are being
     decoded, and `queries`, by request id and layer name the queries of the last prompt tokens, of
@@ -69,6 +70,7 @@ class WorkerSide:
         block_size: int,
         over_ranks: Callable[[Tensor], Tensor],
         device: torch.device,
+        fixed: FixedTensors | None = None,
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
         self.places = {layer.name: place for place, layer in enumerate(layers)}
@@ -76,12 +78,14 @@ class WorkerSide:
         self.block_size = block_size
         self.over_ranks = over_ranks
         self.device = device
+        self.fixed = fixed
         self.pruned_requests: dict[str, PrunedRequest] = {}
         self.queries: dict[str, dict[str, Tensor]] = {}
         self.batch_tables = BatchTables((), self.groups, device)
         self.step: Step | None = None
         self.endings: dict[str, Ending] = {}
         self.parts: dict[str, tuple[int, PromptPart]] = {}
+        self.seen: set[str] = set()  # names of layers whose queries were stored in this step
         self.tables: dict[int, Tensor] = {}
         self.choices: dict[str, Choice] = {}
 
@@ -98,6 +102,7 @@ class WorkerSide:
         if step is self.step:
             return
         self.step, self.endings, self.parts, self.tables, self.choices = step, {}, {}, {}, {}
+        self.seen = set()
         for request_id in step.released:
             self.pruned_requests.pop(request_id, None)
             self.queries.pop(request_id, None)
@@ -130,13 +135,19 @@ class WorkerSide:
 
         Attention sees a shorter sequence. Its causal mask is aligned to the end of the sequence, so
         that kernels work unchanged. `seq_lens_cpu_upper_bound` is shifted by the same numbers,
-        because FlashInfer's plans take it for the lengths themselves.
+        because FlashInfer's plans take it for the lengths themselves. Outside a step vLLM records
+        CUDA graphs, and nothing is shifted.
         """
-        if self.step is None:
+        if self.step is not None:
+            self.tables[group] = common.block_table_tensor
+            if not self.batch_tables.empty:
+                common = self._shifted(group, common)
+        if self.fixed is None:
             return common
-        self.tables[group] = common.block_table_tensor
-        if self.batch_tables.empty:
-            return common
+        lengths, table = self.fixed.place(group, common.seq_lens, common.block_table_tensor)
+        return common.replace(seq_lens=lengths, block_table_tensor=table)
+
+    def _shifted(self, group: int, common: Any) -> Any:
         batch, block = self.batch_tables, self.block_size
         on_host = batch.shorten(group, block, common.seq_lens_cpu_upper_bound)
         return common.replace(
@@ -150,22 +161,34 @@ class WorkerSide:
     def after_attention(self, name: str, query: Tensor, output: Tensor) -> None:
         """Store the queries of last prompt tokens after the attention of a layer.
 
+        A full CUDA graph calls this when it is recorded, and not when it is replayed.
+
         query: (T, H, D) of T tokens in the batch; output: (T, H * D) or (T, H, D), in which the
         rows of answers that follow a pruned prompt are replaced
         """
+        if self.fixed is not None:
+            self.fixed.keep(name, query)
+        self._store(name, query)
+        for ending in self.endings.values():
+            if ending.end.end > ending.end.length:
+                self._recompute_answer(self.layers[name], ending, query, output)
+
+    def _store(self, name: str, query: Tensor) -> None:
+        """Store the queries of last prompt tokens, from those (T, H, D) of all tokens of a step."""
+        self.seen.add(name)
         for request_id, (first, part) in self.parts.items():
             queries = self.queries[request_id]
             new = query[first : first + part.end - part.start]
             queries[name] = part.join(queries.get(name), new)
-        for ending in self.endings.values():
-            if ending.end.end > ending.end.length:
-                self._recompute_answer(self.layers[name], ending, query, output)
 
     def finish(self) -> None:
         """Prune the prompts whose last token was computed in this step.
 
         The host waits for the device once, for all prompts that are pruned for the first time.
         """
+        if self.fixed is not None and self.parts:
+            for name in self.layers.keys() - self.seen:  # a graph was replayed
+                self._store(name, self.fixed.queries[name])
         block, per_group = self.block_size, self.layers_per_group
         new = {name: one for name, one in self.endings.items() if one.end.choice is None}
         drafts = [draft(self._views(one), one.end.policy, block, per_group) for one in new.values()]
@@ -263,15 +286,8 @@ class WorkerSide:
         )
         if not choice.freed[layer.group]:
             return
-        kept = self._choose_again(layer, ending)
-        answer = torch.arange(end.length, end.end, device=kept.device)
-        columns = torch.cat([kept, answer.expand(len(kept), -1)], 1)
-        keys, values = layer.gather(self._blocks(layer, ending), columns)
-        first, new, held = ending.last + 1, len(answer), keys.shape[1]
-        seen = torch.ones(new, held, dtype=torch.bool, device=kept.device).tril(held - new)
-        queries = query[first : first + new].transpose(0, 1)[None]
-        out = attend(
-            queries, keys[None], values[None], seen[None, None], layer.scale, layer.softcap
-        )
+        first, new = ending.last + 1, end.end - end.length
+        kept, blocks = self._choose_again(layer, ending), self._blocks(layer, ending)
+        out = layer.attend_kept(query[first : first + new], blocks, kept, end.length)
         rows = output[first : first + new]
-        rows.copy_(out[0].transpose(0, 1).reshape(rows.shape))
+        rows.copy_(out.reshape(rows.shape))
