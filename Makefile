@@ -134,9 +134,11 @@ test-vllm-next: $(NEXT_VLLM)/.installed
 	$(subst =$(ROOT)/src,=$(NEXT_VLLM):$(ROOT)/src,$(IN_VLLM)) -m plphp.vllm.versions
 	$(subst =$(ROOT)/src,=$(NEXT_VLLM):$(ROOT)/src,$(IN_VLLM)) -m pytest -W default --show-capture=no -m "not slow" -n 2 --dist loadfile tests/engine
 
-# 10,000 short requests with aborts and preemptions, in place and into fresh blocks.
+# SOAK_COUNT short requests with aborts and preemptions, in place and as many into fresh blocks.
+# SOAK="v2 async" with Model Runner V2 and asynchronous scheduling.
+SOAK_COUNT ?= 10000
 soak-vllm: $(VLLM)/.installed
-	$(IN_VLLM) docs/benchmarks/vllm/measure.py soak
+	$(IN_VLLM) tests/engine/soak_run.py $(SOAK_COUNT) $(SOAK)
 
 # Dated results in docs/benchmarks/vllm; another run on the same day adds rounds of `capacity`.
 bench-vllm: $(VLLM)/.installed
