@@ -43,7 +43,7 @@ def padded_batch() -> CommonAttentionMetadata:
 @pytest.fixture
 def side() -> Any:
     layer: Any = SimpleNamespace(name="layer", group=0)
-    return WorkerSide([layer], BLOCK, lambda tensor: tensor, torch.device("cpu"))
+    return WorkerSide([layer], 1, BLOCK, lambda tensor: tensor, torch.device("cpu"))
 
 
 def test_only_the_rows_of_requests_are_shifted(side: Any) -> None:
@@ -75,7 +75,7 @@ def fixed_side() -> Any:
     layer: Any = SimpleNamespace(name="layer", group=0)
     shapes, cpu = {"layer": (HEADS, WIDTH)}, torch.device("cpu")
     fixed = FixedTensors(FIXED_ROWS, query_buffers(shapes, FIXED_ROWS, torch.float32, cpu))
-    return WorkerSide([layer], BLOCK, lambda tensor: tensor, cpu, fixed)
+    return WorkerSide([layer], 1, BLOCK, lambda tensor: tensor, cpu, fixed)
 
 
 def test_a_graph_finds_lengths_and_tables_where_it_was_recorded(fixed_side: Any) -> None:

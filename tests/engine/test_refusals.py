@@ -85,7 +85,6 @@ def test_modes_that_cannot_be_pruned_in_are_refused(options: Any, message: str) 
         ("parallel_config", "ubatch_size", 2, "leave out --enable-dbo and --ubatch-size"),
         ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
         ("parallel_config", "prefill_context_parallel_size", 2, "context parallelism"),
-        ("model_config", "is_mm_prefix_lm", True, "bidirectional attention among image tokens"),
     ],
 )
 def test_modes_that_this_machine_does_not_have_are_refused(
@@ -181,9 +180,10 @@ def test_caches_that_cannot_be_read_are_refused(changed: Any, reason: str) -> No
     layer: Any = SimpleNamespace(
         layer_name="layer", attn_backend=backend, impl=None, kv_sharing_target_layer_name=None
     )
-    check_layer(layer, FullAttentionSpec(**options), torch.float32)
+    model = SimpleNamespace(dtype=torch.float32, is_mm_prefix_lm=False)
+    check_layer(layer, FullAttentionSpec(**options), model)
     with pytest.raises(plphp.UnsupportedModelError, match=reason):
-        check_layer(layer, FullAttentionSpec(**options | changed), torch.float32)
+        check_layer(layer, FullAttentionSpec(**options | changed), model)
 
 
 def test_other_connectors_beside_it_are_refused() -> None:

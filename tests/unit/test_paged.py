@@ -72,7 +72,7 @@ class TorchLayer(PagedLayer):
 
     def __init__(self, blocks: int, seed: int) -> None:
         draw = torch.Generator().manual_seed(seed)
-        self.name, self.group = "layer", 0
+        self.name, self.group, self.index = "layer", 0, 0
         self.cache = torch.randn(2, blocks, BLOCK, KV_HEADS, WIDTH, generator=draw)
 
     def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,8 +256,8 @@ def test_lockstep_asks_the_first_group_for_all() -> None:
 
 
 def test_a_long_answer_no_longer_fits_beside_fresh_blocks() -> None:
-    assert fits(tokens=40, fresh=2, block=8, groups=3, pool=24)
-    assert not fits(tokens=41, fresh=2, block=8, groups=3, pool=24)
+    assert fits(tokens=40, fresh=6, block=8, tables=3, pool=24)
+    assert not fits(tokens=41, fresh=6, block=8, tables=3, pool=24)
 
 
 def test_it_imports_no_engine() -> None:

@@ -17,13 +17,15 @@ class PagedLayer:
     """Base class of an engine's decoder layer. A subclass sets the fields, and reads and writes.
 
     name: the engine's name of the layer
-    group: index of its cache group
+    group: index of its cache group, among those that are pruned
+    index: its place among all layers of the decoder
     kv_heads: number of KV heads of this tensor-parallel rank
     scale, softcap: the factor of attention logits, and their soft cap or None
     """
 
     name: str
     group: int
+    index: int
 
     @property
     def kv_heads(self) -> int:

@@ -57,6 +57,18 @@ def check_alone(transfer: Any, known: Container[str]) -> None:
         )
 
 
+def check_groups(pruned: int, all_groups: int, options: Options) -> None:
+    """Raise UnsupportedModeError for layers that share a table beside layers that are left alone.
+
+    pruned: number of cache groups that are pruned; all_groups: of all groups
+    """
+    if pruned < all_groups and options.layers_per_group > 1:
+        raise UnsupportedModeError(
+            f"layers_per_group={options.layers_per_group} needs a model with full attention in all "
+            "layers: use layers_per_group=1"
+        )
+
+
 def check_modes(vllm_config: Any, options: Options) -> None:
     """Raise UnsupportedModeError for modes in which pruning does not work.
 
@@ -82,7 +94,6 @@ def check_modes(vllm_config: Any, options: Options) -> None:
         "--disable-hybrid-kv-cache-manager (leave it out)": (
             scheduler.disable_hybrid_kv_cache_manager
         ),
-        "bidirectional attention among image tokens": model.is_mm_prefix_lm,
         "vLLM's own video pruning (leave out --video-pruning-rate)": (
             model.multimodal_config and model.multimodal_config.video_pruning_rate
         ),

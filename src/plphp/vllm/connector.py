@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from plphp.errors import UnsupportedModeError
@@ -62,8 +63,8 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         )
         checks.check_modes(vllm_config, options)
         blocks.register()
-        self.groups = kv_cache_config.kv_cache_groups
-        blocks.check_groups(self.groups)
+        self.groups = blocks.prunable(kv_cache_config.kv_cache_groups)
+        checks.check_groups(len(self.groups), len(kv_cache_config.kv_cache_groups), options)
         self.block_size: int = self.groups[0].kv_cache_spec.block_size
         self.worker: WorkerSide | None = None
         self.scheduler: SchedulerSide | None = None
@@ -128,10 +129,12 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         for group, spec in enumerate(self.groups):
             for name in spec.layer_names:
                 check_blocks(name, modules[name], self.block_size)
-                layers.append(Layer(name, group, modules[name], reader_of(modules[name])))
+                index, reader = extract_layer_index(name), reader_of(modules[name])
+                layers.append(Layer(name, group, index, modules[name], reader))
         device = next(iter(kv_caches.values())).device
         fixed = self._fixed(layers, device) if self.options.full_graphs else None
-        self.worker = WorkerSide(layers, self.block_size, mean_over_ranks, device, fixed)
+        depth = self._vllm_config.model_config.get_total_num_hidden_layers()
+        self.worker = WorkerSide(layers, depth, self.block_size, mean_over_ranks, device, fixed)
         for layer in layers:
             setattr(layer.module, SIDE, self.worker)
 

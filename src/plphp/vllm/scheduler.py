@@ -74,7 +74,8 @@ class SchedulerSide:
 
     prompts: prompts to prune, by request id
     awaited: prompts whose `pending` is not empty, by request id; their requests may have finished
-    blocks: how their blocks are handled, by request id; the managers of all groups share this dict
+    blocks: how their blocks are handled, by request id; the managers of pruned groups share this
+        dict
     refused: why a request is not pruned, by request id
     features: vLLM's image features of requests, by request id
     """
@@ -89,12 +90,14 @@ class SchedulerSide:
         self.refused: dict[str, str] = {}
         self.features: dict[str, Any] = {}
         self.managers: Sequence[LayerBlocks] = ()
+        self.tables = 0  # block tables of a request, those of layers that are left alone included
         self.counts = Counts()
 
-    def bind(self, managers: Sequence[LayerBlocks]) -> None:
-        """Share `blocks` with the managers of all groups."""
-        self.managers = managers
-        for manager in managers:
+    def bind(self, managers: Sequence[Any]) -> None:
+        """Share `blocks` with the managers of pruned groups. managers: of all groups"""
+        self.tables = len(managers)
+        self.managers = [manager for manager in managers if isinstance(manager, LayerBlocks)]
+        for manager in self.managers:
             manager.prompts = self.blocks
 
     def add(self, request: Any) -> None:
@@ -232,4 +235,5 @@ class SchedulerSide:
         request, block = prompt.request, self.block_size
         fresh = fresh_blocks(prompt.policy, prompt.images, request.num_prompt_tokens, block)
         pool: int = self.managers[0].block_pool.num_gpu_blocks - 1
-        return fresh if fits(request.num_tokens, fresh, block, len(self.managers), pool) else None
+        reserved = fresh * len(self.managers)
+        return fresh if fits(request.num_tokens, reserved, block, self.tables, pool) else None

@@ -53,7 +53,8 @@ class Ending:
 class WorkerSide:
     """The state of the plugin next to a model runner.
 
-    layers: all decoder layers
+    layers: the decoder layers that are pruned
+    depth: number of all layers of the decoder
     block_size: tokens per block
     over_ranks: as in `plphp.policy.LayerView`
     device: of the caches
@@ -67,6 +68,7 @@ class WorkerSide:
     def __init__(
         self,
         layers: Sequence[PagedLayer],
+        depth: int,
         block_size: int,
         over_ranks: Callable[[Tensor], Tensor],
         device: torch.device,
@@ -75,6 +77,7 @@ class WorkerSide:
         self.layers = {layer.name: layer for layer in layers}
         self.places = {layer.name: place for place, layer in enumerate(layers)}
         self.groups = 1 + max(layer.group for layer in layers)
+        self.depth = depth
         self.block_size = block_size
         self.over_ranks = over_ranks
         self.device = device
@@ -247,8 +250,8 @@ class WorkerSide:
         queries, blocks = ending.queries[layer.name], self._blocks(layer, ending)
         return replace(
             layer.view(queries, blocks, spans),
-            layer=self.places[layer.name],
-            layers=len(self.layers),
+            layer=layer.index,
+            layers=self.depth,
             over_ranks=self.over_ranks,
             images=ending.end.images[-1][0],
         )
