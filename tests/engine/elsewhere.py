@@ -92,6 +92,7 @@ MODES: dict[str, Mode] = {
     "FLASH_ATTN": hard("flash"),
     "lengths of the host": hard("flashinfer"),
     "TRITON_ATTN": Mode(standins=("triton",), tiny=True),
+    "V2, TRITON_ATTN": Mode(standins=("triton", "v2"), tiny=True, slow=True),
     "asynchronous": hard("async"),
     "full graphs": Mode({"full_graphs": True}, standins=("flash", "graphs")),
     "V2": hard("v2", slow=True),

@@ -31,7 +31,8 @@ class Request:
     policy: how the prompt is pruned, None for an unpruned request
     tokens: number of tokens to generate
     words: the text after each image, empty after images beyond its length
-    videos: (frames, height, width, 3) uint8 each, after the images
+    videos: (frames, height, width, 3) uint8 each
+    order: "image" or "video" for each of them, as they stand in the prompt; empty: videos are last
     """
 
     images: tuple[Image.Image, ...]
@@ -40,6 +41,12 @@ class Request:
     tokens: int
     words: tuple[str, ...] = ()
     videos: tuple[np.ndarray, ...] = ()
+    order: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What stands in the prompt, "image" or "video", in this order."""
+        return self.order or ("image",) * len(self.images) + ("video",) * len(self.videos)
 
     @property
     def chat(self) -> list[dict[str, Any]]:
@@ -54,8 +61,7 @@ class Request:
 
     def text(self, tokenizer: Any) -> str:
         """The chat as text, with a placeholder for each image and video."""
-        media = ["image"] * len(self.images) + ["video"] * len(self.videos)
-        talk = self.talk([{"type": kind} for kind in media])
+        talk = self.talk([{"type": kind} for kind in self.kinds])
         text: str = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
         return text
 
