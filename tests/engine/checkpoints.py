@@ -67,7 +67,7 @@ class Checkpoint:
         writes another one
     differs: the differences between vLLM and transformers, for docs/vllm.md
     slow: whether only `make test-vllm-all` runs the family
-    text: options of the text config that differ from those of tests/tiny
+    text: options of the config, or of its text config, that differ from those of tests/tiny
     """
 
     family: str
@@ -87,7 +87,9 @@ class Checkpoint:
         family = {**tiny.FAMILIES, **tiny.DECODERS}[self.family]
         config = wide(family.config())
         for name, value in self.text.items():
-            setattr(config.get_text_config(), name, value)
+            for part in (config, config.get_text_config()):
+                if hasattr(part, name):
+                    setattr(part, name, value)
         family.build(seed, config).save_pretrained(folder)
         if self.tower:
             weights = load_file(folder / WEIGHTS)

