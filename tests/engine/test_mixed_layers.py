@@ -36,7 +36,7 @@ def save(family: str, folder: Path) -> None:
     weights = load_file(folder / WEIGHTS)
     (norm,) = [name for name in weights if name.endswith("model.norm.weight")]
     draw = torch.Generator().manual_seed(0)
-    weights[norm] = torch.randn(weights[norm].shape, generator=draw)
+    weights[norm] = torch.randn(weights[norm].shape, generator=draw) - 1  # Gemma adds 1
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
 
 

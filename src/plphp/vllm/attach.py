@@ -84,11 +84,14 @@ def shifted_backend(base: type[Any]) -> type[Any]:
     builder: type[Any] = base.get_builder_cls()
 
     class Builder(builder):
-        def build(self, common_prefix_len: int, common: Any, fast_build: bool = False) -> Any:
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+        ) -> Any:
             layers = self.vllm_config.compilation_config.static_forward_context
-            side = side_of(layers[self.layer_names[0]])
+            name, common = self.layer_names[0], common_attn_metadata
+            side = side_of(layers[name])
             if side is not None:
-                common = side.shift(side.layers[self.layer_names[0]].group, common)
+                common = side.shift(side.layers[name].group, common)
             return super().build(common_prefix_len, common, fast_build)
 
     class Backend(Shifted, base):

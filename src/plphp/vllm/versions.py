@@ -16,9 +16,9 @@ in `TESTED`, `python -m plphp.vllm.versions` prints which of them have changed, 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 from plphp.errors import UnsupportedVllmError
@@ -41,9 +41,7 @@ class Use:
     def missing(self) -> str | None:
         """What this vLLM does not have of it, None if it has everything."""
         try:
-            found: Any = importlib.import_module(f"vllm.{self.module}")
-            for part in self.name.split("."):
-                found = getattr(found, part)
+            found = resolve_name(f"vllm.{self.module}:{self.name}")
         except (ImportError, AttributeError):
             return f"{self.module} has no {self.name}"
         gone = [name for name in self.takes if name not in _names(found)]
