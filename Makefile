@@ -39,7 +39,7 @@ lint: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 docs: $(VENV)/.installed-docs
-	cd $(ROOT) && NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	cd $(ROOT) && $(BIN)/zensical build --clean --strict
 
 figures: $(VENV)/.installed-docs
 	cd $(ROOT) && $(BIN)/python docs/make_figures.py

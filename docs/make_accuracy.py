@@ -26,6 +26,7 @@ DOCS = Path(__file__).parent
 FOLDER = DOCS / "accuracy"
 BUDGETS = (0.6, 0.4, 0.2, 0.1)
 SHORT = 0.2  # the budget of tables with a single one
+SEEN = ("full", "random", "uniform", "plphp", "vl-cache", "novelty")  # methods of the overview
 PLPHP = "plphp"
 OFF = 0.02  # a cell gives the kept share if it differs from the budget by more
 MEASURES = ("same", "exact", "words", "anls", "rouge_l", "cider", "wer")
@@ -64,6 +65,7 @@ def page(folder: Path = FOLDER) -> str:
     text = environment.get_template("page.md.jinja").render(
         made=summary["made"],
         apart=f"{apart} of {sum(t['samples'] + t['one_token'] for t in tasks.values())} samples",
+        overview=_overview(tasks),
         short=_short(tasks),
         short_budget=SHORT,
         tally=_tally(tasks),
@@ -148,6 +150,17 @@ def _verdicts(task: Shown) -> Iterator[str]:
         if by:
             said = "; ".join(f"{verdict} at {', '.join(at)}" for verdict, at in by.items())
             yield f"PLPHP against `{other}`: {said}."
+
+
+def _overview(tasks: Shown) -> str:
+    """The score of a few methods at the budget SHORT, one row for each task."""
+    rows = []
+    for name, task in tasks.items():
+        cells = _cells(task)
+        found = [cells.get((method, 1.0 if method == "full" else SHORT)) for method in SEEN]
+        scores = [f"{row['score']['mean']:.2f}" if row else "" for row in found]
+        rows.append([f"[{name}](#{name})", f"{task['answer_tokens']:.0f}", *scores])
+    return table(["task", "tokens of an answer", *SEEN], rows)
 
 
 def _short(tasks: Shown) -> str:

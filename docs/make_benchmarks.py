@@ -76,6 +76,7 @@ def page() -> str:
     template = environment.get_template("benchmarks.md.jinja")
     return template.render(
         cpu=[(name, options, cpu.get(name)) for name, options in CPU.items()],
+        cpu_found={name: cpu.get(name) for name in CPU},
         gpu=[(name, options, gpu.get(name)) for name, options in GPU.items()],
         others=others,
         machines=machines([*gpu.values(), *others.values()]),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from plphp.cli import console, demo_details, generate
+from plphp.cli import console, demo_details
 from plphp.errors import InputError
 from plphp.eval.methods import parse
 
@@ -108,7 +108,7 @@ def test_what_is_not_ours_is_printed_as_it_stands(
 
 
 def test_a_streamed_answer_controls_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    streamer = generate._streamer(None)
+    streamer = console.streamer(None, lambda: None)
     streamer.on_finalized_text("a\x1b[2Jb\n\u202e", stream_end=True)
     assert capsys.readouterr().out == "a\\x1b[2Jb\n\\u202e\n"
 

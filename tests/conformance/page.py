@@ -12,6 +12,8 @@ import transformers
 from circumstances import CIRCUMSTANCES, COLUMNS, FAMILIES, OTHERS, PLAIN, RECALLED
 from methods import HOMES, METHODS, OPTIONS
 from modes import MODES
+from overview import HEAD, exceptions
+from page_text import TEXT
 
 import tiny
 
@@ -78,6 +80,13 @@ def rows(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in every]
 
 
+def code(names: Iterable[str]) -> dict[str, str]:
+    return {f"`{name}`": name for name in names}
+
+
+REFUSED = code(tiny.REFUSED)
+
+
 @dataclass(frozen=True)
 class Table:
     """One table of the page.
@@ -106,10 +115,6 @@ class Table:
             name, *cells = line.strip("| ").split(" | ")
             for column, cell in zip(self.columns.values(), cells, strict=True):
                 yield self.key(self.lines[name], column), cell
-
-
-def code(names: Iterable[str]) -> dict[str, str]:
-    return {f"`{name}`": name for name in names}
 
 
 TABLES = (
@@ -164,11 +169,40 @@ def page(results: Results, whole: set[bool]) -> str:
     tables = [table.text(every, notes) for table in TABLES]  # this fills `notes`
     return TEXT.format(
         *tables,
+        overview=overview(every, notes),
         notes="\n".join(notes.numbered()),
         made="\n".join(made),
         policies=", ".join(OPTIONS),
         sampled=", ".join(name for name in METHODS if name not in OPTIONS),
         others=", ".join(OTHERS),
+    )
+
+
+def overview(results: Results, notes: Notes) -> str:
+    """The families, and the modes of the first three tables in which some of them do not work."""
+
+    def cells(mode: str, columns: dict[str, tuple[str, str]]) -> dict[str, str]:
+        return {
+            shown: notes.short(results.cell(family, mode, home))
+            for shown, (family, home) in columns.items()
+        }
+
+    pruned = {shown: (name, "") for shown, name in code(FAMILIES).items()}
+    some = {shown: (name, "") for shown, name in code(COLUMNS).items()}
+    table = {mode: cells(mode, pruned) for mode in MODES}
+    table |= {mode: cells(mode, some) for mode in CIRCUMSTANCES}
+    without = {shown: (family, "") for shown, (family, _) in TABLES[2].columns.items()}
+    table |= {
+        f"{mode}, with recall": cells(mode, TABLES[2].columns)
+        for mode in EVERY_MODE
+        if cells(mode, TABLES[2].columns) != cells(mode, without)
+    }
+    refused = (f"{shown}: {cells('', {'': (name, '')})['']}" for shown, name in REFUSED.items())
+    return (
+        f"**{len(pruned)} families are pruned**: {', '.join(pruned)}.\n\n"
+        f"**{len(REFUSED)} are refused**: {', '.join(refused)}.\n\n"
+        f"Every family works in every mode, but for these:\n\n{HEAD}"
+        + "".join(exceptions(table, WORKS))
     )
 
 
@@ -186,83 +220,6 @@ def before(recall: bool) -> str:
 
 def _how(recall: bool) -> str:
     return f"- {'With' if recall else 'Without'} recall:"
-
-
-TEXT = """# What is supported
-
-Each cell is a test of plphp on a tiny random model of the real transformers class, against an
-independent oracle: a full cache in which an attention mask hides the dropped tokens. A cell says
-"works", "refused" or "not applicable", and a numbered note at the end gives the reason.
-`make support` runs `tests/conformance/test_matrix.py` and writes this page.
-
-## Families and prompts
-
-Cells were run with these policies: {policies}. Each other policy
-({sampled})
-was run with every family and in every mode, in at least one cell.
-
-{0}
-
-- Every cell with images checks that the spans are right, that selection and decoding equal the
-  oracle's, that a policy that keeps everything gives the tokens of the unpruned model, that a row
-  of a padded batch equals the row alone, and that the model is unchanged afterwards. Cells with
-  beams, samples and chunks check that keeping everything changes no token, and that the selection
-  is the oracle's.
-- `internvl` and `smolvlm` mark the frames of a video as they mark images. Each frame counts as an
-  image, and the report says so; `plphp.prune(model, vision_mask=...)` makes them one video.
-- `gemma3` and `cohere2_vision` have layers with a sliding window. If a prompt is longer than the
-  window, these layers are not pruned, and the report names them. The same holds for linear,
-  convolutional and chunked layers, and for layers that share keys. The `llava + ...` lines are the
-  LLaVA class with such decoders; they were run with plphp only.
-- For a class that is not listed, the image token id of the config says which tokens are vision
-  tokens, and each unbroken run of them is one image. Without an image token id it is refused.
-
-## Ways to run a model
-
-These families differ in positions, masks, image tokens or kinds of layers. Every cell was run with
-plphp, and every mode also with one policy of each other kind ({others}).
-
-{1}
-
-- Greedy modes: a policy that keeps everything gives the tokens of the unpruned model. With pruning,
-  the selection and all tokens are the oracle's.
-- Later turns: the oracle computes the whole conversation at once and hides from each turn the
-  tokens that earlier turns dropped. Selection, logits and tokens of every turn equal the oracle's,
-  also if the cache is saved, moved, cropped or reordered between turns.
-- Other weights, dtypes, attention implementations and devices: selection and logits are within 1e-4
-  of the oracle's. For bfloat16 and float16 the tolerances are .5 and .05, and tokens are equal
-  wherever the oracle's two highest logits differ by more. For mixtures of experts in half precision
-  the median over steps counts, because rounding changes which experts are used.
-- The FlashAttention cells use a function in torch in place of the kernel; names, layouts, windows
-  and masks are those of transformers. int8 weights are torchao's. `device_map` puts every other
-  layer on the disk. Tensor parallel runs two gloo processes.
-- "The unpruned model" in a note: the same mode was run without plphp, and failed or gave other
-  logits than a plain forward.
-
-## With recall
-
-[Recall](recall.md) parks the tokens that a policy drops; 40 % of the bytes stay on the device.
-Every cell was run with plphp, and every other policy in at least one cell.
-
-{2}
-
-{3}
-
-- Home `host`: the oracle hides, at each step, the tokens that the step did not attend to. Logits
-  are within 1e-4 of the oracle's.
-- Home `int4`: the oracle rounds the parked tokens. The median over steps is within 1e-4 and every
-  step within 5e-3, because a value between two codes may be rounded either way.
-- Later turns: the oracle's prompt attends to all images of the conversation, each earlier answer to
-  the tokens that it attended to, and rounded tokens stay rounded. Beams are followed from row to
-  row.
-- The rest is as without recall.
-
-## Notes
-
-{notes}
-
-{made}
-"""
 
 
 def shown() -> dict[Key, list[str]]:

@@ -42,7 +42,6 @@ REFUSED = {  # why no token may leave the hidden states of these families
     ("qwen3_5", "fastv"): RECURRENT,
     ("qwen3_5", "vtw"): RECURRENT,
     ("gemma3", "fastv"): "layer 1 cannot score the tokens",
-    ("gemma3", "vtw"): "layer 1 cannot score the tokens",
 }
 
 
@@ -200,14 +199,21 @@ def test_rows_of_unequal_length_and_no_padding(name: str) -> None:
             assert torch.equal(generate(model, one)[0][0], together[row])
 
 
-def test_prompts_that_come_in_pieces_are_refused() -> None:
-    expected = truth("llava", 0, "one")
-    model = expected.build()
-    with plphp.prune(model, METHODS["fastv"]()):
-        with pytest.raises(plphp.UnsupportedModeError, match="prefill_chunk_size"):
-            generate(model, expected.inputs, prefill_chunk_size=16)
-        with pytest.raises(plphp.UnsupportedModeError, match="prompt_lookup"):
-            generate(model, expected.inputs, prompt_lookup_num_tokens=3)
+@pytest.mark.parametrize("name", ["fastv", "divprune"])
+def test_a_row_that_keeps_every_column(name: str) -> None:
+    """The longest row is text, so that the batch keeps its number of columns."""
+    family = EVERY["llava"]
+    model = family.build(0)
+    specs = [tiny.RowSpec(images=0, text=150), tiny.RowSpec(images=1, text=40)]
+    inputs, _ = family.make_inputs(model, specs, 0)
+    assert inputs["input_ids"].shape[1] == 150
+    with plphp.prune(model, METHODS[name]()):
+        together, _ = generate(model, inputs)
+        for row in (0, 1):
+            columns = inputs["attention_mask"][row] > 0
+            one = {k: v[row : row + 1, columns] for k, v in inputs.items() if v.dim() == 2}
+            pixels = {"pixel_values": inputs["pixel_values"]} if row else {}
+            assert torch.equal(generate(model, {**one, **pixels})[0][0], together[row])
 
 
 def test_a_budget_out_of_reach_is_said_when_attaching() -> None:

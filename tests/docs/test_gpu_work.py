@@ -150,7 +150,7 @@ def test_a_sample_result_becomes_the_page(
         "- failed: `tests/x.py::y`",
     ):
         assert words in page
-    waiting = page.partition("These runs have not been measured")[2]
+    waiting = page.partition("runs that have not been measured")[2]
     assert maker.GPU["a-tenth"] in waiting and f"{maker.GPU['32k-x8']}\n" not in waiting
 
 

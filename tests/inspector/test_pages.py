@@ -50,7 +50,10 @@ def test_masks_shares_and_agreement_are_those_of_the_report(embedded: Embedded) 
     assert sum(layer.kv_bytes_full for layer in run.layers) == report.kv_bytes_full
 
 
-@pytest.mark.parametrize("name", ["plphp", "vl-cache", "fastv"])
+STAGES = ["divprune,novelty", "fastv,plphp"]
+
+
+@pytest.mark.parametrize("name", ["plphp", "vl-cache", "fastv", *STAGES])
 def test_steps_are_what_the_models_attend_to(embedded: Embedded, name: str) -> None:
     _, inputs = asked(embedded)
     model, policy = embedded.model, plphp.policy(name)
@@ -75,10 +78,20 @@ def test_steps_are_what_the_models_attend_to(embedded: Embedded, name: str) -> N
         lost = torch.tensor([row[index] for row in steps.lost])
         assert torch.allclose(found, to_kept.mean(0), atol=2e-4)
         assert torch.allclose(lost, to_lost.mean(0), atol=2e-4)
+        entered = report.entered(index)
+        assert bool(steps.gone) == (name in ("fastv", *STAGES))
+        if steps.gone:
+            before = torch.zeros_like(vision).bool()
+            if entered is not None:
+                before = ~torch.isin(vision, entered[0])
+            to_gone = torch.stack([p[:, before].sum(-1) for p in looks]).mean(0)
+            found = torch.tensor([row[index] for row in steps.gone])
+            assert torch.allclose(found, to_gone, atol=2e-4)
+            assert (steps.kept[0][index] is None) == (entered is not None)
         if index == 0:  # a token's own embedding asks: what was dropped changes only the softmax
-            own = torch.tensor([row[0] for row in steps.kept])
+            own = torch.tensor([row[0] for row in steps.kept[1:]])
             expected = (to_kept / (1 - to_lost)).mean(0)
-            assert torch.allclose(own[1:], expected[1:], atol=2e-4)
+            assert torch.allclose(own, expected[1:], atol=2e-4)
 
 
 def test_nothing_dropped_is_nothing_lost(embedded: Embedded) -> None:
@@ -94,7 +107,9 @@ def test_nothing_dropped_is_nothing_lost(embedded: Embedded) -> None:
     assert "".join(run.answer.tokens) == run.answer.text
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if POLICIES[name]().kind != "images"])
+@pytest.mark.parametrize(
+    "name", [*(name for name in POLICIES if POLICIES[name]().kind != "images"), *STAGES]
+)
 def test_every_method_has_a_page(embedded: Embedded, name: str) -> None:
     pictures, inputs = asked(embedded, 1)
     policies = {name: plphp.policy(name)}

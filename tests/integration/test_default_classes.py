@@ -15,20 +15,54 @@ PAGE = Path(__file__).parents[2] / "docs" / "doctor.md"
 LENGTH = 5000  # tokens, more than the windows of all classes
 HEAD = f"""# What doctor says
 
-`plphp doctor` builds a model without its weights, on torch's meta device, and fills transformers'
-own cache with keys and values. This page compares its numbers with the cache that the same model
-fills when it reads a prompt of {LENGTH:,} tokens. It lists every image-text-to-text class of
-transformers, with the default config of the class and in bfloat16.
-`tests/integration/test_default_classes.py` writes this page.
+After this page you know whether you can trust the bytes that `plphp doctor` reports. It builds a
+model without its weights, on torch's meta device, and fills transformers' own cache with keys and
+values. This page compares its numbers with the cache that the same model fills when it reads a
+prompt of {LENGTH:,} tokens, for every image-text-to-text class of transformers, with the default
+config of the class and in bfloat16. `tests/integration/test_default_classes.py` writes this page.
 
-- layers: the number of layers that are pruned for this prompt, of all layers
+"""
+COLUMNS = """- layers: the number of layers that are pruned for this prompt, of all layers
 - bytes: the bytes of the keys and values that doctor reports
 - other bytes: those of other tensors in the cache, such as states of linear and convolutional
   layers, and keys of indexers
 - ratio: doctor's bytes of keys and values, divided by those in transformers' cache
 
+| class | layers | bytes | other bytes | ratio |
+|---|---|---|---|---|
 """
-COLUMNS = "| class | layers | bytes | other bytes | ratio |\n|---|---|---|---|---|\n"
+
+
+def page(version: str, classes: list[tuple[str, ...]], unread: dict[str, str]) -> str:
+    """The text of docs/doctor.md.
+
+    classes: the cells of a row for every class with a cache to compare with
+    unread: for every other class, why it has none
+    """
+    right = sum(ratio == "1.00" for *_, ratio in classes)
+    some = sum(not layers.startswith("0 ") for _, layers, *_ in classes)
+    table = "".join(f"| {' | '.join(row)} |\n" for row in classes)
+    reasons = "".join(f"| {name} | {said} |\n" for name, said in unread.items())
+    said = f"the bytes are right for {right} of {len(classes)} classes"
+    return f"""{HEAD}With transformers {version}, **{said}**. In {some} of them layers are
+pruned for this prompt; for the others, the command says why there are none.
+{len(unread)} more classes cannot read a prompt of text on the meta device with their default
+config, so that there is nothing to compare with.
+
+<details markdown="1">
+<summary>Every class</summary>
+
+{COLUMNS}{table}
+</details>
+
+<details markdown="1">
+<summary>The classes without a cache to compare with</summary>
+
+| class | reason |
+|---|---|
+{reasons}
+</details>
+"""
 
 
 def problems(held: defaults.Held) -> list[str]:
@@ -88,32 +122,24 @@ def test_bytes_of_every_class_are_those_of_its_cache() -> None:
 @pytest.mark.slow
 def test_the_page_shows_every_class() -> None:
     """The default configs themselves. This takes about three minutes."""
-    table, unread = "", ""
+    classes, unread = [], {}
     for name in defaults.names():
         held = defaults.held(name, transformers.AutoConfig.for_model(name), LENGTH)
         assert problems(held) == [], name
         if held.ratio is None:
             said = held.refused or (held.found.unmeasured if held.found else "") or held.unread
-            unread += f"| {name} | {plain(said)} |\n"
+            unread[name] = plain(said)
         else:
             assert held.found is not None
-            row = (
-                f"{len(held.found.prunable_layers)} of {held.found.layers}",
-                f"{held.found.full:,}",
-                f"{held.found.other_bytes:,}",
-                f"{held.ratio:.2f}",
-            )
-            table += f"| {name} | {' | '.join(row)} |\n"
-    page = (
-        f"{HEAD}transformers {transformers.__version__}.\n\n{COLUMNS}{table}\n"
-        "The models of these classes, with their default config, cannot read a prompt of text on "
-        f"the meta device:\n\n| class | reason |\n|---|---|\n{unread}"
-    )
+            layers = f"{len(held.found.prunable_layers)} of {held.found.layers}"
+            sizes = f"{held.found.full:,}", f"{held.found.other_bytes:,}"
+            classes.append((name, layers, *sizes, f"{held.ratio:.2f}"))
+    written = page(transformers.__version__, classes, unread)
     if os.environ.get("PLPHP_WRITE_DOCS"):
-        PAGE.write_text(page)
+        PAGE.write_text(written)
     if not PAGE.exists():
         pytest.skip("docs/doctor.md is not written yet: PLPHP_WRITE_DOCS=1 writes it")
-    assert PAGE.read_text() == page
+    assert PAGE.read_text() == written
 
 
 def plain(said: str) -> str:

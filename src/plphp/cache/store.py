@@ -94,10 +94,8 @@ class KVStore:
 
     def _close_gaps(self, fillers: Tensor, at: int) -> None:
         """Move the slots before the slot `at` right by `fillers` (B,), over fillers that follow."""
-        slots = torch.arange(self.end, device=self.start.device)
         self.start = self.start + fillers
-        moved = torch.where(slots < at + fillers[:, None], slots - fillers[:, None], slots)
-        columns = moved.clamp(min=0)[:, None].expand(-1, self.keys.shape[1], -1)
+        columns = without_gaps(fillers, at, self.end)[:, None].expand(-1, self.keys.shape[1], -1)
         self.keys, self.values = take(self.keys, columns), take(self.values, columns)
         if self.columns is not None:
             self.columns = take(self.columns[..., None], columns)[..., 0]
@@ -173,6 +171,17 @@ def slack(length: int) -> int:
     time per token, and at most a 16th of a long buffer is unused.
     """
     return max(MIN_SLACK, length // SLACK_DIVISOR)
+
+
+def without_gaps(fillers: Tensor, at: int, end: int) -> Tensor:
+    """(B, end) int64, the slot from which each slot is filled, so that the gap of a row closes.
+
+    fillers: (B,) int64, how many slots of each row from the slot `at` on hold nothing. The slots
+        before them move right, and the fillers are at the row's begin
+    """
+    slots = torch.arange(end, device=fillers.device)
+    moved = torch.where(slots < at + fillers[:, None], slots - fillers[:, None], slots)
+    return moved.clamp(min=0)
 
 
 def take(source: Tensor, columns: Tensor, capacity: int | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from plphp.cli import flags
 from plphp.cli import options as o
-from plphp.cli.console import progress, say, shown, stdout
+from plphp.cli.console import loading, progress, say, shown, stdout
 from plphp.errors import InputError
 
 if TYPE_CHECKING:
@@ -186,7 +186,8 @@ def _chosen(
         return None, shape_of(shape, layers)
     from plphp.inputs import load
 
-    loaded = load(model, dtype, device).model
+    with loading(model):
+        loaded = load(model, dtype, device).model
     return loaded, shape_of_model(model, loaded)
 
 

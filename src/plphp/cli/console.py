@@ -11,12 +11,13 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from plphp.errors import InputError, PlphpError
 
@@ -37,14 +38,59 @@ def stderr() -> Console:
 
 
 def progress(quiet: bool, **options: Any) -> Progress:
-    """A progress bar on stderr. options: those of rich's `Progress`"""
+    """A progress bar on stderr, if that is a terminal. options: those of rich's `Progress`"""
+    console = stderr()
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=stderr(), disable=quiet, **options)
+    return Progress(*columns, console=console, disable=quiet or not console.is_terminal, **options)
+
+
+@contextlib.contextmanager
+def waiting(text: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Show a text with a spinner on stderr, if that is a terminal, until the block ends.
+
+    Yields a function that shows another text, or with an empty text ends the display early.
+    """
+    console = stderr()
+    if quiet or not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status(Text(shown(text))) as status:
+        yield lambda text: status.update(Text(shown(text))) if text else status.stop()
+
+
+@contextlib.contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Show on a terminal that a model is being loaded.
+
+    A model from files gets one line, because transformers then shows bars of its own.
+    """
+    if model == "embedded":
+        with waiting("loading the embedded model"):
+            yield
+        return
+    if stderr().is_terminal:
+        say(f"loading {model}")
+    yield
+
+
+def streamer(tokenizer: Any, begin: Callable[[], None]) -> Any:
+    """A streamer that prints an answer, with escapes for characters that control the terminal.
+
+    begin: is called before a text is printed
+    """
+    from transformers import TextStreamer
+
+    class Shown(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            begin()
+            super().on_finalized_text(shown(text), stream_end)
+
+    return Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def shown(text: object) -> str:

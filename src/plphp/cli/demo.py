@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from plphp.cli import flags
 from plphp.cli import options as o
-from plphp.cli.console import progress, shown, stderr, stdout
+from plphp.cli.console import progress, shown, stdout
 from plphp.cli.generate import check_files
 from plphp.errors import InputError
 
@@ -105,8 +105,7 @@ def _measured(
     """Ask and measure, with a progress bar on stderr."""
     from plphp.cli import demo_run
 
-    # Elsewhere than on a terminal a bar is one line in the end, and an error must be the only one.
-    with progress(quiet or not stderr().is_terminal, transient=True) as bar:
+    with progress(quiet, transient=True) as bar:
         work = len(items) * len(every) + 2 * rounds * len(every) + 1
         task = bar.add_task(f"{len(items)} questions", total=work)
         asked = demo_run.ask(loaded, items, every, lambda: bar.advance(task))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from plphp.cli import options as o
+from plphp.cli.bars import ASCII, IMAGES, TEXT, bars
 from plphp.cli.console import stdout
 from plphp.cli.diagnosis import Diagnosis, diagnose
 from plphp.policy import PLPHP
@@ -87,7 +88,10 @@ def _print(d: Diagnosis) -> None:
         lines[-1] += f", {len(d.attachable_layers)} for shorter prompts"
     lines += [*_bytes(d), *_kinds(d), *(f"note: {note}" for note in d.notes)]
     console = stdout()
-    for line in lines:
+    drawn = _drawn(d)
+    if not console.encoding.lower().startswith("utf"):
+        drawn = [line.translate(ASCII) for line in drawn]
+    for line in (*lines, *drawn):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -113,6 +117,19 @@ def _bytes(d: Diagnosis) -> list[str]:
             f"if all are vision-indifferent, {high:,} if all are vision-attentive"
         )
     return lines
+
+
+def _drawn(d: Diagnosis) -> list[str]:
+    """A bar of text and images for the full cache, and for the pruned one by class of layers."""
+    if d.full is None or d.token_bytes is None or not d.images:
+        return []
+    caches = {"full": d.full}
+    if d.prunable and d.prunable_layers and d.pruned is not None:
+        classes = ("indifferent", "balanced", "attentive")
+        caches |= dict(reversed([*zip(classes, d.pruned, strict=True)]))
+    text = d.token_bytes * d.text_tokens
+    parts = {name: (min(text, size), max(size - text, 0)) for name, size in caches.items()}
+    return ["", f"bytes of the prompt: {TEXT} text, {IMAGES} images", *bars(parts, d.images)]
 
 
 def _kinds(d: Diagnosis) -> list[str]:

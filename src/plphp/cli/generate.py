@@ -16,7 +16,7 @@ from rich.table import Table
 
 from plphp.cli import flags
 from plphp.cli import options as o
-from plphp.cli.console import say, shown, stderr, stdout
+from plphp.cli.console import say, shown, stdout, streamer, waiting
 from plphp.errors import InputError
 from plphp.policy import Policy
 
@@ -178,8 +178,9 @@ def _print_answer(
     full_report: bool,
     as_json: bool,
 ) -> None:
-    streamer = None if as_json else _streamer(job.loaded.tokenizer)
-    text, report = answer(job, images, prompt, videos, streamer)
+    with waiting("reading the prompt", quiet=as_json) as show:
+        printer = None if as_json else streamer(job.loaded.tokenizer, lambda: show(""))
+        text, report = answer(job, images, prompt, videos, printer)
     if as_json:
         said = {**_what(job, images, prompt), "answer": text, "report": report.to_dict()}
         print(json.dumps(said))
@@ -187,17 +188,6 @@ def _print_answer(
     sys.stdout.flush()
     short = "\n".join([report.summary, *report.remarks])
     say(report if full_report else short)
-
-
-def _streamer(tokenizer: Any) -> Any:
-    """A streamer that prints an answer, with escapes for characters that control the terminal."""
-    from transformers import TextStreamer
-
-    class Shown(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            super().on_finalized_text(shown(text), stream_end)
-
-    return Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _print_comparison(
@@ -212,7 +202,7 @@ def _print_comparison(
     from plphp.inputs import make_inputs
 
     inputs = make_inputs(job.loaded, images, prompt, videos)
-    with stderr().status("generating, full and pruned in turn"):
+    with waiting("generating, full and pruned in turn", quiet=as_json):
         compared = compare(
             job.loaded.model, inputs, job.policy, rounds, recall=job.recall, **job.generation
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from plphp.cli import flags
 from plphp.cli import options as o
-from plphp.cli.console import shown, stderr, stdout
+from plphp.cli.console import shown, stdout, waiting
 from plphp.cli.generate import check_files
 from plphp.errors import InputError
 from plphp.policy import Policy
@@ -52,7 +52,7 @@ def inspect(
     loaded = source.load()
     inputs = make_inputs(loaded, images, prompt, videos)
     media: list[Any] = [*images, *shown_videos(loaded.model.config, inputs)]
-    with stderr().status("reading the prompt") as status:
+    with waiting("reading the prompt", quiet=as_json) as show:
         page = examine(
             loaded,
             inputs,
@@ -64,13 +64,15 @@ def inspect(
             rounds=rounds,
             oracle=oracle,
             recall=parked,
-            advance=status.update,
+            advance=show,
         )
     _present(page, where, as_json)
 
 
 def _present(page: Page, where: Path | None, as_json: bool) -> None:
     """Write the page, and print one line per method, or the data of the page as JSON."""
+    from plphp.report import StageReport
+
     if where is not None:
         from plphp.inspector import write_html
 
@@ -86,6 +88,8 @@ def _present(page: Page, where: Path | None, as_json: bool) -> None:
         )
         held = "kept" if run.recall is None else "in full on the device"
         stdout().print(f"{run.policy}: {run.retention:.0%} of the vision K/V {held}, {same}")
+        for stage in run.stages:
+            stdout().print(f"  {StageReport(**stage)}", soft_wrap=True)
     stdout().print(shown(f"open {where} in a browser"), soft_wrap=True)
 
 

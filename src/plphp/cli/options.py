@@ -217,9 +217,11 @@ class Source:
     trust_remote_code: TrustRemoteCode = False
 
     def load(self) -> Runnable:
+        from plphp.cli.console import loading
         from plphp.inputs import load
 
-        return load(self.model, self.dtype, self.device, self.attn, self.trust_remote_code)
+        with loading(self.model):
+            return load(self.model, self.dtype, self.device, self.attn, self.trust_remote_code)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ from plphp.hf.generate import (
     refuse_method,
     wrap,
 )
+from plphp.hf.plan_ahead import PREFILL, plan_ahead
 from plphp.hf.positions import later_positions, position_shift
 from plphp.hf.recall import checked_recall
 from plphp.hf.report import build_report
 from plphp.hf.sequence import refuse_prompt
 from plphp.hf.targets import attach_stages, check_kind, chosen_policy, decoder_layers, prunable
 from plphp.hf.vision_mask import checked_mask
-from plphp.policy import Policy
+from plphp.policy import Policy, sequence_stage
 from plphp.recall import Recall
 
 logger = logging.getLogger("plphp")
@@ -94,6 +95,8 @@ def _attach(pruning: Pruning) -> None:
         pruning._set(model, "generate", wrap(pruning, model.generate))
         prepare = model._prepare_generation_config
         pruning._set(model, "_prepare_generation_config", merged_options(pruning, prepare))
+        if sequence_stage(pruning.policy) is not None and hasattr(model, PREFILL):
+            pruning._set(model, PREFILL, plan_ahead(getattr(model, PREFILL)))
     for name, why in REFUSED_METHODS.items():
         if hasattr(model, name):
             pruning._set(model, name, refuse_method(name, why))
@@ -126,14 +129,17 @@ def _begin(
         past = int(cache.get_seq_length())
         if columns > 1 or past == 0:  # a forward outside generate(): its input is a prompt
             refuse_checkpointing(pruning)
+            pruning.calls.stays, pruning.calls.noted = [], []
             cache._begin(columns, source, pruning)
         positions = later_positions(model, cache.shift, past, columns, source)
         if positions is not None:
             kwargs["position_ids"] = positions
     prefill = cache.shared.prefill
-    if prefill is not None and int(cache.get_seq_length()) + columns >= prefill.prompt.end:
-        prefill.locate(batch, kwargs.get("attention_mask"))
-        refuse_prompt(cache, prefill, columns)
+    if prefill is not None:
+        prefill.begin_forward(int(cache.get_seq_length()), columns)
+        if prefill.reads_last:
+            prefill.locate(batch, kwargs.get("attention_mask"))
+            refuse_prompt(cache, prefill)
     cache._in_forward = True
     pruning.calls.remaining = None
     return args, kwargs
@@ -176,8 +182,9 @@ def _finish(
         return  # `_begin` has refused the call
     cache._in_forward, pruning.calls.remaining = False, None
     prefill = cache.shared.prefill
-    if output is None or prefill is None or prefill.located is None:
+    if output is None or prefill is None or not prefill.reads_last:
         return
+    assert prefill.located is not None
     drafts = int(cache.get_seq_length()) - prefill.prompt.end
     cache.shift = position_shift(model, kwargs.get("position_ids"), drafts, prefill.located)
     stock.release_views(cache.layers)

@@ -138,9 +138,13 @@ def _mask_of_new_columns(mask: Any, queries: int) -> Tensor | None:
     between turns and images whose tokens attend to each other in both directions. Its last T
     columns are those of this turn, whatever was dropped of earlier ones.
     """
-    if queries == 1 or not isinstance(mask, Tensor) or mask.dim() != 4:
+    if queries == 1 or not isinstance(mask, Tensor):
         return None
     block = mask[..., -queries:]
+    if block.dim() == 2:  # FlashAttention's: which columns are tokens
+        order = torch.arange(queries, device=block.device)
+        seen = (order < order[:, None]) & (block[:, None] > 0)
+        return (seen | (order == order[:, None]))[:, None]
     return block if block.dtype == torch.bool else block == 0
 
 

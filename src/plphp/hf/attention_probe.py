@@ -73,9 +73,17 @@ def kept_slots(layer: LayerReport, seen: Seen) -> Tensor:
     return torch.stack([head[mask] for head, mask in zip(kept, stays, strict=True)])[None]
 
 
-def kept_and_dropped(layer: LayerReport, seen: Seen) -> Tensor:
-    """(2, Hkv, N) bool: the columns of a full cache that a layer kept, and that it dropped."""
-    return torch.stack(_masks(layer, seen))
+def kept_and_dropped(layer: LayerReport, seen: Seen, entered: Tensor | None = None) -> Tensor:
+    """(3, Hkv, N) bool: the columns of a full cache that a layer kept, those that it has not, and
+    of the latter those that never entered it.
+
+    entered: (B, K) int64, as `Report.entered` returns it
+    """
+    kept, dropped = _masks(layer, seen)
+    gone = torch.zeros_like(dropped)
+    if entered is not None:
+        gone = dropped & ~torch.isin(seen.positions[0], entered[0])
+    return torch.stack([kept, dropped, gone])
 
 
 def _masks(layer: LayerReport, seen: Seen) -> tuple[Tensor, Tensor]:

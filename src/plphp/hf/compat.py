@@ -270,9 +270,9 @@ def kv_heads(config: Any) -> list[int]:
     ]
 
 
-def register_attention(function: Callable[..., Any]) -> None:
-    """Register an attention function as "plphp". Only attached modules use that name."""
-    AttentionInterface.register(ATTENTION, function)
+def register_attention(function: Callable[..., Any], name: str = ATTENTION) -> None:
+    """Register an attention function under a name that only attached modules use."""
+    AttentionInterface.register(name, function)
 
 
 def over_ranks(model: nn.Module) -> Callable[[Tensor], Tensor] | None:

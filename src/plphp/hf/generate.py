@@ -62,7 +62,8 @@ def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
             source["input_ids"] = torch.full((1, 1), -1, device=model.device)
         past = int(cache.get_seq_length())
         length = new_columns(source, past)
-        left_out = drop_or_refuse(options, unsupported_options(pruning.policy, cache, past))
+        cannot = unsupported_options(model, pruning.policy, cache, past, length)
+        left_out = drop_or_refuse(options, cannot)
         positions = later_positions(model, cache.shift, past, length, source)
         if positions is not None:  # generate() would use the positions of the model's last prompt
             columns = length if source.get("input_ids") is None else source["input_ids"].shape[1]
@@ -71,7 +72,7 @@ def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
             check_fits(cache, past + length, options)
         cache._begin(length, source, pruning, generating=True)
         outer = vars(pruning.calls).copy()
-        pruning.calls.left_out = left_out
+        pruning.calls.left_out, pruning.calls.stays, pruning.calls.noted = left_out, [], []
         try:
             return original(**kwargs)
         finally:

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from plphp.cache import KVStore
+from plphp.hf.attached import Pruning
 from plphp.hf.cache import PrunedCache
-from plphp.hf.layer import PrunedLayer
 from plphp.hf.prompt import Prefill, Prompt
+from plphp.hf.tower import stays_of
 from plphp.models import frames_of, processor_inputs
 from plphp.policy import HiddenPolicy, HiddenView
 
 
 def hidden_view(
-    policy: HiddenPolicy, cache: PrunedCache, prefill: Prefill, hidden: Tensor, index: int
+    pruning: Pruning, policy: HiddenPolicy, cache: PrunedCache, prefill: Prefill, hidden: Tensor
 ) -> HiddenView:
-    """The view of the hidden states (B, N, E) that the layer with this index is given."""
+    """The view of the hidden states (B, N, E) before a layer."""
     spans = prefill.where.spans[:, -prefill.prompt.length :].to(hidden.device)
+    stays = (
+        stays_of(pruning, spans, _repeats(prefill.prompt, spans)) if policy.reads_tower else None
+    )
     return HiddenView(
         hidden=hidden,
         spans=spans,
         frames=_frames(prefill.prompt, spans) if policy.reads_frames else None,
         layers=cache.shared.depth,
-        keys=_keys(cache, index - 1, prefill.prompt.length),
+        key_sizes=prefill.key_sizes,
+        stays=stays,
     )
 
 
@@ -33,16 +37,14 @@ def _frames(prompt: Prompt, spans: Tensor) -> Tensor:
         None if tensor is None else tensor[:, -prompt.length :]
         for tensor in map(source.get, ("input_ids", "mm_token_type_ids"))
     )
-    given = next((x for x in (ids, types) if x is not None), spans)
-    repeats = len(spans) // len(given)
+    repeats = _repeats(prompt, spans)
     own = spans[::repeats]
     found = frames_of(prompt.config, own, ids, types, processor_inputs(source))
     return found.repeat_interleave(repeats, dim=0)
 
 
-def _keys(cache: PrunedCache, index: int, columns: int) -> Tensor | None:
-    """The keys (B, Hkv, N, D) of the prompt's columns in one layer; None if it holds none."""
-    layer = cache.layers[index] if index >= 0 else None
-    if not isinstance(layer, PrunedLayer) or not isinstance(layer.store, KVStore):
-        return None
-    return layer.store.held()[0][:, :, -columns:]
+def _repeats(prompt: Prompt, spans: Tensor) -> int:
+    """How many rows of the model's (B, N) spans each row of the prompt became."""
+    names = ("input_ids", "mm_token_type_ids")
+    given = next((prompt.source[n] for n in names if prompt.source.get(n) is not None), spans)
+    return len(spans) // len(given)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plphp.cache import KVStore
+from plphp.cache import KVStore, take, without_gaps
 from plphp.hf.prompt import Prefill
 from plphp.policy.view import TEXT
 
@@ -84,3 +84,19 @@ def last_columns(spans: Tensor, count: int) -> Tensor:
     slots = torch.arange(spans.shape[1], device=spans.device)
     last = torch.where(spans >= 0, slots, -1).topk(min(count, spans.shape[1]), sorted=True)
     return last.values.flip(-1)
+
+
+def with_recent(recent: Tensor | None, query: Tensor, fillers: Tensor | None) -> Tensor:
+    """Queries (B, H, T, D) of a forward, with the last ones of earlier chunks before them.
+
+    recent: (B, H, R, D) of earlier chunks, or None
+    fillers: (B,) int64, how many of the new queries are fillers; None for none. As in the store,
+        they change places with the queries of earlier chunks
+    """
+    if recent is None:
+        return query
+    whole, at = torch.cat([recent, query], 2), recent.shape[2]
+    if fillers is None:
+        return whole
+    places = without_gaps(fillers.to(whole.device), at, whole.shape[2])
+    return take(whole, places[:, None].expand(-1, whole.shape[1], -1))

@@ -146,10 +146,6 @@ class PrunedLayer(CacheLayerMixin):
         self.store.append(key_states, value_states)
         return self.store.held()
 
-    def with_recent(self, query: Tensor) -> Tensor:
-        """Queries (B, H, T, D) of a forward, with the last ones of earlier chunks before them."""
-        return query if self.recent is None else torch.cat([self.recent, query], 2)
-
     def compact(self, plan: KeepPlan, drafts: tuple[Tensor, Tensor] | None = None) -> None:
         """Keep the columns of a plan, in new buffers.
 

@@ -9,7 +9,9 @@ from typing import Any
 from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.cache import PrunedCache
-from plphp.policy import Policy
+from plphp.hf.plan_ahead import can_plan
+from plphp.hf.sequence import slides
+from plphp.policy import Policy, sequence_stage
 
 # Options that ask for assisted decoding.
 DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -64,20 +66,48 @@ def check_fits(cache: PrunedCache, prompt: int, options: Options) -> None:
         )
 
 
-def unsupported_options(policy: Policy, cache: PrunedCache, past: int) -> dict[str, str]:
+def unsupported_options(
+    model: Any, policy: Policy, cache: PrunedCache, past: int, length: int
+) -> dict[str, str]:
     """Options that cannot be used with this policy and cache, and the reason for each.
 
     All of them only change the speed: the answer is the same without them.
 
+    past: columns that the cache has seen; length: columns of the prompt
+    """
+    why = no_chunks(model, policy, cache, past + length)
+    return no_drafts(cache, past) | ({} if why is None else {"prefill_chunk_size": why})
+
+
+def no_chunks(model: Any, policy: Policy, cache: PrunedCache, columns: int) -> str | None:
+    """Why the prompt cannot be read in chunks, None if it can.
+
+    columns: of the conversation up to the end of the prompt
+    """
+    first = sequence_stage(policy)
+    if first is None:
+        return None
+    name = type(first).__name__
+    if not can_plan(policy, model):
+        return (
+            f"{name} chooses inside the decoder once the whole prompt is read, and its later "
+            "layers would have read the first chunks by then: leave it out, or use a method that "
+            "acts before layer 0, such as divprune"
+        )
+    if slides(cache, columns):
+        return (
+            f"{name} drops hidden states, and the window of some layers is shorter than the "
+            "prompt and counts columns that are no longer there: leave it out"
+        )
+    return None
+
+
+def no_drafts(cache: PrunedCache, past: int) -> dict[str, str]:
+    """The options of assisted decoding that cannot be used, and the reason for each.
+
     past: columns that the cache has seen
     """
     why = None
-    if not policy.prunes_cache:
-        why = (
-            f"{type(policy).__name__} drops hidden states, and this would split the prompt or add "
-            "to it: leave it out, or use a method that prunes the cache"
-        )
-        return dict.fromkeys((*DRAFTS, "prefill_chunk_size"), why)
     if cache.static:
         why = "assisted decoding takes tokens back: use static=False"
     elif past:

@@ -20,11 +20,20 @@ from plphp.cache import KVStore
 from plphp.errors import UnsupportedModelError
 from plphp.hf import compat
 from plphp.hf.entered import columns_entered, located_here
-from plphp.hf.last_queries import last_queries, slot_positions
-from plphp.hf.layer import PrunedLayer
+from plphp.hf.last_queries import last_queries, slot_positions, with_recent
+from plphp.hf.layer import PrunedLayer, Shared
 from plphp.hf.prompt import Prefill
 from plphp.hf.recall import park_layer
-from plphp.policy import CachePolicy, KeepPlan, LayerView, Look, Policy
+from plphp.hf.remaining_tokens import Part
+from plphp.policy import (
+    CachePolicy,
+    HiddenPolicy,
+    KeepPlan,
+    LayerView,
+    Look,
+    Policy,
+    sequence_stage,
+)
 
 # Keyword arguments of attention functions whose effect on the probabilities is not computed here.
 REFUSED = {"s_aux": "attention sinks", "position_bias": "position biases"}
@@ -79,18 +88,21 @@ def after_attention(
     if not isinstance(store, KVStore):
         return
     index, end = int(module.layer_idx), prefill.prompt.end  # type: ignore[arg-type]
-    if prefill.remaining is not None:
-        adopt_remaining(layer, store, prefill)
+    part = prefill.part
+    if part is not None:
+        adopt_part(layer, store, part, prefill)
     recalls = shared.recall is not None and prefill.located is not None
     prefill.here = located_here(layer, prefill) if recalls and prefill.prompt.begin else None
     window = shared.policy.window
-    query = layer.with_recent(query)
+    fillers = part.plan.start if part is not None and part.plan.ragged else None
+    query = with_recent(layer.recent, query, fillers)
     if store.logical < end:  # a chunk that is not the last one
         layer.recent = query[:, :, -window:].clone() if window > 1 else None
         return
     layer.recent = None
     if not prefill.where.prunes:
         return
+    measure_keys(store, prefill, shared, index)
     first, second = shared.stages(index)
     if first is None and second is None:
         if prefill.remaining is not None:
@@ -108,6 +120,8 @@ def after_attention(
         act = park if shared.recall is not None else BY_KIND[second.kind]
         act(second, scored, prefill)
         layer.entered = columns_entered(layer, prefill) if recalls else None
+    else:
+        store.append(*drafts)
     if plan is not None:
         prefill.leave(plan, "flash" in shared.config._attn_implementation)
 
@@ -145,11 +159,23 @@ BY_KIND: dict[str, Callable[[Policy, Scored, Prefill], None]] = {
 }
 
 
-def adopt_remaining(layer: PrunedLayer, store: KVStore, prefill: Prefill) -> None:
-    """Note which columns a layer was given, if it was not given all of the prompt."""
-    assert prefill.remaining is not None
-    store.name_columns(prefill.remaining.plan, prefill.prompt.begin, prefill.prompt.end)
+def adopt_part(layer: PrunedLayer, store: KVStore, part: Part, prefill: Prefill) -> None:
+    """Note which columns a layer was given, if it was not given all of a forward."""
+    begin = prefill.prompt.begin + prefill.forward[0]
+    store.name_columns(part.plan, begin, begin + part.count)
     layer.raw = False
+
+
+def measure_keys(store: KVStore, prefill: Prefill, shared: Shared, index: int) -> None:
+    """Measure the keys of a layer, if a sequence method reads their sizes before the next one."""
+    method, prompt = sequence_stage(shared.policy), prefill.prompt
+    if not isinstance(method, HiddenPolicy) or not method.reads_keys:
+        return
+    if index == method.leave_at(shared.depth) - 1:
+        end = store.end - (store.logical - prompt.end)  # guessed tokens come after the prompt
+        keys = store.held()[0][:, :, end - prompt.length : end]
+        sizes = keys.abs().sum((1, 3), dtype=torch.float32)
+        prefill.key_sizes = sizes if shared.over_ranks is None else shared.over_ranks(sizes)
 
 
 def record_remaining(layer: PrunedLayer, store: KVStore, prefill: Prefill, index: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plphp.errors import InputError
 from plphp.hf.located import Located
-from plphp.hf.remaining_tokens import RemainingTokens
+from plphp.hf.remaining_tokens import Part, RemainingTokens
 from plphp.hf.vision_mask import Mask, mask_columns
 from plphp.models import find_spans, processor_inputs
 from plphp.policy import KeepPlan
@@ -50,8 +50,16 @@ class Prompt:
 class Prefill:
     """The state of one prompt while the model reads it.
 
-    located: set by the forward that brings the prompt's last column
-    remaining: the tokens that a sequence method leaves in the hidden states, once it has planned
+    located: set by the forward that brings the prompt's last column, or before the first one where
+        a sequence method plans ahead
+    plans_now: whether the forward that runs ends before layer 0, as it is there to plan ahead
+    ahead: whether a sequence method has planned ahead, so that the prompt may come in chunks
+    planned: the tokens that stay by that plan, None for all
+    forward: the forward that runs: its first column, counted from the prompt's, and its number of
+        columns
+    remaining: the tokens that a sequence method leaves in the hidden states; None in layers before
+        the one where they leave
+    key_sizes: as in `HiddenView`, once the layer before a method that reads them has run
     here: the columns in the slots of the layer that runs now, where they are neither all columns
         nor those of `remaining`
     waiting: layers that were scored and wait for the plan of all layers, by their index
@@ -60,7 +68,12 @@ class Prefill:
 
     prompt: Prompt
     located: Located | None = None
+    plans_now: bool = False
+    ahead: bool = False
+    planned: RemainingTokens | None = None
+    forward: tuple[int, int] = (0, 0)
     remaining: RemainingTokens | None = None
+    key_sizes: Tensor | None = None
     here: Located | None = None
     waiting: dict[int, Any] = field(default_factory=dict)
     plans: dict[int, tuple[KeepPlan, Tensor, Tensor]] = field(default_factory=dict)
@@ -68,9 +81,14 @@ class Prefill:
 
     @property
     def where(self) -> Located:
-        """Where the images are. Only available once the prompt's last column has been read."""
+        """Where the images are. Only available once they are `located`."""
         assert self.located is not None, "the prompt has not been read to its end"
         return self.located
+
+    @property
+    def part(self) -> Part | None:
+        """What stays of the forward that runs, None if all of it does."""
+        return None if self.remaining is None else self.remaining.part(*self.forward)
 
     @property
     def entered(self) -> Located:
@@ -78,6 +96,15 @@ class Prefill:
         if self.here is not None:
             return self.here
         return self.where if self.remaining is None else self.remaining.where
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether the forward that runs brings the prompt's last column."""
+        return sum(self.forward) >= self.prompt.length
+
+    def begin_forward(self, past: int, columns: int) -> None:
+        """Note that a forward of `columns` columns begins, after `past` ones in the cache."""
+        self.forward, self.remaining = (past - self.prompt.begin, columns), None
 
     def leave(self, plan: KeepPlan, flash: bool) -> None:
         """From the next layer on, only the columns of a plan (for one KV head) are computed.

@@ -1,4 +1,8 @@
-"""The tokens that stay in the hidden states under a sequence method, and masks for them."""
+"""The tokens that stay in the hidden states under a sequence method, and masks for them.
+
+`RemainingTokens` are those of a whole prompt. `Part` are those of one forward, which brings the
+whole prompt, a chunk of it, or the prompt and the tokens that assisted decoding guessed after it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from torch import Tensor
 from plphp.errors import UnsupportedModeError
 from plphp.hf.located import Located
 from plphp.policy import KeepPlan
+from plphp.policy.view import keep_in_every_head
 
 
 @dataclass
@@ -29,6 +34,44 @@ class RemainingTokens:
     where: Located
     prompt: int
     flash: bool
+    _parts: dict[tuple[int, int], Part] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> Tensor:
+        """(B, K) int64, the columns that stay; row b uses the last `plan.lengths[b]` entries."""
+        return self.plan.columns[:, 0]
+
+    def part(self, first: int, count: int) -> Part:
+        """What stays of the columns [first, first + count), counted from the prompt's first one.
+
+        Columns after the prompt are guessed tokens, which all stay.
+        """
+        if (first, count) not in self._parts:
+            plan = self.plan if (first, count) == (0, self.prompt) else self._only(first, count)
+            self._parts = {(first, count): Part(plan, count, self.flash)}
+        return self._parts[first, count]
+
+    def _only(self, first: int, count: int) -> KeepPlan:
+        """The plan of `part`. A layer needs an input, so a part without tokens has a filler."""
+        columns, valid = self.columns, self.plan.valid.to(self.columns.device)
+        keep = valid.new_zeros(len(columns), self.prompt).scatter_(1, columns, valid)
+        guessed = max(first + count - self.prompt, 0)
+        keep = F.pad(keep, (0, guessed), value=True)[:, first : first + count]
+        return keep_in_every_head(keep, 1, least=1)
+
+
+@dataclass
+class Part:
+    """The tokens of one forward that stay.
+
+    plan: the columns that stay, a plan for a single KV head, counted from the forward's first
+    count: T, number of columns of the forward
+    flash: as in `RemainingTokens`
+    """
+
+    plan: KeepPlan
+    count: int
+    flash: bool
     _masks: dict[int, tuple[Any, Tensor]] = field(default_factory=dict)
 
     @property
@@ -41,11 +84,11 @@ class RemainingTokens:
 
         It is computed once for all layers that share a mask.
 
-        mask: the model's, (B, S) or (B or 1, heads, N, S), bool or additive; None for causal
-            attention without padding. S is N and the columns of earlier turns
+        mask: the model's, (B, S) or (B or 1, heads, T, S), bool or additive; None for causal
+            attention without padding. S is T and the columns before them
         columns: (B, K) int64, on the device of the mask
         Returns a mask (B, S') or (B, heads, K, S'), or None for causal attention; S' is K and the
-        columns of earlier turns.
+        columns before the forward's.
         Raises UnsupportedModeError for a mask that is no tensor, such as flex attention's.
         """
         if mask is None and not self.plan.ragged:
@@ -58,15 +101,17 @@ class RemainingTokens:
     def flags(self, mask: Any, columns: Tensor) -> Tensor:
         """A mask (B, K) of a layer without attention: which columns are tokens.
 
-        mask: the model's (B, N), or None for a prompt without padding
+        mask: the model's (B, T), or (B, S) with the columns before them; None without padding
         """
         valid = self.plan.valid.to(columns.device)
-        return valid if mask is None else select_columns(mask, -1, columns) * valid
+        if mask is None:
+            return valid
+        return select_columns(mask[:, -self.count :], -1, columns) * valid
 
     def added(self, mask: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """The features that a model adds to the hidden states of vision tokens, of those that stay.
 
-        mask: (B, N) bool, the vision tokens; features: (V, E), one for each True, row by row
+        mask: (B, T) bool, the vision tokens; features: (V, E), one for each True, row by row
         Returns such a mask (B, K), and the features of its tokens.
         """
         columns = self.columns.to(mask.device)
@@ -88,8 +133,8 @@ class RemainingTokens:
                 "eager or FlashAttention"
             )
         elif mask.dim() == 2:
-            earlier = mask[:, : -self.prompt]
-            new = select_columns(mask[:, -self.prompt :], -1, columns) * valid
+            earlier = mask[:, : -self.count]
+            new = select_columns(mask[:, -self.count :], -1, columns) * valid
             return torch.cat([earlier.expand(len(new), -1), new], -1)
         else:
             mask = self._gathered(mask, columns)
@@ -102,13 +147,13 @@ class RemainingTokens:
         return reduced.masked_fill(hidden, torch.finfo(reduced.dtype).min)
 
     def _gathered(self, mask: Tensor, columns: Tensor) -> Tensor:
-        """(B, heads, K, S') of a mask (B or 1, heads, N, S) whose last N keys are the prompt's."""
+        """(B, heads, K, S') of a mask (B or 1, heads, T, S) whose last T keys are the forward's."""
         mask = mask.expand(len(columns), *mask.shape[1:])
         rows = columns[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
         mask = mask.gather(2, rows)
         across = columns[:, None, None].expand(-1, *mask.shape[1:3], -1)
-        new = mask[..., -self.prompt :].gather(3, across)
-        return torch.cat([mask[..., : -self.prompt], new], -1)
+        new = mask[..., -self.count :].gather(3, across)
+        return torch.cat([mask[..., : -self.count], new], -1)
 
 
 def select_columns(tensor: Tensor, dim: int, columns: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 A sequence method names a layer where tokens leave. Hooks on this layer and all after it reduce the
 hidden states, the position embeddings and the mask to the columns that stay. A hook on the last
-layer scatters its result back to the columns of the prompt, so that the shapes outside the decoder
-do not change. A method that chooses from hidden states does so in the hook of its layer.
+layer scatters its result back to the columns of the forward, so that the shapes outside the decoder
+do not change. A method that chooses from hidden states does so in the hook of its layer, or before
+layer 0 where the prompt comes in chunks, see `plan_ahead`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from plphp.hf import compat
 from plphp.hf.attached import Pruning
 from plphp.hf.cache import PrunedCache
 from plphp.hf.hidden_view import hidden_view
-from plphp.hf.layer import PrunedLayer
+from plphp.hf.plan_ahead import stop_here
 from plphp.hf.prompt import Prefill
-from plphp.hf.remaining_tokens import RemainingTokens, select_columns
+from plphp.hf.remaining_tokens import select_columns
 from plphp.policy import HiddenPolicy, SequencePolicy, sequence_stage
 from plphp.policy.view import TEXT
 
@@ -38,28 +39,31 @@ def attach_sequence(
     chooses = policy if isinstance(policy, HiddenPolicy) else None
     handles = [
         layer.register_forward_pre_hook(
-            partial(_take_out, pruning, index, chooses if index == at else None), with_kwargs=True
+            partial(_take_out, pruning, index, index == at, chooses), with_kwargs=True
         )
         for index, layer in enumerate(layers)
         if index >= at
     ]
     if handles:
         handles.append(layers[-1].register_forward_hook(_put_back, with_kwargs=True))
+    if chooses is not None:
+        plan = partial(stop_here, partial(_choose, pruning, chooses))
+        handles.append(layers[0].register_forward_pre_hook(plan, with_kwargs=True, prepend=True))
     return [handle.remove for handle in handles]
 
 
-def refuse_prompt(cache: PrunedCache, prefill: Prefill, columns: int) -> None:
+def refuse_prompt(cache: PrunedCache, prefill: Prefill) -> None:
     """Raise UnsupportedModeError for a prompt that a sequence method cannot prune.
 
-    columns: how many columns this forward brings
+    Called in the forward that brings the prompt's last column.
     """
     first, shared = sequence_stage(cache.shared.policy), cache.shared
     if first is None or not prefill.where.prunes:
         return
     prompt, why = prefill.prompt, None
-    if columns != prompt.length:
-        why = "the prompt has to be read in one forward, without chunks and drafts"
-    elif prompt.begin and any(slides(layer, prompt.end) for _, layer in cache.pruned_layers()):
+    if prefill.forward[0] and not prefill.ahead:
+        why = "the prompt has to be read in one forward"
+    elif prompt.begin and slides(cache, prompt.end):
         why = "later turns with images exceed the sliding window of some layers; use a new cache"
     elif not isinstance(first, HiddenPolicy):
         scores = [i for i in range(shared.depth) if first.scores_layer(i, shared.depth)]
@@ -69,27 +73,28 @@ def refuse_prompt(cache: PrunedCache, prefill: Prefill, columns: int) -> None:
         raise UnsupportedModeError(f"{type(first).__name__} drops hidden states: {why}")
 
 
-def slides(layer: PrunedLayer, columns: int) -> bool:
+def slides(cache: PrunedCache, columns: int) -> bool:
     """Whether a layer's window is shorter than a conversation of this many columns."""
-    return layer.window is not None and layer.window < columns
+    windows = [layer.window for _, layer in cache.pruned_layers()]
+    return any(window is not None and window < columns for window in windows)
 
 
-def _remaining(kwargs: dict[str, Any]) -> RemainingTokens | None:
-    """The tokens that stay in the hidden states, None before they are planned."""
+def _reading(kwargs: dict[str, Any]) -> tuple[Any, Prefill | None]:
+    """The cache and the prompt that is being read, from the arguments of a decoder layer."""
     cache = compat.given_cache(kwargs)
-    prefill = cache.shared.prefill if isinstance(cache, PrunedCache) else None
-    return None if prefill is None else prefill.remaining
+    return cache, cache.shared.prefill if isinstance(cache, PrunedCache) else None
 
 
-def _choose(policy: HiddenPolicy, hidden: Tensor, kwargs: dict[str, Any], index: int) -> None:
-    """Let a method choose from the hidden states (B, N, E) before the layer with this index."""
-    cache = compat.given_cache(kwargs)
-    prefill = cache.shared.prefill if isinstance(cache, PrunedCache) else None
-    if prefill is None or prefill.located is None or not prefill.where.prunes:
+def _choose(
+    pruning: Pruning, policy: HiddenPolicy, prefill: Prefill, cache: PrunedCache, hidden: Tensor
+) -> None:
+    """Let a method choose from the hidden states (B, N, E), and guessed tokens after them."""
+    if prefill.located is None or not prefill.where.prunes:
         return
-    view = hidden_view(policy, cache, prefill, hidden, index)
-    if not cache.static and not bool((view.spans != TEXT).any()):
+    new = prefill.where.spans[:, -prefill.prompt.length :]
+    if not cache.static and not bool((new != TEXT).any()):
         return  # with recall, the images of earlier turns are located too
+    view = hidden_view(pruning, policy, cache, prefill, hidden[:, : prefill.prompt.length])
     plan = policy.choose(view)
     prefill.leave(plan, "flash" in cache.shared.config._attn_implementation)
 
@@ -97,6 +102,7 @@ def _choose(policy: HiddenPolicy, hidden: Tensor, kwargs: dict[str, Any], index:
 def _take_out(
     pruning: Pruning,
     index: int,
+    leaves: bool,
     chooses: HiddenPolicy | None,
     module: nn.Module,
     args: tuple[Any, ...],
@@ -104,46 +110,56 @@ def _take_out(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of a decoder layer: reduce its inputs to the columns that stay.
 
-    index: of the layer; chooses: the method that chooses these columns before this layer, or None
+    index: of the layer; leaves: whether it is the first one that does not compute all columns
+    chooses: the method that chooses the columns before this first layer, None if it has before
     """
-    if chooses is not None and args:
-        _choose(chooses, args[0], kwargs, index)
-    remaining = _remaining(kwargs)
-    if remaining is None:
+    cache, prefill = _reading(kwargs)
+    if prefill is None:
+        return None
+    if leaves and prefill.ahead:
+        prefill.remaining = prefill.planned
+    elif leaves and chooses is not None and args:
+        _choose(pruning, chooses, prefill, cache, args[0])
+    part = prefill.part
+    if part is None:
         return None
     if len(args) != 1 or "position_embeddings" not in kwargs:
         raise UnsupportedModelError(
             f"{type(module).__name__} needs more inputs than the hidden states, and plphp cannot "
             "reduce them to the tokens that stay: use a method that prunes the cache"
         )
-    pruning.calls.remaining = remaining  # read by `drop_features` after the layer
+    pruning.calls.remaining = part  # read by `drop_features` after the layer
     hidden = args[0]
-    columns = remaining.columns.to(hidden.device)
-    if hidden.shape[1] == remaining.prompt:
+    columns = part.columns.to(hidden.device)
+    if leaves:
         hidden = select_columns(hidden, -2, columns)
     attends = index in pruning.layers
+    if not attends and part.plan.ragged and prefill.prompt.begin + prefill.forward[0]:
+        raise UnsupportedModeError(
+            f"layer {index} is recurrent and cannot skip a row's fillers after the first forward: "
+            "use a batch of one row and larger chunks, or a method that prunes the cache"
+        )
     mask = kwargs.get("attention_mask")
     # Without position_ids, because FlashAttention takes gaps between them for the borders of packed
     # sequences. The rotation needs only the embeddings.
     changed = {
         "position_embeddings": _each(kwargs["position_embeddings"], columns),
         "position_ids": None,
-        "attention_mask": remaining.mask(mask, columns)
-        if attends
-        else remaining.flags(mask, columns),
+        "attention_mask": part.mask(mask, columns) if attends else part.flags(mask, columns),
     }
     return (hidden,), {**kwargs, **changed}
 
 
 def _put_back(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the last layer: scatter its output to all columns, zeros elsewhere."""
-    remaining = _remaining(kwargs)
-    if remaining is None:
+    _, prefill = _reading(kwargs)
+    part = None if prefill is None else prefill.part
+    if part is None:
         return None
     hidden = output[0] if isinstance(output, tuple) else output
-    columns = remaining.columns.to(hidden.device)
+    columns = part.columns.to(hidden.device)
     # A filler has the column of a dropped token or of padding, where zeros are as good.
-    whole = hidden.new_zeros(len(hidden), remaining.prompt, hidden.shape[-1])
+    whole = hidden.new_zeros(len(hidden), part.count, hidden.shape[-1])
     whole = whole.scatter(1, columns[..., None].expand_as(hidden), hidden)
     return (whole, *output[1:]) if isinstance(output, tuple) else whole
 

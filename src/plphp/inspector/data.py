@@ -47,6 +47,8 @@ class Layer:
     share: for each KV head the share of the vision tokens that it kept, 0 to 1
     agreement: for each KV head the mean, over the other heads, of the tokens that both kept
         divided by the tokens that either kept
+    entered: a bit mask of the vision tokens that a sequence method had left for this layer; empty
+        if all entered it
     """
 
     gamma: float | None
@@ -58,6 +60,7 @@ class Layer:
     agreement: tuple[float, ...]
     kv_bytes: int
     kv_bytes_full: int
+    entered: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,11 @@ class Steps:
     """The pruned answer, token by token. Each tuple has one entry per token.
 
     kept: the attention of each layer to the vision tokens that it kept, 0 to 1, averaged over the
-        query heads; None for a layer whose attention was not recorded
+        query heads; None for a layer whose attention was not recorded, and of the first token for
+        layers after a sequence method
     lost: the full model's attention, for the same answer, to the tokens that were dropped
+    gone: the part of `lost` that is to tokens which a sequence method had dropped before the layer;
+        empty without such a method
     full_kept: the full model's attention to the tokens that were kept
     said: the token that the full model would generate here
     kl: KL(full || pruned) in nats
@@ -98,6 +104,7 @@ class Steps:
 
     kept: tuple[Numbers, ...]
     lost: tuple[Numbers, ...] = ()
+    gone: tuple[Numbers, ...] = ()
     full_kept: tuple[Numbers, ...] = ()
     said: tuple[str, ...] = ()
     kl: tuple[float, ...] = ()
@@ -115,6 +122,7 @@ class PolicyResult:
     full: the answer with the full cache, measured in turn with it
     differs: index of the first token that differs between the two, None if all are equal
     recall: `plphp.report.RecallReport` as a dict, None without recall
+    stages: each `plphp.report.StageReport` as a dict; empty without a sequence method
     """
 
     policy: str
@@ -129,6 +137,7 @@ class PolicyResult:
     differs: int | None = None
     steps: Steps | None = None
     recall: dict[str, Any] | None = None
+    stages: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from plphp.inspector.data import Answer, Layer, Page, Picture, PolicyResult
 from plphp.inspector.pictures import Media, data_uris, name_of, size_of
 from plphp.models import Shown, places
 from plphp.models.layouts import Run as Columns
-from plphp.policy import Policy
+from plphp.policy import Policy, Stages
 from plphp.report import LayerReport, Report, Seen
 
 
@@ -67,14 +67,22 @@ def result_of(report: Report, name: str, policy: Policy | None, row: int = 0) ->
     vision = seen.positions[row][seen.spans[row] > 0]
     return PolicyResult(
         policy=name,
-        settings=asdict(policy) if is_dataclass(policy) else {},
-        layers=tuple(_layer(layer, vision, row) for layer in report.layers),
+        settings=_settings(policy),
+        layers=tuple(_layer(report, layer, vision, row) for layer in report.layers),
         retention=report.retention,
         kv_bytes=report.kv_bytes,
         kv_bytes_full=report.kv_bytes_full,
         notes=report.notes,
         recall=None if report.recall is None else report.recall.to_dict(),
+        stages=tuple(stage.to_dict() for stage in report.stages),
     )
+
+
+def _settings(policy: Policy | None) -> dict[str, Any]:
+    """The options of a policy; of two stages those of the second, and the first as a text."""
+    if isinstance(policy, Stages):
+        return {"first stage": repr(policy.first), **_settings(policy.second)}
+    return asdict(policy) if is_dataclass(policy) else {}
 
 
 def pictures_of(
@@ -123,18 +131,20 @@ def mask_bits(mask: Tensor) -> str:
     return base64.b64encode(packed.numpy().tobytes()).decode()
 
 
-def _layer(report: LayerReport, vision: Tensor, row: int) -> Layer:
-    kept = torch.stack([torch.isin(vision, head) for head in report.kept[row]])
+def _layer(report: Report, layer: LayerReport, vision: Tensor, row: int) -> Layer:
+    kept = torch.stack([torch.isin(vision, head) for head in layer.kept[row]])
+    entered = report.entered(layer.layer)
     return Layer(
-        gamma=_number(report.gamma[row]),
-        layer_class=report.layer_class[row],
-        rate=_number(report.rate[row]),
-        pruned=report.pruned,
+        gamma=_number(layer.gamma[row]),
+        layer_class=layer.layer_class[row],
+        rate=_number(layer.rate[row]),
+        pruned=layer.pruned,
         kept=tuple(mask_bits(head) for head in kept),
         share=tuple(_round(head.float().mean()) for head in kept),
         agreement=_agreement(kept.float()),
-        kv_bytes=report.kv_bytes,
-        kv_bytes_full=report.kv_bytes_full,
+        kv_bytes=layer.kv_bytes,
+        kv_bytes_full=layer.kv_bytes_full,
+        entered="" if entered is None else mask_bits(torch.isin(vision, entered[row])),
     )
 
 

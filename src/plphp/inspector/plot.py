@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from plphp.errors import InputError, how_to_install
@@ -20,6 +21,7 @@ COLORS = {
     None: "#9aa3ad",
 }
 VEIL = "#59636e"
+GONE = "#7a3e9d"  # over tokens that a sequence method had dropped before the layer
 
 
 def plot(
@@ -43,12 +45,19 @@ def plot(
     _bars(left, right, report, row)
     if below is not None:
         chosen = _fewest(report) if layer is None else layer
-        below.suptitle(f"layer {chosen}: share of heads that kept a token", fontsize=9)
-        kept = _kept(report, chosen, row)
+        below.suptitle(_title(report, chosen), fontsize=9)
+        kept, entered = _kept(report, chosen, row), _entered(report, chosen, row)
         every = below.subplots(1, len(shown), squeeze=False)[0]
         for axes, media, picture in zip(every, images, shown, strict=True):
-            _overlay(axes, media, picture, kept)
+            _overlay(axes, media, picture, kept, entered)
     return figure
+
+
+def _title(report: Report, layer: int) -> str:
+    """What the pictures show, with the method that dropped tokens before the layer."""
+    title = f"layer {layer}: share of heads that kept a token"
+    before = [s.method for s in report.stages if s.layer is not None and s.layer <= layer]
+    return f"{title}; violet: dropped before by {before[0]}" if before else title
 
 
 def _bars(left: Any, right: Any, report: Report, row: int) -> None:
@@ -74,8 +83,17 @@ def _kept(report: Report, layer: int, row: int) -> Tensor:
     return (vision[:, None, None] == heads).any(-1).float().mean(-1)
 
 
-def _overlay(axes: Any, media: Media, picture: Any, kept: Tensor) -> None:
-    """Draw the picture, or a video's first frame, and cover the tokens that heads dropped."""
+def _entered(report: Report, layer: int, row: int) -> Tensor:
+    """Which vision tokens (V,) bool entered a layer."""
+    assert report.seen is not None
+    vision = report.seen.positions[row][report.seen.spans[row] > 0]
+    entered = report.entered(layer)
+    return vision >= 0 if entered is None else torch.isin(vision, entered[row])
+
+
+def _overlay(axes: Any, media: Media, picture: Any, kept: Tensor, entered: Tensor) -> None:
+    """Draw the picture, or a video's first frame, and cover the tokens that heads dropped, in
+    another colour those that never entered the layer."""
     from matplotlib.patches import Rectangle
 
     axes.imshow(first_frame(media), extent=(0, picture.width, picture.height, 0))
@@ -86,8 +104,9 @@ def _overlay(axes: Any, media: Media, picture: Any, kept: Tensor) -> None:
             continue
         left, top, right, bottom = box
         alpha = 0.86 * (1 - float(kept[picture.first + token]))
+        color = VEIL if entered[picture.first + token] else GONE
         veil = Rectangle(
-            (left, top), right - left, bottom - top, color=VEIL, alpha=alpha, linewidth=0
+            (left, top), right - left, bottom - top, color=color, alpha=alpha, linewidth=0
         )
         axes.add_patch(veil)
     axes.set(xticks=[], yticks=[], xlim=(0, picture.width), ylim=(picture.height, 0))

@@ -17,21 +17,26 @@ PUNCTUATION = len('[""], ')  # the most that JSON adds to a mask: a layer with a
 
 
 def all_read(report: Report, seen: Seen) -> Report:
-    """The report with all vision tokens as kept, for homes that read everything at every step."""
-    every = seen.positions[0][seen.spans[0] > 0]
-    layers = (replace(a, kept=every.expand(1, a.kept.shape[1], -1)) for a in report.layers)
+    """The report with all vision tokens as kept that entered a layer, for homes that read all."""
+    vision = seen.positions[0][seen.spans[0] > 0]
+    layers = []
+    for layer in report.layers:
+        entered = report.entered(layer.layer)
+        every = vision if entered is None else entered[0]
+        layers.append(replace(layer, kept=every.expand(1, layer.kept.shape[1], -1)))
     return replace(report, layers=tuple(layers))
 
 
 def looks(report: Report, seen: Seen, log: Log, steps: int) -> Iterator[dict[int, Tensor]]:
-    """For each step, layer -> (2, Hkv, N) bool: the columns that were read, and the others.
+    """For each step, layer -> groups of columns, as `kept_and_dropped` returns them.
 
-    For a layer without a log, these are the columns that the report says were kept.
+    Columns that were read count as kept. For a layer without a log, these are the columns that the
+    report says were kept.
     """
     layers = [a for a in report.layers if a.kept.shape[1]]
     for step in range(steps):
         now = [replace(a, kept=log[a.layer][step]) if log and log[a.layer] else a for a in layers]
-        yield {a.layer: kept_and_dropped(a, seen) for a in now}
+        yield {a.layer: kept_and_dropped(a, seen, report.entered(a.layer)) for a in now}
 
 
 def masks(log: Log, seen: Seen, byte_limit: int) -> tuple[tuple[tuple[str, ...], ...], ...]:

@@ -2,7 +2,7 @@
 
 The model reads the pruned answer again on the pruned cache and, if the oracle is asked, on the full
 cache. The first token follows from the last prompt token, which attended to the whole prompt in
-both cases.
+both cases; under a sequence method it attended to the tokens that the method had left.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def steps_of(
             log = cache.recalled()
         if recall is not None and not chooses:
             report = all_read(report, seen)
-        depth = len(report.layers)
-        begin = _first(prompt, report, seen)
-        kept = _numbers({i: m[:1] for i, m in begin.items()}, attention, depth, 0)
-        own = Steps(kept, fetched=_fetched(report), read=masks(log, seen, byte_limit))
+        begin, depth = _first(prompt, report, seen), len(report.layers)
+        same = {i: m for i, m in begin.items() if report.entered(i) is None}
+        read = masks(log, seen, byte_limit)
+        own = Steps(_numbers(same, attention, depth, 0), fetched=_fetched(report), read=read)
         if decode is None:
             return own
         with prune(model, policy("full")):
@@ -69,12 +69,12 @@ def steps_of(
             full, attention = _read(model, prompt.cache, tokens, whole, parts)
             prompt.cache.crop(-(len(tokens) - 1))
         full, pruned = (torch.cat([f, x]) for f, x in ((prompt.logits, full), (first, pruned)))
-        full, pruned = full.float().log_softmax(-1), pruned.float().log_softmax(-1)
-        divergence = kl(full, pruned)
+        divergence = kl(*(x.float().log_softmax(-1) for x in (full, pruned)))
     return replace(
         own,
         full_kept=_numbers(begin, attention, depth, 0),
         lost=_numbers(begin, attention, depth, 1),
+        gone=_numbers(begin, attention, depth, 2) if report.stages else (),
         said=tuple(decode(token[None]) for token in full.argmax(-1)),
         kl=tuple(round(float(value), 4) for value in divergence),
     )
@@ -118,10 +118,12 @@ def _fetched(report: Report) -> tuple[int, ...]:
 
 
 def _first(prompt: SharedPrefill, report: Report, seen: Seen) -> dict[int, Tensor]:
-    """Layer -> (2, 1): the last prompt token's attention to kept and to dropped tokens."""
+    """Layer -> (3, 1): the last prompt token's attention, in the full model, to the groups of
+    `kept_and_dropped`."""
     found = {}
     for index, view in prompt.views.items():
-        groups = kept_and_dropped(report.layers[index], seen).to(view.probs)
+        layer = report.layers[index]
+        groups = kept_and_dropped(layer, seen, report.entered(index)).to(view.probs)
         probs = view.probs[0].view(view.kv_heads, -1, view.probs.shape[-1])
         mass = torch.einsum("hgs,nhs->n", probs, groups) / view.probs.shape[1]
         found[index] = mass[:, None].cpu()
@@ -135,10 +137,7 @@ def _numbers(
     layers: list[list[float | None]] = []
     length = 1 + max((m.shape[1] for m in then.values()), default=0)
     for index in range(depth):
-        if index not in first:
-            layers.append([None] * length)
-            continue
-        begin = first[index][group].tolist()
+        begin = first[index][group].tolist() if index in first else [None]
         rest = then[index][group].tolist() if index in then else [None] * (length - 1)
         layers.append([None if v is None else round(v, 4) for v in (*begin, *rest)])
     return tuple(zip(*layers, strict=True))

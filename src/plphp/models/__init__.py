@@ -2,7 +2,7 @@
 
 from plphp.models.boxes import Box, Patch, Places
 from plphp.models.expected import image_tokens
-from plphp.models.families import FAMILIES, places, refusal
+from plphp.models.families import FAMILIES, places, refusal, tower_names
 from plphp.models.frames import frames_of
 from plphp.models.patches import Shown
 from plphp.models.spans import describes_vision, find_spans, processor_inputs, vision_spans
@@ -20,5 +20,6 @@ __all__ = [
     "places",
     "processor_inputs",
     "refusal",
+    "tower_names",
     "vision_spans",
 ]

@@ -17,6 +17,20 @@ from plphp.models.sizes import Sizes
 
 
 @dataclass(frozen=True)
+class TowerNames:
+    """Where the modules of a vision tower are in the model.
+
+    tower: the tower itself
+    projector: what projects its features into the space of the language model
+    grouped: whether a square of patches, of the side `spatial_merge_size`, becomes one token
+    """
+
+    tower: str
+    projector: str
+    grouped: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """The properties of one model family.
 
@@ -28,6 +42,8 @@ class Family:
         token shows
     frames: whether the prompt marks the frames of a video as it marks images, so that the token
         ids do not tell them apart
+    tower: the vision tower, where the vision tokens are its patches or groups of them, each one
+        projected by itself; else None
     refused: the reason why the family cannot be pruned, or an empty string
     """
 
@@ -37,9 +53,11 @@ class Family:
     places: Patches = patches.unknown
     video_places: Patches = patches.unknown
     frames: bool = False
+    tower: TowerNames | None = None
     refused: str = ""
 
 
+LLAVA_TOWER = TowerNames("vision_tower", "multi_modal_projector")
 GRIDS = Family(
     images=sizes.grid("image_grid_thw"),
     videos=sizes.grid("video_grid_thw"),
@@ -50,7 +68,7 @@ TILES_THEN_WHOLE = Family(layout=layouts.whole_last, places=patches.tiled())
 GENERIC = Family()
 
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": GRIDS,
+    "qwen2_vl": replace(GRIDS, tower=TowerNames("visual", "visual.merger", grouped=True)),
     "qwen2_5_vl": GRIDS,
     "qwen3_vl": GRIDS,  # a video's frames have timestamps between them
     "qwen3_vl_moe": GRIDS,
@@ -59,7 +77,7 @@ FAMILIES: dict[str, Family] = {
     "glm4v": GRIDS,
     "glm4v_moe": GRIDS,
     # Mantis-SigLIP-Llama3 uses this class.
-    "llava": Family(images=sizes.patches, places=patches.square),
+    "llava": Family(images=sizes.patches, places=patches.square, tower=LLAVA_TOWER),
     "llava_next": Family(images=sizes.anyres, places=patches.anyres),
     "llava_onevision": Family(
         images=sizes.anyres,
@@ -85,7 +103,7 @@ FAMILIES: dict[str, Family] = {
     ),
     # Each crop of pan and scan (off by default) is written as an image, and counts as one.
     "gemma3": Family(images=sizes.fixed("mm_tokens_per_image"), places=patches.pooled),
-    "paligemma": Family(images=sizes.patches, places=patches.square),
+    "paligemma": Family(images=sizes.patches, places=patches.square, tower=LLAVA_TOWER),
     "mllama": Family(
         refused="its vision tokens are in cross-attention layers and not in the KV cache of the "
         "prompt, so that there is nothing to prune"
@@ -103,6 +121,11 @@ def places(shown: Shown, video: bool = False) -> Places:
     family = FAMILIES.get(getattr(shown.config, "model_type", ""), GENERIC)
     found = (family.video_places if video else family.places)(shown)
     return found if len(found) == shown.tokens else []
+
+
+def tower_names(config: Any) -> TowerNames | None:
+    """Where the modules of a model's tower are, if its vision tokens are patches of it."""
+    return FAMILIES.get(getattr(config, "model_type", ""), GENERIC).tower
 
 
 def refusal(config: Any) -> str:

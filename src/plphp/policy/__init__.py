@@ -17,7 +17,7 @@ from plphp.policy.divprune import DivPrune
 from plphp.policy.downsample import Downsample
 from plphp.policy.fastv import FastV
 from plphp.policy.full import Full
-from plphp.policy.hidden import HiddenPolicy, HiddenView
+from plphp.policy.hidden import HiddenPolicy, HiddenView, TowerView
 from plphp.policy.novelty import Novelty
 from plphp.policy.plphp import PLPHP, calibrated
 from plphp.policy.plphp_flat import PLPHPFlat
@@ -31,6 +31,7 @@ from plphp.policy.tgv_kv import TGVKV
 from plphp.policy.uniform import Uniform
 from plphp.policy.vidcom2 import VidCom2
 from plphp.policy.view import LAYER_CLASSES, KeepPlan, LayerView
+from plphp.policy.visionzip import VisionZip
 from plphp.policy.vl_cache import VLCache
 from plphp.policy.vtw import VTW
 
@@ -53,6 +54,7 @@ POLICIES: dict[str, Any] = {
     "cdpruner": CDPruner,
     "dart": DART,
     "vidcom2": VidCom2,
+    "visionzip": VisionZip,
     "downsample": Downsample,
 }
 
@@ -73,6 +75,7 @@ __all__ = [
     "Policy",
     "SequencePolicy",
     "Stages",
+    "TowerView",
     "cache_stage",
     "calibrated",
     "in_stages",

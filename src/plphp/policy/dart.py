@@ -41,6 +41,7 @@ class DART(HiddenPolicy):
     min_tokens: int = 1
     pivots: int = 4
     text_pivots: int = 4
+    reads_keys = True
 
     def __post_init__(self) -> None:
         check_early(self.layer, self.keep, self.budget)
@@ -55,8 +56,8 @@ class DART(HiddenPolicy):
         return share_after(self.layer, self.keep, self.budget, layers)
 
     def scores(self, view: HiddenView, quota: Tensor) -> Tensor:
-        assert view.keys is not None
-        size = view.keys.abs().sum((1, 3), dtype=torch.float32)  # (B, N), over heads and numbers
+        assert view.key_sizes is not None
+        size = view.key_sizes
         states = unit(view.hidden)
         scores = torch.zeros(view.spans.shape, device=view.spans.device)
         for rows, columns in images(view.spans):

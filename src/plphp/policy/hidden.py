@@ -1,8 +1,9 @@
 """Base class of the sequence methods that choose from the hidden states before a layer.
 
-FastV and VTW choose by the attention of a layer. These methods read the hidden states themselves:
-before layer 0 they are the embeddings of the text, with the projected features of the images in
-the places of the vision tokens. Tokens dropped there are computed in no layer.
+FastV chooses by the attention of a layer. These methods read the hidden states themselves, or, as
+VTW, nothing at all. Before layer 0 the hidden states are the embeddings of the text, with the
+projected features of the images in the places of the vision tokens. Tokens dropped there are
+computed in no layer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ class HiddenView:
     hidden: (B, N, E), the hidden states that the layer would be given, in the model's dtype
     spans: (B, N) int64, 0 text, i > 0 the i-th image or video, -1 padding
     layers: number of layers of the decoder
-    keys: (B, Hkv, N, D) of the layer before, None before layer 0
+    key_sizes: (B, N) float32, the sum of the absolute values of each key in the layer before, over
+        all KV heads, up to a factor; None for a method that does not read them
+    stays: (B, N) bool, the tokens that the method has chosen in the vision tower; None for other
+        methods
     frames: (B, N) int64, the frame of its video that a vision token shows, 0 for other tokens;
         None for a method that does not read them
     """
@@ -33,8 +37,24 @@ class HiddenView:
     hidden: Tensor
     spans: Tensor
     layers: int = 1
-    keys: Tensor | None = None
+    key_sizes: Tensor | None = None
+    stays: Tensor | None = None
     frames: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TowerView:
+    """What a vision tower gave for I images of M patches each.
+
+    features: (I, M, E), the input of the projector
+    attention: (I, M) float32, the attention that the class token pays to each patch, or without a
+        class token that which all patches pay to it, averaged over heads
+    keys: (I, M, D) float32, the key of each patch, averaged over heads
+    """
+
+    features: Tensor
+    attention: Tensor
+    keys: Tensor
 
 
 class HiddenPolicy(SequencePolicy):
@@ -46,7 +66,10 @@ class HiddenPolicy(SequencePolicy):
 
     budget: float
     min_tokens: int
+    reads_hidden = True  # whether `view.hidden` is read
     reads_frames = False  # whether `view.frames` is read
+    reads_keys = False  # whether `view.key_sizes` is read
+    reads_tower = False  # whether it chooses in the vision tower, and reads `view.stays`
 
     def __post_init__(self) -> None:
         check_share("budget", self.budget)
@@ -72,6 +95,12 @@ class HiddenPolicy(SequencePolicy):
         """The score of each column, (B, N) float32; in each image the highest stay.
 
         quota: (B, m) int64, how many tokens stay of each image
+        """
+        raise NotImplementedError
+
+    def condense(self, seen: TowerView) -> tuple[Tensor, Tensor]:
+        """For a method that reads the tower: which patches stay, (I, M) bool, and the features
+        (I, M, E) that the projector gets in place of the tower's.
         """
         raise NotImplementedError
 

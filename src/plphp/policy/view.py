@@ -111,8 +111,13 @@ def pack(
     return KeepPlan(columns, lengths, gamma, rate, classes, shortest < longest)
 
 
-def keep_in_every_head(keep: Tensor, kv_heads: int) -> KeepPlan:
-    """A plan that keeps these columns (B, N) bool in every KV head, without further numbers."""
+def keep_in_every_head(keep: Tensor, kv_heads: int, least: int = 0) -> KeepPlan:
+    """A plan that keeps these columns (B, N) bool in every KV head, without further numbers.
+
+    least: K is at least this number; fillers make up for it
+    """
     nothing = torch.full(keep.shape[:1], torch.nan, device=keep.device)
     every = keep[:, None].expand(-1, kv_heads, -1)
-    return pack(every, nothing, nothing.double(), torch.full_like(nothing, -1).long())
+    shortest, longest = torch.stack(keep.sum(-1).aminmax()).tolist()
+    extent = shortest, max(longest, least)
+    return pack(every, nothing, nothing.double(), torch.full_like(nothing, -1).long(), extent)

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plphp.policy import steps
-from plphp.policy.base import Look, SequencePolicy, check_count, check_share, flat_look
-from plphp.policy.view import LayerView
+import torch
+from torch import Tensor
+
+from plphp.policy.base import check_count, check_share
+from plphp.policy.hidden import HiddenPolicy, HiddenView
 
 
 @dataclass(frozen=True)
-class VTW(SequencePolicy):
+class VTW(HiddenPolicy):
     """All vision tokens leave the hidden states before layer K (arXiv 2405.05803).
 
     layer: K, the first layer without vision tokens, at least 1; by default half of the layers
@@ -28,7 +30,9 @@ class VTW(SequencePolicy):
     """
 
     layer: int | None = None
-    budget: float | None = None
+    budget: float | None = None  # type: ignore[assignment]  # None stands for `layer`
+    min_tokens = 0
+    reads_hidden = False
 
     def __post_init__(self) -> None:
         if self.layer is not None:
@@ -46,5 +50,8 @@ class VTW(SequencePolicy):
             raise ValueError(f"layer must be at most the decoder's {layers} layers, got {at}")
         return at
 
-    def look(self, view: LayerView) -> Look:
-        return flat_look(view, steps.shared_scores(view), 0.0)
+    def share(self, layers: int) -> float:
+        return 0.0
+
+    def scores(self, view: HiddenView, quota: Tensor) -> Tensor:
+        return torch.zeros(view.spans.shape, device=view.spans.device)

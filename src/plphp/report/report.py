@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from plphp._drawing import drawing
 from plphp.report.earlier_images import EarlierImage
 from plphp.report.layers import LayerReport, Seen, StageReport, ratio
@@ -50,6 +52,16 @@ class Report:
         kept = sum(int((layer.kept >= 0).sum()) for layer in self.layers)
         every = sum(sum(layer.vision) * layer.kept.shape[1] for layer in self.layers)
         return ratio(kept, every)
+
+    def entered(self, layer: int) -> Tensor | None:
+        """The vision tokens that entered a layer, (B, K) int64 row-logical positions.
+
+        Ascending, filled up with -1 on the right. None if no stage had dropped any before.
+        """
+        for stage in self.stages:
+            if stage.stays is not None and stage.layer is not None and stage.layer <= layer:
+                return stage.stays
+        return None
 
     @property
     def on_device(self) -> float:

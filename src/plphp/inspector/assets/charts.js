@@ -166,8 +166,9 @@ const mean = (values) => {
   return known.length ? known.reduce((a, b) => a + b, 0) / known.length : 0;
 };
 
-// Stacked bars: the attention to kept tokens, and above it the full model's to dropped tokens.
-function stack(f, kept, lost, top, bottom) {
+// Stacked bars: the attention to kept tokens, and above it the full model's to dropped tokens. The
+// upper part of the latter is to tokens that a sequence method had dropped before the layer.
+function stack(f, kept, lost, gone, top, bottom) {
   kept.forEach((value, i) => {
     if (value === null) return;
     const height = (share) => Math.max(share, 0) * (bottom - top);
@@ -177,6 +178,10 @@ function stack(f, kept, lost, top, bottom) {
     const more = lost.length ? lost[i] : 0;
     f.chart.append(svg("rect", {
       class: "lost", ...bar, y: low - height(more), height: height(more), "data-lost": more,
+    }));
+    const before = gone.length ? gone[i] : 0;
+    if (before) f.chart.append(svg("rect", {
+      class: "gone", ...bar, y: low - height(more), height: height(before), "data-gone": before,
     }));
   });
 }
@@ -192,7 +197,7 @@ function drawTokens(box, steps, words, [did, not], chosen, choose) {
   band(f, chosen);
   scale(f, top, bottom, 1, percent);
   const kept = (oracle ? steps.full_kept : steps.kept).map(mean);
-  stack(f, kept, steps.lost.map(mean), top, bottom);
+  stack(f, kept, steps.lost.map(mean), steps.gone.map(mean), top, bottom);
   words.forEach((word, i) => {
     const [x, y] = [f.x(i) + f.w / 2 - 3, bottom + 12];
     const shown = word.trim() || "end";
@@ -205,7 +210,8 @@ function drawTokens(box, steps, words, [did, not], chosen, choose) {
   hits(f, 0, f.height, choose, (i) => `token ${i + 1}: ${words[i]}`);
   const entries = oracle
     ? [["attentive", `full model, to tokens that were ${did}`],
-      ["lost", `full model, to tokens that were ${not}`]]
+      ["lost", `full model, to tokens that were ${not}`],
+      ...(steps.gone.length ? [["gone", "of these, to tokens that never entered the layer"]] : [])]
     : [["attentive", `pruned model, to tokens that were ${did}`]];
   box.replaceChildren(html("h3", {}, "Attention to vision tokens, averaged over layers"));
   box.append(legend(entries), f.chart);
@@ -230,7 +236,7 @@ function drawAtLayers(box, steps, token, layer, [did, not], choose) {
   const [top, bottom] = [8, 120];
   band(f, layer);
   scale(f, top, bottom, 1, percent);
-  stack(f, kept, oracle ? steps.lost[token] : [], top, bottom);
+  stack(f, kept, oracle ? steps.lost[token] : [], steps.gone[token] || [], top, bottom);
   steps.kept[token].forEach((value, i) => {
     if (value === null || !oracle) return;
     const y = bottom - value * (bottom - top);

@@ -27,6 +27,14 @@ function paintChoice() {
   find("chosen").textContent = `${which}: ` + (layer.pruned
     ? `${count} of ${page.vision} vision tokens are ${doneWith(state.layer) || `kept${rate}`}`
     : `the layer is not pruned and keeps all ${page.vision} vision tokens`);
+  const first = dropper(state.layer);
+  find("stages").hidden = !first;
+  if (first) {
+    const left = tokens.filter((_, i) => gone(i)).length;
+    const [by, other] = [html("i", { class: "gone" }), html("i", { class: "veil" })];
+    find("stages").replaceChildren(by, `dropped by ${first.method} before layer ${first.layer}: ` +
+      `${left} tokens, for all heads`, other, run().recall ? "not read" : "dropped by this layer's heads");
+  }
   for (const name of ["mode", "view", "grid"]) {
     const input = document.querySelector(`input[name="${name}"][value="${state[name]}"]`);
     if (input) input.checked = true;
@@ -42,6 +50,7 @@ function paintSummary() {
     [`${short(now.kv_bytes)}B`, `in the cache, ${percent(Math.abs(saved))} ` +
       `${saved < 0 ? "more" : "less"} than the full ${short(now.kv_bytes_full)}B`],
   ];
+  if (now.stages.length) entries.push(...now.stages.map(staged));
   if (now.answer && now.answer.ms_per_token !== null && now.full && now.full.ms_per_token !== null) {
     entries.push([`${now.answer.ms_per_token.toFixed(2)} ms`,
       `per token; full cache: ${now.full.ms_per_token.toFixed(2)} ms`]);
@@ -51,6 +60,12 @@ function paintSummary() {
   if (now.recall) entries.push(...recalled(now.recall));
   find("summary").replaceChildren(...entries.map(([big, small]) =>
     html("div", { class: "figure" }, html("b", {}, big), html("span", {}, small))));
+}
+
+// What one stage left, as in `plphp.report.StageReport`.
+function staged({ method, layer, kept }) {
+  return [percent(kept), layer === null ? `of the K/V that was computed is kept by ${method}`
+    : `of the vision tokens are left by ${method} from layer ${layer} on`];
 }
 
 // The bytes of recall, as in `plphp.report.RecallReport`.
@@ -94,14 +109,15 @@ function paintAnswers() {
 }
 
 function paintSteps() {
-  const { steps, answer, policy } = run();
+  const { steps, answer, policy, stages } = run();
   find("steps").hidden = !steps;
   if (!steps) return;
   find("token").max = steps.kept.length - 1;
   find("token").value = state.token;
   find("token-out").textContent = state.token + 1;
   find("steps-hint").textContent = `This is the answer of ${policy}. Its first token was computed ` +
-    "from all vision tokens." + (steps.lost.length
+    `from ${stages.length ? `the vision tokens that ${stages[0].method} had left` : "all vision tokens"}.` +
+    (steps.lost.length
     ? " The attention of the full model is that of the same answer, read with the full cache." : "");
   for (const node of find("pruned").querySelectorAll("[data-token]")) {
     node.setAttribute("aria-current", String(Number(node.dataset.token) === state.token));
@@ -126,9 +142,9 @@ function paintSettings() {
   find("settings").replaceChildren(...pairs.flatMap(([name, value]) =>
     [html("dt", {}, name), html("dd", {}, String(value))]));
   find("notes").replaceChildren(...run().notes.map((note) => html("li", {}, note)));
-  const names = ["layer", "gamma", "class", "kept", "agreement", "bytes", "full bytes"];
-  const rows = run().layers.map((l, i) => [i, l.gamma ?? "–", kind(l), percent(mean(l.share)),
-    percent(mean(l.agreement)), bytes(l.kv_bytes), bytes(l.kv_bytes_full)]);
+  const names = ["layer", "gamma", "class", "entered", "kept", "agreement", "bytes", "full bytes"];
+  const rows = run().layers.map((l, i) => [i, l.gamma ?? "–", kind(l), percent(entered(l)),
+    percent(mean(l.share)), percent(mean(l.agreement)), bytes(l.kv_bytes), bytes(l.kv_bytes_full)]);
   const cells = (row) => row.map((value) => html("td", {}, String(value)));
   find("layers").replaceChildren(html("table", {},
     html("thead", {}, html("tr", {}, ...names.map((name) => html("th", { scope: "col" }, name)))),
@@ -136,6 +152,13 @@ function paintSettings() {
   for (const button of document.querySelectorAll(".run")) {
     button.setAttribute("aria-pressed", String(Number(button.dataset.run) === state.run));
   }
+}
+
+// The share of the vision tokens that entered a layer.
+function entered(layer) {
+  if (!layer.entered) return 1;
+  const bits = decoded(layer.entered);
+  return mean(Array.from({ length: page.vision }, (_, token) => has(bits, token)));
 }
 
 function paintDepth() {

@@ -20,11 +20,23 @@ function doneWith(layer) {
 // Bit masks over the prompt's vision tokens. Each is decoded once.
 const masks = new Map();
 function mask(layer, head) {
-  const text = (readAt(layer) || run().layers[layer].kept)[head];
+  return decoded((readAt(layer) || run().layers[layer].kept)[head]);
+}
+const has = (bits, token) => (bits[token >> 3] >> (token & 7)) & 1;
+function decoded(text) {
   if (!masks.has(text)) masks.set(text, Uint8Array.from(atob(text), (c) => c.charCodeAt(0)));
   return masks.get(text);
 }
-const has = (bits, token) => (bits[token >> 3] >> (token & 7)) & 1;
+
+// Whether a sequence method had dropped a token before the selected layer.
+function gone(token) {
+  const { entered } = run().layers[state.layer];
+  return entered !== "" && !has(decoded(entered), token);
+}
+
+// The sequence method that dropped tokens before a layer, or null.
+const dropper = (layer) =>
+  run().stages.find((stage) => stage.layer !== null && stage.layer <= layer) || null;
 
 // Whether the selected head or heads keep a token: 0 or 1, or the share of heads that keep it.
 function kept(token) {
@@ -103,13 +115,17 @@ function paintPictures() {
       const hidden = tiled && Number(rect.dataset.view) !== state.view;
       rect.style.display = hidden ? "none" : "";
       rect.dataset.kept = value;
-      rect.style.fillOpacity = bare ? 0.08 + 0.92 * value : 0.86 * (1 - value);
+      rect.classList.toggle("gone", tokens.every(gone));
+      const faint = rect.classList.contains("gone") && bare ? 0.4 : 0.08;
+      rect.style.fillOpacity = bare ? faint + (1 - faint) * value : 0.86 * (1 - value);
     }
     const every = Array.from({ length: picture.tokens }, (_, i) => kept(picture.first + i));
     const count = every.filter((value) => value > 0).length;
+    const left = every.filter((_, i) => gone(picture.first + i)).length;
     const placeless = picture.boxes.filter((box) => box === null).length;
     const notes = [
       `${picture.name}: ${count} of ${picture.tokens} tokens`,
+      left ? `${left} had been dropped before this layer` : "",
       placeless ? `${placeless} of them are line ends or class tokens and have no place` : "",
       picture.shared ? "tokens that show the same area are drawn as one" : "",
       bare ? "they stand in the order of the prompt, because their places are not known" : "",

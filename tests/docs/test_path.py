@@ -1,0 +1,76 @@
+"""The five pages of the path are short, say first what they are for, and show figures that hold."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from makers import maker_of
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+NAVIGATION = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+PATH = re.findall(r"^  - [^:\n]+: (\S+\.md)$", NAVIGATION, re.MULTILINE)
+WORDS = 1200
+NOT_YET = ("vllm.md", "small-devices.md", "stages.md")  # pages that begin in another way
+
+
+def test_the_path_comes_first_and_has_five_pages() -> None:
+    assert PATH == ["index.md", "your-model.md", "choosing.md", "serving.md", "measuring.md"]
+    assert NAVIGATION.index(PATH[-1]) < NAVIGATION.index("Reference:")
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = re.findall(r": (\S+\.md)$", NAVIGATION, re.MULTILINE)
+    assert sorted(named) == sorted(path.name for path in DOCS.glob("*.md"))
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_a_page_says_first_what_it_is_for(path: Path) -> None:
+    if path.name in NOT_YET:
+        pytest.skip("not written yet")
+    text = re.sub(r"\A---\n.*?\n---\n+", "", path.read_text(), flags=re.DOTALL)
+    assert text.split("\n\n")[1].startswith("After this page you ")
+
+
+@pytest.mark.parametrize("page", PATH)
+def test_a_page_of_the_path_is_short_and_shows_something(page: str) -> None:
+    text = (DOCS / page).read_text()
+    assert len(text.split()) < WORDS
+    assert re.search(r"^!\[.+\]\(.+\)$|^\|[-:|]+\|$", text, re.MULTILINE), "no figure and no table"
+
+
+@pytest.mark.parametrize("page", PATH)
+def test_lines_of_code_fit_the_page(page: str) -> None:
+    """84 characters are the width of a code block in a window of 1280 pixels."""
+    fences = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.M | re.S)
+    for line in "".join(fences).splitlines():
+        assert len(line) <= 84, line
+
+
+def test_the_readme_is_short() -> None:
+    text = re.sub(r"^```.*?^```$", "", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    assert len(text.split()) < 900
+
+
+def test_the_choice_shows_what_recall_measured() -> None:
+    """The rows of docs/choosing.md are rows of the table in docs/recall.md, with fewer columns."""
+    rows = json.loads((DOCS / "recall" / "results.json").read_text())["rows"]
+    lines = maker_of("make_recall").table(rows).splitlines()
+    head, *table = [line.strip("| ").split(" | ") for line in lines]
+    columns = [head.index(task) + 1 for task in ("long", "grid", "refer", "second")]
+    page = (DOCS / "choosing.md").read_text()
+    shown = {
+        "plphp": "`plphp`",
+        "recommended": "`recommended`",
+        "recall, host": "recall `host`",
+        "recall, int4": "recall `int4`",
+        "random": "`random`, the control",
+    }
+    found = set()
+    for name, share, *cells in table[1:]:
+        if name in shown and share in ("39%", "40%", "41%"):
+            means = [cells[column - 2].partition(" ")[0] for column in columns]
+            assert f"| {shown[name]} | {share} | {' | '.join(means)} |" in page
+            found.add(name)
+    assert found == {*shown}
