@@ -44,7 +44,7 @@ def test_answers_equal_transformers(name: str, reference: Any) -> None:
     assert pruned
 
 
-@pytest.mark.parametrize("window", [32, 64])
+@pytest.mark.parametrize("window", [32, pytest.param(64, marks=pytest.mark.slow)])
 def test_queries_of_a_window_are_there_whatever_computes_them(window: int, reference: Any) -> None:
     """Chunks of 40 tokens split the window, the prefix cache holds it, preemptions repeat it."""
     policy = plphp.policy("snapkv", budget=0.3, window=window)

@@ -72,7 +72,7 @@ def test_requests_of_all_kinds_share_one_prefix_at_once(reference: Any) -> None:
         assert serving.same(output, serving.answer(reference, request)) is not False
 
 
-@pytest.mark.parametrize("chunk", [96, 4096])
+@pytest.mark.parametrize("chunk", [96, pytest.param(4096, marks=pytest.mark.slow)])
 def test_an_image_that_is_added_each_turn(chunk: int, reference: Any) -> None:
     """Every turn finds the images before in the prefix cache and prunes all of them anew."""
     turns = [serving.Request(IMAGES[: n + 1], "describe all.", POLICY, 12) for n in range(3)]
