@@ -20,7 +20,11 @@ def dropped(report: Any, spans: Tensor) -> oracle.Dropped:
 
     spans: (B, columns up to the answer)
     """
-    kept, recall = kept_of(report), report.recall
+    kept, recall, codes = kept_of(report), report.recall, report.codes
+    if codes is not None:
+        layers = zip(kept, report.layers, strict=True)
+        rounded = [layer if its.pruned else layer[:, :0] for layer, its in layers]
+        return oracle.Dropped(spans.shape[1], spans, rounded, kept_bits=codes.bits, text=codes.text)
     if recall is None:
         return oracle.Dropped(spans.shape[1], spans, kept)
     if recall.home == "host":
@@ -42,6 +46,8 @@ def led(
 
 
 def in_codes(report: Any) -> bool:
+    if report.codes is not None:
+        return True
     return report.recall is not None and report.recall.home != "host"
 
 

@@ -99,13 +99,14 @@ def attend(
         return probabilities @ value.double().repeat_interleave(groups, dim=1)
 
     probabilities = weigh(key)
-    if probe.probabilities is None:
-        probe.probabilities = probabilities[:, :, -1]  # prompts are padded on the left
     output = read(probabilities, value)
     for begin, change in probe.rounding:
         if asking[-1] >= begin:
             key, value = change(key, value)
-            output = torch.where((asking >= begin)[:, None], read(weigh(key), value), output)
+            probabilities = weigh(key)
+            output = torch.where((asking >= begin)[:, None], read(probabilities, value), output)
+    if probe.probabilities is None:
+        probe.probabilities = probabilities[:, :, -1]  # prompts are padded on the left
     return output.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -192,6 +193,8 @@ class Dropped:
     kept: list[Tensor]
     read: Sequence[Sequence[Tensor]] | None = None
     bits: int = 0
+    kept_bits: int = 0  # if given, the kept tokens are rounded to this many bits
+    text: bool = False  # and text too, but for the last 32 text tokens
 
 
 def leave_out(probes: list[Probe], dropped: Dropped) -> None:
@@ -199,6 +202,14 @@ def leave_out(probes: list[Probe], dropped: Dropped) -> None:
         kept = dropped.kept[layer]
         if not kept.shape[1]:
             continue
+        if dropped.kept_bits:
+            hidden = hidden_columns(dropped.spans, kept)
+            coded = (dropped.spans > 0).unsqueeze(1) & ~hidden
+            if dropped.text:
+                text = dropped.spans == 0
+                early = text & (text.flip(1).cumsum(1).flip(1) > 32)
+                coded = coded | early.unsqueeze(1)
+            probe.rounding.append((dropped.begin, rounding(coded, dropped.kept_bits)))
         if dropped.read is not None:
             for column, positions in enumerate(dropped.read[layer], start=dropped.begin):
                 hidden = hidden_columns(dropped.spans, positions)

@@ -222,3 +222,32 @@ def test_a_first_token_that_cannot_be_timed_is_refused(
     done = run("bench", "--context", "128", "--layers", "1", *options)
     assert done.code == 2
     assert says in done.err
+
+
+def test_rounded_weights_and_kept_codes(run: Any) -> None:
+    """Both have their bytes in the table, and a token has its CPU-seconds."""
+    against = ["--against", "pruned-kv4,pruned-kv2", "--weights", "int4"]
+    against += ["--dtype", "bfloat16"]
+    done = run("bench", *SMALL[2:], "--context", "600", *against, "--json")
+    assert done.code == 0, done.err
+    found = done.json
+    rows = {row["name"]: row for row in found["steps"]}
+    full = shape_of("tiny", 2).parameters * 2
+    assert found["setting"]["weights"] == "int4"
+    assert found["setting"]["weight_bytes"] < 0.9 * full
+    assert rows["pruned-kv2"]["kv_bytes"] < rows["pruned-kv4"]["kv_bytes"]
+    assert rows["pruned-kv4"]["kv_bytes"] < 0.7 * rows["pruned"]["kv_bytes"]
+    for row in found["steps"]:
+        read = row["bound_ms"] / 1e3 * found["copy_gb_s"] * 1e9 - row["kv_bytes"]
+        assert read < found["setting"]["weight_bytes"]
+        assert row["cpu_seconds_per_token"] > 0
+    assert "needs --dtype bfloat16" in run("bench", *SMALL, "--weights", "int4").err
+    refused = run("bench", *SMALL, "--weights", "int4", "--first-token", "full")
+    assert "--weights cannot be used with --first-token" in refused.err
+
+
+def test_tables_say_how_weights_are_rounded(run: Any) -> None:
+    done = run("bench", *SMALL, "--weights", "int8", "--dtype", "bfloat16")
+    assert done.code == 0, done.err
+    assert "int8 weights" in done.out
+    assert "CPU s a" in done.out or "J a token" in done.out

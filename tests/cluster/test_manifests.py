@@ -119,8 +119,9 @@ def test_the_service_starts_vllm_with_the_arguments_of_the_plugin() -> None:
 def test_the_entrypoint_is_a_command_that_plphp_has() -> None:
     words = manifest("rayjob")["spec"]["entrypoint"].split()
     assert words[:2] == ["plphp", "generate"]
+    from plphp.cli.cluster import Cluster
     from plphp.cli.flags import Batch
-    from plphp.cli.options import Cluster, Source
+    from plphp.cli.options import Source
 
     known = {"--batch", "--out"} | {f"--{f}" for c in (Cluster, Source) for f in vars(c())}
     assert Batch and {word for word in words if word.startswith("--")} <= known

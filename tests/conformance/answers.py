@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import plphp
-from along import check_greedy, led
+from along import check_greedy, check_logits, led
 from invariants import (
     EVERY,
     LOGITS,
@@ -244,3 +245,18 @@ def check_refused(options: dict[str, Any], mode: Mode, family: str, method: Meth
         finally:
             assert pruning.report is None
     raise AssertionError(f"{options} is neither refused nor tested")
+
+
+def check_kept_codes(mode: Mode, family: str, method: Method) -> None:
+    """What is kept is stored in codes of 4 bits; the oracle rounds the same tokens."""
+    expected = truth(family, 0, mode.rows)
+    model = expected.build()
+    with replace(method, kv_bits=4).attach(model, expected.numbers) as pruning:
+        tokens, logits = generate(model, expected.inputs)
+    report = pruning.report
+    if method.options is not None:
+        check_selection(expected, report, **method.options)
+    wanted = led(expected.build(), expected.inputs, expected.spans, report, tokens)
+    check_logits(logits, wanted, report)
+    check_greedy(tokens, wanted, report)
+    assert report.codes.share < report.retention

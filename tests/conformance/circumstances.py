@@ -11,6 +11,7 @@ from answers import (
     check_answers,
     check_assisted,
     check_compiled,
+    check_kept_codes,
     check_lookup,
     check_processor,
     check_refused,
@@ -42,6 +43,7 @@ from settings import (
     check_setting,
     check_weights,
     flash_attention,
+    int4,
     int8,
     lora,
     offloaded,
@@ -95,6 +97,8 @@ CIRCUMSTANCES: dict[str, Mode] = {
         ),
         Mode("no cache", partial(check_refused, {"use_cache": False}), "one"),
         Mode("attention returned", partial(check_refused, {"output_attentions": True}), "one"),
+        Mode("kept tokens in 4 bits", check_kept_codes, "batch"),
+        Mode("weights in 4 bits", partial(check_weights, int4), "batch"),
     )
 }
 REFUSED = ("quantized KV cache", "transformers' static cache", "no cache", "attention returned")
@@ -144,7 +148,7 @@ def normal() -> set[tuple[str, str, str]]:
 
 
 # With recall: families of three kinds in every mode, and all families in one mode
-NOT_WITH_RECALL = ("static cache", "compiled decode")
+NOT_WITH_RECALL = ("static cache", "compiled decode", "kept tokens in 4 bits")
 FAMILIES = {**tiny.FAMILIES, **tiny.DECODERS}
 RECALLED = ("qwen2_vl", "idefics2", "gemma3")
 PLAIN = "padded batch"

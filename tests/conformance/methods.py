@@ -31,16 +31,21 @@ class Method:
     make: makes the policy, given thresholds that fit the model
     options: how the oracle selects, None if it cannot
     recall: where dropped tokens are parked, None if they are lost
+    kv_bits: bits of the codes of kept tokens, None if they are stored in full
     """
 
     name: str
     make: Callable[[Numbers], Any]
     options: dict[str, object] | None = field(default=None, hash=False)
     recall: plphp.Recall | None = None
+    kv_bits: int | None = None
 
     def attach(self, model: Any, numbers: Numbers, mask: Any = None) -> Any:
         """Call `plphp.prune` for a method."""
-        return plphp.prune(model, self.make(numbers), vision_mask=mask, recall=self.recall)
+        policy = self.make(numbers)
+        return plphp.prune(
+            model, policy, vision_mask=mask, recall=self.recall, kv_bits=self.kv_bits
+        )
 
 
 def _plphp(name: str, options: dict[str, object]) -> Method:

@@ -34,6 +34,7 @@ from invariants import (
     run_policy,
     truth,
 )
+from plphp.weights import round_weights
 
 INSTALLED = Version(transformers.__version__)
 Setting = Callable[[Any], AbstractContextManager[Any]]
@@ -223,6 +224,12 @@ def lora(model: Any) -> Iterator[Any]:
     torch.manual_seed(0)
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
     yield peft.get_peft_model(model, config).eval()
+
+
+@contextmanager
+def int4(model: Any) -> Iterator[Any]:
+    round_weights(model, 4)
+    yield model
 
 
 @contextmanager

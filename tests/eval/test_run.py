@@ -82,21 +82,24 @@ def test_full_is_stock_generate_and_keeping_all_is_full(embedded: Embedded, name
     assert attached(model) is None
 
 
-def test_a_pruned_answer_is_that_of_a_run_of_its_own(embedded: Embedded) -> None:
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_pruned_answer_is_that_of_a_run_of_its_own(embedded: Embedded, bits: int | None) -> None:
     model, policy = embedded.model, plphp.policy("uniform", budget=0.4)
     samples = TASKS["difference"].draw(3, SEED)
     batch = make_batch(embedded, samples, 64)
     with torch.inference_mode():
         reference = refer(model, batch)
-        found = answer(model, policy, batch, reference, read(model, batch.prompt))
+        prompt = read(model, batch.prompt)
+        found = answer(model, policy, batch, reference, prompt, kv_bits=bits)
         for row, sample in enumerate(samples):
             inputs = embedded.inputs(sample.images, sample.question)
-            with plphp.prune(model, policy) as pruning:
+            with plphp.prune(model, policy, kv_bits=bits) as pruning:
                 alone = model.generate(**inputs, max_new_tokens=batch.limit, do_sample=False)
             said = embedded.decode(alone[0, inputs["input_ids"].shape[1] :])
             assert embedded.decode(found.tokens[row]) == said
             assert pruning.report is not None
-            assert found.kept[row] == pytest.approx(pruning.report.retention)
+            codes, kept = pruning.report.codes, pruning.report.retention
+            assert found.kept[row] == pytest.approx(kept if codes is None else codes.share, rel=0.1)
     assert max(value for row in found.kl for value in row) > 0.01
     assert all(row[0] < 1e-6 for row in found.kl), "the first token comes from the full prompt"
 
@@ -114,6 +117,24 @@ def test_the_tower_reads_a_batch_once(embedded: Embedded, monkeypatch: pytest.Mo
     assert len(calls) == 2
     assert torch.equal(twice[0], fresh) and torch.equal(twice[1], fresh)
     assert "get_image_features" not in vars(embedded.model.model)
+
+
+def test_a_method_in_the_tower_is_given_no_remembered_features(embedded: Embedded) -> None:
+    inputs = embedded.batch([(s.images, s.question) for s in TASKS["easyvqa"].draw(2, SEED)])
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+
+    def both() -> list[torch.Tensor]:
+        with plphp.prune(embedded.model, plphp.policy("visionzip", budget=0.3)) as pruning:
+            pruned = embedded.model.generate(**inputs, **options)
+        assert pruning.report is not None and pruning.report.retention < 0.5
+        return [pruned, embedded.model.generate(**inputs, **options)]
+
+    with torch.inference_mode():
+        fresh = both()
+        with remembered(embedded.model):
+            embedded.model.generate(**inputs, **options)
+            again = both()
+    assert all(torch.equal(a, b) for a, b in zip(fresh, again, strict=True))
 
 
 def test_smaller_pictures_take_the_tokens_that_the_budget_allows(embedded: Embedded) -> None:

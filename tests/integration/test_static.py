@@ -9,6 +9,7 @@ from transformers import CompileConfig
 
 import plphp
 import tiny
+from plphp.weights import round_weights
 
 FAMILIES = ("qwen2_vl", "llava", "llava_onevision", "idefics2")
 SOME = plphp.PLPHP(r=0.3, delta_r=0.2, alpha=0.6, beta=0.5)
@@ -42,12 +43,14 @@ def test_a_static_cache_gives_the_same_tokens(name: str) -> None:
         assert torch.equal(one.kept, other.kept)
 
 
-def compiled(name: str) -> None:
+def compiled(name: str, bits: int | None = None) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = CompileConfig(mode="default")
     config._compile_all_devices = True  # transformers compiles on accelerators only otherwise
     model, prompts = case(name, prompts=3)
+    if bits:
+        round_weights(model, bits)
     with plphp.prune(model, SOME) as pruning:
         for inputs in prompts:
             wanted = model.generate(**inputs, **GREEDY)
@@ -80,6 +83,12 @@ def test_a_reset_cache_fills_its_buffers_again(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_decoding_is_one_graph_for_every_step_and_prompt() -> None:
     compiled("llava")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_rounded_weights_are_compiled_into_one_graph_too() -> None:
+    compiled("llava", bits=4)
 
 
 @pytest.mark.slow

@@ -85,6 +85,15 @@ def test_cdpruner_is_the_greedy_maximum_of_its_determinant(share: float) -> None
     assert kept(plphp.policy("cdpruner", budget=share), seen) == expected
 
 
+def test_cdpruner_chooses_as_many_as_asked_beyond_the_rank() -> None:
+    """The embeddings have 6 numbers, so the rule decides about 6 tokens; the others fill up."""
+    seen = view()
+    some, more = (kept(plphp.policy("cdpruner", budget=b), seen) for b in (0.5, 0.9))
+    for few, many, (_, columns) in zip(some, more, of_images(SPANS), strict=True):
+        assert set(few) <= set(many)
+        assert len(many) == count(0.9, len(columns))
+
+
 def test_cdpruner_chooses_by_the_question() -> None:
     seen = view()
     other = seen.hidden.clone()

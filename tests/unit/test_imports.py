@@ -27,6 +27,7 @@ LEVELS = {
     "report": 2,
     "attention": 2,
     "models": 2,
+    "weights": 2,
     "recall": 3,
     "paged": 3,
     "hf": 4,

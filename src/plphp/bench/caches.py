@@ -51,6 +51,7 @@ class Setting:
     context: columns of the prompt, of which `TEXT` are text
     batch: rows
     images: images, to which all other columns belong in equal parts
+    rounded: with rounded weights, the bytes of those that a decoding step reads, and of all
     """
 
     shape: Shape
@@ -59,6 +60,20 @@ class Setting:
     images: int
     dtype: torch.dtype
     device: str
+    rounded: tuple[int, int] | None = None
+
+    @property
+    def weights_read(self) -> int:
+        """Bytes of the weights that a decoding step reads."""
+        return self.rounded[0] if self.rounded else self.shape.parameters * self.dtype.itemsize
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights, the table of input embeddings included."""
+        if self.rounded:
+            return self.rounded[1]
+        table = self.shape.vocabulary * self.shape.hidden
+        return (self.shape.parameters + table) * self.dtype.itemsize
 
     def spans(self) -> Tensor:
         """Spans (B, context) int64 in the coding of `plphp.vision_spans`."""
@@ -144,7 +159,7 @@ def pruned(
         for index, plan in plan_views(policy, views).items():
             seen = views.pop(index)
             assert seen.keys is not None and seen.values is not None
-            adopt(cache.layers[index], seen.keys, seen.values, plan)
+            adopt(cache.layers[index], seen.keys, seen.values, plan, seen.spans)
     cache.shift = torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)
     return cache
 

@@ -31,6 +31,8 @@ def compare(
     rounds: int = 3,
     *,
     recall: Recall | None = None,
+    kv_bits: int | None = None,
+    kv_text: bool = False,
     **options: Any,
 ) -> Comparison:
     """Answer one prompt with the full and with the pruned cache in turn, and measure both.
@@ -38,13 +40,14 @@ def compare(
     inputs: arguments of the model's generate(), one row
     rounds: how often each side is timed
     recall: where dropped tokens are parked; None frees them
+    kv_bits, kv_text: as in `plphp.prune`
     options: further arguments of generate(), for greedy answers. The streamer and the cache are
         set here
 
     A short round of both sides, which is not counted, comes first, because first calls are slower.
     Raises the errors of `plphp.prune` for a model that cannot be pruned.
     """
-    ways = (Way("full"), Way("pruned", policy, recall))
+    ways = (Way("full"), Way("pruned", policy, recall, kv_bits, kv_text))
 
     def pair(options: Mapping[str, Any]) -> list[Round]:
         return [generate(model, inputs, way, options) for way in ways]

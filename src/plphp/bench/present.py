@@ -27,8 +27,9 @@ def title(found: Shown) -> str:
     """The setting that was measured, in one line."""
     setting = found["setting"]
     shape = setting["shape"]
+    rounded = f"{setting['weights']} weights, " if setting.get("weights") else ""
     return (
-        f"{shape['name']}, {shape['layers']} layers, {setting['dtype']}, "
+        f"{shape['name']}, {shape['layers']} layers, {setting['dtype']}, {rounded}"
         f"{setting['context']:,} columns x {setting['batch']}, "
         f"keep {', '.join(f'{rate:g}' for rate in setting['keep'])}"
     )
@@ -50,6 +51,8 @@ def markdown(found: Shown) -> str:
     return "\n".join(lines) + "\n"
 
 
+# What a token costs: energy where it can be read, elsewhere the time of all cores together.
+SPENT = {"joules_per_token": "J a token", "cpu_seconds_per_token": "CPU s a token"}
 Rows = tuple[list[str], list[list[str]]]  # the header and the cells of every row
 
 
@@ -68,13 +71,13 @@ def sections(found: Shown) -> dict[str, Rows]:
 
 def _steps(steps: Sequence[Shown]) -> Rows:
     header = ["cache", "ms", "over stock", "KV MiB", "bound ms", "of it"]
-    metered = any(row["joules_per_token"] is not None for row in steps)
+    spent = next((name for name in SPENT if steps[0].get(name) is not None), None)
     rows = []
     for row in steps:
         cells = [row["name"], f"{row['ms']:.2f}", _ratio(row)]
         cells += [_mebibytes(row["kv_bytes"]), f"{row['bound_ms']:.2f}", f"{row['of_bound']:.0%}"]
-        rows.append([*cells, f"{row['joules_per_token']:.3f}"] if metered else cells)
-    return [*header, "J a token"] if metered else header, rows
+        rows.append([*cells, f"{row[spent]:.3f}"] if spent else cells)
+    return [*header, SPENT[spent]] if spent else header, rows
 
 
 def _ratios(found: Sequence[Shown]) -> Rows:

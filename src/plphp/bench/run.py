@@ -93,6 +93,7 @@ def _plain(setting: Setting, options: Options) -> dict[str, Any]:
         "images": setting.images,
         "batch": setting.batch,
         "dtype": str(setting.dtype).removeprefix("torch."),
+        "weight_bytes": setting.weights,
         "device": setting.device,
         "keep": list(options.rates),
         "new_tokens": options.steps,
@@ -116,6 +117,7 @@ def _row(variant: Measured, stock: Measured, setting: Setting, moved: float) -> 
         "bound_ms": _ms(bound),
         "of_bound": round(bound / variant.seconds, 3),
         "joules_per_token": round(median(variant.joules), 4) if variant.joules else None,
+        "cpu_seconds_per_token": round(median(variant.cpu), 6),
     }
 
 
@@ -160,7 +162,7 @@ def _fits(setting: Setting, options: Options) -> list[dict[str, Any]]:
     rate = setting.kept(sum(options.rates) / len(options.rates)) / setting.context
     size = setting.dtype.itemsize
     return [
-        fits(setting.shape, memory, rate, size, setting.context, setting.batch)
+        fits(setting.shape, memory, rate, size, setting.context, setting.batch, setting.weights)
         for memory in options.memories
     ]
 

@@ -27,6 +27,7 @@ class Measured:
     kv_bytes: bytes allocated for the cache before the first step
     resident: bytes in use by the process or on the device at that time
     joules: for each round the joules per token; empty if the machine does not measure them
+    cpu: for each round the CPU-seconds per token: those of all threads of the process
     """
 
     name: str
@@ -34,6 +35,7 @@ class Measured:
     kv_bytes: int = 0
     resident: int | None = None
     joules: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -85,23 +87,24 @@ def _turn(
     measured.kv_bytes = cache_bytes(cache)
     measured.resident = resident_bytes(setting.device)
     meter, _ = energy_meter(setting.device)
-    steps, joules = [], 0.0
+    steps, joules, cpu = [], 0.0, 0.0
     position = setting.context
     for step in range(WARM + new_tokens):
-        if step == WARM and meter is not None:
-            joules = meter()
+        if step == WARM:
+            joules, cpu = meter() if meter else 0.0, time.process_time()
         places = torch.full_like(token, position + step)
         synchronize(setting.device)
         start = time.perf_counter()
         forward(input_ids=token, position_ids=places, use_cache=True, **{compat.CACHE: cache})
         synchronize(setting.device)
         steps.append(time.perf_counter() - start)
+    tokens = new_tokens * setting.batch
+    measured.cpu.append((time.process_time() - cpu) / tokens)
     if meter is not None:
-        measured.joules.append((meter() - joules) / (new_tokens * setting.batch))
+        measured.joules.append((meter() - joules) / tokens)
     measured.steps.append(steps[WARM:])
 
 
 def bound_seconds(setting: Setting, kv_bytes: int, bandwidth: float) -> float:
     """Seconds to move the weights and the live keys and values once."""
-    weights = setting.shape.parameters * setting.dtype.itemsize
-    return (weights + kv_bytes) / bandwidth
+    return (setting.weights_read + kv_bytes) / bandwidth

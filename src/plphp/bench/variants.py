@@ -22,9 +22,12 @@ WORDS = {
     "short": "transformers' DynamicCache of a prompt that is as short as the pruned one",
     "static": "transformers' StaticCache, compiled",
     "pruned-static": "a static PrunedCache, compiled",
+    "pruned-kv4": "what is kept in codes of 4 bits",
+    "pruned-kv2": "what is kept in codes of 2 bits",
     "int4": "transformers' QuantizedCache of the whole prompt, 4 bits (optimum-quanto)",
     "fp8": "transformers' QuantizedCache of the whole prompt, 8-bit floats",
 }
+BITS = {"pruned-kv4": 4, "pruned-kv2": 2}
 METHODS = [name for name in POLICIES if policy(name).prunes_cache and name != "full"]
 
 
@@ -77,7 +80,8 @@ def _named(
         make = caches.pruned_static(model, setting, made, answer_columns)
         return Variant(name, make, _attached(model, setting, made), True, made)
     make = lambda: caches.pruned(model, setting, made)  # noqa: E731
-    return Variant(name, make, _attached(model, setting, made), False, made)
+    attach = _attached(model, setting, made, BITS.get(name))
+    return Variant(name, make, attach, False, made)
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -93,7 +97,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def _policy(name: str, rates: tuple[float, ...]) -> CachePolicy:
-    if name in ("pruned", "pruned-static"):
+    if name.startswith("pruned"):
         return Schedule(rates)
     made = policy(name, budget=sum(rates) / len(rates))
     assert isinstance(made, CachePolicy)
@@ -101,9 +105,9 @@ def _policy(name: str, rates: tuple[float, ...]) -> CachePolicy:
 
 
 def _attached(
-    model: Any, setting: Setting, made: CachePolicy
+    model: Any, setting: Setting, made: CachePolicy, bits: int | None = None
 ) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: prune(model, made, vision_mask=setting.spans())
+    return lambda: prune(model, made, vision_mask=setting.spans(), kv_bits=bits)
 
 
 def stepper(model: Any, variant: Variant, setting: Setting) -> Callable[..., Any]:

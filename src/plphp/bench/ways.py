@@ -27,17 +27,21 @@ class Way:
     name: what tables call it
     policy: what to keep; None for transformers' own cache, which keeps everything
     recall: where dropped tokens are parked; None frees them
+    kv_bits, kv_text: as in `plphp.prune`
     """
 
     name: str
     policy: Policy | None = None
     recall: Recall | None = None
+    kv_bits: int | None = None
+    kv_text: bool = False
 
     def attach(self, model: Any) -> AbstractContextManager[Pruning | None]:
         """The context in which the model generates this way. Raises as `plphp.prune`."""
         if self.policy is None:
             return nullcontext()
-        return prune(model, self.policy, recall=self.recall)
+        bits, text = self.kv_bits, self.kv_text
+        return prune(model, self.policy, recall=self.recall, kv_bits=bits, kv_text=text)
 
 
 @dataclass(frozen=True)

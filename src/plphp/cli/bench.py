@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from plphp.cli import flags
 from plphp.cli import options as o
+from plphp.cli.bits import Weights
 from plphp.cli.console import loading, progress, say, shown, stdout
 from plphp.errors import InputError
 
@@ -41,6 +43,7 @@ def bench(
     first_token: flags.FirstToken = None,
     memory: flags.Memory = "16,24,48,80,141",
     dtype: flags.FloatDtype = "float32",
+    weights: Weights = None,
     gpu: flags.Gpu = False,
     out: flags.ResultsOut = None,
     as_json: o.Json = False,
@@ -66,7 +69,7 @@ def bench(
     loaded, chosen = _chosen(shape, layers, model, dtype, device)
     _check_shares(keep, options.rates, chosen.layers)
     setting = Setting(chosen, context, batch, images, kind, device)
-    found = _measure(loaded, setting, options, as_json)
+    found = _measure(loaded, setting, options, weights, as_json)
     _show(found, out, as_json)
     if model is None and not as_json:
         stdout().print(NOTE, style="dim")
@@ -191,18 +194,28 @@ def _chosen(
     return loaded, shape_of_model(model, loaded)
 
 
-def _measure(loaded: Any, setting: Setting, options: Options, quiet: bool) -> dict[str, Any]:
+def _measure(
+    loaded: Any, setting: Setting, options: Options, weights: str | None, quiet: bool
+) -> dict[str, Any]:
     from plphp.bench import machine
     from plphp.bench.run import bench as run
     from plphp.bench.run import check_memory
     from plphp.bench.shapes import build
+    from plphp.inputs.rounding import bits_of
+    from plphp.weights import round_weights, step_bytes, weight_bytes
 
+    bits = bits_of(weights, setting.device, str(setting.dtype).removeprefix("torch."))
     check_memory(setting)
     with progress(quiet, transient=True) as bar:
         task = bar.add_task(f"decoding on {machine.describe(setting.device)['machine']}")
         model = loaded or build(setting.shape, setting.dtype, setting.device)
+        if bits:
+            round_weights(model, bits)
+            setting = replace(setting, rounded=(step_bytes(model), weight_bytes(model)))
         bar.update(task, total=(2 + len(options.against)) * options.rounds)
-        return run(model, setting, options, lambda: bar.advance(task))
+        found = run(model, setting, options, lambda: bar.advance(task))
+    found["setting"]["weights"] = weights
+    return found
 
 
 def _numbers(text: str, option: str, example: str) -> tuple[float, ...]:

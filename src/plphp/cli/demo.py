@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from plphp.cli import flags
 from plphp.cli import options as o
+from plphp.cli.bits import Weights
 from plphp.cli.console import progress, shown, stdout
 from plphp.cli.generate import check_files
 from plphp.errors import InputError
@@ -52,6 +53,7 @@ def demo(
     dtype: o.Dtype = "auto",
     attn: o.Attention = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    weights: Weights = None,
     as_json: o.Json = False,
 ) -> None:
     """Show what pruning and recall cost and save, on one screen: answers, bytes and times."""
@@ -64,8 +66,8 @@ def demo(
     from plphp.cli.demo_prompts import bundled_questions, long_batch, own_questions
 
     known = model == "embedded" and not images and not prompts
-    source = o.Source(model, dtype, device or _device(model), attn, trust_remote_code)
-    loaded = source.load()
+    where = device or ("cpu" if weights else _device(model))
+    loaded = o.Source(model, dtype, where, attn, trust_remote_code, weights).load()
     if known:
         items = bundled_questions(loaded)
     else:

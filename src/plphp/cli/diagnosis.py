@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from plphp.errors import (
     InputError,
@@ -17,6 +18,7 @@ from plphp.policy import PLPHP, steps
 if TYPE_CHECKING:
     from plphp.hf.footprint import Footprint
 
+Made = TypeVar("Made")
 SECONDS = 120.0  # the time limit for building a model without weights; real models take a few
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 
@@ -116,7 +118,7 @@ def diagnose(
     if each is None:
         each, source = image_tokens(config, processor)
     length = images * each + text_tokens
-    seen = _examined(name, config, dtype, length, trust)
+    seen = examined(name, config, dtype, length, trust)
     here = seen.pruned_at(length)
     return Diagnosis(
         model=name,
@@ -172,13 +174,24 @@ def _kept(tokens: int, rate: float) -> int:
     return int(steps.share(rates, torch.tensor([[tokens]])))
 
 
-def _examined(name: str, config: Any, dtype: str, length: int, trust: bool) -> Examined:
-    """Build the model and examine it. An error of transformers becomes an InputError."""
+def examined(name: str, config: Any, dtype: str, length: int, trust: bool) -> Examined:
+    """Build the model without weights and examine it.
+
+    Raises InputError if no model can be built from the config.
+    """
+    return on_meta(name, lambda: _examine(copy.deepcopy(config), dtype, length, trust))
+
+
+def on_meta(name: str, work: Callable[[], Made]) -> Made:
+    """The result of work on the meta device, for a limited time.
+
+    name: of the model. An error of transformers becomes an InputError.
+    """
     from plphp.hf.footprint import bounded
 
     try:
         with bounded(SECONDS, f"reading {name}"):
-            return _examine(copy.deepcopy(config), dtype, length, trust)
+            return work()
     except (PlphpError, MemoryError):
         raise
     except Exception as error:
@@ -196,7 +209,7 @@ def _examine(config: Any, dtype: str, length: int, trust: bool) -> Examined:
     text = config.get_text_config(decoder=True)
     windows: tuple[int | str | None, ...] = ()
     try:
-        model = shell(config, trust, _kind(text, dtype))
+        model = shell(config, trust, kind_of(text, dtype))
     except UnsupportedModelError as error:
         return Examined((), str(error), windows, None, "the model cannot be built")
     attachable: tuple[int, ...] = ()
@@ -215,7 +228,7 @@ def _examine(config: Any, dtype: str, length: int, trust: bool) -> Examined:
         return Examined(attachable, reason, windows, None, str(error))
 
 
-def _kind(text: Any, dtype: str) -> Any:
+def kind_of(text: Any, dtype: str) -> Any:
     """The number format of the weights, or bfloat16 if the config does not give one."""
     import torch
 

@@ -13,6 +13,7 @@ import typer
 
 from plphp.cli import flags
 from plphp.cli import options as o
+from plphp.cli.cluster import Cluster
 from plphp.cli.console import progress, say, shown
 from plphp.errors import InputError, how_to_install
 
@@ -40,7 +41,7 @@ def evaluate(
     prompt: flags.FolderPrompt = None,
     shard: flags.Shard = "0/1",
     source: o.Source,
-    cluster: o.Cluster,
+    cluster: Cluster,
     as_json: o.Json = False,
 ) -> None:
     """Compare what pruning methods lose on each task, at equal budgets."""
@@ -135,6 +136,7 @@ def _about(source: o.Source, loaded: Any) -> dict[str, Any]:
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": source.device,
         "attn": source.attn,
+        **({"weights": source.weights} if source.weights else {}),
         "plphp": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

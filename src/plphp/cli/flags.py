@@ -54,6 +54,15 @@ SamplingSeed = Annotated[
     ),
 ]
 
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Choose --weights, --kv-bits, --recall and the budget so that the process takes no "
+        "more than this, such as 4GiB. What is typed is not changed.",
+    ),
+]
+
 # inspect
 PagePrompt = Annotated[
     str | None, typer.Option("--prompt", help="The question about the images and videos.")

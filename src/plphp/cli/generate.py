@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,10 @@ from rich.table import Table
 
 from plphp.cli import flags
 from plphp.cli import options as o
+from plphp.cli.bits import Bits
+from plphp.cli.cluster import Cluster
 from plphp.cli.console import say, shown, stdout, streamer, waiting
+from plphp.cli.sampling import Sampling
 from plphp.errors import InputError
 from plphp.policy import Policy
 
@@ -37,33 +39,12 @@ class Job:
     policy_name: str
     generation: Mapping[str, Any]
     recall: Recall | None = None
+    bits: Bits = field(default_factory=Bits)
     seed: int | None = None
 
     def seeded(self, number: int) -> Job:
         """The same job with the seed of a line, so that an interruption changes no answer."""
         return self if self.seed is None else replace(self, seed=(self.seed + number) % 2**32)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The options of sampling. Without temperature, top_p and top_k an answer is greedy."""
-
-    max_new_tokens: o.MaxNewTokens = 128
-    temperature: flags.Temperature = None
-    top_p: flags.TopP = None
-    top_k: flags.TopK = None
-    seed: flags.SamplingSeed = None
-
-    def options(self) -> dict[str, Any]:
-        """The arguments of generate(). Raises InputError for a number out of range."""
-        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
-        said = {name: value for name, value in given.items() if value is not None}
-        for name, value in said.items():
-            most = 1 if name == "top_p" else None
-            if not 0 < value < math.inf or (most is not None and value > most):
-                bounds = "above 0" if most is None else f"above 0 and at most {most}"
-                raise InputError(f"--{name.replace('_', '-')} must be {bounds}, got {value}")
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": bool(said), **said}
 
 
 def generate(
@@ -74,12 +55,14 @@ def generate(
     batch: flags.Batch = None,
     out: flags.BatchOut = None,
     method: o.Method,
+    bits: Bits,
     compare: flags.Compare = False,
     rounds: flags.Rounds = 3,
     report: flags.FullReport = False,
+    memory: flags.MemoryLimit = None,
     sampling: Sampling,
     source: o.Source,
-    cluster: o.Cluster,
+    cluster: Cluster,
     as_json: o.Json = False,
 ) -> None:
     """Answer a prompt about images with a pruned cache, and print the answer word by word."""
@@ -91,12 +74,20 @@ def generate(
         raise InputError("--compare needs greedy answers: leave out the sampling options")
     if batch is not None and out is not None:
         _check_batch(batch, out, prompt)
-        _answer_batch(batch, out, prompt, method, sampling, source, cluster, as_json)
+        _answer_batch(batch, out, prompt, method, bits, sampling, source, cluster, as_json)
         return
     prompt = _standard_input() if prompt is None else prompt
     if not prompt.strip():
         raise InputError("the prompt is empty: give --prompt TEXT, or standard input")
-    job = Job(source.load(), policy, method.policy, generation, parked, sampling.seed)
+    if memory is not None:
+        from plphp.cli.memory import fitted
+
+        longest, given = sampling.max_new_tokens, (method, bits, source)
+        setup, why = fitted(memory, images, videos, prompt, longest, given)
+        say(why)
+        method, bits, source = setup.method, setup.bits, setup.source
+        policy, parked = method.chosen(), method.parked()
+    job = Job(source.load(), policy, method.policy, generation, parked, bits, sampling.seed)
     if compare:
         _print_comparison(job, images, videos, prompt, rounds, as_json)
     else:
@@ -104,18 +95,18 @@ def generate(
 
 
 def _answer_batch(
-    batch: Path, out: Path, prompt: str | None, method: o.Method, sampling: Sampling,
-    source: o.Source, cluster: o.Cluster, quiet: bool,
+    batch: Path, out: Path, prompt: str | None, method: o.Method, bits: Bits,
+    sampling: Sampling, source: o.Source, cluster: Cluster, quiet: bool,
 ) -> None:  # fmt: skip
     """Answer what is left of a batch. Exits with 3 if some of its lines hold an error."""
     from plphp.cli.batch import answer_line, open_batch
 
-    key = _key(method, sampling, source)
+    key = _key(method, bits, sampling, source)
 
     def make_job() -> Job:
         policy, recall = method.chosen(), method.parked()
         options = sampling.options()
-        return Job(source.load(), policy, method.policy, options, recall, sampling.seed)
+        return Job(source.load(), policy, method.policy, options, recall, bits, sampling.seed)
 
     pool = cluster.pool(source.device)
     with open_batch(batch, out, prompt, key) as work:
@@ -131,11 +122,12 @@ def _answer_batch(
         raise typer.Exit(3)
 
 
-def _key(method: o.Method, sampling: Sampling, source: o.Source) -> dict[str, Any]:
+def _key(method: o.Method, bits: Bits, sampling: Sampling, source: o.Source) -> dict[str, Any]:
     """What all lines of a batch share. A batch with another key is not continued."""
     from plphp.cli.requests import model_identity
 
-    said = {"method": vars(method), "sampling": vars(sampling), "source": vars(source)}
+    how = {**vars(method), **vars(bits)}
+    said = {"method": how, "sampling": vars(sampling), "source": vars(source)}
     return {**said, "model": model_identity(source.model)}
 
 
@@ -167,7 +159,7 @@ def answer(
 def _attached(job: Job) -> Pruning:
     from plphp.hf import prune
 
-    return prune(job.loaded.model, job.policy, recall=job.recall)
+    return prune(job.loaded.model, job.policy, recall=job.recall, **vars(job.bits))
 
 
 def _print_answer(
@@ -202,17 +194,19 @@ def _print_comparison(
     from plphp.inputs import make_inputs
 
     inputs = make_inputs(job.loaded, images, prompt, videos)
+    options = {**vars(job.bits), **job.generation}
     with waiting("generating, full and pruned in turn", quiet=as_json):
         compared = compare(
-            job.loaded.model, inputs, job.policy, rounds, recall=job.recall, **job.generation
+            job.loaded.model, inputs, job.policy, rounds, recall=job.recall, **options
         )
     numbers = _comparison(job, compared)
     if as_json:
         report = compared.report.to_dict()
         print(json.dumps({**_what(job, images, prompt), **numbers, "report": report}))
         return
-    how = "kept" if compared.report.recall is None else "on the device"
-    table = Table(title=f"{compared.report.on_device:.0%} of the vision K/V {how}")
+    found = compared.report
+    how = "kept" if found.recall is None and found.codes is None else "on the device"
+    table = Table(title=f"{found.on_device:.0%} of the vision K/V {how}")
     for name in ("", "full", "pruned"):
         table.add_column(name, overflow="fold")
     rows = {

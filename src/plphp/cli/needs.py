@@ -20,6 +20,7 @@ NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
         "rounds": ("compare",),
         "seed": ("temperature", "top_p", "top_k"),
         "recall_budget": ("recall",),
+        "kv_text": ("kv_bits",),
         "ray": ("batch",),
         "workers": ("ray",),
     },
@@ -35,10 +36,12 @@ WITHOUT: dict[str, dict[str, tuple[str, ...]]] = {
         "video": ("batch",),
         "compare": ("batch",),
         "report": ("batch", "compare", "as_json"),
+        "kv_bits": ("recall",),
+        "memory": ("batch", "compare"),
     },
     "demo": {"details": ("as_json",)},
     "inspect": {"policy": ("policies",)},
-    "bench": {"shape": ("model",), "layers": ("model",)},
+    "bench": {"shape": ("model",), "layers": ("model",), "weights": ("first_token",)},
     "eval": {"tasks": ("images",), "shard": ("ray",)},
 }
 
@@ -49,6 +52,7 @@ ALONE = {"--ray": "local"}
 WHY = {
     "out": "--out names the file for the answers of a batch",
     "batch": "--out names the file for the answers of the batch",
+    "memory": "the choice depends on the images of one prompt, and holds for one cache",
     "seed": "an answer is greedy if no sampling option is given",
     "report": "--report prints a report after a single answer, and JSON always contains it",
     "max_new_tokens": "the bundled questions have answers of known lengths",
@@ -58,6 +62,8 @@ WHY = {
     "images": "--prompt is the question about the images",
     "prompt": "--prompt is the question about the images",
     "tasks": "the images of --images are a task",
+    "weights": "--first-token times a prompt, which reads the weights once for many tokens",
+    "kv_bits": "recall stores what is kept in full, so use --recall int4 alone or leave it out",
     "ray": "a single answer cannot be divided among workers",
     "workers": "without --ray there is only one model",
     "shard": "--ray divides the run into shards itself",

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from plphp.cli import needs
+from plphp.cli.bits import Weights
 from plphp.errors import InputError
 from plphp.policy import Policy, policy
 
 if TYPE_CHECKING:
-    from plphp.cluster import Pool
     from plphp.inputs import Runnable
     from plphp.recall import Recall
 
@@ -148,20 +148,6 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the Python code that comes with the model."),
 ]
-RayAddress = Annotated[
-    str | None,
-    typer.Option(
-        "--ray",
-        help="Share the work among several models on Ray Data. Without a value Ray is started on "
-        "this machine; a value is the address of a cluster: auto, or HOST:PORT.",
-    ),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        min=1, max=MOST, help="The number of models with --ray. The default is one per GPU or core."
-    ),
-]
 
 
 @dataclass(frozen=True)
@@ -215,30 +201,15 @@ class Source:
     device: Device = "cpu"
     attn: Attention = None
     trust_remote_code: TrustRemoteCode = False
+    weights: Weights = None
 
     def load(self) -> Runnable:
         from plphp.cli.console import loading
         from plphp.inputs import load
 
+        trust, weights = self.trust_remote_code, self.weights
         with loading(self.model):
-            return load(self.model, self.dtype, self.device, self.attn, self.trust_remote_code)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Whether the work is shared on Ray, where, and among how many."""
-
-    ray: RayAddress = None
-    workers: Workers = None
-
-    def pool(self, device: str) -> Pool | None:
-        """The workers, or None without --ray. Raises InputError if Ray is missing, or for a
-        device that workers cannot share."""
-        if self.ray is None:
-            return None
-        from plphp.cluster import Pool
-
-        return Pool(self.ray, self.workers, device)
+            return load(self.model, self.dtype, self.device, self.attn, trust, weights)
 
 
 def chosen_policy(name: str, **options: Any) -> Policy:

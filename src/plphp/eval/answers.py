@@ -77,18 +77,19 @@ def answer(
     reference: Reference,
     prompt: SharedPrefill,
     recall: Recall | None = None,
+    kv_bits: int | None = None,
 ) -> Answers:
     """Generate with the pruned model, and compute its logits at the tokens of the reference answer.
 
     reference: the answers of the unpruned model
     prompt: the prefill of `batch.prompt`, shared by all policies that prune the cache. A policy
         that changes the prompt's forward runs its own prefill
-    recall: the options of recall, or None
+    recall, kv_bits: as in `plphp.prune`
 
     Both passes use one prefill: the cache is cropped to the prompt between them. Raises the errors
     of `plphp.prune`.
     """
-    with prune(model, policy, recall=recall) as pruning:
+    with prune(model, policy, recall=recall, kv_bits=kv_bits) as pruning:
         if policy.prunes_cache:
             cache = prompt.pruned(pruning)
         else:
@@ -214,6 +215,8 @@ def kept_shares(report: Report, vision: tuple[int, ...]) -> tuple[float, ...]:
 
     vision: (B,) number of vision tokens of each row
     """
+    if report.codes is not None:
+        return (report.codes.share,) * len(vision)
     if report.recall is not None:  # of the tokens that the first of two stages has left
         left = report.stages[0].kept if report.stages else 1.0
         return (report.recall.share * left,) * len(vision)

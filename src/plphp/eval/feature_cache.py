@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from plphp.hf.attached import attached
+from plphp.policy import HiddenPolicy, sequence_stage
+
 NAME = "get_image_features"
 
 
@@ -17,7 +20,8 @@ def remembered(model: Any) -> Iterator[None]:
     """Within this context the model computes the features of the same pixel tensors only once.
 
     The run must not use gradients or change the features in place. The model is restored
-    afterwards. A model without `get_image_features` is not changed.
+    afterwards. A model without `get_image_features` is not changed. While a method is attached that
+    chooses in the vision tower and changes the features, nothing is remembered or reused.
     """
     owner = _owner(model)
     if owner is None:
@@ -28,6 +32,8 @@ def remembered(model: Any) -> Iterator[None]:
 
     @functools.wraps(original)  # generate() reads its signature
     def recalled(*args: Any, **kwargs: Any) -> Any:
+        if _in_tower(model):
+            return original(*args, **kwargs)
         for before, options, features in known:
             if _same(before, args) and _same(options, kwargs):
                 return features
@@ -50,6 +56,13 @@ def _owner(model: Any) -> Any:
     """The innermost module whose forward calls `get_image_features`, or None."""
     inside = [m for m in (getattr(model, "model", None), model) if hasattr(m, NAME)]
     return inside[0] if inside else None
+
+
+def _in_tower(model: Any) -> bool:
+    """Whether a method is attached to the model that chooses in its vision tower."""
+    pruning = attached(model)
+    method = None if pruning is None else sequence_stage(pruning.policy)
+    return isinstance(method, HiddenPolicy) and method.reads_tower
 
 
 def _same(one: Any, other: Any) -> bool:

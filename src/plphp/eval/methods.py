@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from plphp.errors import InputError
-from plphp.hf import calibrate
+from plphp.hf import calibrate, compat
 from plphp.policy import ALIASES, POLICIES, Policy, policy, sequence_stage
-from plphp.recall import HOMES, Recall
+from plphp.recall import HOMES, KeptBits, Recall
 
 PAPER = ":paper"  # NAME:paper is a method with its own defaults instead of a budget
 # POLICY+HOME is a policy with recall: the home parks what the policy drops, and the budget limits
 # the device bytes. full+int4 parks all vision tokens and has no budget. It is the control.
 PARKED = "+"
+# POLICY+kv4 or +kv2 stores what the policy keeps in codes, and the budget counts device bytes.
+BITS = {"kv4": 4, "kv2": 2}
 STAGES = "/"  # FIRST/SECOND: two stages, a sequence method and then a cache method
 CALIBRATED = ":calibrated"  # PLPHP with thresholds from this model's own vision attention
 CONTROLS = ("full", "random", "uniform")  # these always run
@@ -40,11 +42,16 @@ class Setting:
         first of two stages has left, so that its own budget is larger.
         """
         name, _, home = self.method.partition(PARKED)
-        if not home:
+        if not home or home in BITS:
             return None
         first = sequence_stage(policy(name)) if STAGES in name else None
         left = getattr(first, "budget", None) or 1.0
         return Recall(home, min((self.budget or 0) / left, 1.0))
+
+    @property
+    def kv_bits(self) -> int | None:
+        """The bits of the codes of kept tokens, None where they are stored in full."""
+        return BITS.get(self.method.partition(PARKED)[2])
 
     def __str__(self) -> str:
         return self.method if self.budget is None else f"{self.method} at {self.budget:g}"
@@ -69,11 +76,12 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
         base, _, home = name.removesuffix(PAPER).partition(PARKED)
         right = base in POLICIES or name == f"plphp{CALIBRATED}" or _in_stages(base)
         right = right and name != f"full{PARKED}host"
-        if not right or (home and home not in HOMES) or name.endswith(PARKED):
+        if not right or (home and home not in (*HOMES, *BITS)) or name.endswith(PARKED):
             known = ", ".join([*known_methods(), *ALIASES])
             raise InputError(
                 f"--methods: unknown method {name!r}; known are {known}, FIRST/SECOND for two "
-                f"stages, and NAME+HOME with recall from {', '.join(HOMES)}"
+                f"stages, and NAME+HOME with recall from {', '.join(HOMES)}, or in codes "
+                f"with {' or '.join(BITS)}"
             )
     added = [name for name in CONTROLS if name not in names]
     shares = [_share(text) for text in _split(budgets, "--budgets")]
@@ -122,7 +130,14 @@ def make(setting: Setting, model: Any, samples: Sequence[Mapping[str, Any]] = ()
     name = setting.method.removesuffix(PAPER)
     if setting.recall is not None:  # the budget is that of recall, and the policy only ranks tokens
         return policy(name.partition(PARKED)[0])
-    return policy(name) if setting.budget is None else policy(name, budget=setting.budget)
+    budget = setting.budget
+    if setting.kv_bits is not None:
+        name = name.partition(PARKED)[0]
+        if budget is not None:
+            dim = compat.head_dim(compat.text_config(model))
+            each = KeptBits(setting.kv_bits).share(dim, model.dtype.itemsize)
+            budget = min(budget / each, 1.0)
+    return policy(name) if budget is None else policy(name, budget=budget)
 
 
 def _split(text: str, option: str) -> list[str]:

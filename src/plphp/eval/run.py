@@ -177,7 +177,8 @@ def _answer(
         # The smaller images are not pruned: `full` runs the same code and keeps everything.
         batch, chosen = _smaller(job, batch, chosen), policy("full")
         prompt = read(model, batch.prompt, chosen.window)
-    return answer(model, chosen, batch, reference, prompt, setting.recall)
+    recall, bits = setting.recall, setting.kv_bits
+    return answer(model, chosen, batch, reference, prompt, recall, bits)
 
 
 def _smaller(job: Job, batch: Batch, chosen: Policy) -> Batch:

@@ -24,7 +24,7 @@ from plphp.hf.generate import (
 )
 from plphp.hf.plan_ahead import PREFILL, plan_ahead
 from plphp.hf.positions import later_positions, position_shift
-from plphp.hf.recall import checked_recall
+from plphp.hf.recall import checked_bits, checked_recall
 from plphp.hf.report import build_report
 from plphp.hf.sequence import refuse_prompt
 from plphp.hf.targets import attach_stages, check_kind, chosen_policy, decoder_layers, prunable
@@ -41,6 +41,8 @@ def prune(
     *,
     vision_mask: Any = None,
     recall: Recall | str | None = None,
+    kv_bits: int | None = None,
+    kv_text: bool = False,
 ) -> Pruning:
     """Attach a pruning to a model: every prompt that it reads is pruned until `remove()`.
 
@@ -54,6 +56,10 @@ def prune(
     recall: a `plphp.Recall`, or the name of its home with default options: vision tokens that the
         policy drops are parked, and read again when a later token attends to them. By default
         dropped tokens are lost
+    kv_bits: 4 or 2: the vision tokens that the policy keeps are stored in codes of so many bits a
+        number. By default they are stored in full, in the model's dtype
+    kv_text: with kv_bits, text is stored in codes too, but for the last 32 text tokens of a prompt
+        and the tokens of the answer
 
     Raises UnsupportedModelError, UnsupportedModeError (such as for a model that is attached
     already), UnsupportedTransformersError, InputError (a ValueError) or InputTypeError (also a
@@ -64,7 +70,7 @@ def prune(
     mask = checked_mask(vision_mask)
     prunable(model, mask)
     recall, chosen = checked_recall(recall, chosen_policy(policy), model)
-    return Pruning(model, chosen, mask, recall, _attach)
+    return Pruning(model, chosen, mask, recall, checked_bits(kv_bits, kv_text, recall), _attach)
 
 
 def _attach(pruning: Pruning) -> None:

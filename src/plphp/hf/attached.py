@@ -13,7 +13,7 @@ from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.vision_mask import Mask
 from plphp.policy import Policy
-from plphp.recall import Recall
+from plphp.recall import KeptBits, Recall
 from plphp.report import Report
 
 MARK = "_plphp"  # name of the attribute of an attached model that holds its Pruning
@@ -39,11 +39,13 @@ class Pruning:
         policy: Policy,
         vision_mask: Mask,
         recall: Recall | None,
+        kept: KeptBits | None,
         attach: Callable[[Pruning], None],
     ) -> None:
         self.model = model
         self.policy = policy
         self.recall = recall
+        self.kept = kept
         self.vision_mask = vision_mask
         self.report: Report | None = None
         self.layers: tuple[int, ...] = ()  # indices of the attached decoder layers

@@ -161,6 +161,9 @@ def _attend(
     if layer.parked is not None:
         assert isinstance(layer.store, KVStore)
         output = layer.parked.attend(query, layer.store, scale, softcap)
+    elif layer.codes is not None and not layer.decoded:
+        assert isinstance(layer.store, KVStore)
+        output = layer.codes.attend(query, layer.store, scale, softcap)
     else:
         output = decode_attention(query, layer.store, scale, softcap, mask)
     return output.transpose(1, 2).contiguous()

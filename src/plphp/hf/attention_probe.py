@@ -25,8 +25,8 @@ class AttentionProbe:
     """Measures, in every layer, the attention of each new token to groups of slots.
 
     groups: layer -> (n, Hkv, S) bool, which of the first S slots belong to each of n groups. With
-        recall these masks are not used: the one group is the vision tokens that the step reads,
-        and with `home="host"` only steps of a single token can be measured
+        recall or kept codes these masks are not used: the one group is the vision tokens that the
+        step reads, and with `home="host"` only steps of a single token can be measured
     seen: layer -> (n, T) float32 on the CPU, mean over the query heads of the attention to each
         group, 0 to 1, for all T tokens since the probe was set
     """
@@ -41,12 +41,13 @@ class AttentionProbe:
         index, store = int(module.layer_idx), layer.store  # type: ignore[arg-type]
         if index not in self.groups or store is None:
             return
-        if layer.parked is None:
+        coded = layer.codes if layer.parked is None else layer.parked
+        if coded is None:
             stored, visible = store.held()[0], store.visible(query.shape[2])
             groups = self.groups[index]
         else:
             assert isinstance(store, KVStore)
-            stored, visible, groups = layer.parked.looked_at(store, query.shape[2])
+            stored, visible, groups = coded.looked_at(store, query.shape[2])
         keys = stored[0]  # (Hkv, S, D): `window_probabilities` takes the KV heads as rows
         grouped = query[0].reshape(keys.shape[0], -1, *query.shape[2:])
         if visible is None:

@@ -15,10 +15,11 @@ from plphp.cache import allocated
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.attached import Pruning, attached
-from plphp.hf.layer import PrunedLayer, Shared, layer_tensors
+from plphp.hf.layer import PrunedLayer, layer_tensors
 from plphp.hf.located import spans_until
 from plphp.hf.prompt import Prefill, Prompt
 from plphp.hf.recall import recalled
+from plphp.hf.shared import Shared
 from plphp.policy import sequence_stage
 from plphp.policy.base import check_count
 from plphp.report import EarlierImage, Report
@@ -41,6 +42,10 @@ class Conversation(Cache):
             raise UnsupportedModeError(
                 "recall chooses tokens between the kernels of a step: use static=False"
             )
+        if static and pruning.kept is not None:
+            raise UnsupportedModeError(
+                "the codes of kv_bits differ in length between prompts: use static=False"
+            )
         self.shared = Shared(
             config=compat.text_config(pruning.model),
             max_len=max_len,
@@ -49,6 +54,7 @@ class Conversation(Cache):
             attached=frozenset(pruning.layers),
             over_ranks=pruning.over_ranks,
             recall=pruning.recall,
+            kept=pruning.kept,
         )
         self._model = weakref.ref(pruning.model)  # a file says which model it belongs to
         self.report: Report | None = None
@@ -138,7 +144,13 @@ class Conversation(Cache):
         spans = self.shared.spans if self.shared.recall is not None and begin else None
         earlier = None if spans is None else spans_until(spans, begin)
         prompt = Prompt(
-            begin, length, source, pruning.model.config, pruning.vision_mask, earlier, self.static
+            begin,
+            length,
+            source,
+            pruning.model.config,
+            pruning.vision_mask,
+            earlier,
+            self.shared.compacts_all,
         )
         if self.max_len is not None and self.static and prompt.end > self.max_len:
             raise ValueError(f"the prompt ends at column {prompt.end}, max_len is {self.max_len}")
@@ -157,7 +169,9 @@ class Conversation(Cache):
         assert self.shared.prefill is not None
         where = self.shared.prefill.where
         self.report, self._order = report, None
-        self.shared.last_image = max(self.shared.last_image, where.last_image)
+        coded_text = self.shared.kept is not None and self.shared.kept.text
+        last = where.end if coded_text else where.last_image
+        self.shared.last_image = max(self.shared.last_image, last)
         self.shared.spans = where.spans if self.shared.recall is not None else None
         self.shared.prefill = None
 
@@ -190,7 +204,7 @@ class Conversation(Cache):
         self.check()
         shared, report = self.shared, self.report
         # Objects that belong to the model or never change are not copied.
-        for item in (shared.config, shared.policy, shared.recall, shared.over_ranks):
+        for item in (shared.config, shared.policy, shared.recall, shared.kept, shared.over_ranks):
             memo[id(item)] = item
         if report is not None:
             memo[id(report.seen)] = report.seen

@@ -121,6 +121,12 @@ def own_cache(cache: Any, pruning: Pruning) -> PrunedCache:
             f"this cache was made {_with(cache.shared.recall)}, and the model is attached "
             f"{_with(pruning.recall)}: make a new plphp.PrunedCache, or attach the model as before"
         )
+    if cache.shared.kept != pruning.kept:
+        made, now = (kept or "no kv_bits" for kept in (cache.shared.kept, pruning.kept))
+        raise UnsupportedModeError(
+            f"this cache was made with {made}, and the model is attached with {now}: make a new "
+            "plphp.PrunedCache, or attach the model as before"
+        )
     return cache
 
 

@@ -1,84 +1,22 @@
-"""`PrunedLayer`, one decoder layer of a pruned cache, and the state that its layers share."""
+"""`PrunedLayer`, one decoder layer of a pruned cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from plphp.cache import KVStore, StaticStore, bucketed
+from plphp.cache import KVStore, StaticStore
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.located import spans_until
-from plphp.hf.prompt import Prefill
-from plphp.policy import KeepPlan, Policy, SequencePolicy, cache_stage, policy, sequence_stage
+from plphp.hf.shared import Shared
+from plphp.policy import KeepPlan
 from plphp.policy.view import PADDING, keep_in_every_head
-from plphp.recall import Home, Recall
-
-
-@dataclass
-class Shared:
-    """State that all layers of one conversation share.
-
-    It holds no reference to a layer or cache. A reference cycle would keep the keys and values of
-    finished generations allocated until Python's garbage collector runs.
-
-    config: of the language model
-    max_len, static: as given to `PrunedCache`
-    policy: of the pruning that reads or has read the prompt
-    attached: indices of the layers that pruning is attached to
-    over_ranks: mean over tensor-parallel ranks, None without them
-    depth: number of decoder layers in the cache
-    prunable: indices of the layers that are pruned
-    prefill: state of the prompt that is being read, None between prompts
-    last_image: the column after the last vision token of the conversation, 0 without any
-    watch: a function called after a layer's attention, see `attention_probe`, or None
-    recall: where and how dropped tokens are parked, None if they are lost
-    spans: (B, columns) int64 of all prompts read so far, with recall only, else None
-    """
-
-    config: Any
-    max_len: int | None
-    static: bool
-    policy: Policy
-    attached: frozenset[int]
-    over_ranks: Any
-    depth: int = 0
-    prunable: tuple[int, ...] = ()
-    prefill: Prefill | None = None
-    last_image: int = 0
-    watch: Callable[..., None] | None = None
-    recall: Recall | None = None
-    spans: Tensor | None = None
-
-    def stages(self, layer: int) -> tuple[SequencePolicy | None, Policy | None]:
-        """The policies that look at the attention of a layer: a sequence and a cache method.
-
-        A static cache needs a compaction of every layer, so that its cache method is `full` where
-        the policy has none.
-        """
-        first, second = sequence_stage(self.policy), cache_stage(self.policy)
-        if first is not None and not first.scores_layer(layer, self.depth):
-            first = None
-        if second is None and self.static:
-            second = policy("full")
-        if layer not in self.prunable or (second and not second.scores_layer(layer, self.depth)):
-            second = None
-        return first, second
-
-    def reserve(self, longest: int, logical: int) -> int | None:
-        """Slots to keep free after a compaction, for the columns up to `max_len`.
-
-        longest: slots in use; logical: columns seen. None without `max_len`: the store decides.
-        """
-        if self.max_len is None:
-            return None
-        to_come = max(self.max_len - logical, 1)
-        return bucketed(longest + to_come) - longest if self.static else to_come
+from plphp.recall import Home, KeptCodes, keep_in_codes
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -90,6 +28,8 @@ class PrunedLayer(CacheLayerMixin):
     store: keys and values that the layer holds, None before the first token
     raw: whether the store holds every column, so that the model's own masks fit it
     parked: the home of the vision tokens that are parked, None without recall
+    codes: the kept tokens that are in codes, None without them
+    decoded: whether the store holds these tokens too, decoded, while a prompt is read
     spare: static buffers that `reset` left, to be filled again by the next conversation
     compute_device: where the layer was before `offload`, None if it was never moved
     recent: (B, H, T, D) last queries of the chunks read so far, None if no chunk is waiting
@@ -106,6 +46,8 @@ class PrunedLayer(CacheLayerMixin):
         self.store: KVStore | StaticStore | None = None
         self.raw = True
         self.parked: Home | None = None
+        self.codes: KeptCodes | None = None
+        self.decoded = False
         self.spare: StaticStore | None = None
         self.is_compileable = shared.static
         self.compute_device: torch.device | None = None
@@ -143,15 +85,25 @@ class PrunedLayer(CacheLayerMixin):
         begins = prefill is not None and self.store.logical <= prefill.prompt.begin
         if self.shared.recall is not None and begins and not self.raw:
             restore(self)
+        if self.codes is not None and self.shared.prefill is not None and not self.decoded:
+            assert isinstance(self.store, KVStore)
+            self.store, self.decoded = self.codes.decoded_before(self.store), True
         self.store.append(key_states, value_states)
         return self.store.held()
 
-    def compact(self, plan: KeepPlan, drafts: tuple[Tensor, Tensor] | None = None) -> None:
+    def compact(
+        self, plan: KeepPlan, spans: Tensor, drafts: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """Keep the columns of a plan, in new buffers.
 
+        spans: (B, slots) int64 of the slots of the store
         drafts: keys and values (B, Hkv, T, D) of guessed tokens after the prompt; all are kept
         """
         assert isinstance(self.store, KVStore)
+        if self.shared.kept is not None:
+            kept, before = self.shared.kept, self.codes if self.decoded else None
+            plan, self.codes = keep_in_codes(self.store, plan, spans, before, kept)
+            self.decoded = False
         longest = plan.columns.shape[-1]
         self.store.compact(plan, self.shared.reserve(longest, self.store.logical))
         if drafts is not None:
@@ -193,7 +145,8 @@ class PrunedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.spare = self.store if isinstance(self.store, StaticStore) else None
         self.store, self.raw, self.is_initialized, self.recent = None, True, False, None
-        self.parked = self.entered = None
+        self.parked = self.codes = self.entered = None
+        self.decoded = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.store is not None:
@@ -213,8 +166,9 @@ class PrunedLayer(CacheLayerMixin):
         self.store.reorder(rows)
         if self.entered is not None:
             self.entered = self.entered[rows.to(self.entered.device)]
-        if self.parked is not None:
-            self.parked.reorder(rows)
+        for part in (self.parked, self.codes):
+            if part is not None:
+                part.reorder(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last columns, which must be text after the last image.
@@ -226,7 +180,8 @@ class PrunedLayer(CacheLayerMixin):
             return
         if int(self.store.logical) - columns < self.shared.last_image:
             raise UnsupportedModeError(
-                f"cannot crop {columns} tokens: that reaches into pruned images; start a new cache"
+                f"cannot crop {columns} tokens: that reaches into pruned images, or into text in "
+                "codes; start a new cache"
             )
         self.store.crop(columns)
         if self.parked is not None:
@@ -250,8 +205,9 @@ class PrunedLayer(CacheLayerMixin):
         if self.store is not None:
             self.compute_device = self.compute_device or self.store.keys.device
             self.store.to(device)
-        if self.parked is not None:
-            self.parked.move(device)
+        for part in (self.parked, self.codes):
+            if part is not None:
+                part.move(device)
 
 
 def restore(layer: PrunedLayer) -> None:
@@ -291,6 +247,6 @@ def layer_tensors(layer: Any) -> Iterator[Tensor]:
     if not isinstance(layer, PrunedLayer):
         yield from compat.held_tensors(layer)
         return
-    for store in (layer.store, layer.spare, layer.parked):
+    for store in (layer.store, layer.spare, layer.parked, layer.codes):
         if store is not None:
             yield from store.tensors()

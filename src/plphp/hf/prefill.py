@@ -21,10 +21,11 @@ from plphp.errors import UnsupportedModelError
 from plphp.hf import compat
 from plphp.hf.entered import columns_entered, located_here
 from plphp.hf.last_queries import last_queries, slot_positions, with_recent
-from plphp.hf.layer import PrunedLayer, Shared
+from plphp.hf.layer import PrunedLayer
 from plphp.hf.prompt import Prefill
 from plphp.hf.recall import park_layer
 from plphp.hf.remaining_tokens import Part
+from plphp.hf.shared import Shared
 from plphp.policy import (
     CachePolicy,
     HiddenPolicy,
@@ -58,7 +59,7 @@ class Scored:
         """Compact the layer to the columns of a plan, and record the plan for the report."""
         positions = slot_positions(prefill, self.store.end)
         prefill.plans[self.view.layer] = (plan, self.view.spans, positions)
-        self.layer.compact(plan, self.drafts)
+        self.layer.compact(plan, self.view.spans, self.drafts)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def plan_together(policy: Policy, scored: Scored, prefill: Prefill) -> None:
     for index, plan in zip(indices, plans, strict=True):
         ready = prefill.waiting.pop(index)
         prefill.plans[index] = (plan, ready.look.spans, ready.positions)
-        ready.layer.compact(plan, ready.drafts)
+        ready.layer.compact(plan, ready.look.spans, ready.drafts)
 
 
 BY_KIND: dict[str, Callable[[Policy, Scored, Prefill], None]] = {

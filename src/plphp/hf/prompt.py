@@ -29,7 +29,7 @@ class Prompt:
     vision_mask: as given to `plphp.prune`
     earlier: (B, begin) int64 spans of the earlier turns, only with recall: recall selects among
         the images of the whole conversation
-    static: the cache keeps its lengths on the device, so every layer has to be compacted
+    compacts_all: whether every layer has to be compacted, even if nothing is dropped
     """
 
     begin: int
@@ -38,7 +38,7 @@ class Prompt:
     config: Any
     vision_mask: Mask = None
     earlier: Tensor | None = None
-    static: bool = False
+    compacts_all: bool = False
 
     @property
     def end(self) -> int:
@@ -163,7 +163,7 @@ def locate(prompt: Prompt, batch: int, attention_mask: Tensor | None) -> Located
     if prompt.earlier is not None:
         spans, before = _with_earlier(prompt, spans, mask), torch.zeros_like(before)
     lowest, images = torch.stack(spans.aminmax()).tolist()
-    prunes = prompt.static or lowest != 0 or images > 0
+    prunes = prompt.compacts_all or lowest != 0 or images > 0
     return Located(spans, prompt.end, before, images, prunes, notes)
 
 

@@ -22,7 +22,7 @@ from plphp.policy import (
     policy,
     sequence_stage,
 )
-from plphp.recall import HOMES, Recall, as_recall, park
+from plphp.recall import HOMES, KeptBits, Recall, as_recall, park
 from plphp.report import RecallReport
 
 
@@ -64,6 +64,26 @@ def checked_recall(
         return recall, chosen
     first, full = sequence_stage(chosen), policy("full")
     return None, full if first is None else in_stages([first, full])
+
+
+def checked_bits(bits: int | None, text: bool, recall: Recall | None) -> KeptBits | None:
+    """The options of kept codes, as `plphp.prune` is given them.
+
+    Raises UnsupportedModeError with recall, InputTypeError for a wrong type, and ValueError for
+    another number of bits.
+    """
+    if not isinstance(text, bool):
+        raise InputTypeError(f"kv_text must be True or False, got {text!r}")
+    if bits is None:
+        if text:
+            raise ValueError("kv_text needs kv_bits: give kv_bits=4 or 2")
+        return None
+    if recall is not None:
+        raise UnsupportedModeError(
+            f"kv_bits stores what is kept in codes, and recall={recall.home!r} stores it in full: "
+            "leave one of them out, or use recall='int4' alone"
+        )
+    return KeptBits(bits, text)
 
 
 def park_layer(layer: PrunedLayer, view: LayerView, places: Tensor | None = None) -> KeepPlan:

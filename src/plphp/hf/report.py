@@ -17,6 +17,7 @@ from plphp.models import processor_inputs
 from plphp.policy import Policy, cache_stage, sequence_stage
 from plphp.recall import HOMES, Recall
 from plphp.report import (
+    CodesReport,
     EarlierImage,
     LayerReport,
     Report,
@@ -51,6 +52,7 @@ def build_report(cache: Conversation, prefill: Prefill) -> Report:
         recall=recall_report(cache.shared.recall, cache.layers),
         earlier=earlier,
         stages=stage_reports(cache.shared.policy, prefill, layers),
+        codes=codes_report(cache, layers),
     )
 
 
@@ -75,6 +77,25 @@ def stage_reports(
         kept = sum(int((layer.kept >= 0).sum()) for layer in layers)
         stages.append(StageReport(type(second).__name__, None, ratio(kept, entered)))
     return tuple(stages)
+
+
+def codes_report(cache: Conversation, layers: tuple[LayerReport, ...]) -> CodesReport | None:
+    """The bytes of the vision tokens of a prompt where kept tokens are in codes, else None."""
+    kept, full, device = cache.shared.kept, 0, 0
+    if kept is None:
+        return None
+    for report in layers[: len(cache.layers)]:
+        layer = cache.layers[report.layer]
+        pair = _pair(layer)
+        if not pair:
+            continue
+        unit = sum(x.shape[-1] * x.element_size() for x in pair)
+        tokens = (report.kept >= 0).sum(-1)
+        full += sum(report.vision) * report.kept.shape[1] * unit
+        in_codes = report.layer in cache.shared.prunable
+        dims = pair[0].shape[-1], pair[1].shape[-1]
+        device += kept.device_bytes(tokens, dims) if in_codes else int(tokens.sum()) * unit
+    return CodesReport(kept.bits, kept.text, full, device)
 
 
 def _rounding_home(recall: Recall | None) -> str | None:

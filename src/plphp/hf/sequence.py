@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from plphp.errors import UnsupportedModeError, UnsupportedModelError
@@ -95,7 +96,8 @@ def _choose(
     if not cache.static and not bool((new != TEXT).any()):
         return  # with recall, the images of earlier turns are located too
     view = hidden_view(pruning, policy, cache, prefill, hidden[:, : prefill.prompt.length])
-    plan = policy.choose(view)
+    with torch.no_grad():
+        plan = policy.choose(view)
     prefill.leave(plan, "flash" in cache.shared.config._attn_implementation)
 
 

@@ -170,11 +170,14 @@ def read_into(cache: PrunedCache, model: Any, inputs: Mapping[str, Tensor]) -> S
     return SharedPrefill(out.sequences[:, -1:], out.logits[0], int(cache.get_seq_length()), cache)
 
 
-def adopt(layer: PrunedLayer, keys: Tensor, values: Tensor, plan: KeepPlan) -> None:
-    """Store in a layer what a plan keeps of the keys and values (B, Hkv, N, D) of a prompt."""
+def adopt(layer: PrunedLayer, keys: Tensor, values: Tensor, plan: KeepPlan, spans: Tensor) -> None:
+    """Store in a layer what a plan keeps of the keys and values (B, Hkv, N, D) of a prompt.
+
+    spans: (B, N) int64 of the prompt
+    """
     layer.is_initialized = True
     layer.store = KVStore(keys, values, layer.window)
-    layer.compact(plan)
+    layer.compact(plan, spans)
 
 
 def adopt_view(layer: PrunedLayer, view: LayerView, plan: KeepPlan | None) -> KeepPlan:
@@ -186,7 +189,7 @@ def adopt_view(layer: PrunedLayer, view: LayerView, plan: KeepPlan | None) -> Ke
     if plan is None:
         layer.store = KVStore(view.keys, view.values, layer.window)
         plan = park_layer(layer, view)
-    adopt(layer, view.keys, view.values, plan)
+    adopt(layer, view.keys, view.values, plan, view.spans)
     return plan
 
 

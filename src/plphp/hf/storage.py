@@ -22,7 +22,7 @@ from plphp.hf.layer import PrunedLayer
 from plphp.hf.report import images_found
 from plphp.hf.stored import PARKED, Stored
 from plphp.policy import sequence_stage
-from plphp.recall import Recall
+from plphp.recall import KeptBits, Recall
 
 
 def save_cache(cache: Conversation, path: str | os.PathLike[str]) -> None:
@@ -53,8 +53,9 @@ def save_cache(cache: Conversation, path: str | os.PathLike[str]) -> None:
             of_layer["positions"] = store.columns[..., : store.end]
         numbers: dict[str, Any] = {n: getattr(store, n) for n in ("end", "logical", "window")}
         numbers |= {"raw": layer.raw, "dtype": name_of(keys.dtype), "parked": None}
-        if layer.parked is not None:
-            saved = layer.parked.saved()
+        part = layer.parked or layer.codes
+        if part is not None:
+            saved = part.saved()
             of_layer |= {f"{PARKED}{name}": tensor for name, tensor in saved.tensors.items()}
             numbers["parked"] = dict(saved.numbers)
         tensors |= {f"{index}.{name}": tensor for name, tensor in of_layer.items()}
@@ -67,6 +68,7 @@ def save_cache(cache: Conversation, path: str | os.PathLike[str]) -> None:
         "model": fingerprint(cache.config, cache._model()),
         "last_image": cache.shared.last_image,
         "recall": _options(cache.shared.recall),
+        **_bits(cache.shared.kept),
         "images": [asdict(image) for image in images_found(cache)],
         "layers": layers,
     }
@@ -93,12 +95,18 @@ def load_into(cache: Conversation, model: Any, path: str | os.PathLike[str]) -> 
     for _, layer in cache.pruned_layers():
         assert isinstance(layer.store, KVStore)
         layer.store.to(device)
-        if layer.parked is not None:
-            layer.parked.move(device)
+        for part in (layer.parked, layer.codes):
+            if part is not None:
+                part.move(device)
     assert cache.shift is not None
     cache.shift = cache.shift.to(device)
     spans = cache.shared.spans
     cache.shared.spans = None if spans is None else spans.to(device)
+
+
+def _bits(kept: KeptBits | None) -> dict[str, Any]:
+    """The options of kept codes, as in a header, which names them only if there are any."""
+    return {} if kept is None else {"codes": asdict(kept)}
 
 
 def _options(recall: Recall | None) -> dict[str, Any] | None:
@@ -134,6 +142,9 @@ def _checked_layers(cache: Conversation, header: dict[str, Any]) -> list[dict[st
             how = f"with recall=plphp.Recall({', '.join(options)})"
         how = how if len(how) < 200 else f"{how[:200]}..."
         raise InputError(f"the file was saved {how}: attach the model in the same way to load it")
+    if header.get("codes") != _bits(cache.shared.kept).get("codes"):
+        made = short(header.get("codes") or "no kv_bits")
+        raise InputError(f"the file was saved with {made}: attach the model in the same way")
     layers = header.get("layers")
     if not isinstance(layers, list) or not all(isinstance(numbers, dict) for numbers in layers):
         raise InputError("the header has no list of the layers")

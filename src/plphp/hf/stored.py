@@ -11,7 +11,7 @@ from plphp.cache import KVStore
 from plphp.hf.conversation import Conversation
 from plphp.hf.fingerprint import dtypes_of, layer_shapes, name_of
 from plphp.hf.layer import PrunedLayer
-from plphp.recall import HOMES, Home, Recall, Saved, from_format_1
+from plphp.recall import HOMES, Home, KeptBits, KeptCodes, Recall, Saved, from_format_1
 from plphp.recall.slot_order import Vision
 from plphp.report import EarlierImage
 
@@ -38,6 +38,7 @@ class Stored:
         self.shapes, self.dtypes = layer_shapes(model), dtypes_of(model)
         self.read: set[str] = set()
         self.recall: Recall | None = None
+        self.kept: KeptBits | None = None
         self.vision: Vision | None = None
         self.rows = len(self._tensor("0.start", (-1,), torch.int64))
         self.logical: int = layers[0].get("logical", 0)
@@ -47,7 +48,7 @@ class Stored:
     def common(self, cache: Conversation) -> None:
         """Load the state that all layers share into a cache."""
         shared = cache.shared
-        self.recall = shared.recall
+        self.recall, self.kept = shared.recall, shared.kept
         cache.shift = self._tensor("shift", (self.rows,), torch.int64, torch.int32)
         if bool((cache.shift.abs() > MAX_COLUMN).any()):
             raise ValueError("the positions are out of range")
@@ -76,11 +77,13 @@ class Stored:
             raise ValueError(f"layer {index}: the header does not say whether tokens were dropped")
         try:
             store = self._store(index, numbers, layer.window, raw)
-            home = self._home(index, numbers, store, parks)
+            codes = self._codes(index, numbers, store, parks)
+            home = None if codes else self._home(index, numbers, store, parks)
             self._check_slots(store, home, raw)
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from error
         layer.store, layer.parked, layer.raw, layer.is_initialized = store, home, raw, True
+        layer.codes = codes
 
     def check_names(self) -> None:
         """Check that every tensor of the file has been read."""
@@ -181,12 +184,24 @@ class Stored:
             return None
         if not isinstance(parked, dict):
             raise ValueError("the header does not describe the parked tokens")
+        own = self._parked(index)
+        saved = from_format_1(own, parked) if self.header["format"] == 1 else Saved(own, parked)
+        return HOMES[self.recall.home].restored(saved, self.recall, store, self.vision.spans)
+
+    def _parked(self, index: int) -> dict[str, Tensor]:
+        """The parked tensors of one layer, by their names without the layer."""
         prefix = f"{index}.{PARKED}"
         names = [name for name in self.tensors if name.startswith(prefix)]
         self.read.update(names)
-        own = {name.removeprefix(prefix): self.tensors[name] for name in names}
-        saved = from_format_1(own, parked) if self.header["format"] == 1 else Saved(own, parked)
-        return HOMES[self.recall.home].restored(saved, self.recall, store, self.vision.spans)
+        return {name.removeprefix(prefix): self.tensors[name] for name in names}
+
+    def _codes(
+        self, index: int, numbers: dict[str, Any], store: KVStore, parks: bool
+    ) -> KeptCodes | None:
+        """The kept codes of one layer, None if it has none."""
+        if self.kept is None or not parks or numbers.get("parked") is None:
+            return None
+        return KeptCodes.restored(Saved(self._parked(index)), self.kept, store)
 
     def _check_slots(self, store: KVStore, home: Home | None, raw: bool) -> None:
         """Check the number of slots and the columns in them, as far as the spans determine them."""

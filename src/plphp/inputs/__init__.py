@@ -1,16 +1,9 @@
 """Loads the models and files that a user names, and makes the inputs of generate()."""
 
 from plphp.inputs.images import image_files, open_image, upright
-from plphp.inputs.models import (
-    EMBEDDED,
-    Loaded,
-    Prompt,
-    Runnable,
-    check_device,
-    load,
-    load_config,
-)
+from plphp.inputs.models import EMBEDDED, check_device, load, load_config
 from plphp.inputs.prompts import check_prompt, make_inputs
+from plphp.inputs.runnable import Loaded, Prompt, Runnable
 
 __all__ = [
     "EMBEDDED",

@@ -4,105 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from plphp.errors import InputError, PlphpError, UnsupportedModelError
+from plphp.inputs.rounding import bits_of, frugal, loading_options, settle
+from plphp.inputs.runnable import Loaded, Runnable
 from plphp.inputs.shell import check_depth
+from plphp.weights import round_weights
 
 EMBEDDED = "embedded"
 
-Prompt = tuple[Sequence[Image.Image], str]  # the images, and the question about them
-
-
-class Runnable(Protocol):
-    """A model that can make its own inputs from images and a question.
-
-    inputs: the arguments of generate() for one prompt
-    batch: the same for several prompts, padded on the left
-    decode: the text of token ids, without special tokens
-    """
-
-    @property
-    def model(self) -> Any: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    def inputs(self, images: Sequence[Image.Image], question: str) -> dict[str, Tensor]: ...
-    def batch(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]: ...
-    def decode(self, ids: Tensor) -> str: ...
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model and its processor, as transformers loads them."""
-
-    model: Any
-    processor: Any
-
-    @property
-    def tokenizer(self) -> Any:
-        return getattr(self.processor, "tokenizer", self.processor)
-
-    def inputs(
-        self, images: Sequence[Image.Image], question: str, videos: Sequence[Path] = ()
-    ) -> dict[str, Tensor]:
-        """The arguments of `model.generate()` for one prompt, on the model's device."""
-        return self.encode([_user(images, question, videos)])
-
-    def batch(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """The arguments of generate() for several prompts, padded on the left."""
-        return self.encode_all([[_user(images, question)] for images, question in prompts])
-
-    def encode_all(self, chats: Sequence[list[Any]], **options: Any) -> dict[str, Tensor]:
-        """The arguments of generate() for several chats, padded on the left.
-
-        chats: each is a list of messages, in the form that chat templates take
-        options: options of the processor
-        """
-        self.tokenizer.padding_side = "left"
-        # A single prompt needs no padding, and some processors cannot pad.
-        if len(chats) == 1:
-            return self.encode(chats[0], **options)
-        return self.encode(list(chats), padding=True, **options)
-
-    def encode(self, chats: list[Any], **options: Any) -> dict[str, Tensor]:
-        """The arguments of generate() for one chat, or for several of the same length.
-
-        Raises the processor's own errors for inputs that it refuses.
-        """
-        encoded = self.processor.apply_chat_template(
-            chats,
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=options,
-        )
-        made: Mapping[str, Any] = encoded.to(self.model.device, dtype=self.model.dtype)
-        return dict(made)
-
-    def decode(self, ids: Tensor) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _user(
-    images: Sequence[Image.Image], question: str, videos: Sequence[Path] = ()
-) -> dict[str, Any]:
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-    content += [{"type": "video", "path": str(path)} for path in videos]
-    return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-
 
 def load(
-    name: str, dtype: str, device: str, attention: str | None = None, trust: bool = False
+    name: str,
+    dtype: str,
+    device: str,
+    attention: str | None = None,
+    trust: bool = False,
+    weights: str | None = None,
 ) -> Runnable:
     """Load a model with its processor.
 
@@ -112,6 +38,7 @@ def load(
         small, gets one device
     attention: the attention implementation of transformers, None for the model's default
     trust: whether Python code that comes with the model may run
+    weights: "int8" or "int4": round the weights while they are loaded, in bfloat16
 
     Raises InputError that says what to do if the model cannot be loaded.
     """
@@ -119,45 +46,78 @@ def load(
     if device == "auto":
         device = "cuda" if name == EMBEDDED and torch.cuda.is_available() else "cpu"
     check_device(device)
+    bits, dtype = bits_of(weights, device, dtype), "bfloat16" if weights else dtype
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     kind: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     if name == EMBEDDED:
-        from plphp.demo.model import load as load_embedded
-
-        embedded = load_embedded(torch.float32 if kind == "auto" else kind, device)
-        if attention:
-            _set_attention(embedded.model, attention)
-        return embedded
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+        return _load_embedded(kind, device, attention, bits)
+    from transformers import AutoModelForImageTextToText
 
     config = load_config(name, trust)
     options: dict[str, Any] = {"dtype": kind, "trust_remote_code": trust}
-    if attention:
-        options["attn_implementation"] = attention
-    if spread:
-        options["device_map"] = "auto"
+    options |= {"attn_implementation": attention} if attention else {}
+    options |= {"device_map": "auto"} if spread else {}
+    if bits:
+        options |= loading_options(config, bits)
     if type(config) not in AutoModelForImageTextToText._model_mapping and not trust:
         raise UnsupportedModelError(
             f"{name} ({config.model_type}) is not a vision-language model that transformers knows"
         )
-    with _reading(name):
-        bare = _needs_no_processor(name, config)
-        processor = None if bare else AutoProcessor.from_pretrained(name, trust_remote_code=trust)
+    with _reading(name), frugal() if bits else nullcontext():
+        made = _reader(name, config, trust)
         model = AutoModelForImageTextToText.from_pretrained(name, **options)
+        if bits:
+            settle(model)
         model = (model if spread else model.to(device)).eval()
-        return _embedded_like(model, name) if bare else Loaded(model, processor)
+        return made(model)
 
 
-def _embedded_like(model: Any, name: str) -> Runnable:
-    """A local Qwen2-VL with its image processor only: its video processor needs torchvision."""
-    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+def _load_embedded(kind: Any, device: str, attention: str | None, bits: int | None) -> Runnable:
+    """The embedded model, in float32 if kind is "auto"."""
+    from plphp.demo.model import load as load_embedded
+
+    embedded = load_embedded(torch.float32 if kind == "auto" else kind, device)
+    if attention:
+        _set_attention(embedded.model, attention)
+    if bits:
+        round_weights(embedded.model, bits)
+    return embedded
+
+
+def without_weights(name: str, dtype: torch.dtype, trust: bool = False) -> Runnable:
+    """What makes the inputs of a model that is not loaded: its `model` has a config and no layers.
+
+    name, trust: as in `load`; dtype: of pixels. Raises InputError as `load`.
+    """
+    config = load_config(name, trust)
+    stub = SimpleNamespace(config=config, device=torch.device("cpu"), dtype=dtype, name_or_path="")
+    with _reading(name):
+        return _reader(_path(name), config, trust)(stub)
+
+
+def _reader(name: str, config: Any, trust: bool) -> Callable[[Any], Runnable]:
+    """A function that joins a model with its processor, which is loaded now.
+
+    A local Qwen2-VL is read with its image processor only: its video processor needs torchvision.
+    """
+    from transformers import AutoProcessor, AutoTokenizer, Qwen2VLImageProcessorPil
 
     from plphp.demo.model import Embedded
 
+    if name != _path(EMBEDDED) and not _needs_no_processor(name, config):
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust)
+        return lambda model: Loaded(model, processor)
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
     pictures = Qwen2VLImageProcessorPil.from_pretrained(name, local_files_only=True)
-    return Embedded(model, tokenizer, pictures)
+    return lambda model: Embedded(model, tokenizer, pictures)
+
+
+def _path(name: str) -> str:
+    """The directory of the embedded model, and the name itself for others."""
+    from plphp.demo.model import WEIGHTS
+
+    return str(WEIGHTS) if name == EMBEDDED else name
 
 
 def is_embedded(loaded: Runnable) -> bool:
@@ -171,10 +131,7 @@ def load_config(name: str, trust: bool = False) -> Any:
     """The config of the model with this name. Raises InputError if there is no such model."""
     from transformers import AutoConfig, PreTrainedConfig
 
-    if name == EMBEDDED:
-        from plphp.demo.model import WEIGHTS
-
-        name = str(WEIGHTS)
+    name = _path(name)
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name} is a directory without a config.json, so it is not a model")

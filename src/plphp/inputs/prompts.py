@@ -11,7 +11,8 @@ from torch import Tensor
 
 from plphp.errors import InputError, UnsupportedModelError
 from plphp.inputs.images import open_image
-from plphp.inputs.models import Loaded, Runnable, is_embedded
+from plphp.inputs.models import is_embedded
+from plphp.inputs.runnable import Loaded, Runnable
 from plphp.models import vision_spans
 from plphp.models.spans import vision_token_ids
 

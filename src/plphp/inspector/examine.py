@@ -56,7 +56,8 @@ def examine(
     found = whole.cache.report
     if found is None or not found.images[0]:
         raise InputError("nothing to inspect: the prompt has no image that the model can see")
-    runs, generation = [], {"max_new_tokens": max_new_tokens, "do_sample": False}
+    runs = []
+    generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     for name, policy in policies.items():
         advance(f"{name}: full and pruned in turn")
         compared = compare(loaded.model, inputs, policy, rounds, recall=recall, **generation)

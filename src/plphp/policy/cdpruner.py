@@ -11,7 +11,9 @@ takes the relevance from the two encoders of CLIP, with the sign above. The text
 no part of a model in transformers. As in OpenVINO GenAI, the embeddings of the language model are
 used in its place: those of the text after the last image, or of all text where none follows.
 Whether the sign fits these embeddings was not measured. The kernel takes 4 M^2 bytes for an image
-of M tokens, and the greedy loop O(C^2 M) operations for C chosen ones.
+of M tokens, and the greedy loop O(C^2 M) operations for C chosen ones. Every determinant of more
+tokens than x has numbers, E, is 0, so that the rule decides about the first E tokens at most; the
+loop ends there, and the others follow by what is left of their diagonal, which is rounding.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class CDPruner(HiddenPolicy):
             relevance = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
             kernel = relevance[..., None] * (tokens @ tokens.transpose(1, 2)) * relevance[:, None]
             count = int(quota[rows, view.spans[rows, columns[:, :1]] - 1].max())
-            scores[rows, columns] = by_order(most_likely(kernel, count), columns.shape[1])
+            chosen = most_likely(kernel, count, tokens.shape[-1])
+            scores[rows, columns] = by_order(chosen, columns.shape[1])
         return scores
 
 
@@ -65,23 +68,25 @@ def instruction(hidden: Tensor, spans: Tensor) -> Tensor:
     return (unit(hidden) * used).sum(1) / used.sum(1).clamp(min=1)
 
 
-def most_likely(kernel: Tensor, count: int) -> Tensor:
+def most_likely(kernel: Tensor, count: int, rank: int) -> Tensor:
     """Tokens in the order in which the greedy maximum of a DPP chooses them, (I, count) int64.
 
-    kernel: (I, M, M) float32. Chen et al. 2018 (arXiv 1709.05135), algorithm 1: rows of a Cholesky
-    factor are added one by one.
+    kernel: (I, M, M) float32; rank: an upper bound of its rank. Chen et al. 2018 (arXiv
+    1709.05135), algorithm 1: rows of a Cholesky factor are added one by one.
     """
     every = torch.arange(len(kernel), device=kernel.device)
     gain = kernel.diagonal(dim1=1, dim2=2).clone()
-    factor = kernel.new_zeros(len(kernel), count, kernel.shape[-1])
-    chosen = torch.empty(len(kernel), count, dtype=torch.int64, device=kernel.device)
-    taken = torch.zeros_like(gain, dtype=torch.bool)
-    for step in range(count):
-        chosen[:, step] = best = gain.masked_fill(taken, -torch.inf).argmax(-1)
-        taken[every, best] = True
+    loops = min(count, rank)
+    factor = kernel.new_empty(len(kernel), loops, kernel.shape[-1])
+    chosen = torch.empty(len(kernel), loops, dtype=torch.int64, device=kernel.device)
+    for step in range(loops):
+        chosen[:, step] = best = gain.argmax(-1)
         before = factor[:, :step]
         shared = (before[every, :, best][:, None] @ before)[:, 0]
         root = gain[every, best].clamp(min=LEAST).sqrt()
         factor[:, step] = row = (kernel[every, best] - shared) / root[:, None]
-        gain = gain - row.square()
-    return chosen
+        gain.addcmul_(row, row, value=-1)
+        gain[every, best] = -torch.inf  # chosen tokens are not chosen again
+    if loops == count:
+        return chosen
+    return torch.cat([chosen, gain.topk(count - loops, dim=-1).indices], -1)

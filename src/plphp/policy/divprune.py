@@ -46,16 +46,16 @@ class DivPrune(HiddenPolicy):
 def farthest(distance: Tensor, count: int) -> Tensor:
     """Tokens in the order in which the max-min rule chooses them, (I, count) int64.
 
-    distance: (I, M, M) float32, changed: its diagonal is set to infinity
+    distance: (I, M, M) float32, changed on its diagonal
     """
-    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    diagonal = distance.diagonal(dim1=1, dim2=2)
+    diagonal.fill_(torch.inf)
     nearest = distance.amin(-1)  # before the first choice: the distance to the nearest other token
+    diagonal.fill_(-1.0)  # so that a chosen token is nearest to itself, and not chosen again
     every = torch.arange(len(distance), device=distance.device)
     chosen = torch.empty(len(distance), count, dtype=torch.int64, device=distance.device)
-    taken = torch.zeros_like(nearest, dtype=torch.bool)
     for step in range(count):
-        chosen[:, step] = best = nearest.masked_fill(taken, -1.0).argmax(-1)
-        taken[every, best] = True
+        chosen[:, step] = best = nearest.argmax(-1)
         new = distance[every, best]
-        nearest = new if step == 0 else torch.minimum(nearest, new)
+        nearest = new if step == 0 else torch.minimum(nearest, new, out=nearest)
     return chosen

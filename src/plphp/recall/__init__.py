@@ -7,6 +7,7 @@ from plphp.policy import Look
 from plphp.recall.budget import Place
 from plphp.recall.home import HOMES, Home, Recall, as_recall
 from plphp.recall.host import HostHome
+from plphp.recall.kept_codes import KeptBits, KeptCodes, keep_in_codes
 from plphp.recall.quantised import Int2Home, Int4Home, QuantisedHome
 from plphp.recall.serialize import Saved, from_format_1
 
@@ -18,11 +19,14 @@ __all__ = [
     "HOMES",
     "Home",
     "HostHome",
+    "KeptBits",
+    "KeptCodes",
     "QuantisedHome",
     "Recall",
     "Saved",
     "as_recall",
     "from_format_1",
+    "keep_in_codes",
     "park",
 ]
 

@@ -59,11 +59,9 @@ class KeyCodes:
     def _blocks(self) -> Iterator[Tensor]:
         """The decoded keys, in blocks (B, Hkv, D, tokens) float32."""
         lead, (whole, rest) = self.packed.shape[:2], divmod(self.tokens, GROUP)
-        row = row_bytes(GROUP, self.bits)
-        end = self.dim * whole * row
-        groups, last = self.packed[..., :end], self.packed[..., end:]
+        last = self.packed[..., self.dim * whole * row_bytes(GROUP, self.bits) :]
         if whole:
-            rows = groups.view(*lead, self.dim, whole, row)
+            rows = self._groups()
             length = _rows_in_block(lead.numel() * self.dim * GROUP)
             for part in torch.split(rows, length, 3):
                 yield from_rows(part, self.bits).flatten(3)
@@ -73,6 +71,36 @@ class KeyCodes:
     def through(self, change: Callable[[Tensor], Tensor]) -> KeyCodes:
         """The same codes with the tensor replaced by `change` of it, such as on another device."""
         return replace(self, packed=change(self.packed))
+
+    def followed_by(self, more: KeyCodes) -> KeyCodes:
+        """The codes of these tokens, then fillers up to a whole group, and then more tokens.
+
+        Groups keep their ranges: no key is rounded again.
+        """
+        lead, row = self.packed.shape[:2], row_bytes(GROUP, self.bits)
+        parts = [self._groups()]
+        if rest := self.tokens % GROUP:
+            last = self.packed[..., self.dim * (self.tokens // GROUP) * row :]
+            last = last.view(*lead, self.dim, 1, -1)
+            filled = last.new_zeros(*last.shape[:-1], row - row_bytes(rest, self.bits))
+            parts.append(
+                torch.cat([last[..., :-RANGE_BYTES], filled, last[..., -RANGE_BYTES:]], -1)
+            )
+        groups = torch.cat([*parts, more._groups()], 3).flatten(2)
+        short = more.packed[..., self.dim * (more.tokens // GROUP) * row :]
+        tokens = self.tokens + self.fillers + more.tokens
+        return replace(self, packed=torch.cat([groups, short], -1), tokens=tokens)
+
+    @property
+    def fillers(self) -> int:
+        """Tokens that the last group lacks to be whole."""
+        return -self.tokens % GROUP
+
+    def _groups(self) -> Tensor:
+        """The rows (B, Hkv, D, P // GROUP, bytes) of whole groups."""
+        whole, row = self.tokens // GROUP, row_bytes(GROUP, self.bits)
+        groups = self.packed[..., : self.dim * whole * row]
+        return groups.view(*self.packed.shape[:2], self.dim, whole, row)
 
 
 @dataclass
@@ -112,6 +140,11 @@ class ValueCodes:
     def through(self, change: Callable[[Tensor], Tensor]) -> ValueCodes:
         """The same codes with the tensor replaced by `change` of it, such as on another device."""
         return replace(self, packed=change(self.packed))
+
+    def followed_by(self, more: ValueCodes, fillers: int) -> ValueCodes:
+        """The codes of these tokens, then of fillers, which are 0, and then of more tokens."""
+        empty = self.packed.new_zeros(*self.packed.shape[:2], fillers, self.packed.shape[3])
+        return replace(self, packed=torch.cat([self.packed, empty, more.packed], 2))
 
 
 def keys_to_codes(keys: Tensor, bits: int) -> KeyCodes:

@@ -1,22 +1,19 @@
 """The homes "int4" and "int2": tokens that are not resident are on the device, in codes.
 
-Every decode step attends to all vision tokens, so nothing is chosen after the prompt. Attention
-decodes the codes block by block, keys first and then values, so that the codes of a whole layer are
-never decoded at once.
+Every decode step attends to all vision tokens, so nothing is chosen after the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from plphp.attention import coded_attention, decode_attention, side_by_side
 from plphp.cache import KVStore, take
 from plphp.policy import KeepPlan, Look
 from plphp.recall.budget import Place, affordable_tokens, plan_within
+from plphp.recall.coded_tokens import CodedTokens
 from plphp.recall.codes import (
     KeyCodes,
     ValueCodes,
@@ -33,14 +30,12 @@ from plphp.recall.serialize import Saved
 from plphp.recall.slot_order import Vision, first_slots, tokens_in_slots, vision_first
 
 
-class QuantisedHome:
+class QuantisedHome(CodedTokens):
     """The codes of the vision tokens of one layer that are not resident, P of V in a KV head.
 
-    keys, values: the codes; rows with fewer than P tokens end with fillers
     held: (B, Hkv, k) int64 in main memory, the number of the vision token in each of the first k
         slots of a row, ascending; V for none
-    valid: (B, P) bool, False for fillers; None if there are none
-    columns: (B, Hkv, P) int32, the column of each token in codes; only with a sliding window
+    keys, values, valid, columns: as in `CodedTokens`
     token_columns: (B, V) int64 in main memory, the column of each vision token; only with a sliding
         window
     count: (B,) int64 in main memory, number of vision tokens in each row
@@ -59,9 +54,8 @@ class QuantisedHome:
         """Called by `park` and `restored`. held: on the device of `vision`."""
         order, valid = vision.not_resident(held)
         windowed = store.window is not None
-        self.keys, self.values, self.held = keys, values, held.cpu()
-        self.valid = None if bool(valid.all()) else valid
-        self.columns = order.int() if windowed else None
+        super().__init__(keys, values, valid, order.int() if windowed else None)
+        self.held = held.cpu()
         self.token_columns = vision.order.cpu() if windowed else None
         self.count, self.most = vision.tokens.cpu(), vision.most
         self.token_bytes = unit_of(store)
@@ -130,42 +124,13 @@ class QuantisedHome:
         codes = {"keys.codes": self.keys.packed, "values.codes": self.values.packed}
         return Saved({**codes, "held": self.held})
 
-    def attend(self, query: Tensor, store: KVStore, scale: float, softcap: float | None) -> Tensor:
-        """Attention output (B, H, T, Dv) of the last T columns to the store and the codes."""
-        if not self.keys.tokens:  # all tokens of an early layer may be resident
-            return decode_attention(query, store, scale, softcap)
-        return coded_attention(query, store, self, scale, softcap)
-
-    def visible(self, store: KVStore, queries: int) -> Tensor | None:
-        """The mask of the last T columns over the slots and then the tokens in codes.
-
-        Returns (B or 1, Hkv or 1, T, end + P) bool, or None if each attends to everything.
-        """
-        slots = store.visible(queries)
-        if slots is None and self.valid is None and self.columns is None:
-            return None
-        length = self.keys.tokens
-        device = store.start.device
-        parked = torch.ones(1, 1, queries, length, dtype=torch.bool, device=device)
-        if self.valid is not None:
-            parked = parked & self.valid[:, None, None]
-        if self.columns is not None and store.window is not None:
-            query_columns = torch.arange(store.logical - queries, store.logical, device=device)
-            in_window = self.columns[:, :, None] > query_columns[:, None] - store.window
-            parked = parked & in_window
-        if slots is None:
-            slots = torch.ones(1, 1, queries, store.end, dtype=torch.bool, device=device)
-        return side_by_side(slots, parked)
-
     def looked_at(self, store: KVStore, queries: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """The keys, mask and vision tokens of the last queries; see `Home.looked_at`.
 
         The slots of the store come first, then the tokens in codes, decoded.
         """
         keys, parked = store.held()[0], self.keys.dense().to(store.keys.dtype)
-        coded = torch.ones(parked.shape[:3], dtype=torch.bool, device=parked.device)
-        if self.valid is not None:
-            coded = coded & self.valid[:, None]
+        coded = self.present()[:, None].expand(parked.shape[:3])
         vision = torch.cat([self.vision_slots(store), coded], 2)
         return torch.cat([keys, parked], 2), self.visible(store, queries), vision
 
@@ -192,9 +157,7 @@ class QuantisedHome:
         # Both the slots and the codes are in the order of the tokens.
         slots = self.vision_slots(store)
         tensors = []
-        valid = torch.ones(self.values.packed.shape[:3], dtype=torch.bool, device=parked.device)
-        if self.valid is not None:
-            valid = valid & self.valid[:, None]
+        valid = self.present()[:, None].expand(self.values.packed.shape[:3])
         decoded = self.keys.dense(), self.values.dense()
         for stored, numbers in zip(store.held(), decoded, strict=True):
             every = stored.new_zeros(*parked.shape, stored.shape[-1])
@@ -202,14 +165,6 @@ class QuantisedHome:
             every[parked] = numbers[valid].to(every.dtype)
             tensors.append(every[exists])
         return tensors[0], tensors[1]
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors on the device, besides those of the layer's store."""
-        return self.parked() + [x for x in (self.valid, self.columns) if x is not None]
-
-    def parked(self) -> list[Tensor]:
-        """The codes, on the device."""
-        return [self.keys.packed, self.values.packed]
 
     def crop(self, store: KVStore, columns: int) -> None:
         """Do nothing: the codes do not depend on the columns after the prompt."""
@@ -220,17 +175,7 @@ class QuantisedHome:
         self.held, self.count = self.held[on_host], self.count[on_host]
         if self.token_columns is not None:
             self.token_columns = self.token_columns[on_host]
-        self._through(lambda x: x[rows.to(x.device)])
-
-    def move(self, device: torch.device) -> None:
-        """Move the codes to a device."""
-        self._through(lambda x: x.to(device))
-
-    def _through(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor on the device by the result of a function."""
-        self.keys, self.values = self.keys.through(change), self.values.through(change)
-        self.valid = None if self.valid is None else change(self.valid)
-        self.columns = None if self.columns is None else change(self.columns)
+        super().reorder(rows)
 
 
 class Int4Home(QuantisedHome):

@@ -20,12 +20,13 @@ from plphp.report.layers import (
     untouched_report,
 )
 from plphp.report.report import Drawing, Report
-from plphp.report.traffic import RecallReport
+from plphp.report.traffic import CodesReport, RecallReport
 
 if not TYPE_CHECKING:  # a type checker is to see the new names only
     __getattr__ = old_names(__name__)
 
 __all__ = [
+    "CodesReport",
     "Drawing",
     "EarlierImage",
     "LayerReport",

@@ -12,7 +12,7 @@ from torch import Tensor
 from plphp._drawing import drawing
 from plphp.report.earlier_images import EarlierImage
 from plphp.report.layers import LayerReport, Seen, StageReport, ratio
-from plphp.report.traffic import RecallReport
+from plphp.report.traffic import CodesReport, RecallReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,7 @@ class Report:
     seen: where the images are in the prompt
     recall: where the vision tokens are, None without recall
     earlier: images of earlier turns, with the share of each that this prompt found
+    codes: the bytes of vision tokens where kept tokens are in codes, None without `kv_bits`
     stages: what each stage left, where a sequence method dropped hidden states; else empty
     """
 
@@ -45,6 +46,7 @@ class Report:
     recall: RecallReport | None = None
     earlier: tuple[EarlierImage, ...] = ()
     stages: tuple[StageReport, ...] = ()
+    codes: CodesReport | None = None
 
     @property
     def retention(self) -> float:
@@ -67,8 +69,10 @@ class Report:
     def on_device(self) -> float:
         """The share of the bytes of vision K/V on the device: what was kept, or what recall takes.
 
-        0 to 1; 1 without vision tokens.
+        0 to 1; 1 without vision tokens. With kept codes it counts the bytes of the codes.
         """
+        if self.codes is not None:
+            return self.codes.share
         return self.retention if self.recall is None else self.recall.share
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class Report:
             "images": list(self.images),
             "notes": list(self.notes),
             "recall": None if self.recall is None else self.recall.to_dict(),
+            "codes": None if self.codes is None else self.codes.to_dict(),
             "earlier": [asdict(image) for image in self.earlier],
             "stages": [stage.to_dict() for stage in self.stages],
             "layers": [
@@ -169,7 +174,8 @@ class Report:
     def remarks(self) -> tuple[str, ...]:
         """The lines after the summary: what each stage left, the bytes of recall, the notes."""
         recall = [] if self.recall is None else [str(self.recall)]
-        return (*map(str, self.stages), *recall, *self.notes)
+        codes = [] if self.codes is None else [str(self.codes)]
+        return (*map(str, self.stages), *recall, *codes, *self.notes)
 
 
 def _number(value: float) -> float | None:

@@ -1,8 +1,8 @@
-"""`RecallReport`: the bytes of vision tokens with recall, and how many are fetched."""
+"""The bytes of vision tokens with recall (and how many are fetched), and with kept codes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -72,3 +72,32 @@ class RecallReport:
             f"recall: {self.resident:,} bytes of vision K/V in full, {self.index:,} of index, "
             f"{self.parked:,} parked {self.where}: {self.share:.1%} of the full bytes on the device"
         )
+
+
+@dataclass(frozen=True)
+class CodesReport:
+    """Bytes of the vision tokens of a prompt, summed over layers, where kept tokens are in codes.
+
+    bits: of a number; text: whether text is in codes too
+    full: bytes of the keys and values of all its vision tokens, in the model's dtype
+    device: bytes of those that were kept, in codes, or in full in layers that were left alone;
+        fillers are not counted
+    """
+
+    bits: int
+    text: bool
+    full: int
+    device: int
+
+    @property
+    def share(self) -> float:
+        """Device bytes as a share of the bytes of the full cache; 1 without vision tokens."""
+        return self.device / self.full if self.full else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as numbers, ready for JSON."""
+        return {**asdict(self), "share": self.share}
+
+    def __str__(self) -> str:
+        what = "vision tokens and text" if self.text else "vision tokens"
+        return f"{what} in {self.bits}-bit codes: {self.share:.1%} of the full vision K/V bytes"
