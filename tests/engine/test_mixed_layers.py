@@ -31,12 +31,18 @@ WINDOWS: dict[str, dict[str, Any]] = {
 
 
 def save(family: str, folder: Path) -> None:
-    """Write the checkpoint. Its last norm is random: tied embeddings would repeat one token."""
+    """Write the checkpoint.
+
+    Tied embeddings repeat a token or two, so they are made small and the last norm is random.
+    """
     replace(LLAVA, family=family, text=WINDOWS[family]).save(folder)
     weights = load_file(folder / WEIGHTS)
     (norm,) = [name for name in weights if name.endswith("model.norm.weight")]
     draw = torch.Generator().manual_seed(0)
     weights[norm] = torch.randn(weights[norm].shape, generator=draw) - 1  # Gemma adds 1
+    for name in weights:
+        if name.endswith("embed_tokens.weight") and "tie_word_embeddings" in WINDOWS[family]:
+            weights[name] *= 0.02
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
 
 

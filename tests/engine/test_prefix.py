@@ -75,7 +75,8 @@ def test_requests_of_all_kinds_share_one_prefix_at_once(reference: Any) -> None:
 @pytest.mark.parametrize("chunk", [96, pytest.param(4096, marks=pytest.mark.slow)])
 def test_an_image_that_is_added_each_turn(chunk: int, reference: Any) -> None:
     """Every turn finds the images before in the prefix cache and prunes all of them anew."""
-    turns = [serving.Request(IMAGES[: n + 1], "describe all.", POLICY, 12) for n in range(3)]
+    images = tuple(serving.picture(seed, least=6) for seed in (3, 4, 5))
+    turns = [serving.Request(images[: n + 1], "describe all.", POLICY, 12) for n in range(3)]
     with serving.engine(max_num_batched_tokens=chunk) as llm:
         before = serving.free_blocks(llm)
         outputs = [serving.generate(llm, [turn])[0] for turn in turns]
