@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,6 +86,9 @@ def test_layers_with_a_window_are_left_alone_beside_others(stock: Any) -> None:
     windows = [spec_of(kind, stock) for kind in (SlidingWindowSpec, ChunkedLocalAttentionSpec)]
     groups = [SimpleNamespace(kv_cache_spec=one, layer_names=["x"]) for one in (*windows, full)]
     assert blocks.prunable(groups) == groups[2:]
+    large = SimpleNamespace(kv_cache_spec=replace(full, block_size=64), layer_names=["x"])
+    with pytest.raises(plphp.UnsupportedModelError, match=r"layers have blocks of \{(32|64), "):
+        blocks.prunable([*groups, large])
     with pytest.raises(plphp.UnsupportedModelError, match="no layer of the model has full"):
         blocks.prunable(groups[:2])
     other = SimpleNamespace(kv_cache_spec=spec_of(MLAAttentionSpec, stock), layer_names=["x"])

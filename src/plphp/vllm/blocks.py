@@ -73,11 +73,15 @@ def prunable(groups: Sequence[Any]) -> list[Any]:
     """The cache groups with a `LayerSpec`, which are pruned. Those of `LEFT_ALONE` are not.
 
     Layers of other classes than Attention (chunked, linear, latent) make specs of their own. Raises
-    UnsupportedModelError for a spec of another kind, and if no layer can be pruned.
+    UnsupportedModelError for a spec of another kind, for blocks of several sizes, and if no layer
+    can be pruned.
     """
     for group in groups:
         if type(group.kv_cache_spec) not in (LayerSpec, *LEFT_ALONE):
             raise refusal(group.layer_names[0], other_cache(group.kv_cache_spec))
+        sizes = {group.kv_cache_spec.block_size, groups[0].kv_cache_spec.block_size}
+        if len(sizes) > 1:
+            raise refusal(group.layer_names[0], f"layers have blocks of {sizes} tokens")
     own = [group for group in groups if isinstance(group.kv_cache_spec, LayerSpec)]
     if not own:
         raise refusal(groups[0].layer_names[0], "no layer of the model has full attention")
