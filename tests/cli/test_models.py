@@ -35,6 +35,28 @@ def test_weights_are_loaded_as_they_are(half: Path, monkeypatch: pytest.MonkeyPa
         inputs.make_inputs(load(), [], "what is this?", ["a.mp4"])
 
 
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (
+            ImportError("X requires the Torchvision library. See"),
+            "pip install torchvision",
+        ),
+        (ValueError("This needs it. Install it with `pip install accelerate`."), "accelerate"),
+        (OSError("Can't load image processor for 'x'. If you"), "preprocessor_config.json"),
+    ],
+)
+def test_what_transformers_lacks_comes_with_a_remedy(error: Exception, remedy: str) -> None:
+    said = models._refusal("some/model", error)
+    assert said.startswith("cannot load some/model: ") and remedy in said
+    assert remedy not in models._refusal("some/model", type(error)("Something else."))
+
+
+def test_a_model_without_its_option_is_understood(run: Callable) -> None:
+    result = run("generate", "some/model", "--prompt", "x")
+    assert result.code == 2 and "--model NAME" in result.err
+
+
 def test_auto_spreads_the_layers(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForImageTextToText
 

@@ -126,7 +126,10 @@ class Ask:
         assert set(options) <= {"dtype", "device_map"}
         self.model = embedded().model
 
-    def __call__(self, text: list[dict[str, Any]], max_new_tokens: int) -> list[dict[str, Any]]:
+    def __call__(
+        self, text: list[dict[str, Any]], max_new_tokens: int, return_full_text: bool
+    ) -> list[dict[str, Any]]:
+        assert not return_full_text, "the text would be the whole chat, as a list of messages"
         processor = Processor()
         inputs = processor.apply_chat_template(
             text,
@@ -136,6 +139,7 @@ class Ask:
             return_tensors="pt",
         )
         out = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
+        out = out[:, inputs["input_ids"].shape[1] :]
         return [{"generated_text": processor.decode(out[0], skip_special_tokens=True)}]
 
 

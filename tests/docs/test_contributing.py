@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import plphp
 
@@ -84,6 +85,26 @@ def test_public_ci_runs_what_ours_runs() -> None:
 
 def test_the_changelog_has_the_version() -> None:
     assert f"\n## {plphp.__version__}, " in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("form", ["fault", "model", "result"])
+def test_an_issue_is_asked_for_the_versions(form: str) -> None:
+    text = (ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text()
+    body = yaml.safe_load(text)["body"]
+    asked = {part["id"]: part for part in body}
+    assert "`plphp env`" in asked["env"]["attributes"]["label"]
+    assert asked["env"]["validations"] == {"required": True}
+    assert all({"type", "id", "attributes"} <= part.keys() for part in body)
+
+
+def test_the_citation_names_the_paper_of_the_readme() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    paper = cited["references"][0]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert paper["title"] in readme and paper["url"].rpartition("/")[2] in readme
+    for author in paper["authors"]:
+        assert f"{author['family-names']}, {author['given-names']}" in readme
+    assert {"cff-version", "message", "title", "license"} <= cited.keys()
 
 
 def test_nobody_is_told_to_install_by_a_name_that_is_on_no_index() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from makers import maker_of
 
+from plphp.policy import POLICIES
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 NAVIGATION = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
@@ -74,3 +76,8 @@ def test_the_choice_shows_what_recall_measured() -> None:
             assert f"| {shown[name]} | {share} | {' | '.join(means)} |" in page
             found.add(name)
     assert found == {*shown}
+
+
+def test_the_number_of_methods_is_right() -> None:
+    assert f"[{len(POLICIES)} methods]" in (ROOT / "README.md").read_text()
+    assert f"options of all {len(POLICIES)}." in (DOCS / "choosing.md").read_text()

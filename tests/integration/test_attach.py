@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,10 @@ def test_models_without_vision_are_refused() -> None:
     assert "generate" not in vars(llama)
     with pytest.raises(plphp.UnsupportedModelError, match="transformers model"):
         plphp.prune(torch.nn.Linear(2, 2))
+    with pytest.raises(plphp.UnsupportedModelError, match="from_pretrained"):
+        plphp.prune("some/model")
+    with pytest.raises(plphp.UnsupportedModelError, match=r"pass its `\.model`"):
+        plphp.prune(SimpleNamespace(model=QWEN.build(0)))
 
 
 def silent_llama() -> LlamaForCausalLM:

@@ -118,6 +118,8 @@ def one_line(error: BaseException) -> str:
         )
     format_message = getattr(error, "format_message", None)  # usage errors of the command line
     message = format_message() if format_message else str(error)
+    if message.startswith("Got unexpected extra argument"):
+        message += ": every value needs its option, such as --model NAME or --image FILE"
     named = type(error).__name__
     if isinstance(error, (KeyError, IndexError, AttributeError, TypeError, RecursionError)):
         message = f"{named}: {message}"  # such a message says nothing without the error's name

@@ -10,7 +10,7 @@ import typer
 
 from plphp.cli import options as o
 from plphp.cli.bars import ASCII, IMAGES, TEXT, bars
-from plphp.cli.console import stdout
+from plphp.cli.console import stdout, waiting
 from plphp.cli.diagnosis import Diagnosis, diagnose
 from plphp.policy import PLPHP
 
@@ -47,17 +47,18 @@ def doctor(
 
     config = load_config(model, trust_remote_code)
     processor = None if tokens_per_image else _processor(model, trust_remote_code)
-    found = diagnose(
-        model,
-        config,
-        policy,
-        dtype,
-        images,
-        tokens_per_image,
-        text_tokens,
-        trust_remote_code,
-        processor,
-    )
+    with waiting(f"building {model} without its weights", quiet=as_json):
+        found = diagnose(
+            model,
+            config,
+            policy,
+            dtype,
+            images,
+            tokens_per_image,
+            text_tokens,
+            trust_remote_code,
+            processor,
+        )
     if as_json:
         print(json.dumps(asdict(found), indent=1))
     else:

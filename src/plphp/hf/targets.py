@@ -126,6 +126,10 @@ def prunable(model: Any, vision_mask: Mask) -> list[Any]:
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         hint = ": pass the model inside it" if hasattr(model, "module") else ""
+        if isinstance(getattr(model, "model", None), nn.Module):
+            hint = ": pass its `.model`"
+        elif isinstance(model, str):
+            hint = ": load it first, with AutoModelForImageTextToText.from_pretrained(...)"
         raise UnsupportedModelError(
             f"plphp.prune needs a transformers model, got {type(model).__name__}{hint}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -176,14 +177,26 @@ def _refusal(name: str, error: Exception) -> str:
     away = isinstance(error, OSError) and ("connect" in str(error) or "offline" in str(error))
     if away and not Path(name).exists():
         return (
-            f"{name} is not on this machine, and the model hub cannot be reached: give a local "
-            "directory, or unset HF_HUB_OFFLINE and check the network"
+            f"{name} is no directory here and no model in the hub's cache, and the hub cannot be "
+            "reached: check the name, or unset HF_HUB_OFFLINE and check the network"
         )
     if isinstance(error, (ValueError, ImportError)) and "trust_remote_code=" in str(error):
         return f"{name} needs its own Python code: give --trust-remote-code to run it"
     kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else type(error).__name__
-    reason = ": ".join(part for part in (kind, _first_sentence(error)) if part)
-    return f"cannot load {name}: {reason or type(error).__name__}"
+    parts = (kind, _first_sentence(error) or type(error).__name__, _remedy(error))
+    return ": ".join(part for part in (f"cannot load {name}", *parts) if part)
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about an error of transformers, where its first sentence does not say it."""
+    text = " ".join(str(error).split())
+    missing = re.search(r"pip install ([\w-]+)", text)
+    missing = missing or re.search(r"requires the ([\w-]+) library", text)
+    if missing and isinstance(error, (ValueError, ImportError)):
+        return f"pip install {missing[1].lower()}"
+    if "Can't load image processor" in text:
+        return "the files of its processor, such as preprocessor_config.json, must be beside it"
+    return ""
 
 
 def _first_sentence(error: Exception) -> str:

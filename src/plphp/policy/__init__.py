@@ -7,6 +7,7 @@ This package imports torch only. The package can be called: `plphp.policy("snapk
 from __future__ import annotations
 
 import sys
+from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
@@ -98,8 +99,9 @@ def policy(name: str, **options: Any) -> Policy:
         return named(name, policy, options)
     name = ALIASES.get(name, name)
     if name not in POLICIES:
-        known = ", ".join(sorted([*POLICIES, *ALIASES]))
-        raise ValueError(f"unknown policy {name!r}; known are {known}")
+        known = sorted([*POLICIES, *ALIASES])
+        meant = "".join(f" (did you mean {near!r}?)" for near in get_close_matches(name, known, 1))
+        raise ValueError(f"unknown policy {name!r}{meant}; known are {', '.join(known)}")
     known = POLICIES[name].__dataclass_fields__
     for option in options:
         if option not in known:

@@ -26,5 +26,5 @@ def folder(images: Path, prompt: str) -> Task:
         order = np.random.default_rng([seed, 3]).permutation(len(files))[:count]
         return [Sample(files[i].name, (open_image(files[i]),), prompt) for i in order]
 
-    what = " ".join(f"images of {images}, asked: {prompt}".split())
+    what = " ".join(f"images of {images}, asked: {prompt.rstrip('.')}".split())
     return Task("folder", what, draw, metric=None)
