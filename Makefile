@@ -17,8 +17,8 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-vllm-next test-ray test-ray-all soak-vllm fuzz-saved lint support \
-	support-recall docs figures screenshot accuracy accuracy-page bench gpu gpu-check gpu-bench gpu-vllm gpu-import bench-page bench-vllm wheel release-check retrain clean
+.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-vllm-next test-ray test-ray-all test-ray-vllm soak-vllm fuzz-saved lint support \
+	support-recall docs figures screenshot accuracy accuracy-page regimes-page bench gpu gpu-check gpu-bench gpu-vllm gpu-import bench-page bench-vllm wheel release-check retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -58,6 +58,10 @@ accuracy: $(VENV)/.installed-dev
 
 accuracy-page: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python docs/make_accuracy.py
+
+# docs/regimes.md, with RUN=DIR from the finished `plphp eval` that the page names.
+regimes-page: $(VENV)/.installed-dev
+	cd $(ROOT) && $(BIN)/python docs/make_regimes.py $(if $(RUN),--run $(RUN))
 
 # What has no result yet is measured (about 20 minutes on 2 quiet cores), then docs/benchmarks.md written.
 bench: $(VENV)/.installed-dev
@@ -159,6 +163,7 @@ gpu-import: $(VENV)/.installed-dev
 
 # Work that is shared on Ray Data, in an environment of its own (1.4 GB).
 RAY_ENV ?= $(VENV)-ray
+RAY := $(shell sed -n 's/^ray==//p' $(CONSTRAINTS))
 IN_RAY := cd $(ROOT) && PYTHONPATH=$(ROOT)/src OMP_NUM_THREADS=1 $(RAY_ENV)/bin/python -m pytest tests/cluster
 test-ray: $(RAY_ENV)/.installed
 	$(IN_RAY) -m "not slow"
@@ -166,6 +171,14 @@ test-ray: $(RAY_ENV)/.installed
 # Also 2,000 lines whose workers and command are killed.
 test-ray-all: $(RAY_ENV)/.installed
 	$(IN_RAY)
+
+# vLLM with the plugin through Ray: 500 requests of ray.data.llm, and two replicas of Ray Serve, each
+# compared with a local engine. Ray stands beside vLLM's environment (1 GB more, about 10 minutes).
+RAY_VLLM := $(VLLM)-ray
+IN_RAY_VLLM := cd $(ROOT) && PYTHONPATH=$(ROOT)/src $(RAY_VLLM)/bin/python
+test-ray-vllm: $(RAY_VLLM)/.installed
+	$(IN_RAY_VLLM) tests/engine/ray_recipe.py 500
+	$(IN_RAY_VLLM) tests/engine/serve_recipe.py 12 2
 
 wheel: $(VENV)/.installed-release
 	cd $(ROOT) && $(BIN)/python -m build -q --wheel --outdir $(ROOT)/dist
@@ -252,6 +265,13 @@ $(RAY_ENV)/.installed: $(CONSTRAINTS) $(ROOT)/pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) $(shell grep '^torch==' $(CONSTRAINTS)) $(TORCH_FROM)
 	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) -e "$(ROOT)[eval,ray,test]" kubernetes-validate jsonschema -c $(CONSTRAINTS)
+	touch $@
+
+$(RAY_VLLM)/.installed: $(VLLM)/.installed
+	$(PYTHON) -m venv $(@D)
+	site=$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	echo "import site; site.addsitedir('$(VLLM)/$${site#$(@D)/}')" > $$site/beside_vllm.pth
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) "ray[data,serve]==$(RAY)" jsonref
 	touch $@
 
 $(VENV)-kvpress/.installed: $(CONSTRAINTS)

@@ -70,7 +70,7 @@ def test_a_model_of_ones_own(run: Any) -> None:
     assert done.code == 0, done.err
     found = done.json
     assert found["setting"]["shape"]["name"] == "embedded"
-    size = 2 * 6 * 4 * 32 * 4  # keys and values, layers, KV heads, head size, bytes
+    size = 2 * 8 * 4 * 32 * 4  # keys and values, layers, KV heads, head size, bytes
     assert found["steps"][0]["kv_bytes"] == 128 * size
 
 

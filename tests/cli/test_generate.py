@@ -30,7 +30,7 @@ def test_json_holds_what_the_text_shows(run: Callable, picture: str) -> None:
     assert found["answer"] == text.out.strip()
     assert found["policy"]["name"] == "plphp"
     assert found["policy"]["alpha"] == 0.25
-    assert len(found["report"]["layers"]) == 6
+    assert len(found["report"]["layers"]) == 8
     assert f"{found['report']['retention']:.1%} of vision K/V kept" in text.err
     assert "vision-attentive" in text.err
 
@@ -70,9 +70,9 @@ def test_a_closed_pipe_is_no_error(picture: str) -> None:
 def test_doctor_says_what_a_prompt_takes(run: Callable) -> None:
     found = run("doctor", "embedded", "--images", 2, "--tokens-per-image", 100, "--json").json
     assert found["prunable"]
-    assert found["prunable_layers"] == list(range(6))
-    # 4 KV heads of 32, keys and values, bfloat16, 6 layers
-    assert found["token_bytes"] == 2 * 4 * 32 * 2 * 6
+    assert found["prunable_layers"] == list(range(8))
+    # 4 KV heads of 32, keys and values, bfloat16, 8 layers
+    assert found["token_bytes"] == 2 * 4 * 32 * 2 * 8
     assert found["full"] == found["token_bytes"] * 264
     assert found["pruned"][1] == found["token_bytes"] * (64 + 2 * 40)
 

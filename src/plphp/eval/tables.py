@@ -7,6 +7,7 @@ from typing import Any
 
 from plphp.eval.methods import PARKED
 
+FEW = 20  # samples: an interval that is resampled from fewer is too narrow
 Shown = Mapping[str, Any]
 
 
@@ -29,6 +30,8 @@ def _head(task: Shown) -> str:
     apart = ""
     if task["one_token"]:
         apart = f" {task['one_token']} answers of one token are not included."
+    if task["samples"] < FEW:
+        apart += f" With fewer than {FEW} samples, intervals and verdicts mean little."
     return (
         f"{task['what']}. {task['samples']} samples, {task['vision_tokens']:.0f} vision tokens and "
         f"{task['answer_tokens']:.0f} answer tokens on average; score: {task['metric']}.{apart}"

@@ -1,6 +1,6 @@
 """Loads the models and files that a user names, and makes the inputs of generate()."""
 
-from plphp.inputs.images import image_files, open_image, upright
+from plphp.inputs.images import Still, image_files, open_image, upright
 from plphp.inputs.models import EMBEDDED, check_device, load, load_config
 from plphp.inputs.prompts import check_prompt, make_inputs
 from plphp.inputs.runnable import Loaded, Prompt, Runnable
@@ -10,6 +10,7 @@ __all__ = [
     "Loaded",
     "Prompt",
     "Runnable",
+    "Still",
     "check_device",
     "check_prompt",
     "image_files",

@@ -22,13 +22,17 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+Still = Image.Image | str | os.PathLike[str]  # an image, or the file of one
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Open an image file as an upright RGB image.
+
+def open_image(path: Still) -> Image.Image:
+    """Open an image file as an upright RGB image. An image that is open already is returned as is.
 
     The package opens all images here. The image is turned as its EXIF orientation says, as
     transformers does it. Raises InputError that names the file and says what is wrong with it.
     """
+    if isinstance(path, Image.Image):
+        return path
     _check_file(path)
     try:
         with warnings.catch_warnings():

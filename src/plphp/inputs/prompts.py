@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from plphp.errors import InputError, UnsupportedModelError
-from plphp.inputs.images import open_image
+from plphp.inputs.images import Still, open_image
 from plphp.inputs.models import is_embedded
 from plphp.inputs.runnable import Loaded, Runnable
 from plphp.models import vision_spans
@@ -20,15 +21,17 @@ MARKS = ("image_token", "video_token")  # names that processors have for their p
 
 
 def make_inputs(
-    loaded: Runnable, images: Sequence[str], prompt: str, videos: Sequence[str] = ()
+    loaded: Runnable, images: Sequence[Still], prompt: str, videos: Sequence[str] = ()
 ) -> dict[str, Tensor]:
     """The arguments of the model's generate() for one prompt.
 
+    images: files or open images, in the order of the prompt; videos: files
     Raises InputError for a file that cannot be used, for a prompt that is too long, and if the
     model's processor leaves an image or a video out.
     """
     check_prompt(loaded, prompt)
-    pictures = [open_image(path) for path in images]
+    pictures = [open_image(image) for image in images]
+    names = [_name(image, number) for number, image in enumerate(images, 1)]
     if videos and not isinstance(loaded, Loaded):
         raise InputError(
             "the embedded model reads pictures, not videos: choose a --model"
@@ -46,16 +49,21 @@ def make_inputs(
         inputs = encode(len(pictures), videos)
         config = loaded.model.config
         if pictures and _images(config, inputs) < len(pictures) + len(videos):
-            _check_more(config, inputs, encode(len(pictures) - 1, videos), images[-1])
+            _check_more(config, inputs, encode(len(pictures) - 1, videos), names[-1])
         if videos:
             _check_more(config, inputs, encode(len(pictures), videos[:-1]), videos[-1])
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # processors and video readers raise errors of many kinds
-        names = ", ".join([*images, *videos]) or "the prompt"
-        raise InputError(f"{names}: the model's processor refuses it: {error}") from error
+        read = ", ".join([*names, *videos]) or "the prompt"
+        raise InputError(f"{read}: the model's processor refuses it: {error}") from error
     _check_length(config, inputs, len(images))
     return inputs
+
+
+def _name(image: Still, number: int) -> str:
+    """What a message calls an image, which is the `number`-th of its prompt."""
+    return f"image {number}" if isinstance(image, Image.Image) else str(image)
 
 
 def check_prompt(loaded: Runnable, prompt: str) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 from PIL import Image
 
 from plphp.errors import InputTypeError
-from plphp.inputs import EMBEDDED, Loaded, Runnable, load, open_image
+from plphp.inputs import Loaded, Runnable, Still, load, make_inputs, open_image
 from plphp.inspector.data import Page
 from plphp.inspector.examine import examine
 from plphp.inspector.html import frame, write_html
-from plphp.inspector.pictures import Still
 from plphp.policy import Policy, policy
 from plphp.recall import Recall
 
@@ -67,12 +66,12 @@ def inspect(
     a processor, and the errors of `plphp.prune`.
     """
     loaded = _runnable(model, processor)
-    pictures = [_opened(image) for image in _several(images)]
+    pictures = [open_image(image) for image in _several(images)]
     names = [policies] if isinstance(policies, str) else policies
     chosen = dict(names) if isinstance(names, Mapping) else {name: policy(name) for name in names}
     page = examine(
         loaded,
-        loaded.inputs(pictures, prompt),
+        make_inputs(loaded, pictures, prompt),
         chosen,
         pictures,
         prompt,
@@ -89,14 +88,10 @@ def _several(images: Sequence[Still] | Still) -> Sequence[Still]:
     return [images] if isinstance(images, (str, os.PathLike, Image.Image)) else images
 
 
-def _opened(image: Still) -> Image.Image:
-    return image if isinstance(image, Image.Image) else open_image(image)
-
-
 def _runnable(model: Any, processor: Any) -> Runnable:
     """The model with what makes its inputs."""
     if isinstance(model, str):
-        return load(model, "auto", "cpu" if model == EMBEDDED else "auto")
+        return load(model, "auto", "auto")
     if processor is not None:
         return Loaded(model, processor)
     if hasattr(model, "inputs") and hasattr(model, "decode"):

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from plphp.inputs import open_image
+from plphp.inputs import Still, open_image
 
-Still = Image.Image | str | os.PathLike[str]
 Media = Still | Sequence[Image.Image]  # an image, or the frames of a video
 
 SIDE = 1024  # the longest side of an image on the page, in pixels

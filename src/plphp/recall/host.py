@@ -169,7 +169,6 @@ class HostHome:
         """Choose tokens for the query (B, H, 1, D) of a column, and fetch them into the store."""
         if self.every == 1 or not self.chosen or (column - self.begin) % self.every == 0:
             lane = lane_of(self.held.device)
-            # All scoring is launched before the first fetch, which makes the host wait.
             parts = in_parts(self.held[..., 0].numel(), lane.parts)
             # All scoring is launched before the first fetch, which makes the host wait.
             best = [(self._best(query, store, column, part), lane.mark()) for part in parts]
