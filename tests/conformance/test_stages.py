@@ -174,10 +174,6 @@ def test_later_turns(family: str, first: str, turns: str, second: str) -> None:
     talk = start(family, {"text": TEXT_TURN, "image": IMAGE_TURN}[turns])
     numbers, (at, make) = truth(family, 0, "three").numbers, FIRST[first]
     with plphp.prune(talk.model, [make(), *([plphp_policy(numbers)] * (second == "plphp"))]):
-        if (family, turns) == ("gemma3", "image"):
-            with pytest.raises(plphp.UnsupportedModeError, match="exceed the sliding window"):
-                talk.hold(plphp.PrunedCache(talk.model))
-            return
         talk.hold(plphp.PrunedCache(talk.model))
     earlier: list[oracle.Dropped] = []
     for turn, report in enumerate(talk.reports):

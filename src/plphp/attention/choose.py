@@ -32,6 +32,7 @@ class Held(Protocol):
     columns: Tensor | None
     window: int | None
     ragged: bool
+    skips: bool
 
     @property
     def end(self) -> int | Tensor: ...
@@ -75,6 +76,7 @@ def decode_attention(
     masked = held.ragged or q.shape[2] > 1 or window is not None or softcap is not None
     if (
         has_kernel(q.device)
+        and not held.skips  # the kernel counts columns back from the last one
         and kernel_takes(q, held.keys, held.values)
         and kernel_wins(q.shape[2], held.keys.shape[2], masked)
     ):

@@ -25,6 +25,7 @@ class StaticStore:
     """
 
     ragged = True
+    skips = False
 
     def __init__(self, store: KVStore) -> None:
         """Take over the buffers of a compacted store, and fill their unused slots with zeros."""

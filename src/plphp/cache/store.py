@@ -23,6 +23,7 @@ class KVStore:
     logical: logical length, the number of columns seen; also the column of the next token
     window: size of the sliding window in columns, None for full attention
     columns: (B, Hkv, C) int32, the column in each slot; None without a sliding window
+    skips: whether there is a window, and the queries of the forward that runs skip columns
 
     No gradient passes through the stored tensors.
     """
@@ -37,7 +38,7 @@ class KVStore:
         if window is not None:
             columns = torch.arange(length, dtype=torch.int32, device=keys.device)
             self.columns = columns.expand(batch, heads, length).contiguous()
-        self.ragged = False
+        self.ragged = self.skips = False
         self.end = self.logical = length
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -76,17 +77,24 @@ class KVStore:
         self.ragged = plan.ragged
         self.end = longest
 
-    def name_columns(self, plan: KeepPlan, begin: int, logical: int) -> None:
+    def name_columns(self, columns: Tensor, logical: int) -> None:
         """Record which columns the last slots hold, if tokens left the hidden states before.
 
-        plan: its `columns` (B, 1 or Hkv, K) are those of the last K slots, counted from `begin`
-        begin: the column of the prompt's first token; logical: the column after its last one
+        columns: (B, K) int64, those of the last K slots; logical: the column after the forward's
+            last one
         """
-        new = plan.columns.shape[-1]
         self.logical = logical
         if self.columns is not None:
-            named = (plan.columns + begin).to(torch.int32)
-            self.columns[:, :, self.end - new : self.end] = named
+            named = columns[:, None].to(self.columns.device, torch.int32)
+            self.columns[:, :, self.end - columns.shape[1] : self.end] = named
+            self.skips = True
+
+    def close_gaps(self, plan: KeepPlan) -> None:
+        """Make the fillers among the last slots those of the row, once no query is at them.
+
+        plan: of the last K slots, for a single KV head
+        """
+        self.skips, new = False, plan.columns.shape[-1]
         if self.end == new:
             self.start, self.ragged = plan.start.to(self.start.device), plan.ragged
         elif plan.ragged:
@@ -116,9 +124,9 @@ class KVStore:
             causal = (slots <= last[:, None])[None, None]
             mask = causal if mask is None else mask & causal
         if self.window is not None and self.logical > self.window and self.columns is not None:
-            query_columns = torch.arange(self.logical - queries, self.logical, device=device)
             columns = self.columns[:, :, None, : self.end]
-            in_window = columns > query_columns[:, None] - self.window
+            query_columns = columns[..., self.end - queries :].transpose(2, 3)
+            in_window = columns > query_columns - self.window
             mask = in_window if mask is None else mask & in_window
         return mask
 

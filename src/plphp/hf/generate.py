@@ -62,7 +62,7 @@ def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
             source["input_ids"] = torch.full((1, 1), -1, device=model.device)
         past = int(cache.get_seq_length())
         length = new_columns(source, past)
-        cannot = unsupported_options(model, pruning.policy, cache, past, length)
+        cannot = unsupported_options(model, pruning.policy, cache, past)
         left_out = drop_or_refuse(options, cannot)
         positions = later_positions(model, cache.shift, past, length, source)
         if positions is not None:  # generate() would use the positions of the model's last prompt

@@ -80,6 +80,7 @@ class PrunedLayer(CacheLayerMixin):
         if self.store is None:
             self.is_initialized = True
             self.store = KVStore(key_states, value_states, self.window)
+            self._name_columns(self.store)
             return key_states, value_states
         prefill = self.shared.prefill
         begins = prefill is not None and self.store.logical <= prefill.prompt.begin
@@ -89,7 +90,16 @@ class PrunedLayer(CacheLayerMixin):
             assert isinstance(self.store, KVStore)
             self.store, self.decoded = self.codes.decoded_before(self.store), True
         self.store.append(key_states, value_states)
+        self._name_columns(self.store)
         return self.store.held()
+
+    def _name_columns(self, store: KVStore | StaticStore) -> None:
+        """Say which columns a forward has appended, where a sequence method left out others."""
+        prefill = self.shared.prefill
+        part = None if prefill is None else prefill.part
+        if prefill is not None and part is not None and isinstance(store, KVStore):
+            begin = prefill.prompt.begin + prefill.forward[0]
+            store.name_columns(part.columns + begin, begin + part.count)
 
     def compact(
         self, plan: KeepPlan, spans: Tensor, drafts: tuple[Tensor, Tensor] | None = None

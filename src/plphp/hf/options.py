@@ -10,7 +10,6 @@ from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.cache import PrunedCache
 from plphp.hf.plan_ahead import can_plan
-from plphp.hf.sequence import slides
 from plphp.policy import Policy, sequence_stage
 
 # Options that ask for assisted decoding.
@@ -67,23 +66,20 @@ def check_fits(cache: PrunedCache, prompt: int, options: Options) -> None:
 
 
 def unsupported_options(
-    model: Any, policy: Policy, cache: PrunedCache, past: int, length: int
+    model: Any, policy: Policy, cache: PrunedCache, past: int
 ) -> dict[str, str]:
     """Options that cannot be used with this policy and cache, and the reason for each.
 
     All of them only change the speed: the answer is the same without them.
 
-    past: columns that the cache has seen; length: columns of the prompt
+    past: columns that the cache has seen
     """
-    why = no_chunks(model, policy, cache, past + length)
+    why = no_chunks(model, policy)
     return no_drafts(cache, past) | ({} if why is None else {"prefill_chunk_size": why})
 
 
-def no_chunks(model: Any, policy: Policy, cache: PrunedCache, columns: int) -> str | None:
-    """Why the prompt cannot be read in chunks, None if it can.
-
-    columns: of the conversation up to the end of the prompt
-    """
+def no_chunks(model: Any, policy: Policy) -> str | None:
+    """Why the prompt cannot be read in chunks, None if it can."""
     first = sequence_stage(policy)
     if first is None:
         return None
@@ -93,11 +89,6 @@ def no_chunks(model: Any, policy: Policy, cache: PrunedCache, columns: int) -> s
             f"{name} chooses inside the decoder once the whole prompt is read, and its later "
             "layers would have read the first chunks by then: leave it out, or use a method that "
             "acts before layer 0, such as divprune"
-        )
-    if slides(cache, columns):
-        return (
-            f"{name} drops hidden states, and the window of some layers is shorter than the "
-            "prompt and counts columns that are no longer there: leave it out"
         )
     return None
 

@@ -24,7 +24,6 @@ from plphp.hf.last_queries import last_queries, slot_positions, with_recent
 from plphp.hf.layer import PrunedLayer
 from plphp.hf.prompt import Prefill
 from plphp.hf.recall import park_layer
-from plphp.hf.remaining_tokens import Part
 from plphp.hf.shared import Shared
 from plphp.policy import (
     CachePolicy,
@@ -91,7 +90,8 @@ def after_attention(
     index, end = int(module.layer_idx), prefill.prompt.end  # type: ignore[arg-type]
     part = prefill.part
     if part is not None:
-        adopt_part(layer, store, part, prefill)
+        store.close_gaps(part.plan)
+        layer.raw = False
     recalls = shared.recall is not None and prefill.located is not None
     prefill.here = located_here(layer, prefill) if recalls and prefill.prompt.begin else None
     window = shared.policy.window
@@ -158,13 +158,6 @@ BY_KIND: dict[str, Callable[[Policy, Scored, Prefill], None]] = {
     "layer": plan_now,
     "layers": plan_together,
 }
-
-
-def adopt_part(layer: PrunedLayer, store: KVStore, part: Part, prefill: Prefill) -> None:
-    """Note which columns a layer was given, if it was not given all of a forward."""
-    begin = prefill.prompt.begin + prefill.forward[0]
-    store.name_columns(part.plan, begin, begin + part.count)
-    layer.raw = False
 
 
 def measure_keys(store: KVStore, prefill: Prefill, shared: Shared, index: int) -> None:

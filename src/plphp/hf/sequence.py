@@ -61,23 +61,15 @@ def refuse_prompt(cache: PrunedCache, prefill: Prefill) -> None:
     first, shared = sequence_stage(cache.shared.policy), cache.shared
     if first is None or not prefill.where.prunes:
         return
-    prompt, why = prefill.prompt, None
+    why = None
     if prefill.forward[0] and not prefill.ahead:
         why = "the prompt has to be read in one forward"
-    elif prompt.begin and slides(cache, prompt.end):
-        why = "later turns with images exceed the sliding window of some layers; use a new cache"
     elif not isinstance(first, HiddenPolicy):
         scores = [i for i in range(shared.depth) if first.scores_layer(i, shared.depth)]
         if not set(scores) <= set(shared.prunable):
             why = f"layer {scores[0]} cannot score the tokens: its attention does not cover them"
     if why is not None:
         raise UnsupportedModeError(f"{type(first).__name__} drops hidden states: {why}")
-
-
-def slides(cache: PrunedCache, columns: int) -> bool:
-    """Whether a layer's window is shorter than a conversation of this many columns."""
-    windows = [layer.window for _, layer in cache.pruned_layers()]
-    return any(window is not None and window < columns for window in windows)
 
 
 def _reading(kwargs: dict[str, Any]) -> tuple[Any, Prefill | None]:
