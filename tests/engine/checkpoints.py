@@ -67,6 +67,7 @@ class Checkpoint:
         writes another one
     differs: the differences between vLLM and transformers, for docs/vllm.md
     slow: whether only `make test-vllm-all` runs the family
+    text: options of the config, or of its text config, that differ from those of tests/tiny
     """
 
     family: str
@@ -79,11 +80,17 @@ class Checkpoint:
     tower: str = ""
     differs: str = "nothing"
     slow: bool = False
+    text: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path, seed: int = 0) -> None:
         """Write config, weights, tokenizer, processor and chat template."""
-        family = tiny.FAMILIES[self.family]
-        family.build(seed, wide(family.config())).save_pretrained(folder)
+        family = {**tiny.FAMILIES, **tiny.DECODERS}[self.family]
+        config = wide(family.config())
+        for name, value in self.text.items():
+            for part in (config, config.get_text_config()):
+                if hasattr(part, name):
+                    setattr(part, name, value)
+        family.build(seed, config).save_pretrained(folder)
         if self.tower:
             weights = load_file(folder / WEIGHTS)
             named = {name.replace("vision_tower.", self.tower): w for name, w in weights.items()}

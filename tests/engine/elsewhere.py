@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import graph_standin
 import standins
 
 
@@ -44,7 +45,8 @@ class Mode:
         if self.tiny:
             made = [r for r in serving.random_requests(3 * count, seed, most=4) if r.images]
             return [replace(r, images=r.images[:2], tokens=3) for r in made[:3]]
-        return serving.random_requests(count, seed)
+        made = serving.random_requests(count, seed)
+        return twice(made, self.block) if "graphs" in self.standins else made
 
     def engine(self) -> dict[str, Any]:
         """The options of the engine."""
@@ -53,6 +55,26 @@ class Mode:
             options["num_gpu_blocks_override"] = 6 * 288 // self.block + 1
             options["max_model_len"] = 288
         return options
+
+
+def twice(made: list[Any], block: int) -> list[Any]:
+    """The first half of some requests, twice, and prompts of a multiple of `block` tokens plus one.
+
+    The second time the prefix cache holds all of a prompt but the last token.
+    """
+    import torch
+
+    from plphp.demo.model import load
+
+    embedded, out = load(torch.float32), []
+    for request in made[: len(made) // 2]:
+        for more in range(block * 4):
+            longer = replace(request, question=request.question + "." * more)
+            inputs = embedded.inputs_of(longer.images, longer.text(embedded.tokenizer))
+            if inputs["input_ids"].shape[1] % block == 1:
+                out.append(longer)
+                break
+    return out + out
 
 
 def hard(*names: str, slow: bool = False) -> Mode:
@@ -76,6 +98,9 @@ MODES: dict[str, Mode] = {
     "V2, FLASH_ATTN": hard("v2", "flash", slow=True),
     "V2, asynchronous": hard("v2", "async", slow=True),
     "FLASH_ATTN, asynchronous": hard("flash", "async", slow=True),
+    # new modes at the end: the place of a mode is the seed of its requests
+    "full graphs": Mode({"full_graphs": True}, standins=("flash", "graphs")),
+    "V2, TRITON_ATTN": Mode(standins=("triton", "v2"), tiny=True, slow=True),
 }
 
 
@@ -90,12 +115,15 @@ def main(name: str, count: str, seed: str, out: str) -> None:
     found = {"preempted": 0, "blocks left": 0, "entries left": 0}
     with serving.engine(**mode.engine()) as llm:
         config = llm.llm_engine.vllm_config
+        if "graphs" in mode.standins:
+            graph_standin.record(llm)
         assert config.scheduler_config.async_scheduling == ("async" in mode.standins)
         assert config.use_v2_model_runner == ("v2" in mode.standins)
         if mode.hard:
             outputs = serve(llm, requests, random.Random(int(seed)), found)
         else:
             outputs = dict(enumerate(serving.generate(llm, requests)))
+            found |= graph_standin.counts
     answers = {
         name: {"tokens": list(o.outputs[0].token_ids), "told": o.kv_transfer_params}
         for name, o in outputs.items()

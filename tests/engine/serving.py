@@ -31,7 +31,8 @@ class Request:
     policy: how the prompt is pruned, None for an unpruned request
     tokens: number of tokens to generate
     words: the text after each image, empty after images beyond its length
-    videos: (frames, height, width, 3) uint8 each, after the images
+    videos: (frames, height, width, 3) uint8 each
+    order: "image" or "video" for each of them, as they stand in the prompt; empty: videos are last
     """
 
     images: tuple[Image.Image, ...]
@@ -40,6 +41,12 @@ class Request:
     tokens: int
     words: tuple[str, ...] = ()
     videos: tuple[np.ndarray, ...] = ()
+    order: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What stands in the prompt, "image" or "video", in this order."""
+        return self.order or ("image",) * len(self.images) + ("video",) * len(self.videos)
 
     @property
     def chat(self) -> list[dict[str, Any]]:
@@ -54,8 +61,7 @@ class Request:
 
     def text(self, tokenizer: Any) -> str:
         """The chat as text, with a placeholder for each image and video."""
-        media = ["image"] * len(self.images) + ["video"] * len(self.videos)
-        talk = self.talk([{"type": kind} for kind in media])
+        talk = self.talk([{"type": kind} for kind in self.kinds])
         text: str = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
         return text
 
@@ -64,7 +70,8 @@ class Request:
         extra: dict[str, Any] = {"plphp": "off"}
         if self.policy is not None:
             options = asdict(self.policy)
-            extra = {f"plphp.{name}": options[name] for name in options if name != "round_to"}
+            fixed = ("round_to", "window")  # a request cannot change them
+            extra = {f"plphp.{name}": options[name] for name in options if name not in fixed}
         return SamplingParams(
             temperature=0, max_tokens=self.tokens, min_tokens=self.tokens, extra_args=extra
         )
@@ -178,7 +185,7 @@ def engine(policy: Any = None, **options: Any) -> Iterator[LLM]:
     """A vLLM engine of the embedded model; `stock=True` for one without pruning."""
     own = {
         name: options.pop(name)
-        for name in ("layers_per_group", "share_prefix", "on")
+        for name in ("layers_per_group", "share_prefix", "on", "full_graphs")
         if name in options
     }
     if not options.pop("stock", False):
@@ -224,6 +231,7 @@ def state(llm: LLM) -> int:
         scheduler.features,
     ]
     kept = [worker.pruned_requests, worker.endings, worker.choices, worker.batch_tables.rows]
+    kept += [worker.queries, worker.parts]
     return sum(len(entries) for entries in managers + planned + kept)
 
 

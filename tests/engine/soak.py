@@ -30,16 +30,18 @@ SMALL = {
 }
 
 
-def preempt(llm: LLM) -> list[bool]:
+def preempt(llm: LLM, drop: bool = False) -> list[bool]:
     """Preempt all running requests between two steps, as vLLM does when it is short of blocks.
 
+    drop: whether the outcomes of steps that have not returned are dropped, as vLLM does where
+        requests are resumed in the same step
     Returns, for each request, whether its prompt was still being computed.
     """
     scheduler = serving.scheduler_of(llm)
     running = list(scheduler.running)
     for request in reversed(running):
         scheduler.running.remove(request)
-        scheduler._preempt_request(request, time.monotonic())
+        scheduler._preempt_request(request, time.monotonic(), drop_stale_output=drop)
     scheduler.prev_step_scheduled_req_ids.clear()
     return [request.num_output_tokens == 0 for request in running]
 
@@ -58,6 +60,7 @@ class Soak:
             [serving.prompt(llm, kind) for kind in self.kinds]
         )
         self.idle, self.before = 0, []
+        self.ahead = self.engine.vllm_config.scheduler_config.async_scheduling
         self._watch()
 
     def run(self, count: int) -> None:
@@ -73,9 +76,10 @@ class Soak:
                 self.engine.abort_request([victim])
                 self.counts["aborted"] += 1
             if self.rng.random() < 0.05:
-                self._count_preempted(preempt(self.llm))
+                self._count_preempted(preempt(self.llm, drop=self.ahead))
         self.counts["requests"] += added
-        self.engine.step()  # workers hear of the last requests' end with the next step
+        for _ in range(3):  # workers hear of the last requests' end with the next step
+            self.engine.step()
 
     def _add(self, name: str) -> None:
         kind = self.rng.randrange(len(self.kinds))

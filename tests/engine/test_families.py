@@ -54,11 +54,12 @@ class Reference:
 
     def spans(self, inputs: Any, request: serving.Request) -> torch.Tensor:
         """The spans (1, N) as vLLM counts images: all frames of a video are one image."""
-        spans = plphp.vision_spans(self.model.config, **inputs)
-        images, frames = len(request.images), sum(len(video) for video in request.videos)
-        if spans.max() == images + frames > images:
-            video = [i for i, video in enumerate(request.videos, images + 1) for _ in video]
-            spans = torch.tensor([*range(images + 1), *video])[spans]
+        spans, videos = plphp.vision_spans(self.model.config, **inputs), iter(request.videos)
+        parts = [0]  # the number in vLLM of every image and frame
+        for number, kind in enumerate(request.kinds, 1):
+            parts += [number] * (len(next(videos)) if kind == "video" else 1)
+        if spans.max() == len(parts) - 1 > len(request.kinds):
+            spans = torch.tensor(parts)[spans]
         return spans
 
 
@@ -99,17 +100,42 @@ def alike(ids: Sequence[int]) -> list[int]:
     ],
 )
 def test_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
-    CHECKPOINTS[name].save(tmp_path)
-    requests = requests_of(name)
+    check(name, requests_of(name), tmp_path)
+
+
+ORDERS = (
+    ("video", "image"),
+    ("video", "image", "video"),
+    ("image", "video", "image"),
+    ("video", "video", "image"),
+)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", pytest.param("internvl", marks=pytest.mark.slow)])
+def test_videos_stand_before_images(name: str, tmp_path: Path) -> None:
+    rng, requests = random.Random(name), []
+    for order in ORDERS * 3:
+        beta = rng.uniform(0.4, 0.9)
+        policy = plphp.PLPHP(r=0.3, delta_r=0.3, beta=beta, alpha=beta + rng.uniform(0, 0.2))
+        images = tuple(serving.picture(rng.randrange(10**6)) for kind in order if kind == "image")
+        videos = tuple(film(rng, 4) for kind in order if kind == "video")
+        words = tuple(rng.choice(serving.WORDS) for _ in order)
+        requests.append(serving.Request(images, "what is it?", policy, 10, words, videos, order))
+    check(name, requests, tmp_path)
+
+
+def check(name: str, requests: list[serving.Request], folder: Path) -> None:
+    """Serve requests of a family and compare with transformers. folder: for the checkpoint"""
+    CHECKPOINTS[name].save(folder)
     limits = {"image": 6, "video": 2 if CHECKPOINTS[name].frames else 0}
     with serving.engine(
-        model=str(tmp_path), limit_mm_per_prompt=limits, max_num_batched_tokens=96
+        model=str(folder), limit_mm_per_prompt=limits, max_num_batched_tokens=96
     ) as llm:
         before = serving.free_blocks(llm)
         prompts = [serving.prompt(llm, request) for request in requests]
         outputs = llm.generate(prompts, [r.sampling for r in requests], use_tqdm=False)
         assert serving.free_blocks(llm) == before
-    reference, close, classes = Reference.load(tmp_path), 0, set()
+    reference, close, classes = Reference.load(folder), 0, set()
     for request, output in zip(requests, outputs, strict=True):
         inputs = reference.inputs(request)
         assert alike(inputs["input_ids"][0].tolist()) == alike(output.prompt_token_ids)

@@ -30,7 +30,7 @@ class FakeLayer(PagedLayer):
     kv_heads, scale, softcap = KV_HEADS, 0.3, None
 
     def __init__(self, group: int) -> None:
-        self.name, self.group = f"layer {group}", group
+        self.name, self.group, self.index = f"layer {group}", group, group
         self.cache = torch.empty(20, KV_HEADS, BLOCK, 2 * WIDTH, device="meta")
 
     def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def side(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A worker side with two layers."""
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     layers = [FakeLayer(0), FakeLayer(1)]
-    return worker.WorkerSide(layers, BLOCK, lambda tensor: tensor, torch.device("meta"))
+    return worker.WorkerSide(layers, 2, BLOCK, lambda tensor: tensor, torch.device("meta"))
 
 
 def test_reading_such_a_tensor_fails() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from vllm.v1.kv_cache_interface import (
 )
 
 import plphp
-from plphp.vllm import attach
+from plphp.vllm import attach, blocks
+from plphp.vllm.checks import check_groups
+from plphp.vllm.options import Options
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +65,52 @@ def test_layers_that_cannot_be_pruned_are_refused(
         layer.get_kv_cache_spec(config)
 
 
-@pytest.mark.parametrize("kind", [SlidingWindowSpec, ChunkedLocalAttentionSpec, MLAAttentionSpec])
-def test_caches_of_other_kinds_are_refused(kind: Any, stock: Any) -> None:
+def spec_of(kind: Any, stock: Any) -> Any:
+    """A spec of another kind with the sizes of the first layer."""
     config, layer = stock
     own = vars(layer.get_kv_cache_spec(config)) | {"sliding_window": 64, "attention_chunk_size": 8}
-    spec = kind(**{field.name: own[field.name] for field in fields(kind) if field.name in own})
-    with pytest.raises(plphp.UnsupportedModelError, match=f"cache is of kind {kind.__name__}"):
-        attach.check_layer(layer, spec, torch.float32)
+    return kind(**{field.name: own[field.name] for field in fields(kind) if field.name in own})
+
+
+def test_caches_of_other_kinds_are_refused(stock: Any) -> None:
+    config, layer = stock
+    spec = spec_of(MLAAttentionSpec, stock)
+    with pytest.raises(plphp.UnsupportedModelError, match="cache is of kind MLAAttentionSpec"):
+        attach.check_layer(layer, spec, config.model_config)
+
+
+def test_layers_with_a_window_are_left_alone_beside_others(stock: Any) -> None:
+    """Cache groups of windows stay, but at least one group has to have full attention."""
+    config, layer = stock
+    full = blocks.LayerSpec(group=0, **vars(layer.get_kv_cache_spec(config)))
+    windows = [spec_of(kind, stock) for kind in (SlidingWindowSpec, ChunkedLocalAttentionSpec)]
+    groups = [SimpleNamespace(kv_cache_spec=one, layer_names=["x"]) for one in (*windows, full)]
+    assert blocks.prunable(groups) == groups[2:]
+    large = SimpleNamespace(kv_cache_spec=replace(full, block_size=64), layer_names=["x"])
+    with pytest.raises(plphp.UnsupportedModelError, match=r"layers have blocks of \{(32|64), "):
+        blocks.prunable([*groups, large])
+    with pytest.raises(plphp.UnsupportedModelError, match="no layer of the model has full"):
+        blocks.prunable(groups[:2])
+    other = SimpleNamespace(kv_cache_spec=spec_of(MLAAttentionSpec, stock), layer_names=["x"])
+    with pytest.raises(plphp.UnsupportedModelError, match="cache is of kind MLAAttentionSpec"):
+        blocks.prunable([*groups, other])
+
+
+def test_layers_share_no_table_beside_layers_that_are_left_alone() -> None:
+    check_groups(3, 3, Options(layers_per_group=2))
+    check_groups(3, 5, Options())
+    with pytest.raises(plphp.UnsupportedModeError, match="use layers_per_group=1"):
+        check_groups(3, 5, Options(layers_per_group=2))
+
+
+def test_attention_in_both_directions_needs_a_backend_for_it(
+    stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, layer = stock
+    spec = layer.get_kv_cache_spec(config)
+    model = SimpleNamespace(dtype=spec.dtype, is_mm_prefix_lm=True)
+    message = "image tokens attend to each other in both directions, which CPU_ATTN does not"
+    with pytest.raises(plphp.UnsupportedModelError, match=message):
+        attach.check_layer(layer, spec, model)
+    monkeypatch.setattr(layer.attn_backend, "supports_mm_prefix", classmethod(lambda cls: True))
+    attach.check_layer(layer, spec, model)

@@ -72,6 +72,22 @@ def test_requests_of_all_kinds_share_one_prefix_at_once(reference: Any) -> None:
         assert serving.same(output, serving.answer(reference, request)) is not False
 
 
+@pytest.mark.parametrize("chunk", [96, pytest.param(4096, marks=pytest.mark.slow)])
+def test_an_image_that_is_added_each_turn(chunk: int, reference: Any) -> None:
+    """Every turn finds the images before in the prefix cache and prunes all of them anew."""
+    images = tuple(serving.picture(seed, least=6) for seed in (3, 4, 5))
+    turns = [serving.Request(images[: n + 1], "describe all.", POLICY, 12) for n in range(3)]
+    with serving.engine(max_num_batched_tokens=chunk) as llm:
+        before = serving.free_blocks(llm)
+        outputs = [serving.generate(llm, [turn])[0] for turn in turns]
+        assert serving.free_blocks(llm) == before
+    cached = [output.num_cached_tokens for output in outputs]
+    assert 0 == cached[0] < cached[1] < cached[2]
+    for turn, output in zip(turns, outputs, strict=True):
+        assert output.kv_transfer_params["plphp"]["retention"] < 1
+        assert serving.same(output, serving.answer(reference, turn)) is not False
+
+
 def test_nothing_is_shared_that_was_pruned_in_place() -> None:
     with serving.engine(share_prefix=False) as llm:
         for _ in range(2):

@@ -55,6 +55,8 @@ def test_tokens_equal_transformers(mode: str, count: int, reference: Any, tmp_pa
     # bfloat16 rounds differently in the engines
     assert parted <= (5 if mode == "bfloat16" else 1 + count // 100)
     assert told["found"]["blocks left"] == told["found"]["entries left"] == 0
+    if "graphs" in made.standins:
+        assert told["found"]["replays"] > 10 and told["found"]["prompts that end in one"] > 0
     if made.hard:
         assert told["found"]["preempted"], "the pool was large enough for all"
         assert len(told["answers"]) < count, "none was aborted"

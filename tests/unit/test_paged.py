@@ -23,7 +23,7 @@ from plphp.paged.blocks import (
 )
 from plphp.paged.choosing import choose_again, draft, settle
 from plphp.paged.compaction import PagedLayer, with_fresh
-from plphp.paged.prompts import PromptEnd, spans_of
+from plphp.paged.prompts import PromptEnd, PromptPart, first_asked, spans_of
 from plphp.paged.tables import BatchTables, PrunedRequest
 from plphp.policy import LayerView
 from plphp.policy.base import keep_best
@@ -72,7 +72,7 @@ class TorchLayer(PagedLayer):
 
     def __init__(self, blocks: int, seed: int) -> None:
         draw = torch.Generator().manual_seed(seed)
-        self.name, self.group = "layer", 0
+        self.name, self.group, self.index = "layer", 0, 0
         self.cache = torch.randn(2, blocks, BLOCK, KV_HEADS, WIDTH, generator=draw)
 
     def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,15 +178,48 @@ def test_kept_tokens_are_found_through_the_table_after_pruning(seed: int, fresh:
         assert [*in_use(reserved, full, freed)] == table[freed:full]
 
 
-def test_scores_are_the_attention_of_the_last_token() -> None:
-    layer, blocks = TorchLayer(9, 0), torch.tensor([3, 7, 2])
-    query = torch.randn(HEADS, WIDTH, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("window", [1, 3, 20])
+def test_scores_are_the_attention_of_the_last_tokens(window: int) -> None:
+    layer, blocks, length = TorchLayer(9, 0), torch.tensor([3, 7, 2]), 20
+    draw = torch.Generator().manual_seed(1)
+    queries = torch.randn(window, HEADS, WIDTH, generator=draw)
+    view = layer.view(queries, blocks, torch.zeros(length, dtype=torch.int64))
+    assert view.window is not None and view.asked is not None
     keys, _ = layer.read(blocks)
-    keys = keys[:, :20].repeat_interleave(HEADS // KV_HEADS, 0)
-    expected = ((keys @ query[..., None])[..., 0] * layer.scale).softmax(-1)
-    view = layer.view(query, blocks, torch.zeros(20, dtype=torch.int64))
-    torch.testing.assert_close(view.probs[0], expected)
-    assert view.keys is not None and view.keys.shape == (1, KV_HEADS, 20, WIDTH)
+    for place, column in enumerate(range(length - window, length)):
+        seen = keys[:, : column + 1].repeat_interleave(HEADS // KV_HEADS, 0)
+        expected = ((seen @ queries[place][..., None])[..., 0] * layer.scale).softmax(-1)
+        found = view.window[0, :, place]
+        torch.testing.assert_close(found[:, : column + 1], expected)
+        assert not found[:, column + 1 :].any() and view.asked[0, place] == column
+    assert view.probs.equal(view.window[:, :, -1])
+    assert view.keys is not None and view.keys.shape == (1, KV_HEADS, length, WIDTH)
+
+
+@pytest.mark.parametrize("ends", [[40], [5, 40], [33, 36, 39, 43], [31, 32, 33, 42]])
+@pytest.mark.parametrize("window", [1, 8, 60])
+def test_queries_of_the_last_tokens_come_together_from_several_steps(
+    ends: list[int], window: int
+) -> None:
+    """The last step may go on into the answer."""
+    length, before = 40, None
+    queries = torch.randn(50, HEADS, WIDTH, generator=torch.Generator().manual_seed(2))
+    policy = plphp.policy("snapkv", window=window)
+    first = first_asked(policy, length)
+    for start, end in zip([0, *ends], ends, strict=False):
+        part = PromptPart(start, end, length, first)
+        if end > first:
+            before = part.join(before, queries[start:end])
+    assert before is not None and before.equal(queries[first:length])
+    again = PromptPart(first, length, length, first).join(before, queries[first:length])
+    assert again.equal(before), "a preempted request computes them again"
+
+
+def test_an_end_of_a_prompt_is_its_last_part() -> None:
+    policy = plphp.policy("snapkv", window=8)
+    end = PromptEnd(16, 44, 40, ((1, 0, 31),), policy, None, None)
+    assert end.part == PromptPart(16, 44, 40, 32)
+    assert replace(end, policy=POLICY).part.first == 39
 
 
 def test_tables_of_a_batch_start_at_the_first_kept_token() -> None:
@@ -223,8 +256,8 @@ def test_lockstep_asks_the_first_group_for_all() -> None:
 
 
 def test_a_long_answer_no_longer_fits_beside_fresh_blocks() -> None:
-    assert fits(tokens=40, fresh=2, block=8, groups=3, pool=24)
-    assert not fits(tokens=41, fresh=2, block=8, groups=3, pool=24)
+    assert fits(tokens=40, fresh=6, block=8, tables=3, pool=24)
+    assert not fits(tokens=41, fresh=6, block=8, tables=3, pool=24)
 
 
 def test_it_imports_no_engine() -> None:

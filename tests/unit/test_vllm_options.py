@@ -80,9 +80,9 @@ def test_a_server_prunes_with_the_method_that_it_is_given(name: str) -> None:
         assert read_options({"method": name}).policy == made
 
 
-def test_the_methods_that_need_one_layer_and_one_query_are_served() -> None:
+def test_the_methods_that_need_one_layer_are_served() -> None:
     own = {"plphp", "plphp-shared", "plphp-flat", "plphp-global"}
-    assert {"full", "random", "uniform", "novelty", *own} == set(METHODS)
+    assert {"full", "random", "uniform", "novelty", "snapkv", "pyramidkv", *own} == set(METHODS)
     assert read_options({"method": "recommended"}).policy == plphp.policy("recommended")
 
 
@@ -124,10 +124,19 @@ def test_options_are_those_of_the_method() -> None:
         request_policy(options, {"plphp.r": 0.5})
 
 
+def test_a_request_cannot_change_the_window_of_its_server() -> None:
+    options = read_options({"method": "snapkv", "window": 8})
+    assert options.policy == plphp.policy("snapkv", window=8)
+    asked = request_policy(options, {"plphp.kernel": 3})
+    assert asked == plphp.policy("snapkv", window=8, kernel=3)
+    with pytest.raises(ValueError, match=r"no option 'plphp\.window'; the options are plphp, "):
+        request_policy(options, {"plphp.window": 16})
+
+
 def test_the_start_log_tells_the_real_rounding() -> None:
     told = Options(plphp.PLPHP(r=0.3), layers_per_group=2).served(32)
     assert "round_to=32" in told and "r=0.3" in told
-    assert told.endswith("layers_per_group=2, share_prefix=True, on=True")
+    assert told.endswith("layers_per_group=2, share_prefix=True, on=True, full_graphs=False")
 
 
 def test_options_do_not_import_vllm() -> None:

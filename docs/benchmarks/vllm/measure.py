@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 os.environ.update(
@@ -245,17 +244,6 @@ def prefix() -> dict[str, Any]:
     return found
 
 
-def soak() -> dict[str, Any]:
-    """10,000 short requests each way, aborted and preempted at random: what is left of them."""
-    sys.path.append(str(Path(__file__).parents[3] / "tests" / "engine"))
-    from soak import soak
-
-    return {
-        name: soak(10_000, share)
-        for name, share in {"shared prefix": True, "in place": False}.items()
-    }
-
-
 def spread(values: list[float]) -> dict[str, float]:
     """Median and the middle half."""
     low, middle, high = statistics.quantiles(values, n=4)
@@ -266,7 +254,6 @@ MEASURES: dict[str, Callable[[], dict[str, Any]]] = {
     "scheduling": scheduling,
     "capacity": capacity,
     "prefix": prefix,
-    "soak": soak,
 }
 
 

@@ -9,6 +9,7 @@ queries, block ids and functions that read and write blocks.
     choosing    the plans of all layers of a request
     compaction  scoring and moving the tokens of one layer
     tables      block tables of a batch in which some requests are pruned
+    fixed       tensors at fixed addresses, for CUDA graphs
     blocks      the number of blocks that a request holds, needs, and gives back
 """
 

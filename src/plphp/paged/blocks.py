@@ -70,12 +70,13 @@ def fresh_blocks(policy: CachePolicy, images: Runs, length: int, block: int) -> 
     return length // block - (int((spans > 0).sum()) - kept) // block
 
 
-def fits(tokens: int, fresh: int, block: int, groups: int, pool: int) -> bool:
-    """Whether a request of `tokens` tokens, and one block more, fits into a pool beside fresh ones.
+def fits(tokens: int, fresh: int, block: int, tables: int, pool: int) -> bool:
+    """Whether a request of `tokens` tokens fits into a pool, with one block more in every table.
 
-    groups: number of cache groups; pool: number of blocks that the pool has in all
+    fresh: number of fresh blocks of all groups; tables: number of block tables of a request
+    pool: number of blocks that the pool has in all
     """
-    return (-(-tokens // block) + 1 + fresh) * groups <= pool
+    return (-(-tokens // block) + 1) * tables + fresh <= pool
 
 
 def in_use(fresh: Sequence[T], full: int, freed: int) -> Sequence[T]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from plphp.policy import CachePolicy
 
@@ -25,6 +26,35 @@ class Choice:
     kept: tuple[int, ...]
     rates: tuple[float, ...]
     classes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PromptPart:
+    """The last prompt tokens that one step computes, of those whose queries a method reads.
+
+    start, end: number of computed tokens of the request before and after this step
+    length: number of tokens of the prompt
+    first: the column of the first token whose query the method reads, in [0, length)
+    """
+
+    start: int
+    end: int
+    length: int
+    first: int
+
+    def join(self, before: Tensor | None, queries: Tensor) -> Tensor:
+        """The queries (W, H, D) of the columns from `first` to the end of this step.
+
+        before: (V, H, D), what the last step returned, or None. A request that was preempted
+            computes columns again, which replaces them here
+        queries: (end - start, H, D), of all tokens of this step
+        """
+        begin = max(self.start, self.first)
+        new = queries[begin - self.start : self.length - self.start].clone()
+        if begin == self.first:
+            return new
+        assert before is not None, "an earlier step has computed the columns before this one"
+        return torch.cat([before[: begin - self.first], new])
 
 
 @dataclass(frozen=True)
@@ -53,8 +83,18 @@ class PromptEnd:
         """The number of tokens of the prompt that are not vision tokens."""
         return self.length - sum(last - first + 1 for _, first, last in self.images)
 
+    @property
+    def part(self) -> PromptPart:
+        """The part of the prompt that this step computes."""
+        return PromptPart(self.start, self.end, self.length, first_asked(self.policy, self.length))
 
-def spans_of(images: Runs, length: int) -> torch.Tensor:
+
+def first_asked(policy: CachePolicy, length: int) -> int:
+    """The column of the first token whose query a policy reads, in a prompt of `length` tokens."""
+    return max(length - policy.window, 0)
+
+
+def spans_of(images: Runs, length: int) -> Tensor:
     """The spans (N,) int64 of a prompt, as in `plphp.policy.LayerView`. length: N."""
     spans = torch.zeros(length, dtype=torch.int64)
     for image, first, last in images:

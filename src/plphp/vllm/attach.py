@@ -10,7 +10,6 @@ import functools
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -24,8 +23,10 @@ from plphp.vllm.worker import WorkerSide
 SIDE = "plphp_worker_side"  # the attribute of a layer that holds its `WorkerSide`
 
 
-def attach(layer: Any, spec: Any, vllm_config: Any) -> blocks.LayerSpec:
+def attach(layer: Any, spec: Any, vllm_config: Any) -> Any:
     """Hook one decoder layer, an Attention, and return the spec that assigns its cache group.
+
+    A layer of another kind of attention that may stay beside pruned layers keeps its spec.
 
     layer: vLLM's Attention
     spec: the KVCacheSpec that vLLM made for it
@@ -35,7 +36,9 @@ def attach(layer: Any, spec: Any, vllm_config: Any) -> blocks.LayerSpec:
     name = layer.layer_name
     options = read_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
     check_modes(vllm_config, options)
-    check_layer(layer, spec, vllm_config.model_config.dtype)
+    if type(spec) in blocks.LEFT_ALONE:
+        return spec
+    check_layer(layer, spec, vllm_config.model_config)
     if not issubclass(layer.attn_backend, Shifted):
         layer.attn_backend = shifted_backend(layer.attn_backend)
         layer.impl.forward = observed_forward(name, layer.impl.forward)
@@ -45,10 +48,10 @@ def attach(layer: Any, spec: Any, vllm_config: Any) -> blocks.LayerSpec:
     return blocks.LayerSpec(group=group, **given)
 
 
-def check_layer(layer: Any, spec: Any, dtype: torch.dtype) -> None:
+def check_layer(layer: Any, spec: Any, model: Any) -> None:
     """Raise UnsupportedModelError for a layer that cannot be pruned.
 
-    spec: as in `attach`; dtype: of the model
+    spec: as in `attach`; model: vLLM's ModelConfig
     """
     backend = layer.attn_backend.get_name()
     full = type(spec) is FullAttentionSpec
@@ -58,7 +61,10 @@ def check_layer(layer: Any, spec: Any, dtype: torch.dtype) -> None:
         ),
         blocks.other_cache(spec): not full,
         "its keys and values have unequal head sizes": full and spec.head_size != spec.head_size_v,
-        f"its cache is quantized ({spec.dtype})": full and spec.dtype != dtype,
+        f"its cache is quantized ({spec.dtype})": full and spec.dtype != model.dtype,
+        f"image tokens attend to each other in both directions, which {backend} does not compute": (
+            model.is_mm_prefix_lm and not layer.attn_backend.supports_mm_prefix()
+        ),
         "it shares its cache with another layer": layer.kv_sharing_target_layer_name is not None,
         "it has attention sinks": getattr(layer.impl, "sinks", None) is not None,
         "it has position biases (ALiBi)": getattr(layer.impl, "alibi_slopes", None) is not None,
@@ -78,11 +84,14 @@ def shifted_backend(base: type[Any]) -> type[Any]:
     builder: type[Any] = base.get_builder_cls()
 
     class Builder(builder):
-        def build(self, common_prefix_len: int, common: Any, fast_build: bool = False) -> Any:
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+        ) -> Any:
             layers = self.vllm_config.compilation_config.static_forward_context
-            side = side_of(layers[self.layer_names[0]])
+            name, common = self.layer_names[0], common_attn_metadata
+            side = side_of(layers[name])
             if side is not None:
-                common = side.shift(side.layers[self.layer_names[0]].group, common)
+                common = side.shift(side.layers[name].group, common)
             return super().build(common_prefix_len, common, fast_build)
 
     class Backend(Shifted, base):

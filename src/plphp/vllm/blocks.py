@@ -13,7 +13,13 @@ from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from plphp.errors import UnsupportedModelError
@@ -35,7 +41,7 @@ class LayerSpec(FullAttentionSpec):
 
         Raises AssertionError for layers of different groups, which vLLM expects and handles.
         """
-        if len({spec.group for spec in specs}) != 1:
+        if len({getattr(spec, "group", None) for spec in specs}) != 1:
             raise AssertionError("layers of different groups do not share a block table")
         return specs[0]
 
@@ -50,19 +56,36 @@ def refusal(layer: str, reason: str) -> UnsupportedModelError:
     )
 
 
+LEFT_ALONE = (SlidingWindowSpec, ChunkedLocalAttentionSpec)  # specs of layers that are not pruned
+
+
 def other_cache(spec: KVCacheSpec) -> str:
     """The reason to refuse a layer whose cache is not that of full attention."""
+    if isinstance(spec, MambaSpec):
+        return (
+            "it has a recurrent state, to whose size vLLM enlarges the blocks of all layers, so "
+            "that dropped tokens would seldom fill one"
+        )
     return f"its cache is of kind {type(spec).__name__}, and only full attention can be pruned"
 
 
-def check_groups(groups: Sequence[Any]) -> None:
-    """Raise UnsupportedModelError if the spec of a cache group is not a `LayerSpec`.
+def prunable(groups: Sequence[Any]) -> list[Any]:
+    """The cache groups with a `LayerSpec`, which are pruned. Those of `LEFT_ALONE` are not.
 
-    Layers of other classes than Attention (chunked, linear, latent) make specs of their own.
+    Layers of other classes than Attention (chunked, linear, latent) make specs of their own. Raises
+    UnsupportedModelError for a spec of another kind, for blocks of several sizes, and if no layer
+    can be pruned.
     """
     for group in groups:
-        if not isinstance(group.kv_cache_spec, LayerSpec):
+        if type(group.kv_cache_spec) not in (LayerSpec, *LEFT_ALONE):
             raise refusal(group.layer_names[0], other_cache(group.kv_cache_spec))
+        sizes = {group.kv_cache_spec.block_size, groups[0].kv_cache_spec.block_size}
+        if len(sizes) > 1:
+            raise refusal(group.layer_names[0], f"layers have blocks of {sizes} tokens")
+    own = [group for group in groups if isinstance(group.kv_cache_spec, LayerSpec)]
+    if not own:
+        raise refusal(groups[0].layer_names[0], "no layer of the model has full attention")
+    return own
 
 
 class LayerBlocks(FullAttentionManager):
@@ -139,20 +162,27 @@ class LayerBlocks(FullAttentionManager):
 
 
 class LockstepCoordinator:
-    """A wrapper of vLLM's coordinator for groups whose block tables always have equal lengths.
+    """A wrapper of vLLM's coordinator that answers for all groups as far as their tables are alike.
 
-    All groups need as many blocks as the first group. In most steps no group needs any, and the
-    wrapper then answers without calling the groups.
+    Where all groups are pruned, their block tables always have equal lengths, and all need as many
+    blocks as the first group. In most steps no group needs any, and the wrapper then answers
+    without calling the groups. Beside layers that are left alone, every group is called.
     """
 
-    def __init__(self, coordinator: Any, freed: Callable[[str], None]) -> None:
-        """freed: called with the id of a request that has given all its blocks back."""
+    def __init__(self, coordinator: Any, freed: Callable[[str], None], window: int) -> None:
+        """freed: called with the id of a request that has given all its blocks back.
+
+        window: number of last prompt tokens whose queries the method reads, so that they are
+            computed even where the prefix cache holds them
+        """
         self.coordinator = coordinator
         self.freed = freed
-        self.first: LayerBlocks = coordinator.single_type_managers[0]
+        self.window = window
+        managers = coordinator.single_type_managers
+        self.alike = all(isinstance(manager, LayerBlocks) for manager in managers)
+        self.first = next(manager for manager in managers if isinstance(manager, LayerBlocks))
         self.lockstep = Lockstep(self.first.req_to_blocks, self.first.block_size)
-        self.groups = len(coordinator.single_type_managers)
-        self.no_blocks: tuple[list[KVCacheBlock], ...] = tuple([] for _ in range(self.groups))
+        self.no_blocks: tuple[list[KVCacheBlock], ...] = tuple([] for _ in managers)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.coordinator, name)
@@ -177,11 +207,22 @@ class LockstepCoordinator:
         )
         return new
 
+    def find_longest_cache_hit(self, block_hashes: Any, max_cache_hit_length: int) -> Any:
+        """The cached blocks of a prompt. vLLM asks for all of its tokens but the last one."""
+        most = max(max_cache_hit_length - (self.window - 1), 0)
+        return self.coordinator.find_longest_cache_hit(block_hashes, most)
+
     def cache_blocks(self, request: Any, num_computed_tokens: int) -> None:
+        """Add full blocks of all groups to the prefix cache.
+
+        Of a pruned request no group adds more than its prompt: in layers that are left alone, too,
+        keys and values of the answer follow from pruned layers.
+        """
         request_id, first = request.request_id, self.first
-        full = first.cacheable_tokens(request_id, num_computed_tokens) // first.block_size
-        if full > first.num_cached_block.get(request_id, 0):
-            self.coordinator.cache_blocks(request, num_computed_tokens)
+        most = first.cacheable_tokens(request_id, num_computed_tokens)
+        cached = first.num_cached_block.get(request_id, 0) if self.alike else 0
+        if most // first.block_size > cached:
+            self.coordinator.cache_blocks(request, most)
 
     def free(self, request_id: str) -> None:
         self.coordinator.free(request_id)
@@ -193,11 +234,13 @@ class LockstepCoordinator:
         return blocks
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: no layer has a window, and `LayerBlocks.drop` frees the pruned blocks."""
+        """Free blocks that are outside of windows. `LayerBlocks.drop` frees the pruned blocks."""
+        if not self.alike:
+            self.coordinator.remove_skipped_blocks(*args, **kwargs)
 
     def _has_slots(self, request_id: str, num_tokens: int) -> bool:
         """Whether the blocks that a request holds have slots for `num_tokens` tokens."""
-        enough = self.lockstep.has_slots(request_id, num_tokens)
+        enough = self.alike and self.lockstep.has_slots(request_id, num_tokens)
         return enough and not self.first.blocks_to_reserve(request_id, num_tokens)
 
 

@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
-from plphp.errors import UnsupportedModeError, UnsupportedVllmError
+from plphp.errors import UnsupportedModeError
 from plphp.vllm.options import CONNECTOR, Options
 
-VLLM = "0.32"  # the minor version whose internals this package uses
 PLATFORMS = ("cpu", "cuda")  # platforms with an attention backend in `layout`
 PLPHP_OPTIONS = {"r", "delta_r", "layers_per_group"}  # options that only plphp's connector has
-
-
-def check_version(found: str) -> None:
-    """Raise UnsupportedVllmError for another minor version of vLLM."""
-    if found.split(".")[:2] != VLLM.split("."):
-        raise UnsupportedVllmError(
-            f"plphp prunes in vLLM {VLLM}, found {found}: pip install 'vllm=={VLLM}.*'"
-        )
 
 
 def check_platform(found: str) -> None:
@@ -66,6 +57,18 @@ def check_alone(transfer: Any, known: Container[str]) -> None:
         )
 
 
+def check_groups(pruned: int, all_groups: int, options: Options) -> None:
+    """Raise UnsupportedModeError for layers that share a table beside layers that are left alone.
+
+    pruned: number of cache groups that are pruned; all_groups: of all groups
+    """
+    if pruned < all_groups and options.layers_per_group > 1:
+        raise UnsupportedModeError(
+            f"layers_per_group={options.layers_per_group} needs a model with full attention in all "
+            "layers: use layers_per_group=1"
+        )
+
+
 def check_modes(vllm_config: Any, options: Options) -> None:
     """Raise UnsupportedModeError for modes in which pruning does not work.
 
@@ -73,6 +76,7 @@ def check_modes(vllm_config: Any, options: Options) -> None:
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    graphs = vllm_config.compilation_config.cudagraph_mode
     layers = model.get_total_num_hidden_layers()
     context = parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size
     refused = {
@@ -90,9 +94,11 @@ def check_modes(vllm_config: Any, options: Options) -> None:
         "--disable-hybrid-kv-cache-manager (leave it out)": (
             scheduler.disable_hybrid_kv_cache_manager
         ),
-        "bidirectional attention among image tokens": model.is_mm_prefix_lm,
         "vLLM's own video pruning (leave out --video-pruning-rate)": (
             model.multimodal_config and model.multimodal_config.video_pruning_rate
+        ),
+        "full_graphs and cudagraph_mode FULL, which records prompts too (use FULL_AND_PIECEWISE)": (
+            options.full_graphs and graphs.mixed_mode().name == "FULL"
         ),
         "pooling, which does not decode": model.runner_type != "generate",
         f"layers_per_group={options.layers_per_group} (use a divisor of {layers} layers)": (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import vllm
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
@@ -18,9 +19,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from plphp.errors import UnsupportedModeError
+from plphp.paged.fixed import FixedTensors, query_buffers
 from plphp.vllm import blocks, checks
 from plphp.vllm.attach import SIDE
 from plphp.vllm.layer import Layer
@@ -30,9 +33,10 @@ from plphp.vllm.metrics import Counts, Prometheus
 from plphp.vllm.options import read_options
 from plphp.vllm.runner import watch_batches
 from plphp.vllm.scheduler import SchedulerSide
+from plphp.vllm.versions import check_version
 from plphp.vllm.worker import WorkerSide
 
-checks.check_version(vllm.__version__)
+check_version(vllm.__version__)
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers under its own name
 
 
@@ -46,19 +50,21 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """True: attention then runs between the pieces of CUDA graphs, with tables of any address.
+        """Whether attention runs between the pieces of CUDA graphs, with tables of any address.
 
         extra_config: as the user gave it
         """
-        return True
+        return not read_options(extra_config).full_graphs
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        options = read_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        self.options = options = read_options(
+            vllm_config.kv_transfer_config.kv_connector_extra_config
+        )
         checks.check_modes(vllm_config, options)
         blocks.register()
-        self.groups = kv_cache_config.kv_cache_groups
-        blocks.check_groups(self.groups)
+        self.groups = blocks.prunable(kv_cache_config.kv_cache_groups)
+        checks.check_groups(len(self.groups), len(kv_cache_config.kv_cache_groups), options)
         self.block_size: int = self.groups[0].kv_cache_spec.block_size
         self.worker: WorkerSide | None = None
         self.scheduler: SchedulerSide | None = None
@@ -76,7 +82,9 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_kv_cache_manager(kv_cache_manager)
         self._scheduler.bind(kv_cache_manager.coordinator.single_type_managers)
         kv_cache_manager.coordinator = blocks.LockstepCoordinator(
-            kv_cache_manager.coordinator, freed=self._scheduler.plan_blocks
+            kv_cache_manager.coordinator,
+            freed=self._scheduler.plan_blocks,
+            window=self._scheduler.options.policy.window,
         )
 
     def on_new_request(self, request: Any) -> None:
@@ -121,11 +129,20 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         for group, spec in enumerate(self.groups):
             for name in spec.layer_names:
                 check_blocks(name, modules[name], self.block_size)
-                layers.append(Layer(name, group, modules[name], reader_of(modules[name])))
+                index, reader = extract_layer_index(name), reader_of(modules[name])
+                layers.append(Layer(name, group, index, modules[name], reader))
         device = next(iter(kv_caches.values())).device
-        self.worker = WorkerSide(layers, self.block_size, mean_over_ranks, device)
+        fixed = self._fixed(layers, device) if self.options.full_graphs else None
+        depth = self._vllm_config.model_config.get_total_num_hidden_layers()
+        self.worker = WorkerSide(layers, depth, self.block_size, mean_over_ranks, device, fixed)
         for layer in layers:
             setattr(layer.module, SIDE, self.worker)
+
+    def _fixed(self, layers: list[Layer], device: torch.device) -> FixedTensors:
+        rows = self._vllm_config.scheduler_config.max_num_seqs
+        shapes = {one.name: (one.module.num_heads, one.module.head_size) for one in layers}
+        dtype = self._vllm_config.model_config.dtype
+        return FixedTensors(rows, query_buffers(shapes, rows, dtype, device))
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Begin a step. Model Runner V1 calls this first, V2 after it has built the metadata."""

@@ -15,13 +15,14 @@ from plphp.vllm.layout import Reader
 class Layer(PagedLayer):
     """One decoder layer.
 
-    name, group: as in `PagedLayer`
+    name, group, index: as in `PagedLayer`
     module: vLLM's Attention, which owns the paged cache
     reader: function that reads the cache of the layer's attention backend
     """
 
     name: str
     group: int
+    index: int
     module: Any
     reader: Reader
 

@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from plphp.paged.prompts import Choice, PromptEnd
+from plphp.paged.prompts import Choice, PromptEnd, PromptPart
 
 VISION = ("image", "video")  # modalities whose tokens are pruned
 
@@ -21,10 +21,13 @@ class Step(KVConnectorMetadata):
     """The message to the workers about one step.
 
     ends: by request id, the prompts whose last token is computed in this step
+    parts: by request id, the prompts of which this step computes tokens whose queries the method
+        reads, but not the last token
     released: ids of requests that finished or were preempted since the last step
     """
 
     ends: dict[str, PromptEnd] = field(default_factory=dict)
+    parts: dict[str, PromptPart] = field(default_factory=dict)
     released: frozenset[str] = frozenset()
 
 

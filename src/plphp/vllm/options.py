@@ -11,6 +11,7 @@ from plphp.policy import policy as make_policy
 from plphp.policy.base import check_count
 
 CONNECTOR = "PLPHPConnector"
+OF_SERVER = ("window",)  # options that a request cannot change: the prefix cache depends on them
 SWITCH = "plphp"  # the extra_args key that switches pruning on or off for a request
 PREFIX = "plphp."  # extra_args keys with this prefix change one option of the method for a request
 
@@ -23,10 +24,12 @@ def refusal(policy: Policy) -> str | None:
         return "only the policies of plphp.policy have a name that all processes of vLLM know"
     if not isinstance(policy, CachePolicy):
         return "it does not prune the cache"
+    if policy.kind != "layer" and isinstance(policy, PLPHP):
+        return f"budget must be 'image' or 'global' in vLLM, got {policy.budget!r}"
     if policy.kind != "layer":
         return "its layers share a budget, and vLLM prunes them apart"
-    if policy.window > 1:
-        return f"it reads the last {policy.window} prompt tokens, which vLLM may compute apart"
+    if policy.round_to != 1:
+        return "round_to cannot be set in vLLM, where it is the block size: leave it at 1"
     return None
 
 
@@ -46,6 +49,7 @@ class Options:
         tokens are copied into fresh blocks, so that another question on the same images need not
         compute them again
     on: whether requests are pruned that do not set the switch themselves
+    full_graphs: whether decoding steps may be replayed as full CUDA graphs; not yet run on a GPU
 
     Raises ValueError, naming the field.
     """
@@ -54,25 +58,18 @@ class Options:
     layers_per_group: int = 1
     share_prefix: bool = True
     on: bool = True
+    full_graphs: bool = False
 
     def __post_init__(self) -> None:
         check_count("layers_per_group", self.layers_per_group, 1)
-        for name in ("share_prefix", "on"):
+        for name in ("share_prefix", "on", "full_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if isinstance(self.policy, PLPHP) and self.policy.kind != "layer":
-            raise ValueError(
-                f"budget must be 'image' or 'global' in vLLM, got {self.policy.budget!r}"
-            )
         reason = refusal(self.policy)
         if reason:
             raise ValueError(
-                f"vLLM cannot prune with {self.policy!r}: {reason}; it can with "
+                f"vLLM cannot prune with {self.policy!r}: {reason}; the methods are "
                 f"{', '.join(METHODS)}"
-            )
-        if self.policy.round_to != 1:
-            raise ValueError(
-                "round_to cannot be set in vLLM, where it is the block size: leave it at 1"
             )
 
     @property
@@ -107,7 +104,8 @@ def request_policy(options: Options, extra_args: Mapping[str, Any] | None) -> Ca
         {"plphp.r": 0.2} changes one option of the server's method, which also switches pruning on
     Raises ValueError, naming the key.
     """
-    given, tunable = extra_args or {}, _tunable(options.policy)
+    given = extra_args or {}
+    tunable = [name for name in _tunable(options.policy) if name not in OF_SERVER]
     changed = {name[len(PREFIX) :]: given[name] for name in given if name.startswith(PREFIX)}
     switch = given.get(SWITCH, bool(changed) or options.on)
     if isinstance(switch, (list, dict)) or switch not in _SWITCHES:
@@ -127,6 +125,7 @@ def engine_args(
     layers_per_group: int = 1,
     share_prefix: bool = True,
     on: bool = True,
+    full_graphs: bool = False,
 ) -> dict[str, Any]:
     """The arguments for `vllm.LLM(model, **engine_args(policy))` and for AsyncEngineArgs.
 
@@ -134,7 +133,7 @@ def engine_args(
     Raises ValueError, naming the field, and for a policy that vLLM cannot prune with.
     """
     made = _served(policy) if isinstance(policy, str) else policy or PLPHP()
-    options = Options(made, layers_per_group, share_prefix, on)
+    options = Options(made, layers_per_group, share_prefix, on, full_graphs)
     extra = asdict(options)
     tuned = {name: extra["policy"][name] for name in _tunable(options.policy)}
     own = {name: value for name, value in extra.items() if name != "policy"}

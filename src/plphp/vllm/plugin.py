@@ -14,8 +14,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from plphp.vllm.checks import check_alone, check_platform, check_version
+from plphp.vllm.checks import check_alone, check_platform
 from plphp.vllm.options import CONNECTOR, read_options
+from plphp.vllm.versions import check_version
 
 
 def register() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from plphp.paged.blocks import PromptBlocks, fits, fresh_blocks
-from plphp.paged.prompts import Choice, PromptEnd
+from plphp.paged.prompts import Choice, PromptEnd, PromptPart, first_asked
 from plphp.policy import LAYER_CLASSES, CachePolicy
 from plphp.vllm.blocks import LayerBlocks
 from plphp.vllm.messages import Pruned, Step, vision_runs
@@ -74,7 +74,8 @@ class SchedulerSide:
 
     prompts: prompts to prune, by request id
     awaited: prompts whose `pending` is not empty, by request id; their requests may have finished
-    blocks: how their blocks are handled, by request id; the managers of all groups share this dict
+    blocks: how their blocks are handled, by request id; the managers of pruned groups share this
+        dict
     refused: why a request is not pruned, by request id
     features: vLLM's image features of requests, by request id
     """
@@ -89,12 +90,14 @@ class SchedulerSide:
         self.refused: dict[str, str] = {}
         self.features: dict[str, Any] = {}
         self.managers: Sequence[LayerBlocks] = ()
+        self.tables = 0  # block tables of a request, those of layers that are left alone included
         self.counts = Counts()
 
-    def bind(self, managers: Sequence[LayerBlocks]) -> None:
-        """Share `blocks` with the managers of all groups."""
-        self.managers = managers
-        for manager in managers:
+    def bind(self, managers: Sequence[Any]) -> None:
+        """Share `blocks` with the managers of pruned groups. managers: of all groups"""
+        self.tables = len(managers)
+        self.managers = [manager for manager in managers if isinstance(manager, LayerBlocks)]
+        for manager in self.managers:
             manager.prompts = self.blocks
 
     def add(self, request: Any) -> None:
@@ -152,8 +155,14 @@ class SchedulerSide:
             start = computed[request_id]
             end = start + scheduled
             prompt = self.prompts.get(request_id)
-            if prompt is not None and start < prompt.request.num_prompt_tokens <= end:
+            if prompt is None or start >= prompt.request.num_prompt_tokens:
+                continue
+            length = prompt.request.num_prompt_tokens
+            first = first_asked(prompt.policy, length)
+            if end >= length:
                 step.ends[request_id] = self._prompt_end(prompt, start, end)
+            elif end > first:
+                step.parts[request_id] = PromptPart(start, end, length, first)
         return step
 
     def pruned(self, pruned: Pruned) -> None:
@@ -177,9 +186,10 @@ class SchedulerSide:
             prompt.choice = choice
             if prompt.told is not None:
                 prompt.told.update(prompt.numbers(freed=0))
-            if alive and prompt.request.num_prompt_tokens % self.block_size == 0:
-                # After a preemption the prefix cache could hold the whole prompt. The last token
-                # would then not be computed, and its query would be missing.
+            full = prompt.request.num_prompt_tokens // self.block_size * self.block_size
+            if alive and full > first_asked(prompt.policy, prompt.request.num_prompt_tokens):
+                # After a preemption the prefix cache could hold tokens whose queries are needed.
+                # They would then not be computed.
                 prompt.request.skip_reading_prefix_cache = True
 
     def finish(self, request_id: str) -> dict[str, Any] | None:
@@ -225,4 +235,5 @@ class SchedulerSide:
         request, block = prompt.request, self.block_size
         fresh = fresh_blocks(prompt.policy, prompt.images, request.num_prompt_tokens, block)
         pool: int = self.managers[0].block_pool.num_gpu_blocks - 1
-        return fresh if fits(request.num_tokens, fresh, block, len(self.managers), pool) else None
+        reserved = fresh * len(self.managers)
+        return fresh if fits(request.num_tokens, reserved, block, self.tables, pool) else None

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.attention import attend
 from plphp.paged.choosing import choose_again, draft, settle
 from plphp.paged.compaction import PagedLayer, with_fresh
-from plphp.paged.prompts import Choice, PromptEnd, spans_of
+from plphp.paged.fixed import FixedTensors
+from plphp.paged.prompts import Choice, PromptEnd, PromptPart, spans_of
 from plphp.paged.tables import BatchTables, PrunedRequest, to_device
 from plphp.policy import LayerView
 from plphp.vllm.messages import Pruned, Step
@@ -33,7 +33,7 @@ class Ending:
     end: the scheduler's message
     row: its row in the batch
     start: index of its first token in the batch
-    queries: by layer name, (H, D) of the last prompt token
+    queries: by layer name, (W, H, D) of the last prompt tokens
     columns: by layer name, (Hkv, K), of layers whose tokens were selected before the end of the
         step
     """
@@ -53,30 +53,42 @@ class Ending:
 class WorkerSide:
     """The state of the plugin next to a model runner.
 
-    layers: all decoder layers
+    layers: the decoder layers that are pruned
+    depth: number of all layers of the decoder
     block_size: tokens per block
     over_ranks: as in `plphp.policy.LayerView`
     device: of the caches
+    fixed: tensors for full CUDA graphs, or None
 
-    Only `pruned_requests`, the pruned requests that are being decoded, lasts longer than a step.
+    Two fields last longer than a step: `pruned_requests`, the pruned requests that are being
+    decoded, and `queries`, by request id and layer name the queries of the last prompt tokens, of
+    prompts whose last token has not been computed.
     """
 
     def __init__(
         self,
         layers: Sequence[PagedLayer],
+        depth: int,
         block_size: int,
         over_ranks: Callable[[Tensor], Tensor],
         device: torch.device,
+        fixed: FixedTensors | None = None,
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
+        self.places = {layer.name: place for place, layer in enumerate(layers)}
         self.groups = 1 + max(layer.group for layer in layers)
+        self.depth = depth
         self.block_size = block_size
         self.over_ranks = over_ranks
         self.device = device
+        self.fixed = fixed
         self.pruned_requests: dict[str, PrunedRequest] = {}
+        self.queries: dict[str, dict[str, Tensor]] = {}
         self.batch_tables = BatchTables((), self.groups, device)
         self.step: Step | None = None
         self.endings: dict[str, Ending] = {}
+        self.parts: dict[str, tuple[int, PromptPart]] = {}
+        self.seen: set[str] = set()  # names of layers whose queries were stored in this step
         self.tables: dict[int, Tensor] = {}
         self.choices: dict[str, Choice] = {}
 
@@ -92,9 +104,11 @@ class WorkerSide:
         """
         if step is self.step:
             return
-        self.step, self.endings, self.tables, self.choices = step, {}, {}, {}
+        self.step, self.endings, self.parts, self.tables, self.choices = step, {}, {}, {}, {}
+        self.seen = set()
         for request_id in step.released:
             self.pruned_requests.pop(request_id, None)
+            self.queries.pop(request_id, None)
         if not self.pruned_requests:
             self.batch_tables = BatchTables((), self.groups, self.device)
 
@@ -107,9 +121,13 @@ class WorkerSide:
         assert self.step is not None
         start = 0
         for row, request_id in enumerate(ids):
-            if request_id in self.step.ends:
-                end = self.step.ends[request_id]
-                self.endings[request_id] = Ending(end, row, start, {}, {})
+            end = self.step.ends.get(request_id)
+            part = end.part if end else self.step.parts.get(request_id)
+            if part:
+                self.parts[request_id] = start, part
+                self.queries.setdefault(request_id, {})
+            if end:
+                self.endings[request_id] = Ending(end, row, start, self.queries[request_id], {})
             start += tokens[request_id]
         rows = tuple(self.pruned_requests.get(request_id) for request_id in ids)
         if rows != self.batch_tables.rows:
@@ -120,13 +138,19 @@ class WorkerSide:
 
         Attention sees a shorter sequence. Its causal mask is aligned to the end of the sequence, so
         that kernels work unchanged. `seq_lens_cpu_upper_bound` is shifted by the same numbers,
-        because FlashInfer's plans take it for the lengths themselves.
+        because FlashInfer's plans take it for the lengths themselves. Outside a step vLLM records
+        CUDA graphs, and nothing is shifted.
         """
-        if self.step is None:
+        if self.step is not None:
+            self.tables[group] = common.block_table_tensor
+            if not self.batch_tables.empty:
+                common = self._shifted(group, common)
+        if self.fixed is None:
             return common
-        self.tables[group] = common.block_table_tensor
-        if self.batch_tables.empty:
-            return common
+        lengths, table = self.fixed.place(group, common.seq_lens, common.block_table_tensor)
+        return common.replace(seq_lens=lengths, block_table_tensor=table)
+
+    def _shifted(self, group: int, common: Any) -> Any:
         batch, block = self.batch_tables, self.block_size
         on_host = batch.shorten(group, block, common.seq_lens_cpu_upper_bound)
         return common.replace(
@@ -140,19 +164,34 @@ class WorkerSide:
     def after_attention(self, name: str, query: Tensor, output: Tensor) -> None:
         """Store the queries of last prompt tokens after the attention of a layer.
 
+        A full CUDA graph calls this when it is recorded, and not when it is replayed.
+
         query: (T, H, D) of T tokens in the batch; output: (T, H * D) or (T, H, D), in which the
         rows of answers that follow a pruned prompt are replaced
         """
+        if self.fixed is not None:
+            self.fixed.keep(name, query)
+        self._store(name, query)
         for ending in self.endings.values():
-            ending.queries[name] = query[ending.last].clone()
             if ending.end.end > ending.end.length:
                 self._recompute_answer(self.layers[name], ending, query, output)
+
+    def _store(self, name: str, query: Tensor) -> None:
+        """Store the queries of last prompt tokens, from those (T, H, D) of all tokens of a step."""
+        self.seen.add(name)
+        for request_id, (first, part) in self.parts.items():
+            queries = self.queries[request_id]
+            new = query[first : first + part.end - part.start]
+            queries[name] = part.join(queries.get(name), new)
 
     def finish(self) -> None:
         """Prune the prompts whose last token was computed in this step.
 
         The host waits for the device once, for all prompts that are pruned for the first time.
         """
+        if self.fixed is not None and self.parts:
+            for name in self.layers.keys() - self.seen:  # a graph was replayed
+                self._store(name, self.fixed.queries[name])
         block, per_group = self.block_size, self.layers_per_group
         new = {name: one for name, one in self.endings.items() if one.end.choice is None}
         drafts = [draft(self._views(one), one.end.policy, block, per_group) for one in new.values()]
@@ -167,7 +206,8 @@ class WorkerSide:
             self._compact(ending, choice)
             if any(choice.freed):
                 self.pruned_requests[request_id] = PrunedRequest.of(choice.freed, ending.end, block)
-        self.endings, self.step = {}, None
+            del self.queries[request_id]
+        self.endings, self.parts, self.step = {}, {}, None
 
     def report(self) -> Pruned | None:
         """The message to the scheduler; None if no prompt was pruned."""
@@ -186,12 +226,12 @@ class WorkerSide:
         end, choice = ending.end, ending.end.choice
         assert choice is not None
         if layer.name not in ending.columns:
-            index = list(self.layers).index(layer.name)
+            place = self.places[layer.name]
             ending.columns[layer.name] = choose_again(
                 self._view(layer, ending, self._spans(ending)),
                 end.policy,
-                choice.rates[index],
-                choice.kept[index],
+                choice.rates[place],
+                choice.kept[place],
                 end.text,
             )
         return ending.columns[layer.name]
@@ -207,11 +247,11 @@ class WorkerSide:
 
     def _view(self, layer: PagedLayer, ending: Ending, spans: Tensor) -> LayerView:
         """The input of the policy for one layer."""
-        query, blocks = ending.queries[layer.name], self._blocks(layer, ending)
+        queries, blocks = ending.queries[layer.name], self._blocks(layer, ending)
         return replace(
-            layer.view(query, blocks, spans),
-            layer=list(self.layers).index(layer.name),
-            layers=len(self.layers),
+            layer.view(queries, blocks, spans),
+            layer=layer.index,
+            layers=self.depth,
             over_ranks=self.over_ranks,
             images=ending.end.images[-1][0],
         )
@@ -249,15 +289,8 @@ class WorkerSide:
         )
         if not choice.freed[layer.group]:
             return
-        kept = self._choose_again(layer, ending)
-        answer = torch.arange(end.length, end.end, device=kept.device)
-        columns = torch.cat([kept, answer.expand(len(kept), -1)], 1)
-        keys, values = layer.gather(self._blocks(layer, ending), columns)
-        first, new, held = ending.last + 1, len(answer), keys.shape[1]
-        seen = torch.ones(new, held, dtype=torch.bool, device=kept.device).tril(held - new)
-        queries = query[first : first + new].transpose(0, 1)[None]
-        out = attend(
-            queries, keys[None], values[None], seen[None, None], layer.scale, layer.softcap
-        )
+        first, new = ending.last + 1, end.end - end.length
+        kept, blocks = self._choose_again(layer, ending), self._blocks(layer, ending)
+        out = layer.attend_kept(query[first : first + new], blocks, kept, end.length)
         rows = output[first : first + new]
-        rows.copy_(out[0].transpose(0, 1).reshape(rows.shape))
+        rows.copy_(out.reshape(rows.shape))
