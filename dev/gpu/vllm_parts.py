@@ -20,15 +20,13 @@ PIECE = 56 << 20  # bytes; the sources of plphp take the rest of a transfer
 
 
 def state() -> dict[str, object]:
-    """Whether vLLM is here, and the reason why nothing was run."""
+    """Whether vLLM is here, and what to do next."""
     import torch
 
-    note = (
-        "skipped: the plugin refuses GPUs (docs/vllm.md, On a GPU), so that an engine would end "
-        "before it loads a model"
-    )
     if find_spec("vllm") is None:
-        note += "; vllm is not installed"
+        note = "skipped: vllm is not installed here; dev/gpu/README.md says how its wheel travels"
+    else:
+        note = "vllm is here: run docs/benchmarks/vllm/measure.py capacity, and make test-vllm"
     return {"torch": torch.__version__, "cuda": torch.version.cuda, "note": note}
 
 

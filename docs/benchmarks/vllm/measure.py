@@ -81,7 +81,9 @@ def policy() -> plphp.PLPHP:
     with plphp.prune(embedded.model) as pruning:
         embedded.model.generate(**inputs, max_new_tokens=1)
         gammas = sorted(layer.gamma[0] for layer in pruning.report.layers)
-    return plphp.PLPHP(beta=sum(gammas[1:3]) / 2, alpha=sum(gammas[3:5]) / 2)
+    third = len(gammas) // 3
+    beta, alpha = (sum(gammas[at - 1 : at + 1]) / 2 for at in (third, len(gammas) - third))
+    return plphp.PLPHP(beta=beta, alpha=alpha)
 
 
 def timed(owner: Any, name: str, spent: list[float]) -> None:
