@@ -52,7 +52,9 @@ class Mode:
         """The options of the engine."""
         options = {"block_size": self.block, "max_num_batched_tokens": 128} | self.options
         if self.hard:  # a pool of 288 tokens, as long as the longest sequence
-            options["num_gpu_blocks_override"] = 6 * 288 // self.block + 1
+            import serving
+
+            options["num_gpu_blocks_override"] = serving.LAYERS * 288 // self.block + 1
             options["max_model_len"] = 288
         return options
 

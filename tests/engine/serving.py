@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ import plphp
 import plphp.vllm
 from plphp.demo.model import WEIGHTS, Embedded
 
+LAYERS: int = json.loads((WEIGHTS / "config.json").read_text())["text_config"]["num_hidden_layers"]
 BLOCK = 32  # the least that vLLM's CPU attention takes
 MARGIN = 1e-3  # two implementations may order logits that are closer than this differently
 QUESTIONS = ("describe picture 1.", "describe all pictures.", "what is red in picture 1?", "hello")

@@ -92,7 +92,9 @@ def test_a_request_that_is_preempted_late_in_its_answer_does_not_wait_for_ever(
     policy = plphp.PLPHP(delta_r=0.0)
     images = tuple(serving.picture(seed, 10, least=9) for seed in (1, 2, 3))
     request = serving.Request(images, "describe picture 1.", policy, 190)
-    with serving.engine(policy, num_gpu_blocks_override=6 * 16 + 1, max_model_len=512) as llm:
+    with serving.engine(
+        policy, num_gpu_blocks_override=serving.LAYERS * 16 + 1, max_model_len=512
+    ) as llm:
         engine, plan = llm.llm_engine, serving.scheduler_of(llm).connector.scheduler.blocks
         before = serving.free_blocks(llm)
         engine.add_request("late", serving.prompt(llm, request), request.sampling)
@@ -136,7 +138,7 @@ def test_an_outcome_that_comes_after_a_preemption(share: bool, reference: Any) -
 
 def test_a_shortage_of_blocks_changes_no_token(reference: Any) -> None:
     requests = [replace(r, tokens=24) for r in serving.random_requests(16, seed=40)]
-    with serving.engine(num_gpu_blocks_override=6 * 24, max_model_len=512) as llm:
+    with serving.engine(num_gpu_blocks_override=serving.LAYERS * 24, max_model_len=512) as llm:
         scheduler, thrown = serving.scheduler_of(llm), []
         original = scheduler._preempt_request
         scheduler._preempt_request = lambda *a, **k: (thrown.append(1), original(*a, **k))

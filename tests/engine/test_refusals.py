@@ -131,11 +131,11 @@ def test_the_role_of_a_consumer_is_refused() -> None:
 def test_all_that_has_to_change_is_said_at_once() -> None:
     config = config_of(**plphp.vllm.engine_args(), kv_cache_dtype="fp8", pipeline_parallel_size=2)
     with pytest.raises(plphp.UnsupportedModeError) as refusal:
-        check_modes(config, Options(layers_per_group=4))
+        check_modes(config, Options(layers_per_group=5))
     assert str(refusal.value) == (
         "PLPHPConnector does not work with pipeline parallelism (use tensor parallelism), "
         "a fp8 KV cache (leave out --kv-cache-dtype), "
-        "layers_per_group=4 (use a divisor of 6 layers)"
+        f"layers_per_group=5 (use a divisor of {serving.LAYERS} layers)"
     )
 
 
@@ -234,9 +234,9 @@ def several(*connectors: dict[str, Any]) -> KVTransferConfig:
 
 
 def test_an_engine_that_cannot_prune_does_not_start() -> None:
-    message = r"layers_per_group=4 \(use a divisor of 6 layers\)"
+    message = rf"layers_per_group=5 \(use a divisor of {serving.LAYERS} layers\)"
     with pytest.raises(plphp.UnsupportedModeError, match=message):  # noqa: SIM117
-        with serving.engine(layers_per_group=4):
+        with serving.engine(layers_per_group=5):
             pass
 
 

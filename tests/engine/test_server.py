@@ -192,7 +192,7 @@ def test_a_response_says_what_was_kept(server: Server) -> None:
         model="embedded", messages=message(request), max_tokens=4, temperature=0
     )
     told = answer.model_extra["kv_transfer_params"]["plphp"]
-    assert told["vision_tokens"] > 0 and len(told["layer_classes"]) == 6
+    assert told["vision_tokens"] > 0 and len(told["layer_classes"]) == serving.LAYERS
 
 
 def test_the_log_says_what_was_pruned_at_its_usual_interval(server: Server) -> None:
