@@ -51,11 +51,11 @@ class Mode:
     def engine(self) -> dict[str, Any]:
         """The options of the engine."""
         options = {"block_size": self.block, "max_num_batched_tokens": 128} | self.options
-        if self.hard:  # a pool of 288 tokens, as long as the longest sequence
+        if self.hard:  # a pool for one sequence of 264 tokens, the longest has 261
             import serving
 
-            options["num_gpu_blocks_override"] = serving.LAYERS * 288 // self.block + 1
-            options["max_model_len"] = 288
+            options["num_gpu_blocks_override"] = serving.LAYERS * -(-264 // self.block) + 1
+            options["max_model_len"] = 264
         return options
 
 

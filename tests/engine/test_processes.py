@@ -17,6 +17,8 @@ import torch
 from plphp.demo.model import load
 
 COUNT = 16
+# Seeds with which the few requests of a mode are short of blocks, where 70 + its number does not do.
+SEEDS = {"FLASH_ATTN": 174, "V2, FLASH_ATTN, asynchronous": 279}
 
 
 def cases() -> list[Any]:
@@ -31,7 +33,7 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("mode", "count"), cases())
 def test_tokens_equal_transformers(mode: str, count: int, reference: Any, tmp_path: Path) -> None:
-    seed = 70 + list(elsewhere.MODES).index(mode)
+    seed = SEEDS.get(mode, 70 + list(elsewhere.MODES).index(mode))
     out = tmp_path / "answers.json"
     command = [sys.executable, elsewhere.__file__, mode, str(count), str(seed), str(out)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60 * count)

@@ -11,7 +11,17 @@ from typing import Any
 from plphp._version import __version__
 from plphp.cli.options import Json
 
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "triton", "vllm", "pillow")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "peft",
+    "triton",
+    "vllm",
+    "torchvision",
+    "pillow",
+)
 
 
 def env(as_json: Json = False) -> None:
