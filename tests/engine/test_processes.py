@@ -17,7 +17,7 @@ import torch
 from plphp.demo.model import load
 
 COUNT = 16
-# Seeds with which the few requests of a mode are short of blocks, where 70 + its number does not do.
+# Seeds with which so few requests are short of blocks; 70 + the number of the mode is not one.
 SEEDS = {"FLASH_ATTN": 174, "V2, FLASH_ATTN, asynchronous": 279}
 
 
