@@ -86,7 +86,7 @@ def hard(*names: str, slow: bool = False) -> Mode:
 APART = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 MODES: dict[str, Mode] = {
     "multiprocess": Mode({}, APART | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}),
-    "compiled": Mode({"enforce_eager": False}),
+    "compiled": Mode({"enforce_eager": False}, slow=True),
     "tensor parallel": Mode(
         {"tensor_parallel_size": 2}, APART | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     ),
