@@ -21,6 +21,7 @@ PAGE = DOCS / "regimes.md"
 BEGIN, END = "<!-- by docs/make_regimes.py -->\n", "<!-- end -->"
 SUITES = ("dense", "redundant-4", "redundant-16")
 NAMES = {
+    "plphp:paper": "PLPHP() as published",
     "plphp": "PLPHP",
     "novelty": "novelty (recommended)",
     "novelty+host": "novelty, recall `host`",
@@ -79,9 +80,7 @@ def table(rows: Rows, suite: str) -> str:
         "|---|---|---|" + "---|" * len(tasks),
     ]
     for row in order:
-        name = NAMES.get(
-            row["method"], row["method"].replace("plphp:paper", "PLPHP() as published")
-        )
+        name = NAMES.get(row["method"], row["method"])
         right = "".join(f" {row['right'][task]:.2f} |" for task in tasks)
         lines.append(f"| {name} | {row['kept']:.0%} | {row['bytes']:.2f} |{right}")
     return "\n".join(lines)

@@ -1,7 +1,6 @@
 """The inspector's page as a reader has it: a file, a browser, no network."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import PHONE, WIDE, kept, launched, opened, shares
+from browser import PHONE, WIDE, kept, opened, shares
 from PIL import Image
 
 import plphp
 import plphp.demo
-from plphp.demo.model import Embedded, load
+from plphp.demo.model import Embedded
 from plphp.inspector import Page, examine, write_html
 
 PICTURES = Path(plphp.demo.__file__).parent / "pictures"
@@ -26,17 +25,6 @@ class Made:
     path: Path
     page: Page
     report: plphp.Report
-
-
-@pytest.fixture(scope="module")
-def embedded() -> Embedded:
-    return load()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with launched() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

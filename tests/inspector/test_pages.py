@@ -11,7 +11,7 @@ from PIL import Image
 
 import plphp
 import tiny
-from plphp.demo.model import Embedded, load
+from plphp.demo.model import Embedded
 from plphp.hf.shared_prefill import read
 from plphp.inspector import page_of_report, render, result_of, shown_videos
 from plphp.inspector.examine import examine, first_difference, pieces
@@ -19,11 +19,6 @@ from plphp.inspector.gather import pictures_of
 from plphp.inspector.steps import steps_of
 from plphp.policy import POLICIES
 from tiny.base import RowSpec
-
-
-@pytest.fixture(scope="module")
-def embedded() -> Embedded:
-    return load()
 
 
 def reported(model: Any, inputs: dict[str, Any]) -> plphp.Report:

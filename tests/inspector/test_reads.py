@@ -8,15 +8,10 @@ import torch
 from asking import QUESTION, asked, bits, eager_attention
 
 import plphp
-from plphp.demo.model import Embedded, load
+from plphp.demo.model import Embedded
 from plphp.hf.shared_prefill import read
 from plphp.inspector.examine import examine
 from plphp.inspector.steps import steps_of
-
-
-@pytest.fixture(scope="module")
-def embedded() -> Embedded:
-    return load()
 
 
 def test_with_recall_steps_say_what_was_read_and_fetched(embedded: Embedded) -> None:

@@ -1,31 +1,19 @@
 """What a sequence method dropped is shown apart from what the heads of a layer dropped."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from asking import PICTURES, QUESTION, asked, bits
-from browser import launched, opened
+from browser import opened
 
 import plphp
-from plphp.demo.model import Embedded, load
+from plphp.demo.model import Embedded
 from plphp.inspector import examine, result_of, write_html
 from plphp.inspector.plot import GONE, VEIL
 
 CASES = {"divprune,plphp": 0, "fastv,plphp": 2}  # the first layer that some tokens never enter
-
-
-@pytest.fixture(scope="module")
-def embedded() -> Embedded:
-    return load()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with launched() as found:
-        yield found
 
 
 def reported(embedded: Embedded, name: str) -> tuple[plphp.Report, list[Any]]:

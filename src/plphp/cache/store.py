@@ -124,11 +124,18 @@ class KVStore:
             causal = (slots <= last[:, None])[None, None]
             mask = causal if mask is None else mask & causal
         if self.window is not None and self.logical > self.window and self.columns is not None:
-            columns = self.columns[:, :, None, : self.end]
-            query_columns = columns[..., self.end - queries :].transpose(2, 3)
-            in_window = columns > query_columns - self.window
+            in_window = self.in_window(self.columns[..., : self.end], queries)
             mask = in_window if mask is None else mask & in_window
         return mask
+
+    def in_window(self, columns: Tensor, queries: int) -> Tensor:
+        """Which of some columns (B, Hkv, n) the windows of the last `queries` slots reach back to.
+
+        Returns (B, Hkv, queries, n) bool. Only for a store with a sliding window.
+        """
+        assert self.columns is not None and self.window is not None
+        asking = self.columns[..., self.end - queries : self.end, None]
+        return columns[:, :, None] > asking - self.window
 
     def reorder(self, rows: Tensor) -> None:
         """Select rows (B',) int64 of the batch, in any order and also repeated, as for beams."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from plphp.hf.attached import attached
-from plphp.policy import HiddenPolicy, sequence_stage
+from plphp.hf.tower import tower_method
 
 NAME = "get_image_features"
 
@@ -61,8 +61,7 @@ def _owner(model: Any) -> Any:
 def _in_tower(model: Any) -> bool:
     """Whether a method is attached to the model that chooses in its vision tower."""
     pruning = attached(model)
-    method = None if pruning is None else sequence_stage(pruning.policy)
-    return isinstance(method, HiddenPolicy) and method.reads_tower
+    return pruning is not None and tower_method(pruning.policy) is not None
 
 
 def _same(one: Any, other: Any) -> bool:

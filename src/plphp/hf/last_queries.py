@@ -58,9 +58,8 @@ def slot_spans(prefill: Prefill, start: Tensor, end: int) -> Tensor:
     """
     spans = prefill.entered.spans.to(start.device)
     earlier = torch.zeros(len(spans), end - spans.shape[1], dtype=spans.dtype, device=start.device)
-    if (
-        prefill.remaining is not None and prefill.here is None
-    ):  # slots of earlier turns were moved over the fillers
+    # Slots of earlier turns were moved over the fillers.
+    if prefill.remaining is not None and prefill.here is None:
         spans = spans.clamp(min=TEXT)
     slots = torch.cat([earlier, spans], -1)
     return slots.masked_fill(torch.arange(end, device=start.device) < start[:, None], -1)

@@ -81,16 +81,13 @@ def unsupported_options(
 def no_chunks(model: Any, policy: Policy) -> str | None:
     """Why the prompt cannot be read in chunks, None if it can."""
     first = sequence_stage(policy)
-    if first is None:
+    if first is None or can_plan(policy, model):
         return None
-    name = type(first).__name__
-    if not can_plan(policy, model):
-        return (
-            f"{name} chooses inside the decoder once the whole prompt is read, and its later "
-            "layers would have read the first chunks by then: leave it out, or use a method that "
-            "acts before layer 0, such as divprune"
-        )
-    return None
+    return (
+        f"{type(first).__name__} chooses inside the decoder once the whole prompt is read, and its "
+        "later layers would have read the first chunks by then: leave it out, or use a method that "
+        "acts before layer 0, such as divprune"
+    )
 
 
 def no_drafts(cache: PrunedCache, past: int) -> dict[str, str]:

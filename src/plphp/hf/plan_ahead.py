@@ -36,6 +36,12 @@ def can_plan(policy: Policy, model: Any) -> bool:
     return not first.reads_hidden or first.leave_at(layers) == 0
 
 
+def reading(kwargs: dict[str, Any]) -> tuple[Any, Prefill | None]:
+    """The cache among the arguments of a forward, and the prompt that it reads; None for none."""
+    cache = compat.given_cache(kwargs)
+    return cache, cache.shared.prefill if isinstance(cache, PrunedCache) else None
+
+
 def plan_ahead(original: Callable[..., Any]) -> Callable[..., Any]:
     """The method of a model that reads the prompt, changed to let a method choose before chunks.
 
@@ -44,8 +50,7 @@ def plan_ahead(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def read(ids: Any, config: Any, model_kwargs: dict[str, Any], *rest: Any, **more: Any) -> Any:
-        cache, size = compat.given_cache(model_kwargs), config.prefill_chunk_size
-        prefill = cache.shared.prefill if isinstance(cache, PrunedCache) else None
+        (_, prefill), size = reading(model_kwargs), config.prefill_chunk_size
         if prefill is None or size is None or size >= prefill.prompt.length:
             return original(ids, config, model_kwargs, *rest, **more)
         whole = copy.copy(config)
@@ -70,8 +75,7 @@ def stop_here(
     choose: given the prompt, its cache and the hidden states (B, N, E)
     Raises Planned then.
     """
-    cache = compat.given_cache(kwargs)
-    prefill = cache.shared.prefill if isinstance(cache, PrunedCache) else None
+    cache, prefill = reading(kwargs)
     if prefill is None or not prefill.plans_now:
         return
     choose(prefill, cache, args[0])

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from plphp.errors import UnsupportedModeError, UnsupportedModelError
-from plphp.hf import compat
 from plphp.hf.attached import Pruning
 from plphp.hf.cache import PrunedCache
 from plphp.hf.hidden_view import hidden_view
-from plphp.hf.plan_ahead import stop_here
+from plphp.hf.plan_ahead import reading, stop_here
 from plphp.hf.prompt import Prefill
 from plphp.hf.remaining_tokens import select_columns
 from plphp.policy import HiddenPolicy, SequencePolicy, sequence_stage
@@ -72,12 +71,6 @@ def refuse_prompt(cache: PrunedCache, prefill: Prefill) -> None:
         raise UnsupportedModeError(f"{type(first).__name__} drops hidden states: {why}")
 
 
-def _reading(kwargs: dict[str, Any]) -> tuple[Any, Prefill | None]:
-    """The cache and the prompt that is being read, from the arguments of a decoder layer."""
-    cache = compat.given_cache(kwargs)
-    return cache, cache.shared.prefill if isinstance(cache, PrunedCache) else None
-
-
 def _choose(
     pruning: Pruning, policy: HiddenPolicy, prefill: Prefill, cache: PrunedCache, hidden: Tensor
 ) -> None:
@@ -107,7 +100,7 @@ def _take_out(
     index: of the layer; leaves: whether it is the first one that does not compute all columns
     chooses: the method that chooses the columns before this first layer, None if it has before
     """
-    cache, prefill = _reading(kwargs)
+    cache, prefill = reading(kwargs)
     if prefill is None:
         return None
     if leaves and prefill.ahead:
@@ -146,7 +139,7 @@ def _take_out(
 
 def _put_back(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the last layer: scatter its output to all columns, zeros elsewhere."""
-    _, prefill = _reading(kwargs)
+    _, prefill = reading(kwargs)
     part = None if prefill is None else prefill.part
     if part is None:
         return None

@@ -14,10 +14,10 @@ from plphp.hf import compat
 from plphp.hf.attached import Pruning
 from plphp.hf.attention import ConfigView
 from plphp.hf.sequence import attach_sequence, drop_features
-from plphp.hf.tower import attach_tower, tower_of
+from plphp.hf.tower import attach_tower, tower_method, tower_of
 from plphp.hf.vision_mask import Mask
 from plphp.models import describes_vision, refusal
-from plphp.policy import PLPHP, HiddenPolicy, Policy, in_stages, policy, sequence_stage
+from plphp.policy import PLPHP, Policy, in_stages, policy, sequence_stage
 
 # The method of a language model with DeepStack that adds image features to the hidden states.
 ADDS_FEATURES = "_deepstack_process"
@@ -61,7 +61,7 @@ def check_kind(model: Any, policy: Policy, modules: list[Any]) -> None:
     if first is None:
         return policy.check(len(modules))
     policy.check(len(decoder_layers(model, modules)))
-    if isinstance(first, HiddenPolicy) and first.reads_tower:
+    if tower_method(policy) is not None:
         tower_of(model)
     others = layers_of_other_kinds(compat.text_config(model))
     if others:
@@ -94,8 +94,9 @@ def attach_stages(pruning: Pruning, modules: list[Any]) -> None:
         return
     text = pruning.model.get_decoder()
     pruning._undo += attach_sequence(pruning, first, decoder_layers(pruning.model, modules))
-    if isinstance(first, HiddenPolicy) and first.reads_tower:
-        attach_tower(pruning, first)
+    in_tower = tower_method(pruning.policy)
+    if in_tower is not None:
+        attach_tower(pruning, in_tower)
     if hasattr(text, ADDS_FEATURES):
         adds = partial(drop_features, pruning, getattr(text, ADDS_FEATURES))
         pruning._set(text, ADDS_FEATURES, adds)

@@ -21,7 +21,7 @@ from plphp.hf import compat
 from plphp.hf.attached import Pruning
 from plphp.hf.attention import ConfigView
 from plphp.models import tower_names
-from plphp.policy import HiddenPolicy, TowerView
+from plphp.policy import HiddenPolicy, Policy, TowerView, sequence_stage
 
 ATTENTION = "plphp_tower"  # the name of `noting_attention` in transformers' registry
 
@@ -48,6 +48,12 @@ class TowerConfig(ConfigView):
     def __init__(self, module: nn.Module, pruning: Pruning) -> None:
         super().__init__(module)
         self.pruning = pruning
+
+
+def tower_method(policy: Policy) -> HiddenPolicy | None:
+    """The part of a policy that chooses in the vision tower, or None."""
+    first = sequence_stage(policy)
+    return first if isinstance(first, HiddenPolicy) and first.reads_tower else None
 
 
 def tower_of(model: Any) -> Tower:

@@ -64,7 +64,7 @@ def page_of(
 def result_of(report: Report, name: str, policy: Policy | None, row: int = 0) -> PolicyResult:
     """The result of one policy for one row of its report, without answers."""
     seen = _seen(report)
-    vision = seen.positions[row][seen.spans[row] > 0]
+    vision = seen.vision(row)
     return PolicyResult(
         policy=name,
         settings=_settings(policy),

@@ -78,7 +78,7 @@ def _fewest(report: Report) -> int:
 def _kept(report: Report, layer: int, row: int) -> Tensor:
     """The share (V,) of a layer's KV heads that kept each vision token."""
     assert report.seen is not None
-    vision = report.seen.positions[row][report.seen.spans[row] > 0]
+    vision = report.seen.vision(row)
     heads = report.layers[layer].kept[row]
     return (vision[:, None, None] == heads).any(-1).float().mean(-1)
 
@@ -86,7 +86,7 @@ def _kept(report: Report, layer: int, row: int) -> Tensor:
 def _entered(report: Report, layer: int, row: int) -> Tensor:
     """Which vision tokens (V,) bool entered a layer."""
     assert report.seen is not None
-    vision = report.seen.positions[row][report.seen.spans[row] > 0]
+    vision = report.seen.vision(row)
     entered = report.entered(layer)
     return vision >= 0 if entered is None else torch.isin(vision, entered[row])
 

@@ -18,7 +18,7 @@ PUNCTUATION = len('[""], ')  # the most that JSON adds to a mask: a layer with a
 
 def all_read(report: Report, seen: Seen) -> Report:
     """The report with all vision tokens as kept that entered a layer, for homes that read all."""
-    vision = seen.positions[0][seen.spans[0] > 0]
+    vision = seen.vision(0)
     layers = []
     for layer in report.layers:
         entered = report.entered(layer.layer)
@@ -41,7 +41,7 @@ def looks(report: Report, seen: Seen, log: Log, steps: int) -> Iterator[dict[int
 
 def masks(log: Log, seen: Seen, byte_limit: int) -> tuple[tuple[tuple[str, ...], ...], ...]:
     """Masks of every step, layer and KV head, for the first steps that fit into `byte_limit`."""
-    vision = seen.positions[0][seen.spans[0] > 0]
+    vision = seen.vision(0)
     heads = sum(layer[0].shape[1] for layer in log if layer)
     if not heads:
         return ()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from plphp.attention import coded_attention, decode_attention, side_by_side
 from plphp.cache import KVStore
-from plphp.recall.codes import KeyCodes, ValueCodes
+from plphp.recall.codes import KeyCodes, ValueCodes, key_bytes, row_bytes
+from plphp.recall.serialize import Saved
 
 
 class CodedTokens:
@@ -51,9 +52,7 @@ class CodedTokens:
         if self.valid is not None:
             coded = coded & self.valid[:, None, None]
         if self.columns is not None and store.window is not None:
-            query_columns = torch.arange(store.logical - queries, store.logical, device=device)
-            in_window = self.columns[:, :, None] > query_columns[:, None] - store.window
-            coded = coded & in_window
+            coded = coded & store.in_window(self.columns, queries)
         if slots is None:
             slots = torch.ones(1, 1, queries, store.end, dtype=torch.bool, device=device)
         return side_by_side(slots, coded)
@@ -73,6 +72,10 @@ class CodedTokens:
         """The codes, on the device."""
         return [self.keys.packed, self.values.packed]
 
+    def saved_codes(self) -> dict[str, Tensor]:
+        """The codes by their names in a file, as `restored_codes` reads them."""
+        return {"keys.codes": self.keys.packed, "values.codes": self.values.packed}
+
     def reorder(self, rows: Tensor) -> None:
         """Select rows (B',) int64 of the batch, in any order and also repeated."""
         self._through(lambda x: x[rows.to(x.device)])
@@ -86,3 +89,17 @@ class CodedTokens:
         self.keys, self.values = self.keys.through(change), self.values.through(change)
         self.valid = None if self.valid is None else change(self.valid)
         self.columns = None if self.columns is None else change(self.columns)
+
+
+def restored_codes(
+    saved: Saved, store: KVStore, tokens: int, bits: int
+) -> tuple[KeyCodes, ValueCodes]:
+    """The codes of P = `tokens` tokens from their saved form. Raises ValueError for other shapes.
+
+    store: of the same layer
+    """
+    lead, dim, value_dim = store.keys.shape[:2], store.keys.shape[-1], store.values.shape[-1]
+    rows = (*lead, tokens, row_bytes(value_dim, bits))
+    values = saved.tensor("values.codes", rows, torch.uint8)
+    keys = saved.tensor("keys.codes", (*lead, key_bytes(tokens, dim, bits)), torch.uint8)
+    return KeyCodes(keys, bits, tokens, dim), ValueCodes(values, bits, value_dim)

@@ -16,15 +16,13 @@ from torch import Tensor
 
 from plphp.cache import KVStore, take
 from plphp.policy import KeepPlan
-from plphp.recall.coded_tokens import CodedTokens
+from plphp.recall.coded_tokens import CodedTokens, restored_codes
 from plphp.recall.codes import (
     KeyCodes,
     ValueCodes,
     code_bytes,
     code_share,
-    key_bytes,
     keys_to_codes,
-    row_bytes,
     values_to_codes,
 )
 from plphp.recall.serialize import Saved
@@ -168,9 +166,8 @@ class KeptCodes(CodedTokens):
 
     def saved(self) -> Saved:
         """The tensors that `restored` needs."""
-        found = {"keys.codes": self.keys.packed, "values.codes": self.values.packed}
         more = {"valid": self.present(), "columns": self.columns, "vision": self.vision}
-        return Saved(found | {name: x for name, x in more.items() if x is not None})
+        return Saved(self.saved_codes() | {name: x for name, x in more.items() if x is not None})
 
     @classmethod
     def restored(cls, saved: Saved, kept: KeptBits, store: KVStore) -> Self:
@@ -179,13 +176,10 @@ class KeptCodes(CodedTokens):
         names += ["columns"] if store.window is not None else []
         names += ["vision"] if kept.text else []
         saved.only(tuple(names))
-        lead, dim = store.keys.shape[:2], store.keys.shape[-1]
+        lead = store.keys.shape[:2]
         given = saved.tensors["values.codes"]
         tokens = given.shape[2] if given.dim() == 4 else 0
-        row = row_bytes(store.values.shape[-1], kept.bits)
-        values = saved.tensor("values.codes", (*lead, tokens, row), torch.uint8)
-        length = key_bytes(tokens, dim, kept.bits)
-        keys = saved.tensor("keys.codes", (*lead, length), torch.uint8)
+        keys, values = restored_codes(saved, store, tokens, kept.bits)
         valid = saved.tensor("valid", (lead[0], tokens), torch.bool)
         columns = vision = None
         if store.window is not None:
@@ -197,13 +191,7 @@ class KeptCodes(CodedTokens):
         slots = int((store.end - store.start + valid.sum(-1)).max())
         if not tokens or slots > store.logical:
             raise ValueError("the kept codes are inconsistent: more tokens than columns")
-        return cls(
-            KeyCodes(keys, kept.bits, tokens, dim),
-            ValueCodes(values, kept.bits, store.values.shape[-1]),
-            valid,
-            columns,
-            vision,
-        )
+        return cls(keys, values, valid, columns, vision)
 
 
 def keep_in_codes(

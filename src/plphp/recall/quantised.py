@@ -13,16 +13,14 @@ from torch import Tensor
 from plphp.cache import KVStore, take
 from plphp.policy import KeepPlan, Look
 from plphp.recall.budget import Place, affordable_tokens, plan_within
-from plphp.recall.coded_tokens import CodedTokens
+from plphp.recall.coded_tokens import CodedTokens, restored_codes
 from plphp.recall.codes import (
     KeyCodes,
     ValueCodes,
     code_bytes,
     code_share,
-    key_bytes,
     keys_to_codes,
     one_more,
-    row_bytes,
     values_to_codes,
 )
 from plphp.recall.home import Recall
@@ -104,25 +102,14 @@ class QuantisedHome(CodedTokens):
     def restored(cls, saved: Saved, recall: Recall, store: KVStore, spans: Tensor) -> Self:
         """Make a home from its saved form; see `Home.restored`."""
         saved.only(("keys.codes", "values.codes", "held"))
-        vision, lead = Vision.of(spans), store.keys.shape[:2]
-        dim, value_dim = store.keys.shape[-1], store.values.shape[-1]
+        vision = Vision.of(spans)
         held = saved.held(torch.int64, store, vision, ascending=True)
         parked = vision.not_resident(held)[0].shape[2]
-        keys = saved.tensor("keys.codes", (*lead, key_bytes(parked, dim, cls.bits)), torch.uint8)
-        row = row_bytes(value_dim, cls.bits)
-        values = saved.tensor("values.codes", (*lead, parked, row), torch.uint8)
-        return cls(
-            vision,
-            KeyCodes(keys, cls.bits, parked, dim),
-            ValueCodes(values, cls.bits, value_dim),
-            held,
-            store,
-        )
+        return cls(vision, *restored_codes(saved, store, parked, cls.bits), held, store)
 
     def saved(self) -> Saved:
         """The codes, and `held`."""
-        codes = {"keys.codes": self.keys.packed, "values.codes": self.values.packed}
-        return Saved({**codes, "held": self.held})
+        return Saved({**self.saved_codes(), "held": self.held})
 
     def looked_at(self, store: KVStore, queries: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """The keys, mask and vision tokens of the last queries; see `Home.looked_at`.

@@ -97,6 +97,10 @@ class Seen:
     inputs: Mapping[str, Any]
     ids: Tensor | None = None
 
+    def vision(self, row: int) -> Tensor:
+        """The positions (V,) int64 of the vision tokens of a row, ascending."""
+        return self.positions[row][self.spans[row] > 0]
+
 
 def layer_report(
     layer: int, plan: KeepPlan, spans: Tensor, positions: Tensor, vision: tuple[int, ...]
