@@ -1,6 +1,8 @@
-"""Write the tables of docs/regimes.md from docs/accuracy/regimes.json: `make regimes-page`.
+"""Write the tables of three pages from docs/accuracy/regimes.json: `make regimes-page`.
 
-With --run DIR, the directory of a finished `plphp eval`, its results are copied first.
+docs/regimes.md compares methods, docs/stages.md methods that act before the model, and
+docs/small-devices.md tokens in few bits. With --run DIR, the directory of a finished `plphp eval`,
+its results are copied first.
 """
 
 from __future__ import annotations
@@ -9,16 +11,19 @@ import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from finished import results
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "accuracy" / "regimes.json"
-PAGE = DOCS / "regimes.md"
 BEGIN, END = "<!-- by docs/make_regimes.py -->\n", "<!-- end -->"
 SUITES = ("dense", "redundant-4", "redundant-16")
+ANSWERS = {"short": ("what", "refer", "second"), "long": ("describe", "grid")}
+CONTROLS = ("full", "random", "uniform")
 NAMES = {
     "plphp:paper": "PLPHP() as published",
     "plphp": "PLPHP",
@@ -26,13 +31,91 @@ NAMES = {
     "novelty+host": "novelty, recall `host`",
     "novelty+int4": "novelty, recall `int4`",
     "plphp+host": "PLPHP, recall `host`",
+    "plphp+kv4": "PLPHP, 4 bits",
+    "plphp+kv2": "PLPHP, 2 bits",
+    "novelty+kv4": "novelty, 4 bits",
+    "novelty+kv2": "novelty, 2 bits",
+    "full+int4": "all tokens, 4 bits",
+    "full+int2": "all tokens, 2 bits",
+    "divprune/novelty+int4": "divprune/novelty, recall `int4`",
 }
 
-Rows = Sequence[Mapping[str, Any]]
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+Tasks = Mapping[str, Sequence[str]]  # tasks by the heading of their column
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page with tables.
+
+    file: its name in docs/
+    methods: the methods of its tables, besides the controls
+    budgets: the budgets of its tables; rows without a budget always belong to them
+    tables: the columns of each table, by its heading
+    """
+
+    file: str
+    methods: Sequence[str]
+    budgets: Sequence[float]
+    tables: Mapping[str, Tasks]
+
+    def shows(self, row: Row) -> bool:
+        """Whether a row belongs to the tables."""
+        fits = row["budget"] is None or row["method"] == "full" or row["budget"] in self.budgets
+        return fits and row["method"] in (*CONTROLS, *self.methods)
+
+    def write(self, text: str, found: Mapping[str, Any]) -> str:
+        """The page's text with the tables of the results in it, and what they were measured on."""
+        rows = [row for row in found["rows"] if self.shows(row)]
+        made = "".join(f"{name}{table(rows, tasks)}\n\n" for name, tasks in self.tables.items())
+        pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+        whole = f"{BEGIN}{made}{measured(found['about'])}{END}"
+        return re.sub(pattern, lambda _: whole, text, flags=re.S)
+
+
+def each_task(suite: str) -> Tasks:
+    """One column for each task of a suite."""
+    return {task: (f"{task}@{suite}",) for task in sorted(sum(ANSWERS.values(), ()))}
+
+
+def by_length(suites: Sequence[str]) -> Tasks:
+    """Two columns for each suite: the mean of the tasks with short answers, and with long ones."""
+    return {
+        f"{suite}: {length}": tuple(f"{task}@{suite}" for task in tasks)
+        for suite in suites
+        for length, tasks in ANSWERS.items()
+    }
+
+
+PAGES = (
+    Page(
+        "regimes.md",
+        ("plphp:paper", "plphp", "plphp-shared", "snapkv", "vl-cache", "novelty", "tgv-kv")
+        + ("divprune", "downsample", "divprune/novelty")
+        + ("novelty+host", "novelty+int4", "plphp+host"),
+        (0.4, 0.2),
+        {f"### {suite}\n\n": each_task(suite) for suite in SUITES},
+    ),
+    Page(
+        "stages.md",
+        ("downsample", "plphp", "novelty", "divprune", "cdpruner", "dart", "visionzip")
+        + ("divprune/plphp", "divprune/novelty", "visionzip/novelty", "divprune/novelty+int4"),
+        (0.4, 0.2),
+        {"": by_length(("redundant-4", "redundant-16"))},
+    ),
+    Page(
+        "small-devices.md",
+        ("plphp", "plphp+kv4", "plphp+kv2", "novelty", "novelty+kv4", "novelty+kv2")
+        + ("full+int4", "full+int2", "novelty+host"),
+        (0.27, 0.13, 0.07),
+        {"": by_length(SUITES)},
+    ),
+)
 
 
 def take_in(run: Path) -> dict[str, Any]:
-    """What the page needs of a run: for every setting, the right answers of each task."""
+    """What the pages need of a run: for every setting, the results of each task."""
     found, made = results(run)
     rows: dict[tuple[str, float | None], dict[str, Any]] = {}
     for name, task in found["tasks"].items():
@@ -40,55 +123,48 @@ def take_in(run: Path) -> dict[str, Any]:
             if "score" not in one:  # a method that cannot run on this task
                 continue
             row = rows.setdefault(
-                (one["method"], one["budget"]), {"right": {}, "kept": [], "bytes": []}
+                (one["method"], one["budget"]), {"right": {}, "kept": {}, "bytes": {}}
             )
             row["right"][name] = round(one["score"]["mean"], 3)
-            row["kept"].append(one["kept"])
-            row["bytes"].append(one["kv_bytes"] / one["kv_bytes_full"])
-    return {
-        "about": {**found["about"], **made},
-        "rows": [
-            {
-                "method": method,
-                "budget": budget,
-                "kept": round(sum(row["kept"]) / len(row["kept"]), 3),
-                "bytes": round(sum(row["bytes"]) / len(row["bytes"]), 3),
-                "right": row["right"],
-            }
-            for (method, budget), row in rows.items()
-        ],
-    }
+            row["kept"][name] = round(one["kept"], 3)
+            row["bytes"][name] = round(one["kv_bytes"] / one["kv_bytes_full"], 3)
+    settings = [{"method": m, "budget": b, **row} for (m, b), row in rows.items()]
+    return {"about": {**found["about"], **made}, "rows": settings}
 
 
-def tables(rows: Rows) -> str:
-    """One table a suite: right answers by task, the best of each budget in bold."""
-    return "\n".join(f"### {suite}\n\n{table(rows, suite)}\n" for suite in SUITES)
+def table(rows: Rows, tasks: Tasks) -> str:
+    """The settings in rows: the larger budget first, then by the mean over the columns.
 
+    A setting without results for all tasks is left out.
+    """
+    every = [task for names in tasks.values() for task in names]
+    complete = [row for row in rows if set(every) <= set(row["right"])]
 
-def table(rows: Rows, suite: str) -> str:
-    """The tasks of a suite in columns, the settings in rows, by their mean over the tasks."""
-    tasks = [name for name in rows[0]["right"] if name.endswith(f"@{suite}")]
-    order = sorted(rows, key=lambda row: (-(row["budget"] or row["kept"]), -_mean(row, tasks)))
+    def place(row: Row) -> tuple[float, float]:
+        columns = [_mean(row, "right", names) for names in tasks.values()]
+        return -(row["budget"] or _mean(row, "kept", every)), -mean(columns)
+
     lines = [
-        "| method | kept | cache bytes |" + "".join(f" {t.split('@')[0]} |" for t in tasks),
+        "| method | kept | cache bytes |" + "".join(f" {name} |" for name in tasks),
         "|---|---|---|" + "---|" * len(tasks),
     ]
-    for row in order:
+    for row in sorted(complete, key=place):
         name = NAMES.get(row["method"], row["method"])
-        right = "".join(f" {row['right'][task]:.2f} |" for task in tasks)
-        lines.append(f"| {name} | {row['kept']:.0%} | {row['bytes']:.2f} |{right}")
+        right = "".join(f" {_mean(row, 'right', names):.2f} |" for names in tasks.values())
+        kept, size = _mean(row, "kept", every), _mean(row, "bytes", every)
+        lines.append(f"| {name} | {kept:.0%} | {size:.2f} |{right}")
     return "\n".join(lines)
 
 
-def _mean(row: Mapping[str, Any], tasks: Sequence[str]) -> float:
-    return float(sum(row["right"][task] for task in tasks) / len(tasks))
+def _mean(row: Row, what: str, tasks: Sequence[str]) -> float:
+    return mean(row[what][task] for task in tasks)
 
 
 def of_full(rows: Rows, method: str, budget: float | None) -> tuple[float, float]:
-    """The lowest and the highest share of the full cache's right answers over all tasks."""
+    """The lowest and the highest share of the full cache's right answers over a setting's tasks."""
     full = next(row for row in rows if row["method"] == "full")["right"]
     own = next(row for row in rows if (row["method"], row["budget"]) == (method, budget))["right"]
-    shares = [own[task] / full[task] for task in full]
+    shares = [right / full[task] for task, right in own.items()]
     return min(shares), max(shares)
 
 
@@ -101,13 +177,6 @@ def measured(about: Mapping[str, Any]) -> str:
     )
 
 
-def page(text: str, found: Mapping[str, Any]) -> str:
-    """The page's text with the tables of the results in it, and what they were measured on."""
-    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-    made = f"{BEGIN}{tables(found['rows'])}\n{measured(found['about'])}{END}"
-    return re.sub(pattern, lambda _: made, text, flags=re.S)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path)
@@ -115,7 +184,9 @@ def main() -> None:
     if run:
         RESULTS.write_text(json.dumps(take_in(run), indent=1) + "\n")
     found = json.loads(RESULTS.read_text())
-    PAGE.write_text(page(PAGE.read_text(), found))
+    for page in PAGES:
+        path = DOCS / page.file
+        path.write_text(page.write(path.read_text(), found))
     for row in found["rows"]:
         low, high = of_full(found["rows"], row["method"], row["budget"])
         print(f"{row['method']} {row['budget']}: {low:.2f} to {high:.2f} of the full cache")

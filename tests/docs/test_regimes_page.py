@@ -1,4 +1,4 @@
-"""docs/regimes.md shows what docs/accuracy/regimes.json holds."""
+"""The pages made of docs/accuracy/regimes.json show what it holds."""
 
 import json
 import os
@@ -11,9 +11,11 @@ from makers import DOCS, maker_of
 def test_the_tables_are_made_of_the_results() -> None:
     maker = maker_of("make_regimes")
     found = json.loads(maker.RESULTS.read_text())
-    text = (DOCS / "regimes.md").read_text()
-    assert maker.page(text, found) == text, "run: make regimes-page"
-    assert len(found["rows"]) > 20
+    for page in maker.PAGES:
+        text = (DOCS / page.file).read_text()
+        assert page.write(text, found) == text, "run: make regimes-page"
+        assert text.count(maker.BEGIN) == 1
+        assert sum(map(page.shows, found["rows"])) > 20
 
 
 def test_shares_are_of_the_full_cache() -> None:
@@ -23,6 +25,37 @@ def test_shares_are_of_the_full_cache() -> None:
         {"method": "random", "budget": 0.4, "right": {"a@dense": 0.25, "b@dense": 0.8}},
     ]
     assert maker.of_full(rows, "random", 0.4) == pytest.approx((0.5, 1.0))
+
+
+def row(method: str, budget: float | None, **right: float) -> dict[str, object]:
+    names = {f"{task}@dense": value for task, value in right.items()}
+    kept = dict.fromkeys(names, budget or 0.65)
+    return {"method": method, "budget": budget, "right": names, "kept": kept, "bytes": kept}
+
+
+def test_a_table_has_its_own_methods_and_budgets_and_the_controls() -> None:
+    maker = maker_of("make_regimes")
+    page = maker.Page("page.md", ("plphp", "plphp:paper"), (0.4,), {})
+    shown = [
+        (method, budget)
+        for method in ("full", "random", "plphp", "plphp:paper", "novelty")
+        for budget in (None, 0.4, 0.2)
+        if page.shows(row(method, budget))
+    ]
+    assert ("full", 0.2) in shown and ("plphp:paper", None) in shown
+    assert ("plphp", 0.4) in shown and ("random", 0.4) in shown
+    assert ("plphp", 0.2) not in shown and not any(method == "novelty" for method, _ in shown)
+
+
+def test_a_column_is_the_mean_of_its_tasks_and_incomplete_rows_are_left_out() -> None:
+    maker = maker_of("make_regimes")
+    rows = [row("plphp", 0.4, a=0.5, b=1.0), row("novelty", 0.4, a=1.0, b=1.0)]
+    rows += [row("random", 0.4, a=0.5)]
+    table = maker.table(rows, {"both": ("a@dense", "b@dense")}).splitlines()
+    assert table[2:] == [
+        "| novelty (recommended) | 40% | 0.40 | 1.00 |",
+        "| PLPHP | 40% | 0.40 | 0.75 |",
+    ]
 
 
 def test_the_page_says_what_a_run_was_measured_on(tmp_path: Path) -> None:
