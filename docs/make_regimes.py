@@ -91,23 +91,55 @@ def by_length(suites: Sequence[str]) -> Tasks:
 PAGES = (
     Page(
         "regimes.md",
-        ("plphp:paper", "plphp", "plphp-shared", "snapkv", "vl-cache", "novelty", "tgv-kv")
-        + ("divprune", "downsample", "divprune/novelty")
-        + ("novelty+host", "novelty+int4", "plphp+host"),
+        (
+            "plphp:paper",
+            "plphp",
+            "plphp-shared",
+            "snapkv",
+            "vl-cache",
+            "novelty",
+            "tgv-kv",
+            "divprune",
+            "downsample",
+            "divprune/novelty",
+            "novelty+host",
+            "novelty+int4",
+            "plphp+host",
+        ),
         (0.4, 0.2),
         {f"### {suite}\n\n": each_task(suite) for suite in SUITES},
     ),
     Page(
         "stages.md",
-        ("downsample", "plphp", "novelty", "divprune", "cdpruner", "dart", "visionzip")
-        + ("divprune/plphp", "divprune/novelty", "visionzip/novelty", "divprune/novelty+int4"),
+        (
+            "downsample",
+            "plphp",
+            "novelty",
+            "divprune",
+            "cdpruner",
+            "dart",
+            "visionzip",
+            "divprune/plphp",
+            "divprune/novelty",
+            "visionzip/novelty",
+            "divprune/novelty+int4",
+        ),
         (0.4, 0.2),
         {"": by_length(("redundant-4", "redundant-16"))},
     ),
     Page(
         "small-devices.md",
-        ("plphp", "plphp+kv4", "plphp+kv2", "novelty", "novelty+kv4", "novelty+kv2")
-        + ("full+int4", "full+int2", "novelty+host"),
+        (
+            "plphp",
+            "plphp+kv4",
+            "plphp+kv2",
+            "novelty",
+            "novelty+kv4",
+            "novelty+kv2",
+            "full+int4",
+            "full+int2",
+            "novelty+host",
+        ),
         (0.27, 0.13, 0.07),
         {"": by_length(SUITES)},
     ),
