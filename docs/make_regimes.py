@@ -1,7 +1,7 @@
-"""Write the tables of three pages from docs/accuracy/regimes.json: `make regimes-page`.
+"""Write the tables of four pages from docs/accuracy/regimes.json: `make regimes-page`.
 
-docs/regimes.md compares methods, docs/stages.md methods that act before the model, and
-docs/small-devices.md tokens in few bits. With --run DIR, the directory of a finished `plphp eval`,
+docs/regimes.md compares methods, docs/choosing.md what a user chooses from, docs/stages.md methods
+that act before the model, and docs/small-devices.md tokens in few bits. With --run DIR, the directory of a finished `plphp eval`,
 its results are copied first.
 """
 
@@ -88,7 +88,28 @@ def by_length(suites: Sequence[str]) -> Tasks:
     }
 
 
+def everywhere(**columns: Sequence[str]) -> Tasks:
+    """Columns of tasks, each the mean over all suites."""
+    return {
+        name.replace("_", " "): tuple(f"{task}@{suite}" for task in tasks for suite in SUITES)
+        for name, tasks in columns.items()
+    }
+
+
 PAGES = (
+    Page(
+        "choosing.md",
+        ("plphp:paper", "plphp", "novelty", "novelty+host", "novelty+int4"),
+        (0.4,),
+        {
+            "": everywhere(
+                long_answers=("describe",),
+                a_page_read_word_by_word=("grid",),
+                short_answers=("what", "refer"),
+                a_second_question=("second",),
+            )
+        },
+    ),
     Page(
         "regimes.md",
         (
@@ -125,7 +146,7 @@ PAGES = (
             "divprune/novelty+int4",
         ),
         (0.4, 0.2),
-        {"": by_length(("redundant-4", "redundant-16"))},
+        {"": each_task("redundant-4")},
     ),
     Page(
         "small-devices.md",
@@ -141,7 +162,7 @@ PAGES = (
             "novelty+host",
         ),
         (0.27, 0.13, 0.07),
-        {"": by_length(SUITES)},
+        {"": by_length(("dense", "redundant-4"))},
     ),
 )
 
