@@ -11,14 +11,13 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from finished import results
 
-from plphp.bench.machine import describe
 from plphp.eval.summary import COMPARED
 from plphp.eval.tables import interval, number
 
@@ -36,12 +35,10 @@ Shown = Mapping[str, Any]
 
 def take_in(run: Path, command: str) -> None:
     """Copy the results of a run, and add the machine, the versions, the date and the command."""
-    found = json.loads((run / "summary.json").read_text())
-    ended = max(path.stat().st_mtime for path in (run / "samples").iterdir())
+    found, made = results(run)
     found["made"] = {
         "command": f"`{command}`",
-        "date": datetime.fromtimestamp(ended, UTC).strftime("%Y-%m-%d"),
-        "machine": describe("cpu")["machine"],
+        **made,
         "python": platform.python_version(),
         **{name: str(value) for name, value in found["about"].items()},
     }

@@ -1,4 +1,4 @@
-"""Write the table of docs/regimes.md from docs/accuracy/regimes.json: `make regimes-page`.
+"""Write the tables of docs/regimes.md from docs/accuracy/regimes.json: `make regimes-page`.
 
 With --run DIR, the directory of a finished `plphp eval`, its results are copied first.
 """
@@ -9,11 +9,10 @@ import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from plphp.bench.machine import describe
+from finished import results
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "accuracy" / "regimes.json"
@@ -34,8 +33,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 def take_in(run: Path) -> dict[str, Any]:
     """What the page needs of a run: for every setting, the right answers of each task."""
-    found = json.loads((run / "summary.json").read_text())
-    newest = max(path.stat().st_mtime for path in (run / "samples").iterdir())
+    found, made = results(run)
     rows: dict[tuple[str, float | None], dict[str, Any]] = {}
     for name, task in found["tasks"].items():
         for one in task["settings"]:
@@ -48,11 +46,7 @@ def take_in(run: Path) -> dict[str, Any]:
             row["kept"].append(one["kept"])
             row["bytes"].append(one["kv_bytes"] / one["kv_bytes_full"])
     return {
-        "about": {
-            **found["about"],
-            "machine": describe("cpu")["machine"],
-            "date": datetime.fromtimestamp(newest, UTC).strftime("%Y-%m-%d"),
-        },
+        "about": {**found["about"], **made},
         "rows": [
             {
                 "method": method,
@@ -98,10 +92,20 @@ def of_full(rows: Rows, method: str, budget: float | None) -> tuple[float, float
     return min(shares), max(shares)
 
 
+def measured(about: Mapping[str, Any]) -> str:
+    """When and on what the results were measured, in one sentence."""
+    return (
+        f"Measured on {about['date']} on {about['machine']} ({about['dtype']}, torch "
+        f"{about['torch']}, transformers {about['transformers']}), with {about['limit']} samples "
+        f"of each task and seed {about['seed']}.\n"
+    )
+
+
 def page(text: str, found: Mapping[str, Any]) -> str:
-    """The page's text with the tables of the results in it."""
+    """The page's text with the tables of the results in it, and what they were measured on."""
     pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-    return re.sub(pattern, lambda _: BEGIN + tables(found["rows"]) + END, text, flags=re.S)
+    made = f"{BEGIN}{tables(found['rows'])}\n{measured(found['about'])}{END}"
+    return re.sub(pattern, lambda _: made, text, flags=re.S)
 
 
 def main() -> None:
