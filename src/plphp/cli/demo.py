@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.bits import Weights
-from plphp.cli.console import progress, shown, stdout
+from plphp.cli.console import progress, say, shown, stdout
 from plphp.cli.generate import check_files
 from plphp.errors import InputError
 
@@ -71,6 +71,9 @@ def demo(
     if known:
         items = bundled_questions(loaded)
     else:
+        bundled = [what for what, own in (("pictures", images), ("questions", prompts)) if not own]
+        if bundled:
+            say(f"{' and '.join(bundled)} are plphp's own: give --image FILE and --prompt TEXT")
         items = own_questions(loaded, images, prompts, max_new_tokens)
     long = long_batch(loaded, images, items[0].question, batch, vision_tokens)
     every, left_out = demo_run.possible(loaded.model, demo_run.ways(policy))
