@@ -54,9 +54,7 @@ def test_methods_with_a_home() -> None:
     for wrong in ("novelty+", "novelty+disk", "none+host"):
         with pytest.raises(InputError, match="unknown method"):
             parse(wrong, ".4")
-    with pytest.raises(
-        InputError, match=r"full\+host parks all .*: budget must be above 0"
-    ):
+    with pytest.raises(InputError, match=r"full\+host parks all .*: budget must be above 0"):
         parse("full+host", ".4")
 
 

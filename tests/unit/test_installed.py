@@ -1,12 +1,13 @@
 """Versions outside the tested range are named, and torchvision's is the one of the torch."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from test_bounds import NEEDS, bounds
+from test_bounds import NEEDS, PINS, ROOT, bounds
 
 from plphp import _installed
 
@@ -89,3 +90,11 @@ def test_a_torchvision_of_another_torch_is_named(
     assert (said == "") == fits
     if not fits:
         assert said.startswith(f"torchvision {torchvision} does not fit torch 2.13.0+cpu: pip ")
+
+
+@pytest.mark.parametrize("page", ["docs/your-model.md", "docs/reproduce.md"])
+def test_pages_give_the_torchvision_of_the_pinned_torch(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert {*re.findall(r"torch==([\d.]+)", text)} <= {str(PINS["torch"])}
+    found = {*re.findall(r"torchvision==([\d.]+)", text)}
+    assert found == {_installed.torchvision_for(PINS["torch"])}
