@@ -49,7 +49,6 @@ def doctor(
 
     config = load_config(model, trust_remote_code)
     processor, missing = local_processor(model, config, trust_remote_code)
-    processor = None if tokens_per_image else processor
     with waiting(f"building {model} without its weights", quiet=as_json):
         found = diagnose(
             model,
@@ -60,7 +59,7 @@ def doctor(
             tokens_per_image,
             text_tokens,
             trust_remote_code,
-            processor,
+            None if tokens_per_image else processor,
         )
     found = replace(found, notes=(*found.notes, *_installed_notes(missing)))
     if as_json:

@@ -39,8 +39,6 @@ def inspect(
     images, videos = image or [], video or []
     if not images and not videos:
         images, prompt = example()
-        names = ", ".join(Path(path).name for path in images)
-        say(f"no --image: the page shows plphp's own {names} and the question {prompt!r}")
     if prompt is None or not prompt.strip():
         raise InputError("give --prompt TEXT, the question about the images")
     check_files(images, videos, source.model)
@@ -51,6 +49,9 @@ def inspect(
     from plphp.inspector import examine, shown_videos
 
     loaded = source.load()
+    if not image and not video:
+        names = ", ".join(Path(path).name for path in images)
+        say(f"no --image: the page shows plphp's own {names} and the question {prompt!r}")
     inputs = make_inputs(loaded, images, prompt, videos)
     media: list[Any] = [*images, *shown_videos(loaded.model.config, inputs)]
     with waiting("reading the prompt", quiet=as_json) as show:
