@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 import warnings
 from importlib import metadata, util
@@ -67,23 +68,49 @@ def torchvision_for(torch: Version) -> str | None:
     return f"0.{torch.minor + TORCHVISION_AHEAD}.{torch.micro}"
 
 
-def install_torchvision() -> str:
+def install_torchvision(again: bool = False) -> str:
     """The command that installs torchvision and leaves the installed torch as it is.
 
     A plain `pip install torchvision` brings the newest one, and with it another torch.
+
+    again: whether the same version of another build is installed, which pip would leave there
     """
     torch = version("torch")
     fitting = None if torch is None else torchvision_for(torch)
     if torch is None or fitting is None:
         return f"install the torchvision that was built for your torch; see {PAGE}"
+    what = "--force-reinstall --no-deps" if again else f"torch=={torch.public}"
     index = f" --index-url {INDEX}/{torch.local}" if torch.local else ""
-    return f"pip install torch=={torch.public} torchvision=={fitting}{index}; see {PAGE}"
+    return f"pip install {what} torchvision=={fitting}{index}; see {PAGE}"
 
 
 def misfit() -> str:
     """A sentence if the installed torchvision was not built for the installed torch, else ''."""
     torch, found = version("torch"), version("torchvision")
     fitting = None if torch is None else torchvision_for(torch)
-    if found is None or fitting is None or found.release[:2] == Version(fitting).release[:2]:
+    if torch is None or found is None or fitting is None:
         return ""
-    return f"torchvision {found} does not fit torch {torch}: {install_torchvision()}"
+    same = found.release[:2] == Version(fitting).release[:2]
+    if same and (found.local == torch.local or _torchvision_loads()):
+        return ""
+    command = install_torchvision(again=same)
+    return f"torchvision {found} was not built for torch {torch}: {command}"
+
+
+def _torchvision_loads() -> bool:
+    """Whether torchvision can be imported; one that was built for another torch cannot."""
+    try:
+        importlib.import_module("torchvision")
+    except Exception:
+        return False
+    return True
+
+
+def misfit_behind(error: BaseException) -> str:
+    """The sentence of `misfit` if an error, or one that led to it, comes from torchvision."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if "torchvision" in str(seen):
+            return misfit()
+        seen = seen.__cause__ or seen.__context__
+    return ""

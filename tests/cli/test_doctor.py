@@ -199,7 +199,10 @@ def test_a_processor_that_needs_torchvision_is_remarked(run: Callable, tmp_path:
     shutil.copytree(WEIGHTS, tmp_path, dirs_exist_ok=True)
     result = run("doctor", tmp_path, "--images", 2)
     assert result.code == 0 and "can be pruned" in result.out
-    assert "note: images are read here, and videos need torchvision" in result.out
+    assert (
+        "note: plphp's commands read its images; AutoProcessor and videos need torchvision"
+        in result.out
+    )
     assert "pip install torch==2.13.0 torchvision==0.28.0" in result.out
     config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "qwen2_5_vl"}
     config["text_config"]["model_type"] = "qwen2_5_vl_text"
@@ -233,7 +236,7 @@ def test_versions_that_were_not_tested_are_remarked(
     for command in (["env"], ["doctor", "embedded"]):
         out = run(*command).out
         assert "note: torch 2.14.0 is installed, and plphp was tested with 2.11 to 2.13" in out
-        assert "note: torchvision 0.28.0 does not fit torch 2.14.0" in out
+        assert "note: torchvision 0.28.0 was not built for torch 2.14.0" in out
     assert len(json.loads(run("env", "--json").out)["notes"]) == 2
 
 

@@ -10,6 +10,7 @@ from packaging.version import Version
 from test_bounds import NEEDS, PINS, ROOT, bounds
 
 from plphp import _installed
+from plphp.cli.console import one_line
 
 
 def has(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
@@ -81,15 +82,36 @@ def test_torchvision_is_the_one_of_the_torch(
     assert _installed.misfit() == ""
 
 
-@pytest.mark.parametrize(("torchvision", "fits"), [("0.28.1", True), ("0.27.0+cpu", False)])
+@pytest.mark.parametrize(
+    ("torchvision", "loads", "command"),
+    [
+        ("0.28.1+cpu", False, ""),
+        ("0.28.0", True, ""),
+        ("0.28.0", False, "pip install --force-reinstall --no-deps torchvision==0.28.0 --index"),
+        ("0.27.0+cpu", True, "pip install torch==2.13.0 torchvision==0.28.0 --index-url"),
+    ],
+)
 def test_a_torchvision_of_another_torch_is_named(
-    torchvision: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+    torchvision: str, loads: bool, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has(monkeypatch, torch="2.13.0+cpu", torchvision=torchvision)
+    monkeypatch.setattr(_installed, "_torchvision_loads", lambda: loads)
     said = _installed.misfit()
-    assert (said == "") == fits
-    if not fits:
-        assert said.startswith(f"torchvision {torchvision} does not fit torch 2.13.0+cpu: pip ")
+    wanted = f"torchvision {torchvision} was not built for torch 2.13.0+cpu: {command}"
+    assert said.startswith(wanted) if command else said == ""
+
+
+def test_an_import_that_such_a_torchvision_breaks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers hides the reason behind the name of what it could not import."""
+    has(monkeypatch, torch="2.13.0", torchvision="0.27.0")
+    try:
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as reason:
+            raise ModuleNotFoundError("Could not import module 'AutoProcessor'.") from reason
+    except ModuleNotFoundError as error:
+        assert one_line(error).startswith("torchvision 0.27.0 was not built for torch 2.13.0: pip")
+    assert one_line(ModuleNotFoundError("No module named 'x'")) == "No module named 'x'"
 
 
 @pytest.mark.parametrize("page", ["docs/your-model.md", "docs/reproduce.md"])

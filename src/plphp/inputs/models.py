@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from plphp._installed import has_torchvision, install_torchvision, misfit
+from plphp._installed import has_torchvision, install_torchvision, misfit_behind
 from plphp.errors import InputError, PlphpError, UnsupportedModelError
 from plphp.inputs.rounding import bits_of, frugal, loading_options, settle
 from plphp.inputs.runnable import Loaded, Runnable
@@ -191,7 +191,7 @@ def _refusal(name: str, error: Exception) -> str:
 def remedy(error: Exception) -> str:
     """What to do about an error of transformers, where its first sentence does not say it."""
     text = " ".join(str(error).split())
-    if "torchvision" in text and (wrong := misfit()):
+    if wrong := misfit_behind(error):
         return wrong
     missing = re.search(r"pip install ([\w-]+)", text)
     missing = missing or re.search(r"requires the ([\w-]+) library", text)

@@ -24,7 +24,10 @@ def local_processor(name: str, config: Any, trust: bool = False) -> tuple[Any, s
         return AutoProcessor.from_pretrained(name, **here), ""
     except Exception as error:
         if pictures_alone(name, config):
-            return None, f"images are read here, and videos need {missing}"
+            return (
+                None,
+                f"plphp's commands read its images; AutoProcessor and videos need {missing}",
+            )
         if isinstance(error, (ImportError, ValueError)) and (what := remedy(error)):
             return None, f"its processor cannot be loaded: {first_sentence(error)}: {what}"
     if not Path(name).is_dir() and not has_torchvision() and _by_class(config):
