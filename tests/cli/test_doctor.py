@@ -1,16 +1,23 @@
 """`plphp doctor`: what it says of a config, and what it says where no model can be made of one."""
 
+import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import transformers
+from packaging.version import Version
 
 import plphp
+import plphp._installed
 import tiny
 from plphp.cli.diagnosis import diagnose
+from plphp.demo.model import WEIGHTS
+from plphp.inputs.processors import local_processor
 
 REMOTE = """
 import transformers
@@ -176,3 +183,67 @@ def test_a_config_is_left_as_it_was() -> None:
     before = config.to_json_string()
     asked(config)
     assert config.to_json_string() == before
+
+
+@pytest.fixture
+def no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without torchvision, for plphp and for transformers."""
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("transformers has read this processor with the torchvision that is here")
+    monkeypatch.setattr(plphp._installed, "version", {"torch": Version("2.13.0")}.get)
+
+
+@pytest.mark.usefixtures("no_torchvision")
+def test_a_processor_that_needs_torchvision_is_remarked(run: Callable, tmp_path: Path) -> None:
+    """By trying, where its files are here: as if Qwen2-VL were none that plphp reads without it."""
+    shutil.copytree(WEIGHTS, tmp_path, dirs_exist_ok=True)
+    result = run("doctor", tmp_path, "--images", 2)
+    assert result.code == 0 and "can be pruned" in result.out
+    assert (
+        "note: plphp's commands read its images; AutoProcessor and videos need torchvision"
+        in result.out
+    )
+    assert "pip install torch==2.13.0 torchvision==0.28.0" in result.out
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "qwen2_5_vl"}
+    config["text_config"]["model_type"] = "qwen2_5_vl_text"
+    config["vision_config"]["model_type"] = "qwen2_5_vl"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    note = "note: its processor cannot be loaded: Qwen2VLVideoProcessor requires the Torchvision"
+    for extra in ([], ["--tokens-per-image", 36]):
+        assert note in run("doctor", tmp_path, *extra).out
+    assert "torchvision" not in run("doctor", "embedded").out
+
+
+@pytest.mark.usefixtures("no_torchvision")
+@pytest.mark.parametrize(
+    ("family", "needs"),
+    [("qwen2_5_vl", True), ("cohere2_vision", True), ("pixtral", True), ("llava", False),
+     ("gemma3", False), ("own_vl", False)],
+)  # fmt: skip
+def test_a_processor_that_is_elsewhere_is_known_by_its_class(family: str, needs: bool) -> None:
+    config = SimpleNamespace(model_type=family)
+    processor, note = local_processor("some/model", config)
+    assert processor is None and ("needs torchvision" in note) == needs
+
+
+def test_versions_that_were_not_tested_are_remarked(
+    run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "note:" not in run("env").out + run("doctor", "embedded").out
+    assert json.loads(run("env", "--json").out)["notes"] == []
+    found = {"torch": Version("2.14.0"), "torchvision": Version("0.28.0")}
+    monkeypatch.setattr(plphp._installed, "version", found.get)
+    for command in (["env"], ["doctor", "embedded"]):
+        out = run(*command).out
+        assert "note: torch 2.14.0 is installed, and plphp was tested with 2.11 to 2.13" in out
+        assert "note: torchvision 0.28.0 was not built for torch 2.14.0" in out
+    assert len(json.loads(run("env", "--json").out)["notes"]) == 2
+
+
+def test_commands_warn_of_versions_that_were_not_tested(
+    run: Callable, picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plphp._installed, "version", {"torch": Version("2.14.0")}.get)
+    result = run("generate", "--image", picture, "--prompt", "describe picture 1.", "--json")
+    assert result.code == 0 and json.loads(result.out)["answer"]
+    assert result.err.startswith("warning: torch 2.14.0 is installed, and plphp was tested with")

@@ -21,8 +21,17 @@ def test_without_arguments_it_shows_the_demos_first_example(run: Callable, tmp_p
     assert result.code == 0, result.err
     assert "of the vision K/V kept" in result.out and "open report.html" in result.out
     first = json.loads((DEMO / "questions.json").read_text())[0]
+    assert f"plphp's own {first['images'][0]}" in result.err and first["question"] in result.err
     page = (tmp_path / "report.html").read_text()
     assert f"<h1>{first['question']}</h1>" in page and first["images"][0] in page
+
+
+def test_a_question_about_no_picture_is_refused(run: Callable, tmp_path: Path) -> None:
+    result = run("inspect", "--prompt", "what is brown?")
+    assert (result.code, result.out, list(tmp_path.iterdir())) == (2, "", [])
+    assert result.err == (
+        "plphp: --prompt needs --image or --video: --prompt is the question about the images\n"
+    )
 
 
 def test_json_is_the_data_of_the_page(run: Callable, picture: str, tmp_path: Path) -> None:

@@ -76,11 +76,12 @@ def test_what_was_typed_is_kept(sizes: needed.Sizes) -> None:
     assert {setup.method.policy for setup in own} == {"snapkv"}
     assert {setup.method.budget for setup in own} == {"0.5"}
     assert {setup.source.weights for setup in own} == {"int8"}
-    assert {(setup.method.recall, setup.bits.kv_bits) for setup in own} == {
-        ("int4", None), ("int2", None), (None, 4), (None, 2)
-    }  # fmt: skip
-    parked = ways(sizes, Method(recall="int4", recall_budget=0.9))
-    assert {setup.method.recall_budget for setup in parked} == {0.9}
+    codes, parked = {(None, 4), (None, 2)}, {("int4", None), ("int2", None)}
+    assert {(setup.method.recall, setup.bits.kv_bits) for setup in own} == codes, "a budget counts"
+    ranked = ways(sizes, Method(policy="snapkv"), weights="int8")
+    assert {(setup.method.recall, setup.bits.kv_bits) for setup in ranked} == codes | parked
+    own = ways(sizes, Method(recall="int4", recall_budget=0.9))
+    assert {setup.method.recall_budget for setup in own} == {0.9}
     coded = ways(sizes, None, Bits(4))
     assert {setup.bits.kv_bits for setup in coded} == {4}
     assert {setup.method.policy for setup in coded} == {"recommended"}

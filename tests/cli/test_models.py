@@ -24,7 +24,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_weights_are_loaded_as_they_are(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_has_torchvision", lambda: False)
+    monkeypatch.setattr(models, "has_torchvision", lambda: False)
     loaded = inputs.load(str(half), "auto", "cpu", "eager")
     assert loaded.model.dtype == torch.bfloat16
     assert loaded.model.config._attn_implementation == "eager"
@@ -40,13 +40,20 @@ def test_weights_are_loaded_as_they_are(half: Path, monkeypatch: pytest.MonkeyPa
     [
         (
             ImportError("X requires the Torchvision library. See"),
-            "pip install torchvision",
+            "torchvision==0.28.",
+        ),
+        (
+            ImportError("X requires the timm library but. You can `pip install timm`"),
+            "torchvision==0.28.",
         ),
         (ValueError("This needs it. Install it with `pip install accelerate`."), "accelerate"),
         (OSError("Can't load image processor for 'x'. If you"), "preprocessor_config.json"),
     ],
 )
-def test_what_transformers_lacks_comes_with_a_remedy(error: Exception, remedy: str) -> None:
+def test_what_transformers_lacks_comes_with_a_remedy(
+    error: Exception, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "has_torchvision", lambda: False)
     said = models._refusal("some/model", error)
     assert said.startswith("cannot load some/model: ") and remedy in said
     assert remedy not in models._refusal("some/model", type(error)("Something else."))
@@ -66,7 +73,7 @@ def test_auto_spreads_the_layers(half: Path, monkeypatch: pytest.MonkeyPatch) ->
         told.update(options)
         return torch.nn.Linear(1, 1)
 
-    monkeypatch.setattr(models, "_has_torchvision", lambda: False)
+    monkeypatch.setattr(models, "has_torchvision", lambda: False)
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
     inputs.load(str(half), "auto", "auto")
     assert told["device_map"] == "auto"

@@ -34,7 +34,9 @@ def test_compare_with_recall_shows_full_and_pruned(run: Callable, picture: str) 
 
 def test_recall_is_refused_in_one_line(run: Callable, picture: str) -> None:
     for options, said in (
-        (("--recall", "disk"), "home must be one of"),
+        (("--recall", "disk"), "plphp: --recall disk: give host, int4, int2"),
+        (("--recall", "host", "--recall-budget", "2"), "--recall-budget 2: budget must be a share"),
+        (("--recall", "host", "--recall-budget", "0"), "--recall-budget 0: budget must be above"),
         (("--recall-budget", ".3"), "--recall-budget needs --recall"),
         (("--recall", "host", "--policy", "vtw"), "VTW"),
     ):
@@ -49,6 +51,19 @@ def test_methods_with_a_home() -> None:
     assert host == Setting("novelty+host", 0.4)
     assert host.recall is not None and host.recall.budget == 0.4
     assert everything.recall is not None and everything.recall.budget == 0
-    for wrong in ("novelty+", "novelty+disk", "full+host", "none+host"):
+    for wrong in ("novelty+", "novelty+disk", "none+host"):
         with pytest.raises(InputError, match="unknown method"):
             parse(wrong, ".4")
+    with pytest.raises(InputError, match=r"full\+host parks all .*: budget must be above 0"):
+        parse("full+host", ".4")
+
+
+@pytest.mark.parametrize("option", ["--budget", "--r", "--delta-r", "--min-tokens", "--round-to"])
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_options_that_recall_ignores_are_refused(
+    run: Callable, picture: str, command: str, option: str
+) -> None:
+    given = (command, "--image", picture, *QUESTION, "--recall", "int4", option, "0")
+    refused = run(*given)
+    assert refused.code == 2
+    assert refused.err.startswith(f"plphp: {option} cannot be used with --recall: the policy ranks")

@@ -133,7 +133,7 @@ def test_what_recall_cannot_do_is_refused() -> None:
     before = state_of(model)
     with pytest.raises(UnsupportedModeError, match="FastV"):
         plphp.prune(model, plphp.policy("fastv"), recall="host")
-    with pytest.raises(ValueError, match="home"):
+    with pytest.raises(ValueError, match=r"recall must be one of \('host', 'int4', 'int2'\) or"):
         plphp.prune(model, recall="disk")
     with pytest.raises(ValueError, match="at least"):
         plphp.prune(model, recall=plphp.Recall("int4", 0.01))
@@ -189,3 +189,15 @@ def test_a_new_home_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch, tmp_p
         pytest.raises(plphp.InputError, match="in the same way"),
     ):
         plphp.PrunedCache.load(model, tmp_path / "host")
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [plphp.PLPHP(min_tokens=3), plphp.PLPHP(round_to=4), plphp.PLPHP(budget="global"),
+     [plphp.policy("divprune"), plphp.policy("plphp-shared", min_tokens=3)]],
+)  # fmt: skip
+def test_options_that_recall_would_ignore_are_refused(policy: Any) -> None:
+    model = EVERY["llava"].build(0)
+    with pytest.raises(UnsupportedModeError, match="would have no effect, because recall decides"):
+        plphp.prune(model, policy, recall="int4")
+    assert "generate" not in vars(model), "nothing was changed"

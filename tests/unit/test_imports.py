@@ -19,6 +19,7 @@ PACKAGE = SOURCE / "plphp"
 # Each package may import from packages of a lower level, and from itself.
 LEVELS = {
     "_drawing": 0,
+    "_installed": 0,
     "_version": 0,
     "_renamed": 0,
     "errors": 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
@@ -72,14 +73,24 @@ def race(
     """
     found = [Measured(variant.name) for variant in variants]
     forwards = [stepper(model, variant, setting) for variant in variants]
-    # Every attachment changes the model, which is then compiled again, in steps that do not count.
-    with torch._dynamo.config.patch(recompile_limit=COMPILED):
+    with _compiling(any(variant.compiled for variant in variants)):
         for _ in range(rounds):
             for variant, forward, measured in zip(variants, forwards, found, strict=True):
                 with variant.attach(), torch.inference_mode():
                     _turn(forward, setting, variant.make(), new_tokens, measured)
                 advance()
     return found
+
+
+def _compiling(compiled: bool) -> AbstractContextManager[Any]:
+    """A context in which a model may be compiled again for every attachment, which changes it.
+
+    Its compiled steps do not count. Without compiled variants torch's compiler is not imported.
+    """
+    if not compiled:
+        return nullcontext()
+    limits: AbstractContextManager[Any] = torch._dynamo.config.patch(recompile_limit=COMPILED)
+    return limits
 
 
 def _turn(

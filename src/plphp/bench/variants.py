@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import cache_utils
 
+from plphp._installed import bounds
 from plphp.bench import caches
 from plphp.bench.caches import Schedule, Setting
 from plphp.errors import InputError
@@ -93,7 +94,8 @@ def check_names(names: Sequence[str]) -> None:
     if "int4" in names and find_spec("optimum") is None:
         raise InputError("--against int4 needs optimum-quanto: pip install optimum-quanto")
     if "fp8" in names and not hasattr(cache_utils, "Fp8QuantizedLayer"):
-        raise InputError("--against fp8 needs a newer transformers: pip install -U transformers")
+        newest = f"pip install -U 'transformers{bounds('transformers')}'"
+        raise InputError(f"--against fp8 needs a newer transformers: {newest}")
 
 
 def _policy(name: str, rates: tuple[float, ...]) -> CachePolicy:

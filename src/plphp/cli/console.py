@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from plphp._installed import misfit_behind
 from plphp.errors import InputError, PlphpError
 
 
@@ -116,6 +117,8 @@ def one_line(error: BaseException) -> str:
             "there is no memory left: use fewer or smaller images, --dtype bfloat16, a smaller "
             "model, or another --device"
         )
+    if isinstance(error, ImportError) and (wrong := misfit_behind(error)):
+        return wrong
     format_message = getattr(error, "format_message", None)  # usage errors of the command line
     message = format_message() if format_message else str(error)
     if message.startswith("Got unexpected extra argument"):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.bits import Weights
-from plphp.cli.console import progress, shown, stdout
+from plphp.cli.console import progress, say, shown, stdout
 from plphp.cli.generate import check_files
 from plphp.errors import InputError
 
@@ -59,9 +59,7 @@ def demo(
     """Show what pruning and recall cost and save, on one screen: answers, bytes and times."""
     policy = o.chosen_policy("plphp", r=r, delta_r=delta_r, alpha=alpha, beta=beta)
     images, prompts = image or [], prompt or []
-    if any(not text.strip() for text in prompts):
-        raise InputError("the prompt is empty: give --prompt TEXT")
-    check_files(images, [], model)
+    _check(images, prompts, model)
     from plphp.cli import demo_run
     from plphp.cli.demo_prompts import bundled_questions, long_batch, own_questions
 
@@ -71,6 +69,7 @@ def demo(
     if known:
         items = bundled_questions(loaded)
     else:
+        _say_bundled(images, prompts)
         items = own_questions(loaded, images, prompts, max_new_tokens)
     long = long_batch(loaded, images, items[0].question, batch, vision_tokens)
     every, left_out = demo_run.possible(loaded.model, demo_run.ways(policy))
@@ -85,6 +84,20 @@ def demo(
     if known:
         line = f"See what question 1 kept: {_command()} inspect, then open report.html."
         stdout().print(shown(line))
+
+
+def _check(images: Sequence[str], prompts: Sequence[str], model: str) -> None:
+    """Raise InputError for an empty prompt and for files that cannot be read."""
+    if any(not text.strip() for text in prompts):
+        raise InputError("the prompt is empty: give --prompt TEXT")
+    check_files(images, [], model)
+
+
+def _say_bundled(images: Sequence[str], prompts: Sequence[str]) -> None:
+    """Say that bundled pictures or questions stand for those that were not given."""
+    bundled = [what for what, own in (("pictures", images), ("questions", prompts)) if not own]
+    if bundled:
+        say(f"{' and '.join(bundled)} are plphp's own: give --image FILE and --prompt TEXT")
 
 
 def _device(model: str) -> str:

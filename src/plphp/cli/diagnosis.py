@@ -202,19 +202,24 @@ def on_meta(name: str, work: Callable[[], Made]) -> Made:
 
 
 def _examine(config: Any, dtype: str, length: int, trust: bool) -> Examined:
-    from plphp.hf import compat, prune
-    from plphp.hf.footprint import footprint
     from plphp.inputs.shell import shell
 
     text = config.get_text_config(decoder=True)
-    windows: tuple[int | str | None, ...] = ()
     try:
         model = shell(config, trust, kind_of(text, dtype))
     except UnsupportedModelError as error:
-        return Examined((), str(error), windows, None, "the model cannot be built")
+        return Examined((), str(error), (), None, "the model cannot be built")
+    return look_at(model, length)
+
+
+def look_at(model: Any, length: int) -> Examined:
+    """Examine a model on the meta device, for a prompt of `length` tokens."""
+    from plphp.hf import compat, prune
+    from plphp.hf.footprint import footprint
+
     attachable: tuple[int, ...] = ()
     reason = ""
-    windows = tuple(compat.layer_windows(text))
+    windows = tuple(compat.layer_windows(compat.text_config(model)))
     try:
         with prune(model) as pruning:
             attachable = pruning.layers

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from typing import Annotated, Any, cast
+from dataclasses import asdict, replace
+from typing import Annotated, cast
 
 import typer
 
+from plphp._installed import misfit, untested
 from plphp.cli import options as o
 from plphp.cli.bars import ASCII, IMAGES, TEXT, bars
 from plphp.cli.console import stdout, waiting
@@ -44,9 +45,10 @@ def doctor(
     """Say whether a model can be pruned, and how many bytes a prompt needs, without its weights."""
     policy = cast(PLPHP, o.chosen_policy("plphp", r=r, delta_r=delta_r))
     from plphp.inputs import load_config
+    from plphp.inputs.processors import local_processor
 
     config = load_config(model, trust_remote_code)
-    processor = None if tokens_per_image else _processor(model, trust_remote_code)
+    processor, missing = local_processor(model, config, trust_remote_code)
     with waiting(f"building {model} without its weights", quiet=as_json):
         found = diagnose(
             model,
@@ -57,8 +59,9 @@ def doctor(
             tokens_per_image,
             text_tokens,
             trust_remote_code,
-            processor,
+            None if tokens_per_image else processor,
         )
+    found = replace(found, notes=(*found.notes, *_installed_notes(missing)))
     if as_json:
         print(json.dumps(asdict(found), indent=1))
     else:
@@ -67,14 +70,9 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _processor(name: str, trust: bool) -> Any:
-    """The model's processor, or None if its files are not on this machine."""
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(name, trust_remote_code=trust, local_files_only=True)
-    except Exception:
-        return None  # the config answers instead
+def _installed_notes(missing: str) -> tuple[str, ...]:
+    """Notes on what is installed. missing: a package that the model's processor needs, or ''."""
+    return tuple(note for note in (missing, misfit(), *untested()) if note)
 
 
 def _print(d: Diagnosis) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from plphp.cli import flags
 from plphp.cli import options as o
-from plphp.cli.console import shown, stdout, waiting
+from plphp.cli.console import say, shown, stdout, waiting
 from plphp.cli.generate import check_files
 from plphp.errors import InputError
 from plphp.policy import Policy
@@ -38,8 +38,7 @@ def inspect(
     chosen, parked = _chosen(method, policies), method.parked()
     images, videos = image or [], video or []
     if not images and not videos:
-        images, question = example()
-        prompt = question if prompt is None else prompt
+        images, prompt = example()
     if prompt is None or not prompt.strip():
         raise InputError("give --prompt TEXT, the question about the images")
     check_files(images, videos, source.model)
@@ -50,6 +49,9 @@ def inspect(
     from plphp.inspector import examine, shown_videos
 
     loaded = source.load()
+    if not image and not video:
+        names = ", ".join(Path(path).name for path in images)
+        say(f"no --image: the page shows plphp's own {names} and the question {prompt!r}")
     inputs = make_inputs(loaded, images, prompt, videos)
     media: list[Any] = [*images, *shown_videos(loaded.model.config, inputs)]
     with waiting("reading the prompt", quiet=as_json) as show:

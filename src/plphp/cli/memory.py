@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from plphp.cli import options as o
 from plphp.cli.bits import Bits
+from plphp.cli.needs import RATES
 from plphp.errors import InputError
 
 if TYPE_CHECKING:
@@ -129,12 +130,13 @@ def _ways(method: o.Method, bits: Bits) -> Iterator[tuple[dict[str, Any], o.Meth
     Yields the options that were added, and all options.
     """
     named = method.policy != "plphp" or bool(method.settings)
+    rates = set(method.settings) & set(RATES)  # with recall they would have no effect
     if method.recall is not None:
         ways: Sequence[dict[str, Any]] = [{}]
     elif bits.kv_bits is not None:
         ways = [{}] if named else BUDGETS
     else:
-        ways = [*RECALL, *CODES] if named else HELD
+        ways = [*(() if rates else RECALL), *CODES] if named else HELD
     for way in ways:
         own = {name: value for name, value in way.items() if name != "kv_bits"}
         codes = replace(bits, kv_bits=way.get("kv_bits", bits.kv_bits))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from plphp.bench.machine import resident_bytes
 from plphp.cli import options as o
 from plphp.cli.bits import Bits
-from plphp.cli.diagnosis import Examined, examined, kind_of, on_meta
+from plphp.cli.diagnosis import Examined, kind_of, look_at, on_meta
 from plphp.errors import InputError
 from plphp.hf import compat
 from plphp.inputs import load_config, make_inputs
@@ -99,20 +99,17 @@ class Sizes:
         config = load_config(name, trust)
         text_config = config.get_text_config(decoder=True)
         kind = kind_of(text_config, source.dtype)
-        inputs = make_inputs(without_weights(name, kind, trust), images, prompt, videos)
+        inputs = make_inputs(without_weights(name, kind, trust, config), images, prompt, videos)
         length = inputs["input_ids"].shape[1] + new_tokens
         vision = int((vision_spans(config, **inputs) > 0).sum()) if images or videos else 0
-        seen = examined(name, config, source.dtype, length, trust)
+        full = on_meta(name, lambda: shell(copy.deepcopy(config), trust, kind))
+        seen = on_meta(name, lambda: look_at(full, length))
         if seen.bytes is None or seen.reason:
             raise InputError(f"--memory: {seen.reason or seen.unmeasured}")
 
-        def built() -> Any:
-            return shell(copy.deepcopy(config), trust, kind)
-
-        full = on_meta(name, built)
         weights: dict[str | None, int] = {None: weight_bytes(full)}
         for word, bits in BITS.items():
-            model = on_meta(name, built)
+            model = copy.deepcopy(full)
             round_weights(model, bits)
             weights[word] = weight_bytes(model)
         return cls(

@@ -12,6 +12,9 @@ from plphp.errors import InputError
 
 TYPED = "plphp.typed"
 
+# Options that say how many tokens a policy keeps. With recall its own budget says that.
+RATES = ("budget", "r", "delta_r", "min_tokens", "round_to")
+
 # Command -> option -> options, at least one of which must be given too.
 NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "generate": {
@@ -25,7 +28,7 @@ NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
         "workers": ("ray",),
     },
     "demo": {"max_new_tokens": ("model", "image", "prompt")},
-    "inspect": {"recall_budget": ("recall",)},
+    "inspect": {"recall_budget": ("recall",), "prompt": ("image", "video")},
     "eval": {"images": ("prompt",), "prompt": ("images",), "workers": ("ray",)},
 }
 
@@ -37,10 +40,11 @@ WITHOUT: dict[str, dict[str, tuple[str, ...]]] = {
         "compare": ("batch",),
         "report": ("batch", "compare", "as_json"),
         "kv_bits": ("recall",),
+        **dict.fromkeys(RATES, ("recall",)),
         "memory": ("batch", "compare"),
     },
     "demo": {"details": ("as_json",)},
-    "inspect": {"policy": ("policies",)},
+    "inspect": {"policy": ("policies",), **dict.fromkeys(RATES, ("recall",))},
     "bench": {"shape": ("model",), "layers": ("model",), "weights": ("first_token",)},
     "eval": {"tasks": ("images",), "shard": ("ray",)},
 }
@@ -67,6 +71,7 @@ WHY = {
     "ray": "a single answer cannot be divided among workers",
     "workers": "without --ray there is only one model",
     "shard": "--ray divides the run into shards itself",
+    **dict.fromkeys(RATES, "the policy ranks the tokens, and --recall-budget says how many"),
     "policy": "--policies names all methods of the page",
 }
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from plphp._installed import untested
 from plphp.cli import needs
 from plphp.cli.bits import Weights
 from plphp.errors import InputError
@@ -182,11 +183,17 @@ class Method:
             if self.recall_budget is not None:
                 raise InputError("--recall-budget needs --recall host, int4 or int2")
             return None
-        from plphp.recall import Recall, as_recall
+        from plphp.recall import HOMES, Recall
 
+        if self.recall not in HOMES:
+            raise InputError(f"--recall {self.recall}: give {', '.join(HOMES)}")
         if self.recall_budget is None:
-            return as_recall(self.recall)
-        return Recall(self.recall, self.recall_budget)  # type: ignore[arg-type]
+            return Recall(self.recall)
+        try:
+            return Recall(self.recall, self.recall_budget)
+        except ValueError as error:
+            said = f"--recall {self.recall} --recall-budget {self.recall_budget:g}"
+            raise InputError(f"{said}: {error}") from None
 
 
 _OF_POLICY = {f.name for f in fields(Method)} - {"policy", "recall", "recall_budget"}
@@ -204,9 +211,11 @@ class Source:
     weights: Weights = None
 
     def load(self) -> Runnable:
-        from plphp.cli.console import loading
+        from plphp.cli.console import loading, say
         from plphp.inputs import load
 
+        for note in untested():
+            say(f"warning: {note}")
         trust, weights = self.trust_remote_code, self.weights
         with loading(self.model):
             return load(self.model, self.dtype, self.device, self.attn, trust, weights)

@@ -75,7 +75,6 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
     for name in names:
         base, _, home = name.removesuffix(PAPER).partition(PARKED)
         right = base in POLICIES or name == f"plphp{CALIBRATED}" or _in_stages(base)
-        right = right and name != f"full{PARKED}host"
         if not right or (home and home not in (*HOMES, *BITS)) or name.endswith(PARKED):
             known = ", ".join([*known_methods(), *ALIASES])
             raise InputError(
@@ -83,6 +82,7 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
                 f"stages, and NAME+HOME with recall from {', '.join(HOMES)}, or in codes "
                 f"with {' or '.join(BITS)}"
             )
+        _check_home(name)
     added = [name for name in CONTROLS if name not in names]
     shares = [_share(text) for text in _split(budgets, "--budgets")]
     settings = [FULL]
@@ -93,6 +93,17 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
             # A budget of 1 keeps all tokens, and "full" does that already.
             settings += [Setting(name, share) for share in dict.fromkeys(shares) if share < 1]
     return settings, [name for name in added if name != "full"]
+
+
+def _check_home(name: str) -> None:
+    """Raise InputError for full+HOME with a home that cannot park all vision tokens."""
+    base, _, home = name.partition(PARKED)
+    if base != "full" or home not in HOMES:
+        return
+    try:
+        assert Setting(name, None).recall is not None
+    except ValueError as error:
+        raise InputError(f"--methods: {name} parks all vision tokens: {error}") from None
 
 
 def _full_name(name: str) -> str:

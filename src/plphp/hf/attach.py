@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from plphp._installed import warn_if_untested
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat, stock
 from plphp.hf.attached import MARK, Pruning, base_model
@@ -63,9 +64,11 @@ def prune(
 
     Raises UnsupportedModelError, UnsupportedModeError (such as for a model that is attached
     already), UnsupportedTransformersError, InputError (a ValueError) or InputTypeError (also a
-    TypeError). The message says what to do, and the model has not been changed.
+    TypeError). The message says what to do, and the model has not been changed. Warns once, with a
+    UserWarning, of a torch or a transformers that is outside the tested versions.
     """
     compat.check_version()
+    warn_if_untested()
     model = base_model(model)
     mask = checked_mask(vision_mask)
     prunable(model, mask)

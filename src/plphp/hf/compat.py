@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import GenerationMixin, cache_utils
 from transformers.modeling_utils import AttentionInterface
 
+from plphp._installed import TESTED as RANGES
+from plphp._installed import bounds
 from plphp.errors import UnsupportedModelError, UnsupportedTransformersError
 
-OLDEST = Version("5.16")
-TESTED = Version("5.24")  # the newest release line that the tests have seen
-# What pyproject.toml asks for. A newer release is tried; `check_seam` says if it cannot work.
-BOUNDS = f">={OLDEST},<{TESTED.major}.{TESTED.minor + 1}"
+# A release newer than TESTED is tried; `check_seam` says if it cannot work.
+OLDEST, TESTED = RANGES["transformers"]
+BOUNDS = bounds("transformers")
 ATTENTION = "plphp"  # plphp's name in transformers' registry of attention functions
 # The keyword that carries the cache was renamed in 5.24. An attached model accepts both names.
 CACHE_NAMES = ("cache", "past_key_values")

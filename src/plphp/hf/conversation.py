@@ -15,6 +15,7 @@ from plphp.cache import allocated
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.attached import Pruning, attached
+from plphp.hf.later_turn import History
 from plphp.hf.layer import PrunedLayer, layer_tensors
 from plphp.hf.located import spans_until
 from plphp.hf.prompt import Prefill, Prompt
@@ -63,6 +64,7 @@ class Conversation(Cache):
         self._in_forward = False  # whether the attached model runs: it alone may write to the cache
         self._order: Tensor | None = None  # (B,) rows of the report, where the cache has others
         self._found: tuple[EarlierImage, ...] = ()  # read from a file that has no report
+        self._history = History()
         super().__init__(layers=self._layers(0))
 
     def _layers(self, prompt: int) -> list[Any]:
@@ -141,6 +143,7 @@ class Conversation(Cache):
         for _, layer in self.pruned_layers():
             layer.thaw()
         begin = int(self.get_seq_length())
+        self._history.begin(source, pruning.model.config, begin, length)
         spans = self.shared.spans if self.shared.recall is not None and begin else None
         earlier = None if spans is None else spans_until(spans, begin)
         prompt = Prompt(
@@ -233,7 +236,13 @@ class Conversation(Cache):
         super().reset()
         self.shift, self.report, self._generating = None, None, False
         self._order, self._found = None, ()
+        self._history.forget()
         self.shared.prefill, self.shared.last_image, self.shared.spans = None, 0, None
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' interface: forget the last columns."""
+        super().crop(*args, **kwargs)
+        self._history.cut(int(self.get_seq_length()))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """transformers' interface: put the rows in the order (B',) int64, as beam search does."""
@@ -257,6 +266,7 @@ class Conversation(Cache):
             self.shift = self.shift[rows.to(self.shift.device)]
         if self.shared.spans is not None:
             self.shared.spans = self.shared.spans[rows.to(self.shared.spans.device)]
+        self._history.forget()
         self._order = rows if self._order is None else self._order[rows.to(self._order.device)]
 
     def tensors(self) -> Iterator[Tensor]:

@@ -74,7 +74,10 @@ def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
         outer = vars(pruning.calls).copy()
         pruning.calls.left_out, pruning.calls.stays, pruning.calls.noted = left_out, [], []
         try:
-            return original(**kwargs)
+            said = original(**kwargs)
+            if cache._order is None:  # otherwise the cache has the rows of another order, as beams
+                cache._history.end(said, int(cache.get_seq_length()))
+            return said
         finally:
             cache._settle()
             vars(pruning.calls).clear()
@@ -176,7 +179,10 @@ def new_columns(source: dict[str, Any], past: int) -> int:
             repeats = past and (mask is None or mask.shape[1] == given.shape[1])
             length = int(given.shape[1] - past if repeats else given.shape[1])
             if length < 1:
-                raise ValueError(f"the prompt adds no token to the {past} that the cache has seen")
+                raise ValueError(
+                    f"the prompt adds no token to the {past} that the cache has seen: pass the "
+                    "whole conversation, or start a new plphp.PrunedCache"
+                )
             return length
     raise ValueError("a prompt needs input_ids or inputs_embeds")
 

@@ -53,17 +53,37 @@ def checked_recall(
             f"{type(chosen).__name__} does not rank what a cache holds, which recall needs: use a "
             "method that prunes the cache, or leave recall out"
         )
+    refuse_ignored(cache_stage(chosen))
     lowest = recall.least_share(compat.head_dim(compat.text_config(model)), model.dtype.itemsize)
     if 0 < recall.budget < lowest:
         raise ValueError(
-            f"budget must be at least {lowest:.3f} for home={recall.home!r}, the share of this "
-            f"model's vision K/V that its codes take, got {recall.budget}: take fewer bits, "
-            "home='host', or 0 to hold nothing in full"
+            f"the budget of recall {recall.home!r} must be at least {lowest:.3f}, the share of "
+            f"this model's vision K/V that its codes take, got {recall.budget}: take fewer bits, "
+            "'host', or 0 to hold nothing in full"
         )
     if recall.budget != 1:
         return recall, chosen
     first, full = sequence_stage(chosen), policy("full")
     return None, full if first is None else in_stages([first, full])
+
+
+def refuse_ignored(chosen: Policy | None) -> None:
+    """Raise UnsupportedModeError for options that say what an image keeps, which recall ignores.
+
+    With recall a policy only ranks tokens: every image is stored in full by its size.
+    """
+    given = {
+        "min_tokens": getattr(chosen, "min_tokens", 0) != 0,
+        "round_to": getattr(chosen, "round_to", 1) != 1,
+        "budget='global'": getattr(chosen, "budget", None) == "global",
+    }
+    ignored = [name for name, so in given.items() if so]
+    if ignored:
+        raise UnsupportedModeError(
+            f"{' and '.join(ignored)} of {type(chosen).__name__} would have no effect, because "
+            "recall decides by its own budget how many tokens of an image are stored in full: "
+            "leave the option out, and set plphp.Recall(..., budget=...)"
+        )
 
 
 def checked_bits(bits: int | None, text: bool, recall: Recall | None) -> KeptBits | None:

@@ -33,6 +33,12 @@ from plphp.report import (
     untouched_report,
 )
 
+NO_IMAGE = "nothing was pruned: the prompt has no vision tokens"
+NO_NEW_IMAGE = (
+    "nothing was pruned: this turn brings no image, and the vision tokens that earlier turns kept "
+    "stay as they are"
+)
+
 
 def build_report(cache: Conversation, prefill: Prefill) -> Report:
     """The report of a finished prefill. Its tensors are on the CPU."""
@@ -47,7 +53,7 @@ def build_report(cache: Conversation, prefill: Prefill) -> Report:
         kv_bytes_full=sum(layer.kv_bytes_full for layer in layers),
         prompt=tuple((spans >= 0).sum(-1).tolist()),
         images=tuple(spans.amax(-1).clamp(min=0).tolist()),
-        notes=(*where.notes, *_notes(cache, prefill), *lost),
+        notes=(*where.notes, *_notes(cache, prefill, earlier), *lost),
         seen=_seen(prefill, spans),
         recall=recall_report(cache.shared.recall, cache.layers),
         earlier=earlier,
@@ -180,12 +186,12 @@ def _full_bytes(layer: Any, columns: int) -> int:
     return total
 
 
-def _notes(cache: Conversation, prefill: Prefill) -> list[str]:
-    """Remarks on the layers and the policy."""
+def _notes(cache: Conversation, prefill: Prefill, earlier: tuple[EarlierImage, ...]) -> list[str]:
+    """Remarks on the layers and the policy. earlier: the images of earlier turns"""
     notes, policy = [], cache.shared.policy
     first, second = sequence_stage(policy), cache_stage(policy)
     if prefill.where.images <= 0:
-        notes.append("nothing was pruned: the prompt has no vision tokens")
+        notes.append(NO_NEW_IMAGE if any(e.tokens for e in earlier) else NO_IMAGE)
     pruned = {index for index, _ in cache.pruned_layers()}
     alone = [index for index in range(_depth(cache)) if index not in pruned]
     if second is not None and second.kind == "layers" and cache.shared.recall is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from plphp._installed import has_torchvision, install_torchvision, misfit_behind
 from plphp.errors import InputError, PlphpError, UnsupportedModelError
 from plphp.inputs.rounding import bits_of, frugal, loading_options, settle
 from plphp.inputs.runnable import Loaded, Runnable
@@ -21,6 +21,7 @@ from plphp.inputs.shell import check_depth
 from plphp.weights import round_weights
 
 EMBEDDED = "embedded"
+NEED_TORCHVISION = ("torchvision", "timm")  # pip would bring a torchvision, and another torch
 
 
 def load(
@@ -86,12 +87,12 @@ def _load_embedded(kind: Any, device: str, attention: str | None, bits: int | No
     return embedded
 
 
-def without_weights(name: str, dtype: torch.dtype, trust: bool = False) -> Runnable:
+def without_weights(name: str, dtype: torch.dtype, trust: bool, config: Any) -> Runnable:
     """What makes the inputs of a model that is not loaded: its `model` has a config and no layers.
 
-    name, trust: as in `load`; dtype: of pixels. Raises InputError as `load`.
+    name, trust: as in `load`; dtype: of pixels; config: what `load_config` returns for them. Raises
+    InputError as `load`.
     """
-    config = load_config(name, trust)
     stub = SimpleNamespace(config=config, device=torch.device("cpu"), dtype=dtype, name_or_path="")
     with _reading(name):
         return _reader(_path(name), config, trust)(stub)
@@ -106,7 +107,7 @@ def _reader(name: str, config: Any, trust: bool) -> Callable[[Any], Runnable]:
 
     from plphp.demo.model import Embedded
 
-    if name != _path(EMBEDDED) and not _needs_no_processor(name, config):
+    if name != _path(EMBEDDED) and not pictures_alone(name, config):
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust)
         return lambda model: Loaded(model, processor)
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
@@ -149,7 +150,7 @@ def load_config(name: str, trust: bool = False) -> Any:
         except Exception as error:  # each config class checks its fields and has its own errors
             raise InputError(
                 f"cannot load {name}: the model does not accept its config.json "
-                f"({_first_sentence(error)}): correct the file"
+                f"({first_sentence(error)}): correct the file"
             ) from error
 
 
@@ -183,23 +184,28 @@ def _refusal(name: str, error: Exception) -> str:
     if isinstance(error, (ValueError, ImportError)) and "trust_remote_code=" in str(error):
         return f"{name} needs its own Python code: give --trust-remote-code to run it"
     kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else type(error).__name__
-    parts = (kind, _first_sentence(error) or type(error).__name__, _remedy(error))
+    parts = (kind, first_sentence(error) or type(error).__name__, remedy(error))
     return ": ".join(part for part in (f"cannot load {name}", *parts) if part)
 
 
-def _remedy(error: Exception) -> str:
+def remedy(error: Exception) -> str:
     """What to do about an error of transformers, where its first sentence does not say it."""
     text = " ".join(str(error).split())
+    if wrong := misfit_behind(error):
+        return wrong
     missing = re.search(r"pip install ([\w-]+)", text)
     missing = missing or re.search(r"requires the ([\w-]+) library", text)
     if missing and isinstance(error, (ValueError, ImportError)):
-        return f"pip install {missing[1].lower()}"
+        name = missing[1].lower()
+        if name in NEED_TORCHVISION and not has_torchvision():
+            return install_torchvision()
+        return f"pip install {name}"
     if "Can't load image processor" in text:
         return "the files of its processor, such as preprocessor_config.json, must be beside it"
     return ""
 
 
-def _first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     return " ".join(str(error).split()).partition(". ")[0]
 
 
@@ -208,7 +214,7 @@ def check_device(device: str) -> None:
     try:
         empty = torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        reason = _first_sentence(error)
+        reason = first_sentence(error)
         raise InputError(f"--device {device} cannot be used here: {reason}") from error
     if empty.is_meta:
         raise InputError(f"--device {device} stores no numbers: give cpu, cuda or mps")
@@ -221,10 +227,9 @@ def _set_attention(model: Any, attention: str) -> None:
         raise InputError(f"--attn {attention}: {error}") from error
 
 
-def _needs_no_processor(name: str, config: Any) -> bool:
-    """Whether this is a local Qwen2-VL and torchvision, which its processor needs, is missing."""
-    return bool(config.model_type == "qwen2_vl" and Path(name).is_dir() and not _has_torchvision())
+def pictures_alone(name: str, config: Any) -> bool:
+    """Whether a model is read with its image processor only, so that it takes no videos.
 
-
-def _has_torchvision() -> bool:
-    return importlib.util.find_spec("torchvision") is not None
+    It is a local Qwen2-VL, and torchvision, which its processor needs, is missing.
+    """
+    return bool(config.model_type == "qwen2_vl" and Path(name).is_dir() and not has_torchvision())

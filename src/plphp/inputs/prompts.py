@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from plphp._installed import install_torchvision
 from plphp.errors import InputError, UnsupportedModelError
 from plphp.inputs.images import Still, open_image
 from plphp.inputs.models import is_embedded
@@ -36,8 +37,8 @@ def make_inputs(
         raise InputError(
             "the embedded model reads pictures, not videos: choose a --model"
             if is_embedded(loaded)
-            else "this model needs torchvision to read videos, which is not installed: run pip "
-            "install torchvision"
+            else "this model needs torchvision to read videos, which is not installed: "
+            f"{install_torchvision()}"
         )
 
     def encode(images: int, videos: Sequence[str]) -> dict[str, Tensor]:

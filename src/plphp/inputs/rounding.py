@@ -34,10 +34,13 @@ class RoundingConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class Rounding(ConversionOps):  # type: ignore[misc]
-    """Makes a rounded layer from a weight that was just read."""
+    """Makes a rounded layer from a weight that was just read.
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
+    bits: of the decoder's layers; inside: the names of the decoder's modules
+    """
+
+    def __init__(self, bits: int, inside: frozenset[str]) -> None:
+        self.bits, self.inside = bits, inside
 
     def convert(self, input_dict: dict[str, Any], **given: Any) -> dict[str, Tensor]:
         """Put the layer into the model. Returns no tensor, since nothing is left to load."""
@@ -46,7 +49,7 @@ class Rounding(ConversionOps):  # type: ignore[misc]
         model, name = given["model"], given["full_layer_name"]
         place = name.rpartition(".")[0]
         linear = model.get_submodule(place)
-        inside = linear in decoder_modules(model)
+        inside = place in self.inside
         model.set_submodule(place, rounded(linear, weight, self.bits, inside))
         if given.get("missing_keys") is not None:
             given["missing_keys"].discard(name)
@@ -55,6 +58,13 @@ class Rounding(ConversionOps):  # type: ignore[misc]
 
 class RoundingQuantizer(HfQuantizer):  # type: ignore[misc]
     """Rounds the linear layers while they are loaded, and the table and the head afterwards."""
+
+    inside: frozenset[str] = frozenset()  # set before the first weight is read
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        decoder = decoder_modules(model)
+        self.inside = frozenset(name for name, m in model.named_modules() if m in decoder)
+        return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is the weight of a linear layer. The head may be tied: it waits."""
@@ -65,7 +75,7 @@ class RoundingQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_quantize_ops(self) -> Rounding:
         """The operation that transformers applies to these weights."""
-        return Rounding(self.quantization_config.bits)
+        return Rounding(self.quantization_config.bits, self.inside)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         round_weights(model, self.quantization_config.bits)

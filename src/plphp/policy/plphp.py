@@ -75,11 +75,19 @@ class PLPHP(CachePolicy):
             raise ValueError(f"delta_r must be at least 0, got {self.delta_r}")
         # 1e-9 tolerates the rounding error of sums such as .7 + .3.
         if self.r - self.delta_r < -1e-9:
-            raise ValueError(f"r - delta_r must be at least 0, got {self.r} - {self.delta_r}")
+            raise ValueError(
+                f"r - delta_r must be at least 0, got {self.r} - {self.delta_r}: a layer cannot "
+                "keep less than nothing; give a smaller delta_r"
+            )
         if self.r + self.delta_r > 1 + 1e-9:
-            raise ValueError(f"r + delta_r must be at most 1, got {self.r} + {self.delta_r}")
+            raise ValueError(
+                f"r + delta_r must be at most 1, got {self.r} + {self.delta_r}: a layer cannot "
+                "keep more than all; give a smaller r or delta_r"
+            )
         if self.beta > self.alpha:
-            raise ValueError(f"beta must be at most alpha, got {self.beta} > {self.alpha}")
+            raise ValueError(
+                f"beta must be at most alpha, got {self.beta} > {self.alpha}: give both"
+            )
         if isinstance(self.budget, str):
             check_choice("budget", self.budget, get_args(Scope))
         else:

@@ -195,5 +195,12 @@ HOMES: dict[str, type[Home]] = {}  # name -> class; filled in `plphp.recall`
 
 
 def as_recall(given: Recall | str | None) -> Recall | None:
-    """The options with which recall was given: the name of a home stands for its defaults."""
-    return Recall(home=given) if isinstance(given, str) else given
+    """The options with which recall was given: the name of a home stands for its defaults.
+
+    Raises ValueError for an unknown name.
+    """
+    if not isinstance(given, str):
+        return given
+    if given not in HOMES:
+        raise ValueError(f"recall must be one of {tuple(HOMES)} or a plphp.Recall, got {given!r}")
+    return Recall(home=given)

@@ -14,6 +14,8 @@ from plphp.report.earlier_images import EarlierImage
 from plphp.report.layers import LayerReport, Seen, StageReport, ratio
 from plphp.report.traffic import CodesReport, RecallReport
 
+SLACK = "{:,} bytes above the full prompt: slots for the next tokens, and numbers about the slots"
+
 
 @dataclass(frozen=True, eq=False)
 class Report:
@@ -172,10 +174,12 @@ class Report:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The lines after the summary: what each stage left, the bytes of recall, the notes."""
+        """The lines after the summary: stages, bytes of recall or codes, slack, the notes."""
         recall = [] if self.recall is None else [str(self.recall)]
         codes = [] if self.codes is None else [str(self.codes)]
-        return (*map(str, self.stages), *recall, *codes, *self.notes)
+        more = self.kv_bytes - self.kv_bytes_full
+        slack = [SLACK.format(more)] if more > 0 and self.recall is None else []
+        return (*map(str, self.stages), *recall, *codes, *slack, *self.notes)
 
 
 def _number(value: float) -> float | None:

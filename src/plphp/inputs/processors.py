@@ -1,0 +1,56 @@
+"""Whether a model's processor can be loaded here, for commands that load no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from plphp._installed import has_torchvision, install_torchvision
+from plphp.inputs.models import EMBEDDED, first_sentence, pictures_alone, remedy
+
+
+def local_processor(name: str, config: Any, trust: bool = False) -> tuple[Any, str]:
+    """The processor, if it can be loaded from this machine, and a note if a package is missing.
+
+    name, trust: as in `plphp.inputs.load`
+    """
+    from transformers import AutoProcessor
+
+    if name == EMBEDDED:
+        return None, ""  # it is read without a processor of its own
+    missing = f"torchvision, which is not installed: {install_torchvision()}"
+    here = {"trust_remote_code": trust, "local_files_only": True}
+    try:
+        return AutoProcessor.from_pretrained(name, **here), ""
+    except Exception as error:
+        if pictures_alone(name, config):
+            return (
+                None,
+                f"plphp's commands read its images; AutoProcessor and videos need {missing}",
+            )
+        if isinstance(error, (ImportError, ValueError)) and (what := remedy(error)):
+            return None, f"its processor cannot be loaded: {first_sentence(error)}: {what}"
+    if not Path(name).is_dir() and not has_torchvision() and _by_class(config):
+        return None, f"its processor, whose files are not on this machine, needs {missing}"
+    return None, ""
+
+
+def _by_class(config: Any) -> bool:
+    """Whether transformers' processor for these models loads only where torchvision is installed.
+
+    The class itself needs it, it has a part for videos, or its image processor has no other form.
+    """
+    import transformers
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    made = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(config.model_type) or "", None)
+    if made is None:
+        return False
+    try:
+        parts = made.get_attributes()
+    except ImportError as error:  # of transformers' stand-in for a class that it cannot import
+        return "torchvision" in str(error).lower()
+    forms = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    alone = isinstance(forms, dict) and set(forms) == {"torchvision"}
+    return "video_processor" in parts or alone
