@@ -1,6 +1,6 @@
-"""The scripts in docs/ that write pages, as modules."""
+"""The scripts in docs/ that write pages, as modules. pyproject.toml puts docs/ on the path."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,4 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def maker_of(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)

@@ -1,11 +1,9 @@
 """The five pages of the path are short, say first what they are for, and show figures that hold."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
-from makers import maker_of
 
 from plphp.policy import POLICIES
 
@@ -63,29 +61,6 @@ def test_other_pages_are_short_too(path: Path) -> None:
 def test_the_readme_is_short() -> None:
     text = re.sub(r"^```.*?^```$", "", (ROOT / "README.md").read_text(), flags=re.M | re.S)
     assert len(text.split()) < 900
-
-
-def test_the_choice_shows_what_recall_measured() -> None:
-    """The rows of docs/choosing.md are rows of the table in docs/recall.md, with fewer columns."""
-    rows = json.loads((DOCS / "recall" / "results.json").read_text())["rows"]
-    lines = maker_of("make_recall").table(rows).splitlines()
-    head, *table = [line.strip("| ").split(" | ") for line in lines]
-    columns = [head.index(task) + 1 for task in ("long", "grid", "refer", "second")]
-    page = (DOCS / "choosing.md").read_text()
-    shown = {
-        "plphp": "`plphp`",
-        "recommended": "`recommended`",
-        "recall, host": "recall `host`",
-        "recall, int4": "recall `int4`",
-        "random": "`random`, the control",
-    }
-    found = set()
-    for name, share, *cells in table[1:]:
-        if name in shown and share in ("39%", "40%", "41%"):
-            means = [cells[column - 2].partition(" ")[0] for column in columns]
-            assert f"| {shown[name]} | {share} | {' | '.join(means)} |" in page
-            found.add(name)
-    assert found == {*shown}
 
 
 def test_the_number_of_methods_is_right() -> None:

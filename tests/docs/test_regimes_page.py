@@ -15,7 +15,7 @@ def test_the_tables_are_made_of_the_results() -> None:
         text = (DOCS / page.file).read_text()
         assert page.write(text, found) == text, "run: make regimes-page"
         assert text.count(maker.BEGIN) == 1
-        assert sum(map(page.shows, found["rows"])) > 20
+        assert sum(map(page.shows, found["rows"])) >= 8
 
 
 def test_shares_are_of_the_full_cache() -> None:
