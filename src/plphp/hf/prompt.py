@@ -52,7 +52,8 @@ class Prefill:
 
     located: set by the forward that brings the prompt's last column, or before the first one where
         a sequence method plans ahead
-    plans_now: whether the forward that runs ends before layer 0, as it is there to plan ahead
+    plans_now: whether the forwards that run are there to plan ahead
+    pieces: the hidden states (B, T, E) of the chunks that are there to plan, before layer K
     ahead: whether a sequence method has planned ahead, so that the prompt may come in chunks
     planned: the tokens that stay by that plan, None for all
     forward: the forward that runs: its first column, counted from the prompt's, and its number of
@@ -69,6 +70,7 @@ class Prefill:
     prompt: Prompt
     located: Located | None = None
     plans_now: bool = False
+    pieces: list[Tensor] = field(default_factory=list)
     ahead: bool = False
     planned: RemainingTokens | None = None
     forward: tuple[int, int] = (0, 0)
