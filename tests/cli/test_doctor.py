@@ -176,3 +176,18 @@ def test_a_config_is_left_as_it_was() -> None:
     before = config.to_json_string()
     asked(config)
     assert config.to_json_string() == before
+
+
+def test_methods_before_the_cache_are_named_with_reasons(run: Callable, tmp_path: Path) -> None:
+    every = ["cdpruner", "dart", "divprune", "fastv", "vidcom2", "visionzip", "vtw"]
+    said = {}
+    for family in ("qwen2_5_vl", "llava_onevision", "qwen3_5"):
+        (tmp_path / family).mkdir()
+        found = run("doctor", write(tmp_path / family, tiny.FAMILIES[family].config()))
+        assert found.code == 0, found.err
+        said[family] = found.out
+    line = "methods that may drop vision tokens before the cache does: "
+    for name in every:
+        assert name in said["qwen2_5_vl"].split(line)[1].splitlines()[0]
+    assert "not visionzip: visionzip chooses by the attention" in said["llava_onevision"]
+    assert "some of whose layers are recurrent" in said["qwen3_5"]

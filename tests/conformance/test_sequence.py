@@ -239,3 +239,22 @@ def test_a_text_only_prompt_and_a_second_turn_pass_through() -> None:
         out = model.generate(second, cache=cache, max_new_tokens=4, do_sample=False)
     assert out.shape[1] == second.shape[1] + 4
     assert cache.kv_bytes() >= held
+
+
+@pytest.mark.parametrize("name", ["divprune", "vtw", "fastv", "dart"])
+def test_the_last_token_of_a_prompt_always_stays(name: str) -> None:
+    """The answer is predicted from it, also where it is a vision token or no text is there."""
+    expected = truth("llava", 0, "one")
+    model = expected.build()
+    columns = expected.inputs["input_ids"].shape[1]
+    make = {**METHODS, **OTHERS}[name] if name != "divprune" else None
+    policy = make() if make else plphp.policy("divprune", budget=0, min_tokens=0)
+    spans = torch.ones(1, columns, dtype=torch.long)
+    with plphp.prune(model, policy, vision_mask=spans) as pruning:
+        tokens, logits = generate(model, expected.inputs)
+        kept = pruning.report.layers[-1].kept
+    assert kept[0, 0, -1] == columns - 1
+    model.set_attn_implementation("eager")
+    with hidden_from(model, FIRST[name], dropped_columns(spans, kept)):
+        wanted = oracle.generate(model, expected.inputs, len(tokens[0]), tokens)[1]
+    assert (logits - wanted).abs().max() < LOGITS

@@ -15,6 +15,7 @@ from plphp.hf.remaining_tokens import Part, RemainingTokens
 from plphp.hf.vision_mask import Mask, mask_columns
 from plphp.models import find_spans, processor_inputs
 from plphp.policy import KeepPlan
+from plphp.policy.view import pack
 
 Result = TypeVar("Result")
 
@@ -111,11 +112,14 @@ class Prefill:
     def leave(self, plan: KeepPlan, flash: bool) -> None:
         """From the next layer on, only the columns of a plan (for one KV head) are computed.
 
+        The last token of each row stays whatever the plan says: the answer is predicted from it.
+
         flash: as in `RemainingTokens`
         """
         columns = slice(-self.prompt.length, None)
         spans, places = self.where.spans[:, columns], self.where.positions()[:, columns]
         whole = replace(self.where, spans=spans, places=places)
+        plan = with_last(plan, spans.to(plan.columns.device))
         self.remaining = RemainingTokens(plan, whole.only(plan), self.prompt.length, flash)
 
     def locate(self, batch: int, attention_mask: Tensor | None) -> None:
@@ -141,6 +145,21 @@ class Prefill:
             self._results[key] = compute()
         result: Result = self._results[key]
         return result
+
+
+def with_last(plan: KeepPlan, spans: Tensor) -> KeepPlan:
+    """A plan for one KV head that also keeps the last token of each row.
+
+    spans: (B, N) int64 of the columns that the plan has chosen from. The host waits for the device.
+    """
+    columns = torch.arange(spans.shape[1], device=spans.device)
+    last = torch.where(spans >= 0, columns, -1).amax(-1, keepdim=True)
+    stays = ((plan.columns[:, 0] == last) & plan.valid).any(-1) | (last[:, 0] < 0)
+    if bool(stays.all()):
+        return plan
+    keep = torch.zeros_like(spans, dtype=torch.bool).scatter_(1, plan.columns[:, 0], plan.valid)
+    keep |= columns == last
+    return pack(keep[:, None], plan.gamma, plan.rate, plan.classes)
 
 
 def locate(prompt: Prompt, batch: int, attention_mask: Tensor | None) -> Located:
