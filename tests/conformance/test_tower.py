@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sequence import dropped_columns
+from leaving import dropped_columns
 from tower_reference import BUDGET, CASES, SHARE, made, reference
 
 import plphp

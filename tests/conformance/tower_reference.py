@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from test_sequence import hidden_from, without
+from leaving import hidden_from, without
 from torch import Tensor
 
 import oracle
