@@ -81,9 +81,10 @@ def test_a_model_is_as_before_once_it_is_detached() -> None:
 @pytest.mark.parametrize(
     ("family", "why"),
     [
-        ("llava_onevision", "its vision tokens are not patches of the tower"),
-        ("idefics2", "its vision tokens are not patches of the tower"),
-        ("mistral3", "its vision tokens are not patches of the tower"),
+        ("llava_onevision", "it resizes the features of tiles and frames"),
+        ("idefics2", "its vision tokens are latents of a resampler"),
+        ("ovis2", "its vision tokens are mixtures of the entries of a table"),
+        ("mistral3", "it reads all images as one sequence"),
         ("pixtral", "it reads all images as one sequence"),
     ],
 )

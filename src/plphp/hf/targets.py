@@ -77,7 +77,7 @@ def check_kind(model: Any, policy: Policy, modules: list[Any]) -> None:
     if keyless := set(read) - {module.layer_idx for module in modules}:
         raise UnsupportedModelError(
             f"{type(first).__name__} chooses by layer {min(keyless)} of this decoder, which has no "
-            "attention that plphp can read: give another `layer`"
+            "attention that plphp can read: give another layer, as in policy(..., layer=4)"
         )
     text = model.get_decoder()
     adds = [name for name in inspect.signature(text.forward).parameters if "deepstack" in name]

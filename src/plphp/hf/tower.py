@@ -93,7 +93,7 @@ def tower_method(policy: Policy) -> HiddenPolicy | None:
 def tower_of(model: Any) -> Tower:
     """The tower of a model. Raises UnsupportedModelError for one whose attention is not known."""
     names, layer = tower_names(model.config), getattr(model.config, "vision_feature_layer", -1)
-    base, why = getattr(model, "model", model), "its vision tokens are not patches of the tower"
+    base, why = getattr(model, "model", model), "the modules of its tower are not known"
     if names is not None:
         why = names.reason(model.config)
         if not why and not isinstance(layer, int):

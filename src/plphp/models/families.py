@@ -29,8 +29,8 @@ class Family:
         token shows
     frames: whether the prompt marks the frames of a video as it marks images, so that the token
         ids do not tell them apart
-    tower: the vision tower, where the vision tokens are its patches or squares of them, each one
-        projected by itself; else None
+    tower: the vision tower and how its patches become vision tokens, or why they do not; None for
+        a tower that is not known
     refused: the reason why the family cannot be pruned, or an empty string
     """
 
@@ -71,8 +71,11 @@ FAMILIES: dict[str, Family] = {
         videos=sizes.pooled_frames,
         places=patches.anyres,
         video_places=patches.pooled_frames,
+        tower=towers.RESIZED,
     ),
-    "idefics2": Family(layout=layouts.one_or_five_runs, places=patches.latents),
+    "idefics2": Family(
+        layout=layouts.one_or_five_runs, places=patches.latents, tower=towers.LATENTS
+    ),
     "idefics3": replace(TILES_THEN_WHOLE, tower=towers.CONNECTED),
     "smolvlm": replace(TILES_THEN_WHOLE, frames=True, tower=towers.CONNECTED),
     "aya_vision": replace(TILES_THEN_WHOLE, tower=towers.TILES),
@@ -81,6 +84,7 @@ FAMILIES: dict[str, Family] = {
     "ovis2": Family(
         layout=layouts.joined_by_one_token,
         places=patches.tiled(whole_first=True, grid=patches.by_row_tokens),
+        tower=towers.TABLE,
     ),
     "cohere2_vision": Family(
         layout=layouts.joined_by_one_token, places=patches.tiled(), tower=towers.TILES
@@ -89,6 +93,7 @@ FAMILIES: dict[str, Family] = {
         images=sizes.merged_patches,
         layout=layouts.joined_by_one_token,
         places=patches.rows_of_patches,
+        tower=towers.LLAVA,
     ),
     # Each crop of pan and scan (off by default) is written as an image, and counts as one.
     "gemma3": Family(
@@ -115,7 +120,7 @@ def places(shown: Shown, video: bool = False) -> Places:
 
 
 def tower_names(config: Any) -> TowerNames | None:
-    """Where the modules of a model's tower are, if its vision tokens are patches of it."""
+    """The tower of a model and how its patches become vision tokens; None if it is not known."""
     return FAMILIES.get(getattr(config, "model_type", ""), GENERIC).tower
 
 

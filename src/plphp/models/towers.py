@@ -36,6 +36,11 @@ def _pooled(config: Any) -> int:
     return patches // int(config.mm_tokens_per_image**0.5)
 
 
+def _never(reason: str) -> TowerNames:
+    """For a family whose vision tokens are no patches of the tower."""
+    return TowerNames("", "", reason=lambda config: reason)
+
+
 LLAVA = TowerNames("vision_tower", "multi_modal_projector", reason=_one_sequence)
 GRIDS = TowerNames("visual", "visual.merger", lambda c: int(c.vision_config.spatial_merge_size))
 CONNECTED = TowerNames("vision_model", "connector", lambda c: int(c.scale_factor), rows=True)
@@ -44,3 +49,6 @@ INTERNVL = TowerNames(
     LLAVA.tower, LLAVA.projector, lambda c: round(1 / c.downsample_ratio), rows=True
 )
 GEMMA = TowerNames(LLAVA.tower, LLAVA.projector, _pooled, rows=True)
+RESIZED = _never("it resizes the features of tiles and frames behind the projector")
+LATENTS = _never("its vision tokens are latents of a resampler")
+TABLE = _never("its vision tokens are mixtures of the entries of a table")

@@ -161,8 +161,10 @@ def stacked(parts: list[Tensor], fill: float) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     whole = parts[0].new_full((sum(map(len, parts)), *[most] * (parts[0].dim() - 1)), fill)
-    for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-        place[(slice(None), *map(slice, part.shape[1:]))] = part
+    first = 0
+    for part in parts:
+        whole[(slice(first, first + len(part)), *map(slice, part.shape[1:]))] = part
+        first += len(part)
     return whole
 
 

@@ -91,7 +91,9 @@ def named(name: str, make: Any, options: dict[str, Any]) -> Policy:
         raise ValueError(f"{name!r} must name a sequence method and a cache method, in this order")
     own, _, share = parts[0].partition(":")
     try:
-        first = make(own, **(_shared(share) if share else {}), **({} if parts[1:] else options))
+        first: Policy = make(
+            own, **(_shared(share) if share else {}), **({} if parts[1:] else options)
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{parts[0]!r}: {error}") from None
     if len(parts) == 1:
