@@ -202,6 +202,12 @@ def test_the_first_token_is_timed_with_the_tower(run: Any) -> None:
     for row in (stock, *others):
         assert 0 < row["tower_ms"] < row["ms"]
         assert row["tower_share"] == pytest.approx(row["tower_ms"] / row["ms"], abs=0.01)
+    first, both = others
+    assert stock["kept"] == 1 and not stock["stages"]
+    assert first["kept"] == pytest.approx(0.5, abs=0.02) and len(first["stages"]) == 1
+    one, two = both["stages"]
+    assert both["kept"] == pytest.approx(one["kept"] * two["kept"], abs=1e-3)
+    assert both["kept"] < first["kept"]
 
 
 @pytest.mark.parametrize(

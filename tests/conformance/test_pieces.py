@@ -4,6 +4,7 @@ The reference is the same method without chunks and guesses, which other tests c
 oracle. The tokens that stay, the logits and the answer are the same.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ INSIDE = {
     "fastv": lambda: plphp.policy("fastv", layer=2, keep=0.4),
     "dart": lambda: plphp.policy("dart", layer=2, keep=0.4),
     "fastv,plphp": lambda: [plphp.policy("fastv", layer=2), plphp.PLPHP()],
+    "dart,snapkv": lambda: [plphp.policy("dart", layer=1), plphp.policy("snapkv", window=24)],
 }
 CHUNKS = {"prefill_chunk_size": 16}  # an image spans several chunks
 
@@ -46,11 +48,45 @@ def check_same(model: Any, inputs: dict[str, Tensor], policy: Any, **options: An
     return report
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *INSIDE])
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl"])
 def test_chunks_change_nothing(family: str, name: str) -> None:
     expected = truth(family, 0, "batch")
-    check_same(expected.build(), expected.inputs, METHODS[name](), **CHUNKS)
+    make = {**METHODS, **INSIDE}[name]
+    check_same(expected.build(), expected.inputs, make(), **CHUNKS)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_layers_before_the_choice_read_the_chunks_twice_and_later_ones_once(name: str) -> None:
+    expected = truth("llava", 0, "one")
+    model, seen = expected.build(), [0] * 4
+
+    def count(index: int, module: Any, args: Any, kwargs: Any) -> None:
+        seen[index] += kwargs["hidden_states"].shape[1]
+
+    layers = model.get_decoder().layers
+    with plphp.prune(model, INSIDE[name]()) as pruning:
+        for index, layer in enumerate(layers):
+            note = partial(count, index)
+            layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
+        generate(model, expected.inputs, steps=1, **CHUNKS)
+        whole = seen.copy()
+        assert pruning.report.stages[0].layer == (at := whole.index(min(whole)))
+        generate(model, expected.inputs, steps=1)
+    columns = expected.inputs["input_ids"].shape[1]
+    assert whole[:at] == [2 * columns] * at
+    assert len(set(whole[at:])) == 1 and whole[at] < columns
+    assert sum(seen) - sum(whole) < sum(whole)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_of_ones_own_reads_twice(static: bool) -> None:
+    expected = truth("llava", 0, "batch")
+    model = expected.build()
+    with plphp.prune(model, INSIDE["fastv,plphp"]()):
+        wanted = generate(model, expected.inputs)[0]
+        cache = plphp.PrunedCache(model, max_len=256, static=static)
+        assert torch.equal(generate(model, expected.inputs, cache=cache, **CHUNKS)[0], wanted)
 
 
 @pytest.mark.parametrize(
@@ -104,12 +140,13 @@ def test_chunks_of_a_flash_batch_hide_its_fillers() -> None:
         check_same(model, expected.inputs, METHODS["divprune,snapkv"](), **CHUNKS)
 
 
+@pytest.mark.parametrize("name", ["divprune,novelty", "fastv,novelty"])
 @pytest.mark.parametrize("recall", [None, "host"])
-def test_chunks_in_later_turns(recall: str | None) -> None:
+def test_chunks_in_later_turns(recall: str | None, name: str) -> None:
     answers = []
     for options in ({}, CHUNKS):
         talk = start("qwen2_vl", IMAGE_TURN)
-        policy = plphp.policy("divprune,novelty")
+        policy = plphp.policy(name)
         talk.model.generation_config.update(**options)
         with plphp.prune(talk.model, policy, recall=recall):
             answers.append((talk.hold(plphp.PrunedCache(talk.model)), talk.logits))
@@ -130,18 +167,6 @@ def test_guesses_of_an_assistant_change_nothing() -> None:
     expected = truth("llava", 0, "one")
     helper = EVERY["llava"].build(1)
     check_same(expected.build(), expected.inputs, METHODS["divprune"](), assistant_model=helper)
-
-
-@pytest.mark.parametrize("name", INSIDE)
-def test_methods_that_choose_inside_the_decoder_refuse_chunks(name: str) -> None:
-    expected = truth("llava", 0, "one")
-    model = expected.build()
-    with plphp.prune(model, INSIDE[name]()) as pruning:
-        with pytest.raises(plphp.UnsupportedModeError, match="chooses inside the decoder"):
-            generate(model, expected.inputs, **CHUNKS)
-        model.generation_config.prefill_chunk_size = 16  # a checkpoint's default is left out
-        generate(model, expected.inputs)
-    assert pruning.report.retention < 1
 
 
 def test_chunks_are_refused_where_they_cannot_be_right() -> None:

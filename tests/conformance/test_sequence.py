@@ -4,12 +4,11 @@ In the oracle every layer from K on hides the dropped columns from all queries b
 tokens that stay, the result is the same: they attend to the same tokens in both.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from leaving import cut, dropped_columns, hidden_from, without
 from torch import Tensor
 
 import oracle
@@ -37,71 +36,9 @@ FIRST = {
     "cdpruner": 0,
     "vidcom2": 0,
 }  # the first layer that drops tokens
-RECURRENT = "some of whose layers are recurrent"
 REFUSED = {  # why no token may leave the hidden states of these families
-    ("qwen3_5", "fastv"): RECURRENT,
-    ("qwen3_5", "vtw"): RECURRENT,
     ("gemma3", "fastv"): "layer 1 cannot score the tokens",
 }
-
-
-@contextmanager
-def hidden_from(model: Any, first: int, dropped: Tensor) -> Iterator[None]:
-    """Columns that are True in `dropped` (B, N) are hidden in layers from `first` on."""
-
-    def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        mask = kwargs["attention_mask"].clone()
-        batch, columns = dropped.shape
-        mask = mask.expand(batch, *mask.shape[1:]).clone()
-        part = mask[..., :columns]
-        part.masked_fill_(dropped[:, None, None], torch.finfo(mask.dtype).min)
-        return args, {**kwargs, "attention_mask": mask}
-
-    layers = model.get_decoder().layers[first:]
-    handles = [layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in layers]
-    yield
-    for handle in handles:
-        handle.remove()
-
-
-def without(
-    model: Any, inputs: dict[str, Tensor], dropped: Tensor, tokens: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Tokens and logits of a model that was never given the dropped columns (B, N), row by row.
-
-    tokens: (B, T), decoded along
-    """
-    given: dict[str, Tensor] = {}
-    decoder = model.get_decoder()
-
-    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        given.update({name: kwargs[name] for name in ("inputs_embeds", "position_ids")})
-
-    with decoder.register_forward_pre_hook(note, with_kwargs=True):
-        generate(model, inputs, steps=1)
-    stays = ~dropped & (inputs["attention_mask"] > 0)
-    rows = []
-    for row, columns in enumerate(stays):
-        embeds = given["inputs_embeds"][row : row + 1, columns]
-        positions = given["position_ids"][:, row : row + 1][..., columns]
-        answer = model.get_input_embeddings()(tokens[row : row + 1, :-1])
-        later = positions[..., -1:] + 1 + torch.arange(answer.shape[1])
-        hidden = decoder(
-            inputs_embeds=torch.cat([embeds, answer], 1),
-            position_ids=torch.cat([positions, later], -1),
-            attention_mask=stays.new_ones(1, embeds.shape[1] + answer.shape[1]).long(),
-            use_cache=False,
-        ).last_hidden_state
-        rows.append(model.lm_head(hidden[:, -tokens.shape[1] :]))
-    logits = torch.cat(rows)
-    return logits.argmax(-1), logits
-
-
-def dropped_columns(spans: Tensor, kept: Tensor) -> Tensor:
-    """(B, N) bool: vision columns that are not among the row-logical positions kept (B, 1, K)."""
-    logical = (spans >= 0).cumsum(-1) - 1
-    stays = (logical[:, :, None] == kept[:, 0][:, None]).any(-1)
-    return (spans > 0) & ~stays
 
 
 def best(scores: Tensor, spans: Tensor, keep: float) -> tuple[list[int], float]:
@@ -157,7 +94,7 @@ def check_leaving(family: str, name: str, rows: str) -> None:
     if name == "fastv":
         check_ranking(expected, kept)
     dropped = dropped_columns(expected.spans, kept)
-    if family == "qwen3_5":  # a mask cannot hide a column from a recurrent layer
+    if family == "qwen3_5" and not first:  # a mask cannot hide a column from a recurrent layer
         wanted, wanted_logits = without(model, expected.inputs, dropped, tokens)
     else:
         model.set_attn_implementation("eager")
@@ -239,3 +176,48 @@ def test_a_text_only_prompt_and_a_second_turn_pass_through() -> None:
         out = model.generate(second, cache=cache, max_new_tokens=4, do_sample=False)
     assert out.shape[1] == second.shape[1] + 4
     assert cache.kv_bytes() >= held
+
+
+@pytest.mark.parametrize("name", ["divprune", "vtw", "fastv", "dart"])
+def test_the_last_token_of_a_prompt_always_stays(name: str) -> None:
+    """The answer is predicted from it, also where it is a vision token or no text is there."""
+    expected = truth("llava", 0, "one")
+    model = expected.build()
+    columns = expected.inputs["input_ids"].shape[1]
+    make = {**METHODS, **OTHERS}[name] if name != "divprune" else None
+    policy = make() if make else plphp.policy("divprune", budget=0, min_tokens=0)
+    spans = torch.ones(1, columns, dtype=torch.long)
+    with plphp.prune(model, policy, vision_mask=spans) as pruning:
+        tokens, logits = generate(model, expected.inputs)
+        kept = pruning.report.layers[-1].kept
+    assert kept[0, 0, -1] == columns - 1
+    model.set_attn_implementation("eager")
+    with hidden_from(model, FIRST[name], dropped_columns(spans, kept)):
+        wanted = oracle.generate(model, expected.inputs, len(tokens[0]), tokens)[1]
+    assert (logits - wanted).abs().max() < LOGITS
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("vtw", {}), *((n, o) for n in ("fastv", "dart") for o in ({}, {"prefill_chunk_size": 16}))],
+)
+def test_tokens_leave_before_recurrent_layers(name: str, options: dict[str, Any]) -> None:
+    """With VTW a chunk of vision tokens alone would be a filler in a recurrent layer: refused."""
+    family = EVERY["qwen3_5"]
+    config = family.config()
+    config.text_config.layer_types = ["full_attention", "linear_attention"] * 2
+    model = family.build(0, config)
+    inputs, spans = family.make_inputs(model, [tiny.ONE], 0)
+    with plphp.prune(model, plphp.policy(name, layer=1)) as pruning:
+        tokens, logits = generate(model, inputs, **options)
+        kept = pruning.report.stages[0].stays[:, None]
+    dropped = dropped_columns(spans, kept)
+    assert int(dropped.sum()) >= int((spans > 0).sum()) // 2
+    assert (logits - cut(model, inputs, 1, dropped, tokens)).abs().max() < LOGITS
+
+
+@pytest.mark.parametrize("name", ["fastv", "dart"])
+def test_a_recurrent_layer_cannot_be_chosen_by(name: str) -> None:
+    model = EVERY["qwen3_5"].build(0)
+    with pytest.raises(plphp.UnsupportedModelError, match="chooses by layer 0 of this decoder"):
+        plphp.prune(model, plphp.policy(name, layer=1))

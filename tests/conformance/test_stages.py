@@ -60,6 +60,19 @@ def test_two_stages_equal_the_oracle(family: str) -> None:
     check(expected, model, pruning.report, tokens, logits, at, choice=True)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_method_for_videos_is_followed(family: str) -> None:
+    """VidCom2 keeps tokens of every frame, and PLPHP chooses from these."""
+    expected = truth(family, 0, "videos")
+    model = expected.build()
+    first = plphp.policy("vidcom2", budget=0.4, min_tokens=2)
+    with plphp.prune(model, [first, plphp_policy(expected.numbers)]) as pruning:
+        tokens, logits = generate(model, expected.inputs)
+    report = pruning.report
+    check(expected, model, report, tokens, logits, 0, choice=True)
+    assert report.stages[0].kept == pytest.approx(0.4, abs=0.1)
+
+
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava"])
 @pytest.mark.parametrize("second", ["pyramidkv", "vl-cache", "novelty", "snapkv"])
 @pytest.mark.parametrize("first", LATE)

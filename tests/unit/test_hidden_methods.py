@@ -202,15 +202,22 @@ def test_stages_by_name_share_a_budget() -> None:
     assert (made.first.budget, made.second.budget, made.second.delta_r) == (0.5, 0.4, 0.1)
     assert plphp.policy("divprune:.25/novelty", budget=0.2).second.budget == pytest.approx(0.8)
     assert plphp.policy("divprune:.25,novelty").second == plphp.policy("novelty")
+    assert plphp.policy("divprune:.25") == plphp.policy("divprune", budget=0.25)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("plphp,divprune", {}, "a sequence method such as divprune, then a cache method"),
+        ("plphp,divprune", {}, "got PLPHP, DivPrune: give them in the other order"),
         ("divprune,vtw", {}, "got DivPrune, VTW"),
         ("divprune,plphp,snapkv", {}, "must name a sequence method and a cache method"),
-        ("divprune:much,plphp", {}, "could not convert string to float"),
+        ("divprune:much,plphp", {}, "the share after ':' must be a number, got 'much'"),
+        ("divprune:much", {}, "the share after ':' must be a number, got 'much'"),
+        ("divprune,", {}, "must name a sequence method and a cache method"),
+        ("divprune,plphp:.5", {}, "give the share of both stages together as the budget"),
+        ("divprune,plphp", {"budget": -1}, "budget must be a share from 0 to 1, got -1"),
+        ("fastv,plphp", {"budget": 0.3}, "needs the share of the first: name it, as in 'fastv:.5,"),
+        ("vtw,plphp", {"budget": 0.3}, "needs the share of the first: name it, as in 'vtw:.5,"),
         ("divprune:2,plphp", {}, "budget must be a share from 0 to 1"),
         ("divprune,plphp", {"budget": 0.6}, "at most the share of the first stage, 0.5, got 0.6"),
         ("divprune,nothing", {}, "unknown policy 'nothing'"),
@@ -221,3 +228,22 @@ def test_stages_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         plphp.policy(name, **options)
+
+
+@pytest.mark.parametrize("name", ["divprune", "cdpruner"])
+def test_images_of_many_sizes_are_chosen_from_as_each_alone(name: str) -> None:
+    """One loop serves several sizes; each image keeps what it keeps in a prompt of its own."""
+    torch.manual_seed(3)
+    sizes = [1, 2, 3, 3, 9, 11, 15, 16, 24, 24, 31, 63]
+    spans = torch.cat([torch.tensor([i] * n + [0]) for i, n in enumerate(sizes, 1)])[None]
+    hidden = torch.randn(1, spans.shape[1], 80)
+    text = hidden[:, spans[0] == 0]
+    policy = plphp.policy(name, budget=0.9)
+    plan = policy.choose(HiddenView(hidden, spans))
+    together = set(plan.columns[0, 0].tolist())
+    for number, size in enumerate(sizes, 1):
+        columns = (spans[0] == number).nonzero()[:, 0]
+        own = torch.cat([hidden[:, columns], text[:, -1:]], 1)
+        alone = policy.choose(HiddenView(own, torch.tensor([[1] * size + [0]])))
+        wanted = {int(columns[c]) for c in alone.columns[0, 0] if c < size}
+        assert together & set(columns.tolist()) == wanted and len(wanted) == count(0.9, size)

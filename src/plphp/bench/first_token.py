@@ -22,6 +22,7 @@ from plphp.bench.caches import TEXT, Setting
 from plphp.bench.shapes import SHAPES, Shape
 from plphp.errors import InputError
 from plphp.hf import prune
+from plphp.hf.attached import Pruning
 from plphp.policy import Policy, policy
 
 IMAGE, BEGIN, END = 7, 8, 9  # token ids of an image's tokens, its first and its last mark
@@ -38,9 +39,8 @@ def named_policies(text: str) -> dict[str, Policy]:
     """
     found = {}
     for name in dict.fromkeys(part.strip() for part in text.split(",") if part.strip()):
-        own, _, share = name.partition(":")
         try:
-            made = policy(name) if "/" in name else policy(own, **_budget(share))
+            made = policy(name)
         except ValueError as error:
             raise InputError(f"--first-token {name}: {error}") from None
         if made.kind == "images":
@@ -49,10 +49,6 @@ def named_policies(text: str) -> dict[str, Policy]:
     if not found:
         raise InputError("--first-token is empty: name a method, such as divprune:.5")
     return found
-
-
-def _budget(share: str) -> dict[str, float]:
-    return {"budget": float(share)} if share else {}
 
 
 def build(shape: Shape, dtype: torch.dtype, device: str) -> Any:
@@ -129,19 +125,30 @@ def first_token(
 
     The first round is a warm-up and is not counted. Each row has the median milliseconds of the
     whole and of the tower, and ratios to `stock` of the same round: median, lowest, highest; of the
-    whole, and without the tower.
+    whole, and without the tower. It also has the share of the vision K/V that the prompt leaves in
+    the cache, and what each stage left.
     """
     inputs, tower = prompt(model, setting), Stopwatch(model.model.visual, setting.device)
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in (STOCK, *policies)}
+    kept: dict[str, dict[str, Any]] = {STOCK: _kept(None)}
     with tower:
         for turn in range(rounds + 1):
             for name in spent:
-                with _attached(model, policies.get(name)), torch.inference_mode():
+                with _attached(model, policies.get(name)) as pruning, torch.inference_mode():
                     whole = _timed(model, inputs, setting.device)
+                kept[name] = _kept(pruning)
                 if turn:
                     spent[name].append((whole, tower.seconds))
                 advance()
-    return [_row(name, found, spent[STOCK]) for name, found in spent.items()]
+    return [_row(name, found, spent[STOCK]) | kept[name] for name, found in spent.items()]
+
+
+def _kept(pruning: Pruning | None) -> dict[str, Any]:
+    """What is left of the vision K/V after the last prompt, in all and by stage."""
+    if pruning is None or pruning.report is None:
+        return {"kept": 1.0, "stages": []}
+    report = pruning.report
+    return {"kept": round(report.retention, 4), "stages": [s.to_dict() for s in report.stages]}
 
 
 def _attached(model: Any, chosen: Policy | None) -> AbstractContextManager[Any]:

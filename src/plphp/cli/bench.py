@@ -103,13 +103,14 @@ def _first_token(
         print(json.dumps({"about": about, "rounds": rounds, "first_token": rows}, indent=1))
         return
     title = f"The first token: {shape}, {setting.shape.layers} layers, {dtype}, {context:,} columns"
-    table = Table("method", title=title)
-    for column in ("ms", "tower ms", "tower", "over stock", "decoder over stock"):
+    table = Table(title=title)
+    table.add_column("method", overflow="fold")
+    for column in ("K/V kept", "ms", "tower ms", "tower", "over stock", "decoder over stock"):
         table.add_column(column, justify="right")
     for row in rows:
         ratios = (row["over_stock"], row["decoder_over_stock"])
         shares = [f"{mid:.2f} ({low:.2f} - {high:.2f})" for mid, low, high in ratios]
-        cells = [row["name"], f"{row['ms']:.1f}", f"{row['tower_ms']:.1f}"]
+        cells = [row["name"], f"{row['kept']:.0%}", f"{row['ms']:.0f}", f"{row['tower_ms']:.0f}"]
         table.add_row(*map(shown, [*cells, f"{row['tower_share']:.0%}", *shares]))
     stdout().print(table)
 

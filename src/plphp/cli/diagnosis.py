@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from plphp.errors import (
@@ -13,7 +13,7 @@ from plphp.errors import (
     UnsupportedModelError,
     UnsupportedTransformersError,
 )
-from plphp.policy import PLPHP, steps
+from plphp.policy import PLPHP, POLICIES, SequencePolicy, steps
 
 if TYPE_CHECKING:
     from plphp.hf.footprint import Footprint
@@ -43,6 +43,7 @@ class Diagnosis:
         vision-attentive
     other_bytes: bytes in the cache that are not keys and values, such as states of linear layers
     unmeasured: the reason why all bytes are None; empty if they were measured
+    refused: sequence methods that cannot be used with this model, and why
     notes: sentences that a user should read about this prompt
     """
 
@@ -65,6 +66,7 @@ class Diagnosis:
     pruned: tuple[int, int, int] | None
     other_bytes: int | None
     unmeasured: str = ""
+    refused: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -77,6 +79,7 @@ class Examined:
     windows: for each cached layer, as `compat.layer_windows` returns them
     bytes: the bytes of the prompt in each layer, or None
     unmeasured: why `bytes` is None; empty otherwise
+    refused: sequence methods to which `prune` does not attach, and why
     """
 
     attachable: tuple[int, ...]
@@ -84,6 +87,7 @@ class Examined:
     windows: tuple[int | str | None, ...]
     bytes: tuple[Footprint, ...] | None
     unmeasured: str
+    refused: dict[str, str] = field(default_factory=dict)
 
     def pruned_at(self, length: int) -> tuple[int, ...]:
         """Indices of the layers that are pruned for a prompt of `length` tokens.
@@ -135,6 +139,7 @@ def diagnose(
         tokens_from=source,
         text_tokens=text_tokens,
         unmeasured=seen.unmeasured,
+        refused=seen.refused,
         notes=_notes(config, seen, length),
         **_taken(seen.bytes, here, policy, images, each, text_tokens),
     )
@@ -218,19 +223,35 @@ def look_at(model: Any, length: int) -> Examined:
     from plphp.hf.footprint import footprint
 
     attachable: tuple[int, ...] = ()
+    refused: dict[str, str] = {}
     reason = ""
     windows = tuple(compat.layer_windows(compat.text_config(model)))
     try:
         with prune(model) as pruning:
             attachable = pruning.layers
+        refused = _refused(model)
     except UnsupportedTransformersError:
         raise  # the error is about transformers, not about the model
     except PlphpError as error:
         reason = str(error)
     try:
-        return Examined(attachable, reason, windows, footprint(model, length), "")
+        return Examined(attachable, reason, windows, footprint(model, length), "", refused)
     except UnsupportedModelError as error:
-        return Examined(attachable, reason, windows, None, str(error))
+        return Examined(attachable, reason, windows, None, str(error), refused)
+
+
+def _refused(model: Any) -> dict[str, str]:
+    """The sequence methods that cannot be attached to a model, and why."""
+    from plphp.hf import prune
+
+    found = {}
+    for name, method in POLICIES.items():
+        if issubclass(method, SequencePolicy):
+            try:
+                prune(model, name).remove()
+            except (PlphpError, ValueError) as error:
+                found[name] = str(error)
+    return found
 
 
 def kind_of(text: Any, dtype: str) -> Any:

@@ -13,7 +13,7 @@ from plphp.cli import options as o
 from plphp.cli.bars import ASCII, IMAGES, TEXT, bars
 from plphp.cli.console import stdout, waiting
 from plphp.cli.diagnosis import Diagnosis, diagnose
-from plphp.policy import PLPHP
+from plphp.policy import PLPHP, POLICIES, SequencePolicy
 
 __all__ = ["Diagnosis", "diagnose", "doctor"]
 
@@ -85,7 +85,7 @@ def _print(d: Diagnosis) -> None:
     lines.append(f"layers: {len(d.prunable_layers)} of {d.layers} are pruned for this prompt")
     if d.attachable_layers != d.prunable_layers:
         lines[-1] += f", {len(d.attachable_layers)} for shorter prompts"
-    lines += [*_bytes(d), *_kinds(d), *(f"note: {note}" for note in d.notes)]
+    lines += [*_bytes(d), *_kinds(d), *_stages(d), *(f"note: {note}" for note in d.notes)]
     console = stdout()
     drawn = _drawn(d)
     if not console.encoding.lower().startswith("utf"):
@@ -129,6 +129,21 @@ def _drawn(d: Diagnosis) -> list[str]:
     text = d.token_bytes * d.text_tokens
     parts = {name: (min(text, size), max(size - text, 0)) for name, size in caches.items()}
     return ["", f"bytes of the prompt: {TEXT} text, {IMAGES} images", *bars(parts, d.images)]
+
+
+def _stages(d: Diagnosis) -> list[str]:
+    """Lines about the methods that drop vision tokens before the cache does."""
+    if not d.prunable:
+        return []
+    names = [name for name, one in POLICIES.items() if issubclass(one, SequencePolicy)]
+    fit = ", ".join(name for name in names if name not in d.refused) or "none"
+    by_reason: dict[str, list[str]] = {}
+    for name, why in d.refused.items():
+        by_reason.setdefault(why, []).append(name)
+    return [
+        f"methods that may drop vision tokens before the cache does: {fit}",
+        *(f"not {', '.join(names)}: {why}" for why, names in by_reason.items()),
+    ]
 
 
 def _kinds(d: Diagnosis) -> list[str]:

@@ -23,7 +23,7 @@ from plphp.hf.generate import (
     refuse_method,
     wrap,
 )
-from plphp.hf.plan_ahead import PREFILL, plan_ahead
+from plphp.hf.plan_ahead import PREFILL, plan_ahead, read_twice
 from plphp.hf.positions import later_positions, position_shift
 from plphp.hf.recall import checked_bits, checked_recall
 from plphp.hf.report import build_report
@@ -105,7 +105,8 @@ def _attach(pruning: Pruning) -> None:
         prepare = model._prepare_generation_config
         pruning._set(model, "_prepare_generation_config", merged_options(pruning, prepare))
         if sequence_stage(pruning.policy) is not None and hasattr(model, PREFILL):
-            pruning._set(model, PREFILL, plan_ahead(getattr(model, PREFILL)))
+            twice = read_twice(pruning.policy, len(pruning.decoder))
+            pruning._set(model, PREFILL, plan_ahead(getattr(model, PREFILL), twice))
     for name, why in REFUSED_METHODS.items():
         if hasattr(model, name):
             pruning._set(model, name, refuse_method(name, why))
@@ -138,7 +139,7 @@ def _begin(
         past = int(cache.get_seq_length())
         if columns > 1 or past == 0:  # a forward outside generate(): its input is a prompt
             refuse_checkpointing(pruning)
-            pruning.calls.stays, pruning.calls.noted = [], []
+            pruning.calls.condensed, pruning.calls.noted = False, []
             cache._begin(columns, source, pruning)
         positions = later_positions(model, cache.shift, past, columns, source)
         if positions is not None:
@@ -191,7 +192,7 @@ def _finish(
         return  # `_begin` has refused the call
     cache._in_forward, pruning.calls.remaining = False, None
     prefill = cache.shared.prefill
-    if output is None or prefill is None or not prefill.reads_last:
+    if output is None or prefill is None or prefill.plans_now or not prefill.reads_last:
         return
     assert prefill.located is not None
     drafts = int(cache.get_seq_length()) - prefill.prompt.end

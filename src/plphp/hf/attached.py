@@ -51,8 +51,8 @@ class Pruning:
         self.layers: tuple[int, ...] = ()  # indices of the attached decoder layers
         self.decoder: list[nn.Module] = []  # the modules of those layers
         self.over_ranks = compat.over_ranks(model)
-        # Has the attribute `left_out` in a thread while a generate() runs in it, and `stays` while
-        # a prompt is read: what a method chose in the vision tower, see `tower`.
+        # Has the attribute `left_out` in a thread while a generate() runs in it, and `condensed`
+        # while a prompt is read: whether a method has chosen in the vision tower, see `tower`.
         self.calls = threading.local()
         self._undo: list[Callable[[], None]] = []
         self._entered = False

@@ -205,6 +205,19 @@ class Conversation(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversation:
         """An independent conversation, for the same attached model."""
         self.check()
+        return self._copied(memo)
+
+    def begun_copy(self, layers: int) -> Conversation:
+        """A copy of a cache whose prompt has begun, to read that prompt and then to be dropped.
+
+        layers: how many layers the copy has of its own; it shares the others, and must not use them
+        """
+        assert self.shared.prefill is not None
+        kept = (self.shared.prefill.prompt, *self.layers[layers:])
+        return self._copied({id(item): item for item in kept})
+
+    def _copied(self, memo: dict[int, Any]) -> Conversation:
+        """A copy. memo: as of copy.deepcopy, with the objects that are not copied."""
         shared, report = self.shared, self.report
         # Objects that belong to the model or never change are not copied.
         for item in (shared.config, shared.policy, shared.recall, shared.kept, shared.over_ranks):

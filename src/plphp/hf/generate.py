@@ -72,7 +72,8 @@ def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
             check_fits(cache, past + length, options)
         cache._begin(length, source, pruning, generating=True)
         outer = vars(pruning.calls).copy()
-        pruning.calls.left_out, pruning.calls.stays, pruning.calls.noted = left_out, [], []
+        calls = pruning.calls
+        calls.left_out, calls.condensed, calls.noted = left_out, False, []
         try:
             said = original(**kwargs)
             if cache._order is None:  # otherwise the cache has the rows of another order, as beams

@@ -17,16 +17,13 @@ def hidden_view(
 ) -> HiddenView:
     """The view of the hidden states (B, N, E) before a layer."""
     spans = prefill.where.spans[:, -prefill.prompt.length :].to(hidden.device)
-    stays = (
-        stays_of(pruning, spans, _repeats(prefill.prompt, spans)) if policy.reads_tower else None
-    )
     return HiddenView(
         hidden=hidden,
         spans=spans,
         frames=_frames(prefill.prompt, spans) if policy.reads_frames else None,
         layers=cache.shared.depth,
         key_sizes=prefill.key_sizes,
-        stays=stays,
+        stays=stays_of(pruning, spans, hidden) if policy.reads_tower else None,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.cache import PrunedCache
-from plphp.hf.plan_ahead import can_plan
+from plphp.hf.plan_ahead import PREFILL
 from plphp.policy import Policy, sequence_stage
 
 # Options that ask for assisted decoding.
@@ -81,12 +81,11 @@ def unsupported_options(
 def no_chunks(model: Any, policy: Policy) -> str | None:
     """Why the prompt cannot be read in chunks, None if it can."""
     first = sequence_stage(policy)
-    if first is None or can_plan(policy, model):
+    if first is None or hasattr(model, PREFILL):
         return None
     return (
-        f"{type(first).__name__} chooses inside the decoder once the whole prompt is read, and its "
-        "later layers would have read the first chunks by then: leave it out, or use a method that "
-        "acts before layer 0, such as divprune"
+        f"{type(first).__name__} chooses before the chunks are read, in a method of transformers "
+        f"that {type(model).__name__} has not: leave it out"
     )
 
 

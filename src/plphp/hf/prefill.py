@@ -105,6 +105,10 @@ def after_attention(
         return
     measure_keys(store, prefill, shared, index)
     first, second = shared.stages(index)
+    if prefill.ahead:
+        first = None  # it has chosen
+    if prefill.plans_now:
+        second = None  # this layer is a copy
     if first is None and second is None:
         if prefill.remaining is not None:
             record_remaining(layer, store, prefill, index)

@@ -15,6 +15,7 @@ from plphp.hf.remaining_tokens import Part, RemainingTokens
 from plphp.hf.vision_mask import Mask, mask_columns
 from plphp.models import find_spans, processor_inputs
 from plphp.policy import KeepPlan
+from plphp.policy.view import pack
 
 Result = TypeVar("Result")
 
@@ -52,7 +53,8 @@ class Prefill:
 
     located: set by the forward that brings the prompt's last column, or before the first one where
         a sequence method plans ahead
-    plans_now: whether the forward that runs ends before layer 0, as it is there to plan ahead
+    plans_now: whether the forwards that run are there to plan ahead
+    pieces: the hidden states (B, T, E) of the chunks that are there to plan, before layer K
     ahead: whether a sequence method has planned ahead, so that the prompt may come in chunks
     planned: the tokens that stay by that plan, None for all
     forward: the forward that runs: its first column, counted from the prompt's, and its number of
@@ -69,6 +71,7 @@ class Prefill:
     prompt: Prompt
     located: Located | None = None
     plans_now: bool = False
+    pieces: list[Tensor] = field(default_factory=list)
     ahead: bool = False
     planned: RemainingTokens | None = None
     forward: tuple[int, int] = (0, 0)
@@ -109,11 +112,14 @@ class Prefill:
     def leave(self, plan: KeepPlan, flash: bool) -> None:
         """From the next layer on, only the columns of a plan (for one KV head) are computed.
 
+        The last token of each row stays whatever the plan says: the answer is predicted from it.
+
         flash: as in `RemainingTokens`
         """
         columns = slice(-self.prompt.length, None)
         spans, places = self.where.spans[:, columns], self.where.positions()[:, columns]
         whole = replace(self.where, spans=spans, places=places)
+        plan = with_last(plan, spans.to(plan.columns.device))
         self.remaining = RemainingTokens(plan, whole.only(plan), self.prompt.length, flash)
 
     def locate(self, batch: int, attention_mask: Tensor | None) -> None:
@@ -139,6 +145,21 @@ class Prefill:
             self._results[key] = compute()
         result: Result = self._results[key]
         return result
+
+
+def with_last(plan: KeepPlan, spans: Tensor) -> KeepPlan:
+    """A plan for one KV head that also keeps the last token of each row.
+
+    spans: (B, N) int64 of the columns that the plan has chosen from. The host waits for the device.
+    """
+    columns = torch.arange(spans.shape[1], device=spans.device)
+    last = torch.where(spans >= 0, columns, -1).amax(-1, keepdim=True)
+    stays = ((plan.columns[:, 0] == last) & plan.valid).any(-1) | (last[:, 0] < 0)
+    if bool(stays.all()):
+        return plan
+    keep = torch.zeros_like(spans, dtype=torch.bool).scatter_(1, plan.columns[:, 0], plan.valid)
+    keep |= columns == last
+    return pack(keep[:, None], plan.gamma, plan.rate, plan.classes)
 
 
 def locate(prompt: Prompt, batch: int, attention_mask: Tensor | None) -> Located:

@@ -20,9 +20,16 @@ from plphp.errors import UnsupportedModeError, UnsupportedModelError
 from plphp.hf.attached import Pruning
 from plphp.hf.cache import PrunedCache
 from plphp.hf.hidden_view import hidden_view
-from plphp.hf.plan_ahead import reading, stop_here
+from plphp.hf.plan_ahead import (
+    choose_at_the_end,
+    idle_while_planning,
+    read_twice,
+    reading,
+    stop_here,
+)
 from plphp.hf.prompt import Prefill
 from plphp.hf.remaining_tokens import select_columns
+from plphp.hf.tower import without_marks
 from plphp.policy import HiddenPolicy, SequencePolicy, sequence_stage
 from plphp.policy.view import TEXT
 
@@ -46,8 +53,14 @@ def attach_sequence(
     ]
     if handles:
         handles.append(layers[-1].register_forward_hook(_put_back, with_kwargs=True))
-    if chooses is not None:
-        plan = partial(stop_here, partial(_choose, pruning, chooses))
+    choose = None if chooses is None else partial(_choose, pruning, chooses)
+    if read_twice(policy, len(layers)):
+        plan = partial(choose_at_the_end, choose)
+        handles.append(layers[at].register_forward_pre_hook(plan, with_kwargs=True, prepend=True))
+        for layer in layers[at:]:
+            pruning._set(layer, "forward", partial(idle_while_planning, layer.forward))
+    elif choose is not None:
+        plan = partial(stop_here, choose)
         handles.append(layers[0].register_forward_pre_hook(plan, with_kwargs=True, prepend=True))
     return [handle.remove for handle in handles]
 
@@ -61,7 +74,7 @@ def refuse_prompt(cache: PrunedCache, prefill: Prefill) -> None:
     if first is None or not prefill.where.prunes:
         return
     why = None
-    if prefill.forward[0] and not prefill.ahead:
+    if prefill.forward[0] and not prefill.ahead and not prefill.plans_now:
         why = "the prompt has to be read in one forward"
     elif not isinstance(first, HiddenPolicy):
         scores = [i for i in range(shared.depth) if first.scores_layer(i, shared.depth)]
@@ -101,7 +114,7 @@ def _take_out(
     chooses: the method that chooses the columns before this first layer, None if it has before
     """
     cache, prefill = reading(kwargs)
-    if prefill is None:
+    if prefill is None or prefill.plans_now:
         return None
     if leaves and prefill.ahead:
         prefill.remaining = prefill.planned
@@ -120,6 +133,8 @@ def _take_out(
     columns = part.columns.to(hidden.device)
     if leaves:
         hidden = select_columns(hidden, -2, columns)
+        if chooses is not None and chooses.reads_tower:
+            hidden = without_marks(hidden)
     attends = index in pruning.layers
     if not attends and part.plan.ragged and prefill.prompt.begin + prefill.forward[0]:
         raise UnsupportedModeError(
@@ -140,7 +155,7 @@ def _take_out(
 def _put_back(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the last layer: scatter its output to all columns, zeros elsewhere."""
     _, prefill = reading(kwargs)
-    part = None if prefill is None else prefill.part
+    part = None if prefill is None or prefill.plans_now else prefill.part
     if part is None:
         return None
     hidden = output[0] if isinstance(output, tuple) else output

@@ -17,7 +17,7 @@ from plphp.hf.sequence import attach_sequence, drop_features
 from plphp.hf.tower import attach_tower, tower_method, tower_of
 from plphp.hf.vision_mask import Mask
 from plphp.models import describes_vision, refusal
-from plphp.policy import PLPHP, Policy, in_stages, policy, sequence_stage
+from plphp.policy import PLPHP, HiddenPolicy, Policy, in_stages, policy, sequence_stage
 
 # The method of a language model with DeepStack that adds image features to the hidden states.
 ADDS_FEATURES = "_deepstack_process"
@@ -60,7 +60,8 @@ def check_kind(model: Any, policy: Policy, modules: list[Any]) -> None:
     first = sequence_stage(policy)
     if first is None:
         return policy.check(len(modules))
-    policy.check(len(decoder_layers(model, modules)))
+    layers = len(decoder_layers(model, modules))
+    policy.check(layers)
     if tower_method(policy) is not None:
         tower_of(model)
     others = layers_of_other_kinds(compat.text_config(model))
@@ -70,10 +71,13 @@ def check_kind(model: Any, policy: Policy, modules: list[Any]) -> None:
             "of this decoder share their keys and values or hold them in their own way: use a "
             "method that prunes the cache"
         )
-    if first.leave_at(len(modules)) > 0 and compat.is_recurrent(compat.text_config(model)):
+    read = [i for i in range(layers) if first.scores_layer(i, layers)]
+    if isinstance(first, HiddenPolicy) and first.reads_keys:
+        read.append(first.leave_at(layers) - 1)
+    if keyless := set(read) - {module.layer_idx for module in modules}:
         raise UnsupportedModelError(
-            f"{type(first).__name__} drops hidden states inside the decoder, some of whose layers "
-            "are recurrent: use a method that acts before layer 0, such as divprune"
+            f"{type(first).__name__} chooses by layer {min(keyless)} of this decoder, which has no "
+            "attention that plphp can read: give another layer, as in policy(..., layer=4)"
         )
     text = model.get_decoder()
     adds = [name for name in inspect.signature(text.forward).parameters if "deepstack" in name]

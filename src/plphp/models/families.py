@@ -9,25 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from plphp.models import layouts, patches, sizes
+from plphp.models import layouts, patches, sizes, towers
 from plphp.models.boxes import Places
 from plphp.models.layouts import Layout
 from plphp.models.patches import Patches, Shown
 from plphp.models.sizes import Sizes
-
-
-@dataclass(frozen=True)
-class TowerNames:
-    """Where the modules of a vision tower are in the model.
-
-    tower: the tower itself
-    projector: what projects its features into the space of the language model
-    grouped: whether a square of patches, of the side `spatial_merge_size`, becomes one token
-    """
-
-    tower: str
-    projector: str
-    grouped: bool = False
+from plphp.models.towers import TowerNames
 
 
 @dataclass(frozen=True)
@@ -42,8 +29,8 @@ class Family:
         token shows
     frames: whether the prompt marks the frames of a video as it marks images, so that the token
         ids do not tell them apart
-    tower: the vision tower, where the vision tokens are its patches or groups of them, each one
-        projected by itself; else None
+    tower: the vision tower and how its patches become vision tokens, or why they do not; None for
+        a tower that is not known
     refused: the reason why the family cannot be pruned, or an empty string
     """
 
@@ -57,18 +44,18 @@ class Family:
     refused: str = ""
 
 
-LLAVA_TOWER = TowerNames("vision_tower", "multi_modal_projector")
 GRIDS = Family(
     images=sizes.grid("image_grid_thw"),
     videos=sizes.grid("video_grid_thw"),
     places=patches.grid("image_grid_thw"),
     video_places=patches.grid("video_grid_thw"),
+    tower=towers.GRIDS,
 )
 TILES_THEN_WHOLE = Family(layout=layouts.whole_last, places=patches.tiled())
 GENERIC = Family()
 
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": replace(GRIDS, tower=TowerNames("visual", "visual.merger", grouped=True)),
+    "qwen2_vl": GRIDS,
     "qwen2_5_vl": GRIDS,
     "qwen3_vl": GRIDS,  # a video's frames have timestamps between them
     "qwen3_vl_moe": GRIDS,
@@ -77,33 +64,42 @@ FAMILIES: dict[str, Family] = {
     "glm4v": GRIDS,
     "glm4v_moe": GRIDS,
     # Mantis-SigLIP-Llama3 uses this class.
-    "llava": Family(images=sizes.patches, places=patches.square, tower=LLAVA_TOWER),
-    "llava_next": Family(images=sizes.anyres, places=patches.anyres),
+    "llava": Family(images=sizes.patches, places=patches.square, tower=towers.LLAVA),
+    "llava_next": Family(images=sizes.anyres, places=patches.anyres, tower=towers.LLAVA),
     "llava_onevision": Family(
         images=sizes.anyres,
         videos=sizes.pooled_frames,
         places=patches.anyres,
         video_places=patches.pooled_frames,
+        tower=towers.RESIZED,
     ),
-    "idefics2": Family(layout=layouts.one_or_five_runs, places=patches.latents),
-    "idefics3": TILES_THEN_WHOLE,
-    "smolvlm": replace(TILES_THEN_WHOLE, frames=True),
-    "aya_vision": TILES_THEN_WHOLE,
+    "idefics2": Family(
+        layout=layouts.one_or_five_runs, places=patches.latents, tower=towers.LATENTS
+    ),
+    "idefics3": replace(TILES_THEN_WHOLE, tower=towers.CONNECTED),
+    "smolvlm": replace(TILES_THEN_WHOLE, frames=True, tower=towers.CONNECTED),
+    "aya_vision": replace(TILES_THEN_WHOLE, tower=towers.TILES),
     # <img> and </img> surround all tiles of an image, or one frame of a video.
-    "internvl": Family(frames=True, places=patches.tiled()),
+    "internvl": Family(frames=True, places=patches.tiled(), tower=towers.INTERNVL),
     "ovis2": Family(
         layout=layouts.joined_by_one_token,
         places=patches.tiled(whole_first=True, grid=patches.by_row_tokens),
+        tower=towers.TABLE,
     ),
-    "cohere2_vision": Family(layout=layouts.joined_by_one_token, places=patches.tiled()),
+    "cohere2_vision": Family(
+        layout=layouts.joined_by_one_token, places=patches.tiled(), tower=towers.TILES
+    ),
     "mistral3": Family(
         images=sizes.merged_patches,
         layout=layouts.joined_by_one_token,
         places=patches.rows_of_patches,
+        tower=towers.LLAVA,
     ),
     # Each crop of pan and scan (off by default) is written as an image, and counts as one.
-    "gemma3": Family(images=sizes.fixed("mm_tokens_per_image"), places=patches.pooled),
-    "paligemma": Family(images=sizes.patches, places=patches.square, tower=LLAVA_TOWER),
+    "gemma3": Family(
+        images=sizes.fixed("mm_tokens_per_image"), places=patches.pooled, tower=towers.GEMMA
+    ),
+    "paligemma": Family(images=sizes.patches, places=patches.square, tower=towers.LLAVA),
     "mllama": Family(
         refused="its vision tokens are in cross-attention layers and not in the KV cache of the "
         "prompt, so that there is nothing to prune"
@@ -124,7 +120,7 @@ def places(shown: Shown, video: bool = False) -> Places:
 
 
 def tower_names(config: Any) -> TowerNames | None:
-    """Where the modules of a model's tower are, if its vision tokens are patches of it."""
+    """The tower of a model and how its patches become vision tokens; None if it is not known."""
     return FAMILIES.get(getattr(config, "model_type", ""), GENERIC).tower
 
 

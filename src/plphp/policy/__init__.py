@@ -93,9 +93,10 @@ def policy(name: str, **options: Any) -> Policy:
     "recommended" is the best policy that we know among those that select tokens once, at the end
     of the prompt; see docs/methods.md. Two names make two stages: `policy("divprune,plphp")`, or
     `policy("divprune:.25,plphp")` with the share that the first stage leaves. Raises ValueError,
-    naming it, for an unknown name, an unknown option or a value out of range.
+    naming it, for an unknown name, an unknown option or a value out of range. "divprune:.25" is
+    `policy("divprune", budget=.25)`.
     """
-    if "," in name or "/" in name:
+    if any(mark in name for mark in ",/:"):
         return named(name, policy, options)
     name = ALIASES.get(name, name)
     if name not in POLICIES:

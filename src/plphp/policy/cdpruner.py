@@ -23,9 +23,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plphp.policy.hidden import HiddenPolicy, HiddenView, by_order, images, unit
+from plphp.policy.hidden import (
+    HiddenPolicy,
+    HiddenView,
+    most_wanted,
+    scatter_order,
+    stacked,
+    together,
+    unit,
+)
 
 LEAST = 1e-10  # the determinant of a token that adds nothing to the chosen ones
+NOWHERE = -1e30  # that of a place that no token has: below every token's, above that of chosen ones
 
 
 @dataclass(frozen=True)
@@ -43,16 +52,25 @@ class CDPruner(HiddenPolicy):
     def scores(self, view: HiddenView, quota: Tensor) -> Tensor:
         asked = instruction(view.hidden, view.spans)
         scores = torch.zeros(view.spans.shape, device=view.spans.device)
-        for rows, columns in images(view.spans):
-            tokens = unit(view.hidden[rows, columns])
-            relevance = -(tokens @ asked[rows[:, 0]][..., None])[..., 0]
-            low, high = relevance.aminmax(dim=-1, keepdim=True)
-            relevance = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
-            kernel = relevance[..., None] * (tokens @ tokens.transpose(1, 2)) * relevance[:, None]
-            count = int(quota[rows, view.spans[rows, columns[:, :1]] - 1].max())
-            chosen = most_likely(kernel, count, tokens.shape[-1])
-            scores[rows, columns] = by_order(chosen, columns.shape[1])
+        for group in together(view.spans):
+            kernels = [
+                kernel_of(unit(view.hidden[rows, columns]), asked[rows[:, 0]])
+                for rows, columns in group
+            ]
+            count = most_wanted(group, view.spans, quota)
+            scatter_order(scores, group, most_likely(kernels, count, view.hidden.shape[-1]))
         return scores
+
+
+def kernel_of(tokens: Tensor, asked: Tensor) -> Tensor:
+    """The kernel L, (I, M, M) float32, of the unit vectors (I, M, E) of images.
+
+    asked: (I, E), what the tokens are relevant to
+    """
+    relevance = -(tokens @ asked[..., None])[..., 0]
+    low, high = relevance.aminmax(dim=-1, keepdim=True)
+    relevance = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
+    return relevance[..., None] * (tokens @ tokens.transpose(1, 2)) * relevance[:, None]
 
 
 def instruction(hidden: Tensor, spans: Tensor) -> Tensor:
@@ -68,19 +86,21 @@ def instruction(hidden: Tensor, spans: Tensor) -> Tensor:
     return (unit(hidden) * used).sum(1) / used.sum(1).clamp(min=1)
 
 
-def most_likely(kernel: Tensor, count: int, rank: int) -> Tensor:
+def most_likely(kernels: list[Tensor], count: int, rank: int) -> Tensor:
     """Tokens in the order in which the greedy maximum of a DPP chooses them, (I, count) int64.
 
-    kernel: (I, M, M) float32; rank: an upper bound of its rank. Chen et al. 2018 (arXiv
-    1709.05135), algorithm 1: rows of a Cholesky factor are added one by one.
+    kernels: (I_k, M_k, M_k) float32 of the images of each size; rank: an upper bound of their rank.
+    The choice goes on with places that no token has where an image has fewer than `count`. Chen et
+    al. 2018 (arXiv 1709.05135), algorithm 1: rows of a Cholesky factor are added one by one.
     """
+    gain = stacked([one.diagonal(dim1=1, dim2=2) for one in kernels], NOWHERE).clone()
+    kernel = stacked(kernels, 0.0)
     every = torch.arange(len(kernel), device=kernel.device)
-    gain = kernel.diagonal(dim1=1, dim2=2).clone()
     loops = min(count, rank)
     factor = kernel.new_empty(len(kernel), loops, kernel.shape[-1])
-    chosen = torch.empty(len(kernel), loops, dtype=torch.int64, device=kernel.device)
+    chosen = torch.empty(loops, len(kernel), dtype=torch.int64, device=kernel.device)
     for step in range(loops):
-        chosen[:, step] = best = gain.argmax(-1)
+        best = torch.argmax(gain, -1, out=chosen[step])
         before = factor[:, :step]
         shared = (before[every, :, best][:, None] @ before)[:, 0]
         root = gain[every, best].clamp(min=LEAST).sqrt()
@@ -88,5 +108,5 @@ def most_likely(kernel: Tensor, count: int, rank: int) -> Tensor:
         gain.addcmul_(row, row, value=-1)
         gain[every, best] = -torch.inf  # chosen tokens are not chosen again
     if loops == count:
-        return chosen
-    return torch.cat([chosen, gain.topk(count - loops, dim=-1).indices], -1)
+        return chosen.T
+    return torch.cat([chosen.T, gain.topk(count - loops, dim=-1).indices], -1)

@@ -8,7 +8,8 @@
 This is the greedy solution of the max-min diversity problem. It needs no attention and no text, so
 the choice is the same for every question. The paper chooses among all vision tokens of its models'
 single image; here each image is chosen from by itself. The greedy loop runs once for each token
-that stays, and needs 4 M^2 bytes for an image of M tokens.
+that stays, for all images of a prompt whose sizes are within a factor of two together, and needs
+4 M^2 bytes for an image of M tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plphp.policy.hidden import HiddenPolicy, HiddenView, by_order, images, unit
+from plphp.policy.hidden import (
+    HiddenPolicy,
+    HiddenView,
+    most_wanted,
+    scatter_order,
+    stacked,
+    together,
+    unit,
+)
+
+CHOSEN = -1.0  # the distance of a token to itself, below every other
+NOWHERE = -0.5  # the distance to a place that no token has: below those to tokens, above CHOSEN
 
 
 @dataclass(frozen=True)
@@ -35,27 +47,31 @@ class DivPrune(HiddenPolicy):
 
     def scores(self, view: HiddenView, quota: Tensor) -> Tensor:
         scores = torch.zeros(view.spans.shape, device=view.spans.device)
-        for rows, columns in images(view.spans):
-            tokens = unit(view.hidden[rows, columns])
-            count = int(quota[rows, view.spans[rows, columns[:, :1]] - 1].max())
-            chosen = farthest(1 - tokens @ tokens.transpose(1, 2), count)
-            scores[rows, columns] = by_order(chosen, columns.shape[1])
+        for group in together(view.spans):
+            units = [unit(view.hidden[rows, columns]) for rows, columns in group]
+            distances = [1 - tokens @ tokens.transpose(1, 2) for tokens in units]
+            chosen = farthest(distances, most_wanted(group, view.spans, quota))
+            scatter_order(scores, group, chosen)
         return scores
 
 
-def farthest(distance: Tensor, count: int) -> Tensor:
+def farthest(distances: list[Tensor], count: int) -> Tensor:
     """Tokens in the order in which the max-min rule chooses them, (I, count) int64.
 
-    distance: (I, M, M) float32, changed on its diagonal
+    distances: (I_k, M_k, M_k) float32 of the images of each size, changed on their diagonals. The
+        choice goes on with places that no token has where an image has fewer than `count`.
     """
-    diagonal = distance.diagonal(dim1=1, dim2=2)
-    diagonal.fill_(torch.inf)
-    nearest = distance.amin(-1)  # before the first choice: the distance to the nearest other token
-    diagonal.fill_(-1.0)  # so that a chosen token is nearest to itself, and not chosen again
+    first = []  # before the first choice: the distance to the nearest other token
+    for distance in distances:
+        distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        first.append(distance.amin(-1))
+    nearest, distance = stacked(first, NOWHERE), stacked(distances, NOWHERE)
+    # A chosen token is nearest to itself, and not chosen again.
+    distance.diagonal(dim1=1, dim2=2).fill_(CHOSEN)
     every = torch.arange(len(distance), device=distance.device)
-    chosen = torch.empty(len(distance), count, dtype=torch.int64, device=distance.device)
+    chosen = torch.empty(count, len(distance), dtype=torch.int64, device=distance.device)
     for step in range(count):
-        chosen[:, step] = best = nearest.argmax(-1)
+        best = torch.argmax(nearest, -1, out=chosen[step])
         new = distance[every, best]
         nearest = new if step == 0 else torch.minimum(nearest, new, out=nearest)
-    return chosen
+    return chosen.T

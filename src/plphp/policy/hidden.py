@@ -144,16 +144,61 @@ def images(spans: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows, columns
 
 
+def together(spans: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Lists of what `images` yields, in each of which the sizes differ by less than a factor of 2.
+
+    One greedy loop serves all images of a list, once `stacked` has filled them up to one size.
+    """
+    alike: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for rows, columns in images(spans):
+        alike.setdefault(columns.shape[1].bit_length(), []).append((rows, columns))
+    yield from alike.values()
+
+
+def stacked(parts: list[Tensor], fill: float) -> Tensor:
+    """Tensors (I, M) or (I, M, M) of several sizes M as one, filled up to the largest M."""
+    most = max(part.shape[1] for part in parts)
+    if len(parts) == 1:
+        return parts[0]
+    whole = parts[0].new_full((sum(map(len, parts)), *[most] * (parts[0].dim() - 1)), fill)
+    first = 0
+    for part in parts:
+        whole[(slice(first, first + len(part)), *map(slice, part.shape[1:]))] = part
+        first += len(part)
+    return whole
+
+
 def unit(features: Tensor) -> Tensor:
     """Vectors (..., E) of length 1 in float32, from vectors of any dtype; a zero vector stays 0."""
     return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
+def most_wanted(group: list[tuple[Tensor, Tensor]], spans: Tensor, quota: Tensor) -> int:
+    """The largest number of tokens that an image of a list of `together` keeps.
+
+    quota: (B, m) int64, how many tokens stay of each image. The host waits for the device.
+    """
+    wanted = [quota[rows, spans[rows, columns[:, :1]] - 1].max() for rows, columns in group]
+    return int(torch.stack(wanted).max())
+
+
+def scatter_order(scores: Tensor, group: list[tuple[Tensor, Tensor]], chosen: Tensor) -> None:
+    """Write into scores (B, N) in which order the tokens of a list of images were chosen.
+
+    chosen: (I, C) int64, the images of all parts of the list one after the other
+    """
+    found = by_order(chosen, max(columns.shape[1] for _, columns in group))
+    first = 0
+    for rows, columns in group:
+        scores[rows, columns] = found[first : first + len(rows), : columns.shape[1]]
+        first += len(rows)
+
+
 def by_order(chosen: Tensor, size: int) -> Tensor:
     """Scores (I, M) float32 of tokens that were chosen one after the other: earlier is higher.
 
-    chosen: (I, C) int64, the tokens in the order of their choice; size: M. Tokens that were not
-    chosen have the score 0.
+    chosen: (I, C) int64, the tokens in the order of their choice, each at most once; size: M.
+    Tokens that were not chosen have the score 0.
     """
     count = chosen.shape[1]
     scores = torch.zeros(len(chosen), size, device=chosen.device)

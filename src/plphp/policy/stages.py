@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plphp.policy.base import CachePolicy, Kind, Policy, SequencePolicy
+from plphp.policy.base import CachePolicy, Kind, Policy, SequencePolicy, check_share
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,12 @@ class Stages(Policy):
         fits = isinstance(self.first, SequencePolicy) and isinstance(self.second, CachePolicy)
         if not fits:
             got = f"{type(self.first).__name__}, {type(self.second).__name__}"
+            swapped = isinstance(self.second, SequencePolicy) and isinstance(
+                self.first, CachePolicy
+            )
             raise ValueError(
                 "two stages are a sequence method such as divprune, then a cache method such as "
-                f"plphp; got {got}"
+                f"plphp; got {got}" + (": give them in the other order" if swapped else "")
             )
 
     @property
@@ -75,29 +78,52 @@ def cache_stage(policy: Policy) -> Policy | None:
 
 
 def named(name: str, make: Any, options: dict[str, Any]) -> Policy:
-    """Two stages by name, such as "divprune,plphp" or "divprune:.25,plphp".
+    """One policy or two stages by name, such as "divprune:.25" or "divprune:.25,plphp".
 
     make: makes one policy from its name and options
-    options: of the second stage, but for `budget` (float), which is the share of vision K/V that
-        both leave: the second stage keeps budget / (the first stage's share)
+    options: of the last stage, but for `budget` (float), which is the share of vision K/V that
+        both stages leave: the second keeps budget / (the first stage's share)
     Raises ValueError for a name or option that does not fit, and for a budget above the first
     stage's share.
     """
     parts = [part.strip() for part in name.replace("/", ",").split(",")]
-    if len(parts) != 2:
+    if len(parts) > 2 or "" in parts:
         raise ValueError(f"{name!r} must name a sequence method and a cache method, in this order")
     own, _, share = parts[0].partition(":")
     try:
-        first = make(own, **({"budget": float(share)} if share else {}))
-    except ValueError as error:
+        first: Policy = make(
+            own, **(_shared(share) if share else {}), **({} if parts[1:] else options)
+        )
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{parts[0]!r}: {error}") from None
+    if len(parts) == 1:
+        return first
+    if ":" in parts[1]:
+        raise ValueError(
+            f"{parts[1]!r}: give the share of both stages together as the budget, from which that "
+            "of the second follows"
+        )
     budget = options.get("budget")
     if isinstance(budget, int | float) and not isinstance(budget, bool):
+        check_share("budget", budget)
         of_first = getattr(first, "budget", None)
-        if of_first is None or budget > of_first + 1e-9:
+        if of_first is None:
+            raise ValueError(
+                f"the budget of both stages needs the share of the first: name it, as in "
+                f"'{own}:.5,{parts[1]}'"
+            )
+        if budget > of_first + 1e-9:
             raise ValueError(
                 f"budget must be at most the share of the first stage, {of_first}, got {budget}: "
                 f"give the first stage a larger one, as in '{own}:{budget:g},{parts[1]}'"
             )
         options = {**options, "budget": min(budget / of_first, 1.0) if of_first else 1.0}
     return in_stages([first, make(parts[1], **options)])
+
+
+def _shared(share: str) -> dict[str, float]:
+    """The option that a share after the name of a policy stands for."""
+    try:
+        return {"budget": float(share)}
+    except ValueError:
+        raise ValueError(f"the share after ':' must be a number, got {share!r}") from None
