@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +81,35 @@ def test_beam_search_is_not_pruned_and_counted_as_refused() -> None:
             if not options:
                 assert counts["refused beam search"] > 4 and "prompts" not in counts
     assert answers[0] == answers[1]
+
+
+def test_a_prompt_that_grows_is_not_pruned_and_counted_as_refused() -> None:
+    """vLLM's streamed input: later parts of the prompt arrive after the first answer."""
+    with serving.engine() as llm:
+        before, counts, engine = serving.free_blocks(llm), counted(llm), llm.llm_engine
+        grow = partial(engine.input_processor.process_inputs, resumable=True)
+        engine.input_processor.process_inputs = grow
+        engine.add_request("grows", serving.prompt(llm, REQUEST), REQUEST.sampling)
+        for _ in range(6):
+            engine.step()
+        engine.abort_request(["grows"])
+        for _ in range(3):
+            engine.step()
+        assert serving.free_blocks(llm) == before
+        assert serving.state(llm) == 0
+    assert counts == {"refused streamed input": 1}
+
+
+def test_a_request_for_a_transfer_is_served_without_one() -> None:
+    """vLLM reads `kv_transfer_params` as a dict, whatever a client sends, for its connectors."""
+    several = []
+    for given in ("x", ["y"], {"do_remote_prefill": True, "do_remote_decode": True}):
+        sampling = REQUEST.sampling
+        sampling.extra_args["kv_transfer_params"] = given
+        several.append(sampling)
+    with serving.engine() as llm:
+        outputs = llm.chat([REQUEST.chat] * len(several), several, use_tqdm=False)
+    assert all(output.kv_transfer_params["plphp"]["retention"] < 1 for output in outputs)
 
 
 def adapter(model: Any, folder: Path) -> Any:

@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 from plphp.errors import UnsupportedModeError
 from plphp.paged.fixed import FixedTensors, query_buffers
 from plphp.vllm import blocks, checks
-from plphp.vllm.attach import SIDE
+from plphp.vllm.attach import SIDE, check_sharing
 from plphp.vllm.layer import Layer
 from plphp.vllm.layout import reader_of
 from plphp.vllm.messages import Pruned, Step
@@ -125,6 +125,7 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         modules = self._vllm_config.compilation_config.static_forward_context
+        check_sharing({name for group in self.groups for name in group.layer_names}, modules)
         layers = []
         for group, spec in enumerate(self.groups):
             for name in spec.layer_names:
