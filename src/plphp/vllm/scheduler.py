@@ -115,12 +115,8 @@ class SchedulerSide:
 
     def add(self, request: Any) -> None:
         """Decide whether and how a new request is pruned."""
-        if request.kv_transfer_params is not None:
-            # vLLM reads them as a dict, and stops if a client has sent something else.
-            request.kv_transfer_params = None
-            logger.warning_once(
-                "kv_transfer_params of requests are ignored: nothing is transferred"
-            )
+        if request.kv_transfer_params:
+            logger.warning_once("kv_transfer_params are ignored: plphp transfers nothing")
         if request.mm_features:
             self.features[request.request_id] = request.mm_features
         params = request.sampling_params
