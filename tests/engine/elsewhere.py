@@ -135,7 +135,7 @@ MODES: dict[str, Mode] = {
     "V2, FLASH_ATTN": hard("v2", "flash", slow=True),
     "V2, asynchronous": hard("v2", "async", slow=True),
     "FLASH_ATTN, asynchronous": hard("flash", "async", slow=True),
-    "full graphs": Mode({"full_graphs": True}, standins=("flash", "graphs")),
+    "full graphs": Mode({"full_graphs": True}, standins=("flash", "graphs"), slow=True),
     "V2, TRITON_ATTN": Mode(standins=("triton", "v2"), tiny=True, slow=True),
     "V2, full graphs, asynchronous": Mode(
         {"full_graphs": True}, standins=("v2", "flash", "async", "graphs")

@@ -65,6 +65,8 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         blocks.register()
         self.groups = blocks.prunable(kv_cache_config.kv_cache_groups)
         checks.check_groups(len(self.groups), len(kv_cache_config.kv_cache_groups), options)
+        layers = vllm_config.compilation_config.static_forward_context  # of this process
+        check_sharing({name for group in self.groups for name in group.layer_names}, layers)
         self.block_size: int = self.groups[0].kv_cache_spec.block_size
         self.worker: WorkerSide | None = None
         self.scheduler: SchedulerSide | None = None
@@ -125,7 +127,6 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         modules = self._vllm_config.compilation_config.static_forward_context
-        check_sharing({name for group in self.groups for name in group.layer_names}, modules)
         layers = []
         for group, spec in enumerate(self.groups):
             for name in spec.layer_names:
