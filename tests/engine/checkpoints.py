@@ -14,6 +14,7 @@ from typing import Any
 
 import transformers
 from processors import (
+    gemma3,
     idefics3,
     internvl,
     llava,
@@ -32,7 +33,9 @@ from tiny.base import (
     BREAK,
     FAKE,
     GLOBAL,
+    GRID,
     IMAGE,
+    NEWLINE,
     PAD,
     PATCH,
     TILE,
@@ -65,7 +68,7 @@ class Checkpoint:
     frames: numbers of frames of videos; empty where vLLM does not support video
     tower: prefix of the vision tower's weights in published checkpoints, where transformers 5
         writes another one
-    differs: the differences between vLLM and transformers, for docs/vllm.md
+    differs: the differences between vLLM and transformers, for docs/vllm-details.md
     slow: whether only `make test-vllm-all` runs the family
     text: options of the config, or of its text config, that differ from those of tests/tiny
     """
@@ -221,3 +224,18 @@ CHECKPOINTS = {
         Checkpoint("mistral3", processor=pixtral(PATCH, 2), slow=True, **PIXTRAL),
     )
 }
+
+# Image tokens attend to each other in both directions, which CPU_ATTN does not compute.
+GEMMA3 = Checkpoint(
+    "gemma3",
+    {
+        IMAGE: "<image>",
+        VISION_START: "<soi>",
+        VISION_END: "<eoi>",
+        **{token: "\n" * count for count, token in enumerate((NEWLINE, BREAK, GRID), 2)},
+    },
+    gemma3,
+    "<soi>",
+    roles={"boi_token": "<soi>", "eoi_token": "<eoi>", "image_token": "<image>"},
+    tower=SIGLIP,
+)

@@ -7,10 +7,13 @@ import os
 import random
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import graph_standin
 import standins
+
+import plphp
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Mode:
     standins: what it has from a GPU, see `standins`
     hard: whether it is short of blocks, aborts requests, and requests share prefixes
     tiny: whether few small requests are served, because a step takes seconds
+    family: name of a checkpoint in place of the embedded model
     slow: whether only `make test-vllm-all` runs it
     """
 
@@ -30,6 +34,7 @@ class Mode:
     standins: tuple[str, ...] = ()
     hard: bool = False
     tiny: bool = False
+    family: str = ""
     slow: bool = False
 
     @property
@@ -41,16 +46,28 @@ class Mode:
         import serving
 
         if self.hard:
-            return serving.related_requests(count, seed)
+            few = crowd()
+            return few + serving.related_requests(count - len(few), seed)
+        if self.family:
+            made = [r for r in serving.random_requests(3 * count, seed) if len(r.images) > 3]
+            policy = plphp.PLPHP(r=0.3, delta_r=0.2, alpha=0.6, beta=0.3)
+            return [replace(r, policy=policy, tokens=4) for r in made[:2]] + [
+                replace(made[2], policy=None, tokens=4)
+            ]
         if self.tiny:
             made = [r for r in serving.random_requests(3 * count, seed, most=4) if r.images]
             return [replace(r, images=r.images[:2], tokens=3) for r in made[:3]]
         made = serving.random_requests(count, seed)
         return twice(made, self.block) if "graphs" in self.standins else made
 
-    def engine(self) -> dict[str, Any]:
-        """The options of the engine."""
+    def engine(self, folder: Path) -> dict[str, Any]:
+        """The options of the engine. folder: of the checkpoint of a family, which is written"""
         options = {"block_size": self.block, "max_num_batched_tokens": 128} | self.options
+        if self.family:
+            from checkpoints import CHECKPOINTS, GEMMA3
+
+            {**CHECKPOINTS, "gemma3": GEMMA3}[self.family].save(folder)
+            options["model"] = str(folder)
         if self.hard:  # a pool for one sequence of 264 tokens, the longest has 261
             import serving
 
@@ -79,10 +96,28 @@ def twice(made: list[Any], block: int) -> list[Any]:
     return out + out
 
 
+CROWD = 4
+
+
+def crowd() -> list[Any]:
+    """Requests that together do not fit into the pool of a hard mode, whatever the weights.
+
+    A prompt has 78 tokens, 64 of them of one image, and every layer keeps half of these. The
+    prompts fit beside each other, and after 60 more tokens of three requests they do not.
+    """
+    import serving
+
+    half = plphp.PLPHP(r=0.5, delta_r=0)
+    images = [serving.picture(seed, most=8, least=8) for seed in range(CROWD)]
+    return [serving.Request((image,), "hello", half, 60) for image in images]
+
+
 def hard(*names: str, slow: bool = False) -> Mode:
     return Mode(standins=names, hard=True, slow=slow)
 
 
+# What vLLM sets on CUDA where image tokens attend to each other in both directions.
+BOTH_WAYS = {"disable_chunked_mm_input": True}
 APART = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 MODES: dict[str, Mode] = {
     "multiprocess": Mode({}, APART | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}),
@@ -100,10 +135,22 @@ MODES: dict[str, Mode] = {
     "V2, FLASH_ATTN": hard("v2", "flash", slow=True),
     "V2, asynchronous": hard("v2", "async", slow=True),
     "FLASH_ATTN, asynchronous": hard("flash", "async", slow=True),
-    # new modes at the end: the place of a mode is the seed of its requests
-    "full graphs": Mode({"full_graphs": True}, standins=("flash", "graphs")),
+    "full graphs": Mode({"full_graphs": True}, standins=("flash", "graphs"), slow=True),
     "V2, TRITON_ATTN": Mode(standins=("triton", "v2"), tiny=True, slow=True),
+    "V2, full graphs, asynchronous": Mode(
+        {"full_graphs": True}, standins=("v2", "flash", "async", "graphs")
+    ),
+    "Gemma 3, TRITON_ATTN": Mode(
+        BOTH_WAYS, standins=("triton",), tiny=True, family="gemma3", slow=True
+    ),
+    "V2, Gemma 3, TRITON_ATTN": Mode(
+        BOTH_WAYS, standins=("triton", "v2"), tiny=True, family="gemma3", slow=True
+    ),
+    "CPU_ATTN": hard(slow=True),
 }
+
+
+FOUND = ("preempted", "preempted after pruning", "aborted", "blocks left", "entries left")
 
 
 def main(name: str, count: str, seed: str, out: str) -> None:
@@ -114,8 +161,8 @@ def main(name: str, count: str, seed: str, out: str) -> None:
     import serving
 
     requests = mode.requests(int(count), int(seed))
-    found = {"preempted": 0, "blocks left": 0, "entries left": 0}
-    with serving.engine(**mode.engine()) as llm:
+    found = dict.fromkeys(FOUND, 0)
+    with serving.engine(**mode.engine(Path(out).with_suffix(""))) as llm:
         config = llm.llm_engine.vllm_config
         if "graphs" in mode.standins:
             graph_standin.record(llm)
@@ -137,18 +184,20 @@ def main(name: str, count: str, seed: str, out: str) -> None:
 def serve(llm: Any, requests: list[Any], rng: random.Random, found: dict[str, int]) -> Any:
     """The outputs by place, without those of requests that are aborted at a random step.
 
-    found: gets what was preempted, and the blocks and entries that are left at the end
+    found: gets the numbers of `FOUND`
     """
     import serving
 
     engine, scheduler = llm.llm_engine, serving.scheduler_of(llm)
     before, throw = serving.free_blocks(llm), scheduler._preempt_request
-    left = {place: rng.randrange(1, 20) for place in range(2, len(requests), 5)}
+    left = {place: rng.randrange(1, 16) for place in range(CROWD, len(requests), 5)}
     added, outputs, alive = 0, {}, set()
 
-    def thrown(*args: Any, **kwargs: Any) -> None:
+    def thrown(request: Any, *args: Any, **kwargs: Any) -> None:
+        prompt = scheduler.connector.scheduler.prompts.get(request.request_id)
         found["preempted"] += 1
-        throw(*args, **kwargs)
+        found["preempted after pruning"] += prompt is not None and prompt.choice is not None
+        throw(request, *args, **kwargs)
 
     scheduler._preempt_request = thrown
     while added < len(requests) or alive:
@@ -166,6 +215,7 @@ def serve(llm: Any, requests: list[Any], rng: random.Random, found: dict[str, in
             if left[place] == 0:
                 engine.abort_request([str(place)])
                 alive.discard(place)
+                found["aborted"] += 1
     for _ in range(3):  # the workers hear of the last end with the next step
         engine.step()
     found["blocks left"] = before - serving.free_blocks(llm)

@@ -56,6 +56,12 @@ def llava(tokenizer: Any) -> Any:
     )
 
 
+def gemma3(tokenizer: Any) -> Any:
+    return transformers.Gemma3Processor(
+        transformers.Gemma3ImageProcessor(**square(24)), tokenizer, image_seq_length=9
+    )
+
+
 def llava_next(tokenizer: Any) -> Any:
     return transformers.LlavaNextProcessor(
         transformers.LlavaNextImageProcessor(

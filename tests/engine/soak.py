@@ -7,6 +7,7 @@ and small prompts suffice.
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -152,14 +153,15 @@ def soak(count: int, share: bool) -> dict[str, Any]:
         pool = serving.scheduler_of(llm).kv_cache_manager.block_pool
         before, run = serving.free_blocks(llm), Soak(llm, seed=5)
         memory = []
-        for part in (count // 10, count // 2, count):
-            run.run(part - run.counts["requests"])
+        for tenth in range(1, 11):
+            run.run(count * tenth // 10 - run.counts["requests"])
             memory.append(megabytes())
+            print(share, memory, dict(sorted(run.counts.items())), file=sys.stderr, flush=True)
         return dict(sorted(run.counts.items())) | {
             "blocks of the pool": pool.num_gpu_blocks,
             "blocks left in use": before - serving.free_blocks(llm),
             "entries left in the scheduler's and the worker's side": serving.state(llm),
-            "resident MB after a tenth, half, and all": memory,
+            "resident MB after each tenth": memory,
             "seconds": round(time.perf_counter() - start),
         }
 

@@ -32,8 +32,10 @@ def main(count: str, *names: str) -> None:
     from soak import soak
 
     ways = {"shared prefix": True, "in place": False}
-    results = {way: soak(int(count), share) for way, share in ways.items()}
-    record("-".join(["soak", *names]), WHAT.format(count=int(count)), results)
+    results = {}
+    for way, share in ways.items():
+        results[way] = soak(int(count), share)
+        record("-".join(["soak", *names]), WHAT.format(count=int(count)), results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Model families in vLLM: tokens equal those of plphp on transformers, for images and videos.
 
-PLPHP_WRITE_DOCS=1 writes the table of docs/vllm.md from these requests.
+PLPHP_WRITE_DOCS=1 writes the table of docs/vllm-details.md from these requests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import plphp
 import tiny
 from tiny import IMAGE, VIDEO
 
-PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
+PAGE = Path(__file__).parents[2] / "docs" / "vllm-details.md"
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class Reference:
     processor: Any
 
     @staticmethod
-    def load(folder: Path) -> Reference:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
+    def load(folder: Path, attention: str = "sdpa") -> Reference:
+        """attention: name of the attention function in transformers"""
+        kind = transformers.AutoModelForImageTextToText
+        model = kind.from_pretrained(folder, attn_implementation=attention)
         return Reference(model.eval(), transformers.AutoProcessor.from_pretrained(folder))
 
     def inputs(self, request: serving.Request) -> Any:

@@ -25,6 +25,7 @@ from plphp.vllm.connector import check_blocks
 from plphp.vllm.options import Options
 
 POLICY = plphp.PLPHP(alpha=0.55, beta=0.45)
+MORE = serving.LAYERS + 1
 
 
 def config_of(**options: Any) -> Any:
@@ -131,11 +132,11 @@ def test_the_role_of_a_consumer_is_refused() -> None:
 def test_all_that_has_to_change_is_said_at_once() -> None:
     config = config_of(**plphp.vllm.engine_args(), kv_cache_dtype="fp8", pipeline_parallel_size=2)
     with pytest.raises(plphp.UnsupportedModeError) as refusal:
-        check_modes(config, Options(layers_per_group=5))
+        check_modes(config, Options(layers_per_group=MORE))
     assert str(refusal.value) == (
         "PLPHPConnector does not work with pipeline parallelism (use tensor parallelism), "
         "a fp8 KV cache (leave out --kv-cache-dtype), "
-        f"layers_per_group=5 (use a divisor of {serving.LAYERS} layers)"
+        f"layers_per_group={MORE} (use a divisor of {serving.LAYERS} layers)"
     )
 
 
@@ -181,9 +182,7 @@ def test_blocks_that_a_backend_splits_are_refused() -> None:
 def test_caches_that_cannot_be_read_are_refused(changed: Any, reason: str) -> None:
     options = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
     backend = SimpleNamespace(get_name=lambda: "FLASH_ATTN")
-    layer: Any = SimpleNamespace(
-        layer_name="layer", attn_backend=backend, impl=None, kv_sharing_target_layer_name=None
-    )
+    layer: Any = SimpleNamespace(layer_name="layer", attn_backend=backend, impl=None)
     model = SimpleNamespace(dtype=torch.float32, is_mm_prefix_lm=False)
     check_layer(layer, FullAttentionSpec(**options), model)
     with pytest.raises(plphp.UnsupportedModelError, match=reason):
@@ -219,7 +218,8 @@ def test_every_metric_exists_before_its_first_event() -> None:
         }
     tokens = {f"vllm:plphp_vision_tokens{kind}_total" for kind in ("", "_kept")}
     single = {f"vllm:plphp_{kind}_total" for kind in ("prompts_pruned", "blocks_freed")}
-    refused = {("vllm:plphp_prompts_refused_total", r) for r in ("bad options", "beam search")}
+    reasons = ("bad options", "beam search", "streamed input")
+    refused = {("vllm:plphp_prompts_refused_total", reason) for reason in reasons}
     expected = {(name, layer_class) for name in tokens for layer_class in LAYER_CLASSES}
     expected |= {(name, None) for name in (*single, "vllm:plphp_prompts_unpruned_total")} | refused
     assert found == expected
@@ -234,9 +234,9 @@ def several(*connectors: dict[str, Any]) -> KVTransferConfig:
 
 
 def test_an_engine_that_cannot_prune_does_not_start() -> None:
-    message = rf"layers_per_group=5 \(use a divisor of {serving.LAYERS} layers\)"
+    message = rf"layers_per_group={MORE} \(use a divisor of {serving.LAYERS} layers\)"
     with pytest.raises(plphp.UnsupportedModeError, match=message):  # noqa: SIM117
-        with serving.engine(layers_per_group=5):
+        with serving.engine(layers_per_group=MORE):
             pass
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import serving
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import BeamSearchParams
@@ -80,6 +82,50 @@ def test_beam_search_is_not_pruned_and_counted_as_refused() -> None:
             if not options:
                 assert counts["refused beam search"] > 4 and "prompts" not in counts
     assert answers[0] == answers[1]
+
+
+def test_a_prompt_that_grows_is_not_pruned_and_counted_as_refused() -> None:
+    """vLLM's streamed input: later parts of the prompt arrive after the first answer."""
+    with serving.engine() as llm:
+        before, counts, engine = serving.free_blocks(llm), counted(llm), llm.llm_engine
+        grow = partial(engine.input_processor.process_inputs, resumable=True)
+        engine.input_processor.process_inputs = grow
+        engine.add_request("grows", serving.prompt(llm, REQUEST), REQUEST.sampling)
+        for _ in range(6):
+            engine.step()
+        engine.abort_request(["grows"])
+        for _ in range(3):
+            engine.step()
+        assert serving.free_blocks(llm) == before
+        assert serving.state(llm) == 0
+    assert counts == {"refused streamed input": 1}
+
+
+def test_a_request_for_a_transfer_is_served_without_one(reference: Any) -> None:
+    sampling = REQUEST.sampling
+    asked = {"do_remote_prefill": True, "do_remote_decode": True, "remote_block_ids": [1]}
+    sampling.extra_args["kv_transfer_params"] = asked
+    with serving.engine() as llm:
+        output = llm.chat(REQUEST.chat, sampling, use_tqdm=False)[0]
+    assert output.kv_transfer_params["plphp"]["retention"] < 1
+    assert serving.same(output, serving.answer(reference, REQUEST)) is not False
+
+
+def test_the_smallest_requests(reference: Any) -> None:
+    """Images of one vision token, one token to generate, and rates of 0."""
+    dot, nothing = Image.new("RGB", (28, 28), (200, 30, 30)), plphp.PLPHP(r=0, delta_r=0)
+    cases = [((dot,), POLICY), ((dot,) * 6, nothing), (REQUEST.images, nothing), ((), POLICY)]
+    requests = [
+        serving.Request(images, "", policy, tokens) for images, policy in cases for tokens in (1, 3)
+    ]
+    with serving.engine() as llm:
+        before = serving.free_blocks(llm)
+        outputs = serving.generate(llm, requests)
+        llm.llm_engine.step()
+        assert serving.free_blocks(llm) == before
+        assert serving.state(llm) == 0
+    for request, output in zip(requests, outputs, strict=True):
+        assert serving.same(output, serving.answer(reference, request)) is not False
 
 
 def adapter(model: Any, folder: Path) -> Any:

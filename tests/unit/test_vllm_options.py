@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def test_a_request_may_differ_from_its_server() -> None:
     assert request_policy(options, None) == options.policy
     assert request_policy(options, {"plphp": "off"}) is None
     assert request_policy(options, {"plphp": 0, "plphp.r": 0.4}) is None
-    assert request_policy(options, {"plphp.r": 0.4, "other": 1}) == plphp.PLPHP(r=0.4)
+    assert request_policy(options, {"plphp.r": 0.4, "other": 1, 5: 6}) == plphp.PLPHP(r=0.4)
     quiet = Options(on=False)
     assert request_policy(quiet, {}) is None
     assert request_policy(quiet, {"plphp": "on"}) == plphp.PLPHP()
@@ -63,11 +64,25 @@ def test_a_request_may_differ_from_its_server() -> None:
         ({"plphp": "off", "plphp.rate": 0.2}, "no option 'plphp.rate'"),
         ({"plphp.policy": "plphp-shared"}, "no option 'plphp.policy'"),
         ({"plphp.r": 3}, r"r \+ delta_r"),
+        ({"plphp": "off", "plphp.r": 3}, r"r \+ delta_r"),
+        ({"plphp.r": 10**400}, "r must be finite"),
+        ({"plphp.min_tokens": 2**31}, "min_tokens must be an integer of at most 2147483647"),
     ],
 )
 def test_a_requests_bad_options_are_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         request_policy(Options(), given)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("value", [10**400, -(10**400), 2**64, float("inf"), float("nan"), 1j, ""])
+def test_no_number_of_a_request_is_too_large_to_be_refused(name: str, value: object) -> None:
+    """Another error than ValueError would stop the engine, with all other requests."""
+    options = Options(plphp.policy(name))  # type: ignore[arg-type]
+    for field in fields(options.policy):
+        if field.name not in ("round_to", "window"):
+            with pytest.raises(ValueError, match=field.name):
+                request_policy(options, {f"plphp.{field.name}": value})
 
 
 @pytest.mark.parametrize("name", METHODS)

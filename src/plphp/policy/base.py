@@ -11,7 +11,6 @@ A policy is of one of four kinds, which say when it selects tokens:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -234,14 +233,19 @@ def flat_look(view: LayerView, scores: Tensor, rate: float) -> Look:
 def check_share(name: str, value: object) -> None:
     """Raise ValueError, naming the option, unless it is a number from 0 to 1."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0 <= value <= 1:  # type: ignore[operator, arg-type]
+    if not number or not 0 <= value <= 1:  # type: ignore[operator]
         raise ValueError(f"{name} must be a share from 0 to 1, got {value!r}")
 
 
-def check_count(name: str, value: object, least: int) -> None:
-    """Raise ValueError, naming the option, unless it is an integer of at least `least`."""
+def check_count(name: str, value: object, least: int, most: int = 2**31 - 1) -> None:
+    """Raise ValueError, naming the option, unless it is an integer from `least` to `most`.
+
+    Larger integers than the default for `most` are not accepted by every function of torch.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be an integer of at most {most}, got {value!r}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

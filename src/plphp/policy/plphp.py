@@ -13,7 +13,6 @@ vision tokens of a prompt, and V_i those of image i. Shapes as in `steps`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -69,8 +68,8 @@ class PLPHP(CachePolicy):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value!r}")
+            if not abs(value) < 2**63:  # torch compares with no larger integer
+                raise ValueError(f"{name} must be finite and less than 2**63, got {value!r}")
         if self.delta_r < 0:
             raise ValueError(f"delta_r must be at least 0, got {self.delta_r}")
         # 1e-9 tolerates the rounding error of sums such as .7 + .3.

@@ -29,8 +29,9 @@ class PyramidKV(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.slope, (int, float)) or not self.slope >= 1:
-            raise ValueError(f"slope must be a number of at least 1, got {self.slope!r}")
+        number = isinstance(self.slope, (int, float)) and not isinstance(self.slope, bool)
+        if not number or not 1 <= self.slope < 2**63:
+            raise ValueError(f"slope must be at least 1 and less than 2**63, got {self.slope!r}")
 
     @property
     def highest_rate(self) -> float:

@@ -32,7 +32,7 @@ class Random(CachePolicy):
 
     def __post_init__(self) -> None:
         check_share("budget", self.budget)
-        check_count("seed", self.seed, 0)
+        check_count("seed", self.seed, 0, most=2**63 - 1)
 
     def look(self, view: LayerView) -> Look:
         position = ((view.spans >= 0).cumsum(-1) - 1)[:, None]

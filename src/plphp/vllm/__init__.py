@@ -5,7 +5,7 @@
 
     llm = vllm.LLM(MODEL, **plphp.vllm.engine_args(plphp.PLPHP(r=0.4)))
 
-docs/vllm.md explains how the plugin works. What would be the same in another engine is in
+docs/vllm-details.md explains how the plugin works. What would be the same in another engine is in
 `plphp.paged`. The modules `plugin`, `attach`, `runner` and `blocks` change
 objects of vLLM, and `scheduler`, `worker` and `layout` read objects that are not part of its public
 API. The docstring of each module lists these objects and the reason.

@@ -7,6 +7,7 @@ its `impl.forward`, because no extension point of vLLM gets the queries.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -65,13 +66,25 @@ def check_layer(layer: Any, spec: Any, model: Any) -> None:
         f"image tokens attend to each other in both directions, which {backend} does not compute": (
             model.is_mm_prefix_lm and not layer.attn_backend.supports_mm_prefix()
         ),
-        "it shares its cache with another layer": layer.kv_sharing_target_layer_name is not None,
         "it has attention sinks": getattr(layer.impl, "sinks", None) is not None,
         "it has position biases (ALiBi)": getattr(layer.impl, "alibi_slopes", None) is not None,
     }
     for reason, holds in reasons.items():
         if holds:
             raise blocks.refusal(layer.layer_name, reason)
+
+
+def check_sharing(pruned: Collection[str], modules: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError for a layer that attends to the cache of a pruned layer.
+
+    vLLM asks such a layer for no spec, so that `attach` never sees it.
+
+    pruned: names of the layers that are pruned; modules: all attention layers, by name
+    """
+    for name, module in modules.items():
+        target = getattr(module, "kv_sharing_target_layer_name", None)
+        if target in pruned:
+            raise blocks.refusal(name, f"it shares the cache of {target}")
 
 
 class Shifted:

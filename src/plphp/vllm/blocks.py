@@ -79,9 +79,10 @@ def prunable(groups: Sequence[Any]) -> list[Any]:
     for group in groups:
         if type(group.kv_cache_spec) not in (LayerSpec, *LEFT_ALONE):
             raise refusal(group.layer_names[0], other_cache(group.kv_cache_spec))
-        sizes = {group.kv_cache_spec.block_size, groups[0].kv_cache_spec.block_size}
+        sizes = sorted({groups[0].kv_cache_spec.block_size, group.kv_cache_spec.block_size})
         if len(sizes) > 1:
-            raise refusal(group.layer_names[0], f"layers have blocks of {sizes} tokens")
+            reason = "layers have blocks of {} and {} tokens, because their keys differ in size"
+            raise refusal(group.layer_names[0], reason.format(*sizes))
     own = [group for group in groups if isinstance(group.kv_cache_spec, LayerSpec)]
     if not own:
         raise refusal(groups[0].layer_names[0], "no layer of the model has full attention")

@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 from plphp.errors import UnsupportedModeError
 from plphp.paged.fixed import FixedTensors, query_buffers
 from plphp.vllm import blocks, checks
-from plphp.vllm.attach import SIDE
+from plphp.vllm.attach import SIDE, check_sharing
 from plphp.vllm.layer import Layer
 from plphp.vllm.layout import reader_of
 from plphp.vllm.messages import Pruned, Step
@@ -65,6 +65,8 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         blocks.register()
         self.groups = blocks.prunable(kv_cache_config.kv_cache_groups)
         checks.check_groups(len(self.groups), len(kv_cache_config.kv_cache_groups), options)
+        layers = vllm_config.compilation_config.static_forward_context  # of this process
+        check_sharing({name for group in self.groups for name in group.layer_names}, layers)
         self.block_size: int = self.groups[0].kv_cache_spec.block_size
         self.worker: WorkerSide | None = None
         self.scheduler: SchedulerSide | None = None

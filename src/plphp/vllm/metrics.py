@@ -15,7 +15,8 @@ from plphp.paged.prompts import Choice
 from plphp.policy import LAYER_CLASSES
 
 SEEN, KEPT, REFUSED = "seen ", "kept ", "refused "  # prefixes of counters that have a label
-BAD_OPTIONS, BEAM_SEARCH = "bad options", "beam search"  # reasons not to prune a prompt
+BAD_OPTIONS, BEAM_SEARCH, STREAMED_INPUT = "bad options", "beam search", "streamed input"
+REASONS = (BAD_OPTIONS, BEAM_SEARCH, STREAMED_INPUT)  # not to prune a prompt
 
 
 @dataclass
@@ -90,7 +91,11 @@ _SERIES = {
     KEPT: ("vllm:plphp_vision_tokens_kept", "Kept vision tokens, by class.", "layer_class"),
     REFUSED: ("vllm:plphp_prompts_refused", "Prompts that could not be pruned.", "reason"),
 }
-_LABELS = {SEEN: LAYER_CLASSES, KEPT: LAYER_CLASSES, REFUSED: (BAD_OPTIONS, BEAM_SEARCH)}
+_LABELS = {
+    SEEN: LAYER_CLASSES,
+    KEPT: LAYER_CLASSES,
+    REFUSED: REASONS,
+}
 
 
 class Prometheus(KVConnectorPromMetrics):

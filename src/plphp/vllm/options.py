@@ -104,7 +104,7 @@ def request_policy(options: Options, extra_args: Mapping[str, Any] | None) -> Ca
         {"plphp.r": 0.2} changes one option of the server's method, which also switches pruning on
     Raises ValueError, naming the key.
     """
-    given = extra_args or {}
+    given = {name: value for name, value in (extra_args or {}).items() if isinstance(name, str)}
     tunable = [name for name in _tunable(options.policy) if name not in OF_SERVER]
     changed = {name[len(PREFIX) :]: given[name] for name in given if name.startswith(PREFIX)}
     switch = given.get(SWITCH, bool(changed) or options.on)
@@ -114,9 +114,8 @@ def request_policy(options: Options, extra_args: Mapping[str, Any] | None) -> Ca
     for name in given:
         if name.lower().startswith(SWITCH) and name not in known:
             raise ValueError(f"no option {name!r}; the options are {', '.join(known)}")
-    if not _SWITCHES[switch]:
-        return None
-    return replace(options, policy=_changed(options.policy, changed)).policy
+    policy = replace(options, policy=_changed(options.policy, changed)).policy
+    return policy if _SWITCHES[switch] else None
 
 
 def engine_args(

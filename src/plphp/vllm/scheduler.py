@@ -17,10 +17,16 @@ from plphp.paged.prompts import Choice, PromptEnd, PromptPart, first_asked
 from plphp.policy import LAYER_CLASSES, CachePolicy
 from plphp.vllm.blocks import LayerBlocks
 from plphp.vllm.messages import Pruned, Step, vision_runs
-from plphp.vllm.metrics import BAD_OPTIONS, BEAM_SEARCH, Counts
+from plphp.vllm.metrics import BAD_OPTIONS, BEAM_SEARCH, STREAMED_INPUT, Counts
 from plphp.vllm.options import Options, request_policy
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers under its own name
+
+
+WHY_NOT = {
+    BEAM_SEARCH: "vLLM reads a prompt for every token",
+    STREAMED_INPUT: "a prompt that grows has no last token to prune by",
+}
 
 
 def is_beam(params: Any) -> bool:
@@ -30,6 +36,13 @@ def is_beam(params: Any) -> bool:
     after the prompt would change no answer.
     """
     return bool(params and params.max_tokens == 1 and params.logprobs and not params.detokenize)
+
+
+def kind_not_pruned(request: Any) -> str | None:
+    """A kind of request that cannot be pruned, a key of `WHY_NOT`; None for vLLM's others."""
+    if request.resumable:
+        return STREAMED_INPUT
+    return BEAM_SEARCH if is_beam(request.sampling_params) else None
 
 
 @dataclass
@@ -102,6 +115,8 @@ class SchedulerSide:
 
     def add(self, request: Any) -> None:
         """Decide whether and how a new request is pruned."""
+        if request.kv_transfer_params:
+            logger.warning_once("kv_transfer_params are ignored: plphp transfers nothing")
         if request.mm_features:
             self.features[request.request_id] = request.mm_features
         params = request.sampling_params
@@ -113,9 +128,10 @@ class SchedulerSide:
             self.refused[request.request_id] = str(error)
             logger.warning("request %s is not pruned: %s", request.request_id, error)
             return
-        if policy is not None and images and is_beam(params):
-            self.counts.refuse(BEAM_SEARCH)
-            logger.warning_once("beam search is not pruned: vLLM reads a prompt for every token")
+        kind = kind_not_pruned(request)
+        if policy is not None and images and kind is not None:
+            self.counts.refuse(kind)
+            logger.warning_once(f"{kind} is not pruned: {WHY_NOT[kind]}")
             return
         if policy is None or not images:
             if images:
