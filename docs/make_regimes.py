@@ -152,7 +152,7 @@ PAGES = (
             "full+int2",
             "novelty+host",
         ),
-        (0.27, 0.13, 0.07),
+        (0.13, 0.07),
         {"": each_task("redundant-4")},
     ),
 )
