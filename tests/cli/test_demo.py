@@ -164,7 +164,7 @@ def test_a_way_that_a_model_cannot_go_is_left_out(
     options = ("--model", llava_folder, *SMALL, "--max-new-tokens", 4, "--image", picture)
     shown = run("demo", *options, "--prompt", "read picture 1.")
     assert shown.code == 0, shown.err
-    assert "recall int4 40% is left out: budget must be at least" in " ".join(shown.out.split())
+    assert "recall int4 40% is left out: the budget of recall" in " ".join(shown.out.split())
     assert "recall host 20%" in shown.out
 
 

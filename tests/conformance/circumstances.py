@@ -33,7 +33,7 @@ from conversations import (
     other_talk,
     stored,
 )
-from methods import HOMES, METHODS, Method
+from methods import HOMES, METHODS, Method, goes_with_recall
 from modes import MODES, Mode
 from settings import (
     EAGER,
@@ -162,7 +162,7 @@ def recalled() -> list[tuple[str, str, str]]:
             if mode.applies(FAMILIES[family]):
                 found += [(family, f"plphp+{home}", mode.name) for home in HOMES]
     for number, method in enumerate(METHODS):
-        if method != "plphp":
+        if method != "plphp" and goes_with_recall(method):
             home = tuple(HOMES)[number % len(HOMES)]
             found.append((tuple(tiny.FAMILIES)[number], f"{method}+{home}", PLAIN))
     return found

@@ -80,5 +80,10 @@ def method(name: str) -> Method:
     return replace(found, name=name, options=None, recall=HOMES[home]) if home else found
 
 
+def goes_with_recall(name: str) -> bool:
+    """Whether a method has no option that says what an image keeps, which recall refuses."""
+    return not {"budget", "min_tokens", "round_to"} & {*OPTIONS.get(name, {})}
+
+
 def home_of(name: str) -> str:
     return name.partition("+")[2]
