@@ -115,6 +115,21 @@ def test_tokens_that_are_given_count(run: Callable, tmp_path: Path) -> None:
     assert run("doctor", model, "--tokens-per-image", 5, "--json").json["tokens_per_image"] == 5
 
 
+def test_methods_before_the_cache_are_named_with_reasons(run: Callable, tmp_path: Path) -> None:
+    every = ["cdpruner", "dart", "divprune", "fastv", "vidcom2", "visionzip", "vtw"]
+    said = {}
+    for family in ("qwen2_5_vl", "llava_onevision", "qwen3_5"):
+        (tmp_path / family).mkdir()
+        found = run("doctor", write(tmp_path / family, tiny.FAMILIES[family].config()))
+        assert found.code == 0, found.err
+        said[family] = found.out
+    line = "methods that may drop vision tokens before the cache does: "
+    for name in every:
+        assert name in said["qwen2_5_vl"].split(line)[1].splitlines()[0]
+    assert "not visionzip: visionzip chooses by the attention" in said["llava_onevision"]
+    assert "not " not in said["qwen3_5"].split(line)[1].splitlines()[1]
+
+
 def test_code_that_comes_with_a_model_is_trusted_on_request(run: Callable, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(REMOTE)
     names = {
@@ -247,18 +262,3 @@ def test_commands_warn_of_versions_that_were_not_tested(
     result = run("generate", "--image", picture, "--prompt", "describe picture 1.", "--json")
     assert result.code == 0 and json.loads(result.out)["answer"]
     assert result.err.startswith("warning: torch 2.14.0 is installed, and plphp was tested with")
-
-
-def test_methods_before_the_cache_are_named_with_reasons(run: Callable, tmp_path: Path) -> None:
-    every = ["cdpruner", "dart", "divprune", "fastv", "vidcom2", "visionzip", "vtw"]
-    said = {}
-    for family in ("qwen2_5_vl", "llava_onevision", "qwen3_5"):
-        (tmp_path / family).mkdir()
-        found = run("doctor", write(tmp_path / family, tiny.FAMILIES[family].config()))
-        assert found.code == 0, found.err
-        said[family] = found.out
-    line = "methods that may drop vision tokens before the cache does: "
-    for name in every:
-        assert name in said["qwen2_5_vl"].split(line)[1].splitlines()[0]
-    assert "not visionzip: visionzip chooses by the attention" in said["llava_onevision"]
-    assert "not " not in said["qwen3_5"].split(line)[1].splitlines()[1]

@@ -105,10 +105,8 @@ def after_attention(
         return
     measure_keys(store, prefill, shared, index)
     first, second = shared.stages(index)
-    if prefill.ahead:
-        first = None  # it has chosen
-    if prefill.plans_now:
-        second = None  # this layer is a copy
+    first = None if prefill.ahead else first  # it has chosen
+    second = None if prefill.plans_now else second  # this layer is a copy
     if first is None and second is None:
         if prefill.remaining is not None:
             record_remaining(layer, store, prefill, index)
@@ -116,14 +114,12 @@ def after_attention(
     begin = store.logical - query.shape[2]  # column of the first of these queries
     drafts = store.split(store.logical - end)
     view = _view(module, query, store, prefill, begin, window, kwargs)
-    view = replace(view, layer=index, layers=shared.depth)
-    if shared.over_ranks is not None:
-        view = replace(view, over_ranks=shared.over_ranks)
-    scored = Scored(layer, store, view, drafts)
+    over_ranks = {} if shared.over_ranks is None else {"over_ranks": shared.over_ranks}
+    view = replace(view, layer=index, layers=shared.depth, **over_ranks)
     plan = None if first is None else first.plan(_of_prompt(view, prefill.prompt.length))
     if second is not None:
         act = park if shared.recall is not None else BY_KIND[second.kind]
-        act(second, scored, prefill)
+        act(second, Scored(layer, store, view, drafts), prefill)
         layer.entered = columns_entered(layer, prefill) if recalls else None
     else:
         store.append(*drafts)

@@ -120,8 +120,7 @@ def _take_out(
         prefill.remaining = prefill.planned
     elif leaves and chooses is not None and args:
         _choose(pruning, chooses, prefill, cache, args[0])
-    part = prefill.part
-    if part is None:
+    if (part := prefill.part) is None:
         return None
     if len(args) != 1 or "position_embeddings" not in kwargs:
         raise UnsupportedModelError(
@@ -132,9 +131,9 @@ def _take_out(
     hidden = args[0]
     columns = part.columns.to(hidden.device)
     if leaves:
+        marked = chooses is not None and chooses.reads_tower
         hidden = select_columns(hidden, -2, columns)
-        if chooses is not None and chooses.reads_tower:
-            hidden = without_marks(hidden)
+        hidden = without_marks(hidden) if marked else hidden
     attends = index in pruning.layers
     if not attends and part.plan.ragged and prefill.prompt.begin + prefill.forward[0]:
         raise UnsupportedModeError(
