@@ -16,7 +16,6 @@ from plphp.bench.variants import Variant, stepper
 from plphp.bench.ways import cache_bytes
 from plphp.hf import compat
 
-COMPILED = 1000  # graphs of one forward that torch.compile may make before it gives up
 WARM = 2  # steps at the start of each round that are not counted
 
 
@@ -72,13 +71,11 @@ def race(
     """
     found = [Measured(variant.name) for variant in variants]
     forwards = [stepper(model, variant, setting) for variant in variants]
-    # Every attachment changes the model, which is then compiled again, in steps that do not count.
-    with torch._dynamo.config.patch(recompile_limit=COMPILED):
-        for _ in range(rounds):
-            for variant, forward, measured in zip(variants, forwards, found, strict=True):
-                with variant.attach(), torch.inference_mode():
-                    _turn(forward, setting, variant.make(), new_tokens, measured)
-                advance()
+    for _ in range(rounds):
+        for variant, forward, measured in zip(variants, forwards, found, strict=True):
+            with variant.attach(), torch.inference_mode():
+                _turn(forward, setting, variant.make(), new_tokens, measured)
+            advance()
     return found
 
 
