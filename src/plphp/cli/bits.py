@@ -30,3 +30,17 @@ class Bits:
 
     kv_bits: KvBits = None
     kv_text: KvText = False
+
+
+def warn_of_prompts(weights: str | None) -> None:
+    """Say on stderr where rounded weights make the first token slower."""
+    if weights is None:
+        return
+    from plphp.cli.console import say
+    from plphp.weights import HAS_BFLOAT16
+
+    if not HAS_BFLOAT16:
+        say(
+            f"This processor has no bfloat16 units: with --weights {weights} the first token comes "
+            "later than with --dtype float32, and all others sooner."
+        )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from plphp.cli import needs
-from plphp.cli.bits import Weights
+from plphp.cli.bits import Weights, warn_of_prompts
 from plphp.errors import InputError
 from plphp.policy import Policy, policy
 
@@ -208,6 +208,7 @@ class Source:
         from plphp.inputs import load
 
         trust, weights = self.trust_remote_code, self.weights
+        warn_of_prompts(weights)
         with loading(self.model):
             return load(self.model, self.dtype, self.device, self.attn, trust, weights)
 
