@@ -273,8 +273,9 @@ def test_tables_say_how_weights_are_rounded(
 ) -> None:
     for module in (weights, weights.linear):
         monkeypatch.setattr(module, "HAS_BFLOAT16", units)
-    done = run("bench", *SMALL, "--weights", "int8", "--dtype", "bfloat16")
+    bits = "int8" if units else "int4"
+    done = run("bench", *SMALL, "--weights", bits, "--dtype", "bfloat16")
     assert ("no bfloat16 units" in done.err) == (not units)
     assert done.code == 0, done.err
-    assert "int8 weights" in done.out
+    assert f"{bits} weights" in done.out
     assert "CPU s a" in done.out or "J a token" in done.out

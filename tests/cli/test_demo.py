@@ -161,7 +161,7 @@ def test_a_way_that_a_model_cannot_go_is_left_out(
 ) -> None:
     *others, int4 = demo_run.ways(PLPHP())
     small = replace(int4, recall=Recall("int4", 0.05))  # less than its codes take
-    monkeypatch.setattr(demo_run, "ways", lambda chosen: [*others, small])
+    monkeypatch.setattr(demo_run, "ways", lambda *given: [*others, small])
     options = ("--model", llava_folder, *SMALL, "--max-new-tokens", 4, "--image", picture)
     shown = run("demo", *options, "--prompt", "read picture 1.")
     assert shown.code == 0, shown.err

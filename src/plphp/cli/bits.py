@@ -33,14 +33,14 @@ class Bits:
 
 
 def warn_of_prompts(weights: str | None) -> None:
-    """Say on stderr where rounded weights make the first token slower."""
-    if weights is None:
+    """Say on stderr where weights in 4 bits make the first token slower."""
+    if weights != "int4":
         return
     from plphp.cli.console import say
     from plphp.weights import HAS_BFLOAT16
 
     if not HAS_BFLOAT16:
         say(
-            f"This processor has no bfloat16 units: with --weights {weights} the first token comes "
-            "later than with --dtype float32, and all others sooner."
+            "This processor has no bfloat16 units: with --weights int4 the first token comes later "
+            "than with --dtype float32, and all others sooner."
         )
