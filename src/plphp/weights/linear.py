@@ -19,9 +19,7 @@ GROUP = 32  # numbers of a row that share a range in 4 bits
 ROWS = 16  # the 4-bit kernel needs a multiple of so many output rows
 BLOCK = 2**20  # how many numbers of a weight are rounded at a time
 # Whether the processor multiplies bfloat16 matrices itself, as torch sees it.
-HAS_BFLOAT16: bool = (
-    torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-)
+HAS_BFLOAT16: bool = torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 FEW = 32  # rows of x up to which the 8-bit kernel is faster than one product of decoded weights
 
 
