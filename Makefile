@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-vllm-next test-ray test-ray-all test-ray-vllm soak-vllm fuzz-saved lint support \
-	support-recall docs figures screenshot accuracy accuracy-page regimes-page bench gpu gpu-check gpu-bench gpu-vllm gpu-import bench-page bench-vllm wheel release-check retrain clean
+	support-recall docs figures screenshot accuracy accuracy-page regimes-page bench bench-cpu-peers gpu gpu-check gpu-bench gpu-vllm gpu-import bench-page bench-vllm wheel release-check retrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plphp demo --device $(DEVICE)
@@ -69,6 +69,20 @@ bench: $(VENV)/.installed-dev
 
 bench-page: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python docs/make_benchmarks.py
+
+# plphp beside OpenVINO GenAI and llama.cpp on this CPU: 4-bit weights of one random decoder, one prompt.
+# Each has an environment of its own (1.5 GB together). Result in docs/benchmarks/peers.
+COLUMNS ?= 2048
+THREADS ?= 2
+PEERS := $(ROOT)/docs/benchmarks/peers
+PEER_FILES ?= $(ROOT)/runs/peers
+bench-cpu-peers: $(VENV)/.installed-dev $(VENV)-openvino/.installed $(VENV)-llamacpp/.installed
+	test -d $(PEER_FILES)/hf || $(BIN)/python $(PEERS)/checkpoint.py hf $(PEER_FILES)
+	test -d $(PEER_FILES)/openvino || $(VENV)-openvino/bin/python $(PEERS)/checkpoint.py openvino $(PEER_FILES)
+	test -f $(PEER_FILES)/model.gguf || $(VENV)-llamacpp/bin/python $(PEERS)/checkpoint.py gguf $(PEER_FILES)
+	$(BIN)/python $(PEERS)/measure.py --folder $(PEER_FILES) --openvino $(VENV)-openvino/bin/python \
+		--llamacpp $(VENV)-llamacpp/bin/python --columns $(COLUMNS) --threads $(THREADS) \
+		--out $(PEERS)/$$(date +%F).json
 
 # Runs every cell of the matrix (about 17 minutes on 2 cores) and writes docs/support.md.
 support: $(VENV)/.installed-dev
@@ -274,6 +288,19 @@ $(RAY_VLLM)/.installed: $(VLLM)/.installed
 	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) "ray[data,serve]==$(RAY)" jsonref
 	touch $@
 
+# The torchvision that comes along was built for another torch.
+$(VENV)-openvino/.installed: $(CONSTRAINTS)
+	$(PYTHON) -m venv $(@D)
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) $(shell grep '^torch==' $(CONSTRAINTS)) $(TORCH_FROM)
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) openvino-genai==2026.4.1 optimum-intel==2.2.0 nncf==3.4.0
+	$(@D)/bin/python -m pip uninstall -q -y torchvision
+	touch $@
+
+$(VENV)-llamacpp/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) xllamacpp==2026.10.11549 gguf numpy
+	touch $@
+
 $(VENV)-kvpress/.installed: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(@D)
 	$(subst $(VENV)/bin,$(@D)/bin,$(PIP)) $(shell grep '^torch==' $(CONSTRAINTS)) $(TORCH_FROM)
@@ -281,5 +308,5 @@ $(VENV)-kvpress/.installed: $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-$(OLDEST) $(VENV)-lmms $(VENV)-kvpress $(VENV)-vllm $(VENV)-ray $(VENV)-newest \
+	rm -rf $(VENV) $(VENV)-$(OLDEST) $(VENV)-lmms $(VENV)-kvpress $(VENV)-vllm $(VENV)-ray $(VENV)-newest $(VENV)-openvino $(VENV)-llamacpp \
 		$(ROOT)/dist $(ROOT)/build $(ROOT)/site

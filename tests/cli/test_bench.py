@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import cache_utils
 
+from plphp import weights
 from plphp.bench import layer, machine
 from plphp.bench.caches import TEXT, Schedule, Setting, dynamic, pruned, quantized
 from plphp.bench.capacity import fits
@@ -47,6 +48,8 @@ def test_a_run_gives_numbers_and_files(run: Any, tmp_path: Path) -> None:
 
 def test_other_caches_are_timed_too(run: Any) -> None:
     names = ["short", "static", "pruned-static", "vl-cache", "snapkv"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     done = run("bench", *SMALL, "--against", ",".join(names), "--keep", ".25", "--json")
     assert done.code == 0, done.err
     rows = {row["name"]: row for row in done.json["steps"]}
@@ -54,6 +57,8 @@ def test_other_caches_are_timed_too(run: Any) -> None:
     for name in ("pruned", "pruned-static", "vl-cache", "snapkv"):
         assert rows[name]["kv_bytes"] < 0.6 * rows["stock"]["kv_bytes"], name
     assert rows["static"]["kv_bytes"] >= rows["stock"]["kv_bytes"]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 2, "a step or a round is compiled again, and counted steps with it"
 
 
 @pytest.mark.skipif(
@@ -192,6 +197,22 @@ def test_a_gpu_that_hides_its_energy_is_measured_without(monkeypatch: pytest.Mon
     assert name == "NVML" and meter is not None and meter() == 2.5
 
 
+def test_energy_is_that_of_all_packages_and_survives_the_end_of_a_counter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine, "RAPL", tmp_path)
+    assert machine.energy_meter("cpu")[0] is None
+    for name, joules in (("intel-rapl:0", 90), ("intel-rapl:1", 5), ("intel-rapl:0:0", 50)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{joules}000000\n")
+        (tmp_path / name / "max_energy_range_uj").write_text("99999999\n")
+    meter, name = machine.energy_meter("cpu")
+    assert name == "RAPL, 2 packages" and meter is not None and meter() == 0
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("10000000\n")  # past its end
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("7000000\n")
+    assert meter() == 22
+
+
 def test_the_first_token_is_timed_with_the_tower(run: Any) -> None:
     words = ["bench", "--context", "128", "--rounds", "1", "--layers", "1", "--images", "2"]
     done = run(*words, "--first-token", "divprune:.5,divprune:.5/plphp", "--json")
@@ -252,8 +273,15 @@ def test_rounded_weights_and_kept_codes(run: Any) -> None:
     assert "--weights cannot be used with --first-token" in refused.err
 
 
-def test_tables_say_how_weights_are_rounded(run: Any) -> None:
-    done = run("bench", *SMALL, "--weights", "int8", "--dtype", "bfloat16")
+@pytest.mark.parametrize("units", [True, False])
+def test_tables_say_how_weights_are_rounded(
+    run: Any, monkeypatch: pytest.MonkeyPatch, units: bool
+) -> None:
+    for module in (weights, weights.linear):
+        monkeypatch.setattr(module, "HAS_BFLOAT16", units)
+    bits = "int8" if units else "int4"
+    done = run("bench", *SMALL, "--weights", bits, "--dtype", "bfloat16")
+    assert ("no bfloat16 units" in done.err) == (not units)
     assert done.code == 0, done.err
-    assert "int8 weights" in done.out
+    assert f"{bits} weights" in done.out
     assert "CPU s a" in done.out or "J a token" in done.out

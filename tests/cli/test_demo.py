@@ -103,12 +103,13 @@ def test_json_has_the_screen_and_what_it_had_before(
 
 
 def test_the_screen_and_its_details(run: Callable, few: int) -> None:
-    shown = run("demo", *SMALL, "--details", "--r", ".5")
+    shown = run("demo", *SMALL, "--details", "--r", ".5", "--kv-bits", 2)
     assert shown.code == 0, shown.err
+    assert "recommended 40%, 2 bits" in shown.out
     head, _, rest = shown.out.partition("Answers: underlined words differ")
     assert f"of {few}" in head and "PLPHP(r=0.5)" in head and "as published" not in head
     assert "2 rows with" in head and "On a CPU" in head
-    assert re.search(r"recall host 20% .* (19|20)%\* ", head), "the least on the device has a star"
+    assert re.search(r"2 bits .* \d+%\* ", head), "the least on the device has a star"
     assert head.count("For ") + head.count("the fastest") + head.count("The fastest") >= 1
     for title in ("Right answers by regime", "Layers under PLPHP(r=0.5)", "Each question alone"):
         assert title in rest
@@ -160,7 +161,7 @@ def test_a_way_that_a_model_cannot_go_is_left_out(
 ) -> None:
     *others, int4 = demo_run.ways(PLPHP())
     small = replace(int4, recall=Recall("int4", 0.05))  # less than its codes take
-    monkeypatch.setattr(demo_run, "ways", lambda chosen: [*others, small])
+    monkeypatch.setattr(demo_run, "ways", lambda *given: [*others, small])
     options = ("--model", llava_folder, *SMALL, "--max-new-tokens", 4, "--image", picture)
     shown = run("demo", *options, "--prompt", "read picture 1.")
     assert shown.code == 0, shown.err

@@ -64,3 +64,12 @@ def test_recall_is_on_the_page_and_refused_where_nothing_is_ranked(
     refused = run("inspect", *question, "--recall", "int4", "--policy", "fastv")
     assert refused.code == 2 and "does not rank" in refused.err
     assert run("inspect", *question, "--recall-budget", ".3").code == 2
+
+
+def test_kept_codes_are_on_the_page(run: Callable, picture: str, tmp_path: Path) -> None:
+    question = ["--image", picture, "--prompt", "what is brown in picture 1?", "--rounds", 1]
+    done = run("inspect", *question, "--kv-bits", 4)
+    assert done.code == 0, done.err
+    assert "of the vision K/V kept in codes, " in done.out
+    assert '"codes": {"bits": 4' in (tmp_path / "report.html").read_text()
+    assert run("inspect", *question, "--kv-bits", 3).code == 2

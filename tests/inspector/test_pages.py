@@ -11,6 +11,7 @@ from PIL import Image
 
 import plphp
 import tiny
+from plphp.bench import Way
 from plphp.demo.model import Embedded
 from plphp.hf.shared_prefill import read
 from plphp.inspector import page_of_report, render, result_of, shown_videos
@@ -52,14 +53,15 @@ STAGES = ["divprune,novelty", "fastv,plphp"]
 def test_steps_are_what_the_models_attend_to(embedded: Embedded, name: str) -> None:
     _, inputs = asked(embedded)
     model, policy = embedded.model, plphp.policy(name)
+    way = Way(name, policy)
     with torch.inference_mode():
         prompt = read(model, inputs)
         with plphp.prune(model, policy) as pruning:
             out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
             report = pruning.report
         answer = out[0, inputs["input_ids"].shape[1] :]
-        steps = steps_of(model, inputs, policy, prompt, answer, embedded.decode)
-        again = steps_of(model, inputs, policy, prompt, answer, embedded.decode)
+        steps = steps_of(model, inputs, way, prompt, answer, embedded.decode)
+        again = steps_of(model, inputs, way, prompt, answer, embedded.decode)
     assert steps == again, "the prompt's cache is left as it was"
     vision = (plphp.vision_spans(model.config, **inputs)[0] > 0).nonzero()[:, 0]
     for index, probs in enumerate(eager_attention(model, inputs, answer)):

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from asking import QUESTION, asked, bits, eager_attention
 
 import plphp
+from plphp.bench import Way
 from plphp.demo.model import Embedded
 from plphp.hf.shared_prefill import read
 from plphp.inspector.examine import examine
@@ -62,9 +64,9 @@ def test_reads_of_a_long_answer_are_cut_where_the_page_would_grow(embedded: Embe
     with torch.inference_mode():
         prompt = read(model, inputs)
     answer = torch.full((9,), int(prompt.first))
-    recall = plphp.Recall("host")
+    way = Way("recall", plphp.PLPHP(), plphp.Recall("host"))
     every, some = (
-        steps_of(model, inputs, plphp.PLPHP(), prompt, answer, recall=recall, byte_limit=byte_limit)
+        steps_of(model, inputs, way, prompt, answer, byte_limit=byte_limit)
         for byte_limit in (10**6, 2000)
     )
     assert len(every.read) == 8 and len(every.fetched) == 9
@@ -87,3 +89,21 @@ def test_codes_are_all_read(embedded: Embedded, home: str) -> None:
     first = [(own[0], full[0]) for own, full in zip(steps.kept, steps.full_kept, strict=True)]
     assert all(own == pytest.approx(full, abs=0.1) for own, full in first)
     assert told["home"] == home and 0 < told["resident"] < told["full"] and told["parked"] > 0
+
+
+def test_kept_codes_are_read_one_token_at_a_time(embedded: Embedded) -> None:
+    """The attention to what was kept is that without codes, but for what rounding does to keys."""
+    pictures, inputs = asked(embedded)
+    policies = {"plphp": plphp.PLPHP()}
+    options: dict[str, Any] = {"rounds": 1, "oracle": True, "max_new_tokens": 5}
+    plain, coded = (
+        examine(embedded, inputs, policies, pictures, QUESTION, kv_bits=bits, **options).runs[0]
+        for bits in (None, 4)
+    )
+    assert plain.codes is None and coded.codes["bits"] == 4
+    assert coded.codes["share"] < coded.retention == plain.retention
+    assert coded.kv_bytes < plain.kv_bytes
+    assert [a.kept for a in coded.layers] == [a.kept for a in plain.layers]
+    assert len(coded.steps.kept) == len(coded.answer.tokens)
+    pairs = zip(coded.steps.kept[1], plain.steps.kept[1], strict=True)
+    assert all(own == pytest.approx(other, abs=0.1) for own, other in pairs)

@@ -51,14 +51,15 @@ def compiled(name: str, bits: int | None = None) -> None:
     model, prompts = case(name, prompts=3)
     if bits:
         round_weights(model, bits)
-    with plphp.prune(model, SOME) as pruning:
-        for inputs in prompts:
-            wanted = model.generate(**inputs, **GREEDY)
-            capacity = [layer.kept.shape for layer in pruning.report.layers]
-            got = model.generate(**inputs, **GREEDY, cache=static(model), compile_config=config)
-            assert torch.equal(got, wanted), capacity
+    for some in (prompts[:2], prompts[2:]):
+        with plphp.prune(model, SOME) as pruning:  # the second attachment takes the first's graph
+            for inputs in some:
+                wanted = model.generate(**inputs, **GREEDY)
+                capacity = [layer.kept.shape for layer in pruning.report.layers]
+                got = model.generate(**inputs, **GREEDY, cache=static(model), compile_config=config)
+                assert torch.equal(got, wanted), capacity
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 1, "recompiled by a step or by a prompt"
+    assert counters["stats"]["unique_graphs"] == 1, "recompiled by a step or a prompt"
     assert not counters["graph_break"]
 
 
@@ -83,6 +84,30 @@ def test_a_reset_cache_fills_its_buffers_again(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_decoding_is_one_graph_for_every_step_and_prompt() -> None:
     compiled("llava")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_of_ones_own_is_compiled_once() -> None:
+    """Without generate(): no step, prompt or attachment is compiled again. M-RoPE adds a graph."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, prompts = case("qwen2_vl", prompts=3)
+    compiled_step = torch.compile(model.__call__, fullgraph=True)
+    for some in (prompts[:2], prompts[2:]):
+        with plphp.prune(model, SOME), torch.inference_mode():
+            for inputs in some:
+                answers = [_steps(model, inputs, step) for step in (model, compiled_step)]
+                assert torch.equal(*answers)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def _steps(model: Any, inputs: dict[str, Tensor], step: Any) -> Tensor:
+    """The tokens of a prompt and of 5 steps, (B, 6)."""
+    cache = static(model)
+    tokens = [model(**inputs, cache=cache).logits[:, -1:].argmax(-1)]
+    for _ in range(5):
+        tokens.append(step(input_ids=tokens[-1], cache=cache).logits[:, -1:].argmax(-1))
+    return torch.cat(tokens, 1)
 
 
 @pytest.mark.slow

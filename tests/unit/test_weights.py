@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import tiny
 from plphp.inputs.rounding import bits_of
-from plphp.weights import Int4Linear, Int8Embedding, Int8Linear, round_weights, weight_bytes
+from plphp.weights import Int4Linear, Int8Embedding, Int8Linear, linear, round_weights, weight_bytes
 
 # (N, K): whole vectors, odd numbers of rows, and rows that no vector fills
 SIZES = [(16, 32), (7, 32), (33, 64), (24, 40), (5, 33), (80, 160)]
@@ -34,9 +34,16 @@ def in_4_bits(weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("units", [True, False], ids=["units", "none"])
 def test_products_are_those_of_rounded_weights(
-    size: tuple[int, int], rows: int, dtype: torch.dtype
+    size: tuple[int, int],
+    rows: int,
+    dtype: torch.dtype,
+    units: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(linear, "HAS_BFLOAT16", units)
+    monkeypatch.setattr(linear, "BLOCK", 100)  # several blocks in every weight
     torch.manual_seed(rows)
     weight, bias = torch.randn(size).to(dtype), nn.Parameter(torch.randn(size[0]).to(dtype))
     x = torch.randn(2, rows, size[1]).to(dtype)

@@ -177,8 +177,6 @@ def pruned_static(
         if not held:
             held.append(PrunedCache(model, max_len=setting.context + answer_columns, static=True))
         held[0].reset()
-        # Only decoding steps follow, and these must not read device values on the host.
-        held[0].generating = True
         return pruned(model, setting, policy, held[0])
 
     return make

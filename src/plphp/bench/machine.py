@@ -16,7 +16,7 @@ import transformers
 
 from plphp._version import __version__
 
-RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+RAPL = Path("/sys/class/powercap")  # of Linux; processors of AMD have the same files
 # Bytes copied to measure the bandwidth: far more than processor caches hold, and on a GPU so many
 # that the time of a launch does not count.
 BLOCK = {"cpu": 1 << 28, "cuda": 1 << 31}
@@ -123,8 +123,28 @@ def energy_meter(device: str) -> tuple[Callable[[], float] | None, str]:
         except pynvml.NVMLError as error:
             return None, f"NVML does not tell: {error}"
         return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, "NVML"
+    packages = sorted(RAPL.glob("intel-rapl:*[0-9]/energy_uj"))
+    packages = [path for path in packages if path.parent.name.count(":") == 1]  # parts have two
     try:
-        RAPL.read_text()
+        meter = _microjoules(packages)
     except OSError:
-        return None, f"RAPL is absent: {RAPL} cannot be read"
-    return lambda: int(RAPL.read_text()) / 1e6, "RAPL, package 0"
+        packages = []
+    if not packages:
+        return None, f"RAPL is absent: {RAPL}/intel-rapl:0/energy_uj cannot be read"
+    return lambda: meter() / 1e6, f"RAPL, {len(packages)} package{'s'[: len(packages) - 1]}"
+
+
+def _microjoules(packages: list[Path]) -> Callable[[], int]:
+    """A function that returns the energy of all packages; their counters begin again at a limit."""
+    limits = [int((path.parent / "max_energy_range_uj").read_text()) for path in packages]
+    last, total = [int(path.read_text()) for path in packages], 0
+
+    def meter() -> int:
+        nonlocal last, total
+        now = [int(path.read_text()) for path in packages]
+        steps = zip(now, last, limits, strict=True)
+        total += sum((new - old) % (limit + 1) for new, old, limit in steps)
+        last = now
+        return total
+
+    return meter

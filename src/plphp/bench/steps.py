@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
@@ -17,7 +16,6 @@ from plphp.bench.variants import Variant, stepper
 from plphp.bench.ways import cache_bytes
 from plphp.hf import compat
 
-COMPILED = 1000  # graphs of one forward that torch.compile may make before it gives up
 WARM = 2  # steps at the start of each round that are not counted
 
 
@@ -73,24 +71,12 @@ def race(
     """
     found = [Measured(variant.name) for variant in variants]
     forwards = [stepper(model, variant, setting) for variant in variants]
-    with _compiling(any(variant.compiled for variant in variants)):
-        for _ in range(rounds):
-            for variant, forward, measured in zip(variants, forwards, found, strict=True):
-                with variant.attach(), torch.inference_mode():
-                    _turn(forward, setting, variant.make(), new_tokens, measured)
-                advance()
+    for _ in range(rounds):
+        for variant, forward, measured in zip(variants, forwards, found, strict=True):
+            with variant.attach(), torch.inference_mode():
+                _turn(forward, setting, variant.make(), new_tokens, measured)
+            advance()
     return found
-
-
-def _compiling(compiled: bool) -> AbstractContextManager[Any]:
-    """A context in which a model may be compiled again for every attachment, which changes it.
-
-    Its compiled steps do not count. Without compiled variants torch's compiler is not imported.
-    """
-    if not compiled:
-        return nullcontext()
-    limits: AbstractContextManager[Any] = torch._dynamo.config.patch(recompile_limit=COMPILED)
-    return limits
 
 
 def _turn(

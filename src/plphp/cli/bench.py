@@ -13,7 +13,7 @@ from rich.table import Table
 
 from plphp.cli import flags
 from plphp.cli import options as o
-from plphp.cli.bits import Weights
+from plphp.cli.bits import Weights, warn_of_prompts
 from plphp.cli.console import loading, progress, say, shown, stdout
 from plphp.errors import InputError
 
@@ -206,6 +206,7 @@ def _measure(
     from plphp.weights import round_weights, step_bytes, weight_bytes
 
     bits = bits_of(weights, setting.device, str(setting.dtype).removeprefix("torch."))
+    warn_of_prompts(weights)
     check_memory(setting)
     with progress(quiet, transient=True) as bar:
         task = bar.add_task(f"decoding on {machine.describe(setting.device)['machine']}")

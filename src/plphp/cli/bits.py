@@ -30,3 +30,17 @@ class Bits:
 
     kv_bits: KvBits = None
     kv_text: KvText = False
+
+
+def warn_of_prompts(weights: str | None) -> None:
+    """Say on stderr where weights in 4 bits make the first token slower."""
+    if weights != "int4":
+        return
+    from plphp.cli.console import say
+    from plphp.weights import HAS_BFLOAT16
+
+    if not HAS_BFLOAT16:
+        say(
+            "This processor has no bfloat16 units: with --weights int4 the first token comes later "
+            "than with --dtype float32, and all others sooner."
+        )

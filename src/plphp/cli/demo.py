@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from plphp.cli import flags
 from plphp.cli import options as o
-from plphp.cli.bits import Weights
+from plphp.cli.bits import KvBits, Weights
 from plphp.cli.console import progress, say, shown, stdout
 from plphp.cli.generate import check_files
 from plphp.errors import InputError
@@ -49,6 +49,7 @@ def demo(
     vision_tokens: flags.VisionTokens = 1500,
     max_new_tokens: o.MaxNewTokens = 64,
     rounds: flags.Rounds = 3,
+    kv_bits: KvBits = None,
     device: flags.DemoDevice = None,
     dtype: o.Dtype = "auto",
     attn: o.Attention = None,
@@ -72,7 +73,7 @@ def demo(
         _say_bundled(images, prompts)
         items = own_questions(loaded, images, prompts, max_new_tokens)
     long = long_batch(loaded, images, items[0].question, batch, vision_tokens)
-    every, left_out = demo_run.possible(loaded.model, demo_run.ways(policy))
+    every, left_out = demo_run.possible(loaded.model, demo_run.ways(policy, kv_bits))
     asked, results = _measured(loaded, items, long, every, rounds, as_json)
     if as_json:
         found = _found(loaded, asked, results, long, rounds, known)

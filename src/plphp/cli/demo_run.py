@@ -26,6 +26,8 @@ CODE = {
     HOST: 'recall=Recall("host", .2)',
     INT4: 'recall=Recall("int4", .4)',
 }
+IN_CODES = {bits: f"{RECOMMENDED}, {bits} bits" for bits in (4, 2)}
+CODE |= {name: f"{CODE[RECOMMENDED]}, kv_bits={bits}" for bits, name in IN_CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -93,19 +95,28 @@ class Result:
         }
 
 
-def ways(chosen: Policy) -> list[Way]:
-    """The ways of the screen. chosen: PLPHP with the user's options"""
+def ways(chosen: Policy, kv_bits: int | None = None) -> list[Way]:
+    """The ways of the screen.
+
+    chosen: PLPHP with the user's options
+    kv_bits: with it, a last way stores in codes what the recommended method keeps
+
+    Raises ValueError for other numbers of bits than 4 and 2.
+    """
     from plphp.bench import Way
-    from plphp.recall import Recall
+    from plphp.recall import KeptBits, Recall
 
     recommended = policy("recommended", budget=0.4)
     published = chosen == PLPHP()
+    kept = None if kv_bits is None else KeptBits(kv_bits)
+    coded = [] if kept is None else [Way(IN_CODES[kept.bits], recommended, kv_bits=kept.bits)]
     return [
         Way(FULL),
         Way(PUBLISHED if published else _written(chosen), chosen),
         Way(RECOMMENDED, recommended),
         Way(HOST, recommended, Recall("host", 0.2)),
         Way(INT4, recommended, Recall("int4", 0.4)),
+        *coded,
     ]
 
 
@@ -120,7 +131,7 @@ def possible(model: Any, every: Sequence[Way]) -> tuple[list[Way], dict[str, str
             with way.attach(model):
                 able.append(way)
         except (PlphpError, ValueError) as error:  # ValueError: heads too small for int4
-            if way.recall is None:
+            if way.recall is None and way.kv_bits is None:
                 raise
             reasons[way.name] = " ".join(str(error).split())
     return able, reasons

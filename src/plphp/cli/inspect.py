@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from plphp.cli import flags
 from plphp.cli import options as o
+from plphp.cli.bits import Bits
 from plphp.cli.console import say, shown, stdout, waiting
 from plphp.cli.generate import check_files
 from plphp.errors import InputError
@@ -27,6 +28,7 @@ def inspect(
     prompt: flags.PagePrompt = None,
     out: flags.PageOut = None,
     method: o.Method,
+    bits: Bits,
     policies: flags.Policies = None,
     oracle: flags.Oracle = False,
     max_new_tokens: o.MaxNewTokens = 128,
@@ -66,6 +68,7 @@ def inspect(
             rounds=rounds,
             oracle=oracle,
             recall=parked,
+            **vars(bits),
             advance=show,
         )
     _present(page, where, as_json)
@@ -89,6 +92,7 @@ def _present(page: Page, where: Path | None, as_json: bool) -> None:
             else f"the answer differs from that of the full model at token {run.differs + 1}"
         )
         held = "kept" if run.recall is None else "in full on the device"
+        held += "" if run.codes is None else f" in codes, {run.codes['share']:.0%} of its bytes"
         stdout().print(f"{run.policy}: {run.retention:.0%} of the vision K/V {held}, {same}")
         for stage in run.stages:
             stdout().print(f"  {StageReport(**stage)}", soft_wrap=True)

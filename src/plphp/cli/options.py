@@ -16,7 +16,7 @@ import typer
 
 from plphp._installed import untested
 from plphp.cli import needs
-from plphp.cli.bits import Weights
+from plphp.cli.bits import Weights, warn_of_prompts
 from plphp.errors import InputError
 from plphp.policy import Policy, policy
 
@@ -217,6 +217,7 @@ class Source:
         for note in untested():
             say(f"warning: {note}")
         trust, weights = self.trust_remote_code, self.weights
+        warn_of_prompts(weights)
         with loading(self.model):
             return load(self.model, self.dtype, self.device, self.attn, trust, weights)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from plphp._installed import warn_if_untested
@@ -135,12 +136,15 @@ def _begin(
         raise ValueError("a forward of an attached model needs input_ids or inputs_embeds")
     batch, columns = given.shape[:2]
     if not cache._generating:
-        cache.check()
-        past = int(cache.get_seq_length())
-        if columns > 1 or past == 0:  # a forward outside generate(): its input is a prompt
-            refuse_checkpointing(pruning)
-            pruning.calls.condensed, pruning.calls.noted = False, []
-            cache._begin(columns, source, pruning)
+        past = cache.get_seq_length()
+        if not (cache.frozen and columns == 1 and torch.compiler.is_compiling()):
+            cache.check()
+            past = int(past)
+            if columns > 1 or past == 0:  # a forward outside generate(): its input is a prompt
+                refuse_checkpointing(pruning)
+                pruning.calls.condensed, pruning.calls.noted = False, []
+                cache._begin(columns, source, pruning)
+        # A compiled step reads no length: with the number in it, every step would be a graph.
         positions = later_positions(model, cache.shift, past, columns, source)
         if positions is not None:
             kwargs["position_ids"] = positions

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from plphp.cache import allocated
+from plphp.cache import StaticStore, allocated
 from plphp.errors import UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.attached import Pruning, attached
@@ -112,6 +112,13 @@ class Conversation(Cache):
     def max_len(self) -> int | None:
         """Columns for which buffers are allocated at once, None if they grow as needed."""
         return self.shared.max_len
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the lengths are on the device now: a static cache that has read its prompt."""
+        read = self.shared.prefill is None
+        stores = (layer.store for _, layer in self.pruned_layers())
+        return read and any(isinstance(store, StaticStore) for store in stores)
 
     def check(self) -> None:
         """Raise UnsupportedModeError if an exception left this cache in the middle of a forward."""

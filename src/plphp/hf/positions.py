@@ -48,19 +48,21 @@ def position_shift(model: Any, position_ids: Tensor | None, drafts: int, where: 
 
 
 def later_positions(
-    model: Any, shift: Tensor | None, past: int, length: int, source: Mapping[str, Any]
+    model: Any, shift: Tensor | None, past: int | Tensor, length: int, source: Mapping[str, Any]
 ) -> Tensor | None:
     """(3, B, length) int64 M-RoPE positions of the columns that a later turn adds.
 
     shift: (B,) as `position_shift` returns it, None before the first prompt
-    past: columns that the cache has seen; length: columns that the turn adds
+    past: columns that the cache has seen, in a compiled step a 0-dim int64 tensor
+    length: columns that the turn adds
     source: inputs of the turn. Its grids describe only the images that it adds
 
     Returns None if the model computes the right positions: in a first turn, with ordinary RoPE, or
     if the caller gives position_ids.
     """
     module = mrope_module(model)
-    if module is None or not past or shift is None or source.get("position_ids") is not None:
+    first = not isinstance(past, Tensor) and not past
+    if module is None or first or shift is None or source.get("position_ids") is not None:
         return None
     start = (past + shift)[None, :, None]
     ids, kinds = source.get("input_ids"), source.get("mm_token_type_ids")

@@ -122,6 +122,7 @@ class PolicyResult:
     full: the answer with the full cache, measured in turn with it
     differs: index of the first token that differs between the two, None if all are equal
     recall: `plphp.report.RecallReport` as a dict, None without recall
+    codes: `plphp.report.CodesReport` as a dict, None without `kv_bits`
     stages: each `plphp.report.StageReport` as a dict; empty without a sequence method
     """
 
@@ -137,6 +138,7 @@ class PolicyResult:
     differs: int | None = None
     steps: Steps | None = None
     recall: dict[str, Any] | None = None
+    codes: dict[str, Any] | None = None
     stages: tuple[dict[str, Any], ...] = ()
 
 

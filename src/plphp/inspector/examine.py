@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.bench import Comparison, compare
+from plphp.bench import Comparison, Way, compare
 from plphp.bench.machine import describe
 from plphp.bench.ways import Timing
 from plphp.errors import InputError
@@ -35,6 +35,8 @@ def examine(
     rounds: int = 3,
     oracle: bool = False,
     recall: Recall | None = None,
+    kv_bits: int | None = None,
+    kv_text: bool = False,
     advance: Callable[[str], None] = lambda stage: None,
 ) -> Page:
     """Answer one prompt with the full cache and with every policy, and measure both.
@@ -45,6 +47,7 @@ def examine(
     rounds: how often the full and the pruned side are timed in turn
     oracle: whether the full model also reads the pruned answer, for `Steps.lost` and `Steps.kl`
     recall: where dropped tokens are parked; None frees them
+    kv_bits, kv_text: as in `plphp.prune`
     advance: called before every stage with a line for the user
 
     Raises InputError for a prompt without images, and the errors of `plphp.prune`.
@@ -58,14 +61,16 @@ def examine(
         raise InputError("nothing to inspect: the prompt has no image that the model can see")
     runs = []
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    held: dict[str, Any] = {"recall": recall, "kv_bits": kv_bits, "kv_text": kv_text}
     for name, policy in policies.items():
         advance(f"{name}: full and pruned in turn")
-        compared = compare(loaded.model, inputs, policy, rounds, recall=recall, **generation)
+        compared = compare(loaded.model, inputs, policy, rounds, **held, **generation)
         advance(f"{name}: step by step")
         decode = _text(loaded) if oracle else None
         byte_limit = READ_BYTES // len(policies)
         tokens = compared.pruned.tokens
-        steps = steps_of(loaded.model, inputs, policy, whole, tokens, decode, recall, byte_limit)
+        way = Way(name, policy, **held)
+        steps = steps_of(loaded.model, inputs, way, whole, tokens, decode, byte_limit)
         runs.append(_result(loaded, compared, name, policy, steps))
     processor = _image_processor(loaded)
     images = images if len(images) == found.images[0] else ()

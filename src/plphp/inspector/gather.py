@@ -74,6 +74,7 @@ def result_of(report: Report, name: str, policy: Policy | None, row: int = 0) ->
         kv_bytes_full=report.kv_bytes_full,
         notes=report.notes,
         recall=None if report.recall is None else report.recall.to_dict(),
+        codes=None if report.codes is None else report.codes.to_dict(),
         stages=tuple(stage.to_dict() for stage in report.stages),
     )
 

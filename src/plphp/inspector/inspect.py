@@ -53,6 +53,8 @@ def inspect(
     rounds: int = 1,
     oracle: bool = True,
     recall: Recall | None = None,
+    kv_bits: int | None = None,
+    kv_text: bool = False,
 ) -> Inspection:
     """Answer a question about images with the full and the pruned cache, and show the difference.
 
@@ -60,7 +62,7 @@ def inspect(
         transformers together with its `processor`
     images: an image or several, as PIL images or files, in the order of the prompt
     policies: names of methods, or policies by a name for the page
-    max_new_tokens, rounds, oracle, recall: as in `plphp.inspector.examine`
+    max_new_tokens, rounds, oracle, recall, kv_bits, kv_text: as in `plphp.inspector.examine`
 
     Raises InputError for files and prompts that cannot be read, InputTypeError for a model without
     a processor, and the errors of `plphp.prune`.
@@ -80,6 +82,8 @@ def inspect(
         rounds=rounds,
         oracle=oracle,
         recall=recall,
+        kv_bits=kv_bits,
+        kv_text=kv_text,
     )
     return Inspection(page)
 

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plphp.bench import Way
 from plphp.bench.divergence import kl
 from plphp.hf import PrunedCache, Pruning, prune
 from plphp.hf.attention_probe import AttentionProbe, kept_and_dropped, kept_slots
 from plphp.hf.shared_prefill import SharedPrefill, read_into
 from plphp.inspector.data import Numbers, Steps
 from plphp.inspector.reads import all_read, looks, masks
-from plphp.policy import Policy, policy
-from plphp.recall import HOMES, Recall
+from plphp.policy import policy
+from plphp.recall import HOMES
 from plphp.report import Report, Seen
 
 Groups = Mapping[int, Tensor]
@@ -31,25 +32,28 @@ READ_BYTES = 2_000_000  # for the masks of what recall read, so that a page stay
 def steps_of(
     model: Any,
     inputs: Mapping[str, Tensor],
-    made: Policy,
+    way: Way,
     prompt: SharedPrefill,
     tokens: Tensor,
     decode: Callable[[Tensor], str] | None = None,
-    recall: Recall | None = None,
     byte_limit: int = READ_BYTES,
 ) -> Steps:
     """The attention of an answer's tokens to the kept vision tokens.
 
+    way: as for the answer
     prompt: the unpruned prefill of `inputs`; tokens: (T,) int64, the answer of the pruned model
     decode: the text of tokens; with it, the full model reads the answer too
-    recall: as for the answer; byte_limit: bytes that the masks of what recall read may take
+    byte_limit: bytes that the masks of what recall read may take
     """
+    recall = way.recall
     chooses = recall is not None and "record" in HOMES[recall.home].options
     if recall is not None and chooses:
-        recall = replace(recall, record=True)
-    parts = 1 if recall is None else len(tokens) - 1
+        way = replace(way, recall=replace(recall, record=True))
+    # Several tokens at once are a prompt, for which parked tokens and codes are in the store.
+    parts = 1 if recall is None and way.kv_bits is None else len(tokens) - 1
     with torch.inference_mode():
-        with prune(model, made, recall=recall) as pruning:
+        with way.attach(model) as pruning:
+            assert pruning is not None
             cache, first = _begun(pruning, inputs, prompt)
             report, seen = cache.report, prompt.seen
             assert report is not None and seen is not None

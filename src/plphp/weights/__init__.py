@@ -1,6 +1,6 @@
 """Weights of a model rounded to 8 or 4 bits, for machines with little memory."""
 
-from plphp.weights.linear import Int4Linear, Int8Embedding, Int8Linear
+from plphp.weights.linear import HAS_BFLOAT16, Int4Linear, Int8Embedding, Int8Linear
 from plphp.weights.rounding import (
     BITS,
     decoder_modules,
@@ -12,6 +12,7 @@ from plphp.weights.rounding import (
 
 __all__ = [
     "BITS",
+    "HAS_BFLOAT16",
     "Int4Linear",
     "Int8Embedding",
     "Int8Linear",

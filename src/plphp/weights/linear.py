@@ -18,6 +18,8 @@ from torch import Tensor, nn
 GROUP = 32  # numbers of a row that share a range in 4 bits
 ROWS = 16  # the 4-bit kernel needs a multiple of so many output rows
 BLOCK = 2**20  # how many numbers of a weight are rounded at a time
+# Whether the processor multiplies bfloat16 matrices itself, as torch sees it.
+HAS_BFLOAT16: bool = torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 FEW = 32  # rows of x up to which the 8-bit kernel is faster than one product of decoded weights
 
 
@@ -73,7 +75,7 @@ class Int8Linear(Rounded):
     def _product(self, x: Tensor) -> Tensor:
         # The kernel reads each row of codes in whole vectors, and past its end otherwise.
         if len(x) > FEW or self.in_features % GROUP:
-            return F.linear(x, self.codes.to(x.dtype)) * self.scales
+            return _in_full(x, self.codes) * self.scales
         product: Tensor = torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scales)
         return product
 
@@ -167,6 +169,18 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
         steps = wide / scales[rows].float()[:, None]
         codes[rows] = steps.round_().clamp_(-127, 127).to(torch.int8)
     return codes, scales
+
+
+def _in_full(x: Tensor, codes: Tensor) -> Tensor:
+    """x @ codes.T for x (rows, K) and codes (N, K) int8, in the dtype of x.
+
+    Without bfloat16 units a product in bfloat16 takes several times as long as one in float32.
+    """
+    if x.dtype != torch.bfloat16 or HAS_BFLOAT16:
+        return F.linear(x, codes.to(x.dtype))
+    wide = x.float()
+    parts = [F.linear(wide, codes[rows].float()).to(x.dtype) for rows in _blocks(codes)]
+    return torch.cat(parts, -1)
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:

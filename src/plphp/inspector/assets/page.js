@@ -58,6 +58,8 @@ function paintSummary() {
       `to the first token; full cache: ${Math.round(now.full.first_ms)} ms`]);
   }
   if (now.recall) entries.push(...recalled(now.recall));
+  if (now.codes) entries.push([percent(now.codes.share),
+    `of the bytes of the full vision K/V: kept tokens are in ${now.codes.bits}-bit codes`]);
   find("summary").replaceChildren(...entries.map(([big, small]) =>
     html("div", { class: "figure" }, html("b", {}, big), html("span", {}, small))));
 }
