@@ -389,3 +389,15 @@ def test_lines_are_split_at_line_feeds_only() -> None:
     with pytest.raises(InputError, match="nested deeper"):
         lines.load(b"[" * 70 + b"]" * 70)
     assert lines.load(b"[" * 60 + b"]" * 60)
+
+
+def test_other_weights_of_the_embedded_model_are_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of the older weights, which had the same version, cannot be continued with new ones."""
+    before = model_identity("embedded")
+    assert before == model_identity("embedded")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr("plphp.cli.requests.files", lambda package: tmp_path)
+    assert model_identity("embedded") != before

@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,15 @@ def file_digest(path: str) -> str:
 
 
 def model_identity(name: str) -> list[Any]:
-    """What identifies a model: its name, versions, and the names, sizes and times of its files."""
+    """What identifies a model: its name, versions, and the names, sizes and times of its files.
+
+    Of the embedded model it is the weights' digest, since installing a package sets new times.
+    """
     versions = [name, __version__, version("transformers"), version("torch")]
+    if name == EMBEDDED:
+        return [*versions, file_digest(str(files("plphp.demo") / "weights" / "model.safetensors"))]
     folder = Path(name)
-    if name == EMBEDDED or not folder.is_dir():
+    if not folder.is_dir():
         return versions
     found = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
     return [*versions, [[file, s.st_size, s.st_mtime_ns] for file, s in found]]
