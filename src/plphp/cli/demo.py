@@ -60,9 +60,7 @@ def demo(
     """Show what pruning and recall cost and save, on one screen: answers, bytes and times."""
     policy = o.chosen_policy("plphp", r=r, delta_r=delta_r, alpha=alpha, beta=beta)
     images, prompts = image or [], prompt or []
-    if any(not text.strip() for text in prompts):
-        raise InputError("the prompt is empty: give --prompt TEXT")
-    check_files(images, [], model)
+    _check(images, prompts, model)
     from plphp.cli import demo_run
     from plphp.cli.demo_prompts import bundled_questions, long_batch, own_questions
 
@@ -86,6 +84,13 @@ def demo(
     if known:
         line = f"See what question 1 kept: {_command()} inspect, then open report.html."
         stdout().print(shown(line))
+
+
+def _check(images: Sequence[str], prompts: Sequence[str], model: str) -> None:
+    """Raise InputError for an empty prompt and for images that cannot be read."""
+    if any(not text.strip() for text in prompts):
+        raise InputError("the prompt is empty: give --prompt TEXT")
+    check_files(images, [], model)
 
 
 def _device(model: str) -> str:
