@@ -21,6 +21,7 @@ from plphp.inspector.pictures import Media
 from plphp.inspector.steps import READ_BYTES, steps_of
 from plphp.policy import Policy
 from plphp.recall import Recall
+from plphp.report import Report
 
 
 def examine(
@@ -46,8 +47,7 @@ def examine(
         another number of images, as some do for crops and frames
     rounds: how often the full and the pruned side are timed in turn
     oracle: whether the full model also reads the pruned answer, for `Steps.lost` and `Steps.kl`
-    recall: where dropped tokens are parked; None frees them
-    kv_bits, kv_text: as in `plphp.prune`
+    recall, kv_bits, kv_text: as in `plphp.prune`
     advance: called before every stage with a line for the user
 
     Raises InputError for a prompt without images, and the errors of `plphp.prune`.
@@ -56,9 +56,7 @@ def examine(
     with torch.inference_mode():
         window = max(policy.window for policy in policies.values())
         whole = read(loaded.model, inputs, window)
-    found = whole.cache.report
-    if found is None or not found.images[0]:
-        raise InputError("nothing to inspect: the prompt has no image that the model can see")
+    count, limit = _images(whole.cache.report), READ_BYTES // len(policies)
     runs = []
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     held: dict[str, Any] = {"recall": recall, "kv_bits": kv_bits, "kv_text": kv_text}
@@ -67,17 +65,22 @@ def examine(
         compared = compare(loaded.model, inputs, policy, rounds, **held, **generation)
         advance(f"{name}: step by step")
         decode = _text(loaded) if oracle else None
-        byte_limit = READ_BYTES // len(policies)
-        tokens = compared.pruned.tokens
-        way = Way(name, policy, **held)
-        steps = steps_of(loaded.model, inputs, way, whole, tokens, decode, byte_limit)
+        way, tokens = Way(name, policy, **held), compared.pruned.tokens
+        steps = steps_of(loaded.model, inputs, way, whole, tokens, decode, limit)
         runs.append(_result(loaded, compared, name, policy, steps))
     processor = _image_processor(loaded)
-    images = images if len(images) == found.images[0] else ()
+    images = images if len(images) == count else ()
     made = _made(str(loaded.model.device), rounds)
     return page_of(
         compared.report, runs, images, prompt, model=model, processor=processor, made=made
     )
+
+
+def _images(report: Report | None) -> int:
+    """The number of images of a prompt. Raises InputError if there are none."""
+    if report is None or not report.images[0]:
+        raise InputError("nothing to inspect: the prompt has no image that the model can see")
+    return report.images[0]
 
 
 def _result(

@@ -45,10 +45,7 @@ def steps_of(
     decode: the text of tokens; with it, the full model reads the answer too
     byte_limit: bytes that the masks of what recall read may take
     """
-    recall = way.recall
-    chooses = recall is not None and "record" in HOMES[recall.home].options
-    if recall is not None and chooses:
-        way = replace(way, recall=replace(recall, record=True))
+    (way, chooses), recall = _recording(way), way.recall
     # Several tokens at once are a prompt, for which parked tokens and codes are in the store.
     parts = 1 if recall is None and way.kv_bits is None else len(tokens) - 1
     with torch.inference_mode():
@@ -82,6 +79,14 @@ def steps_of(
         said=tuple(decode(token[None]) for token in full.argmax(-1)),
         kl=tuple(round(float(value), 4) for value in divergence),
     )
+
+
+def _recording(way: Way) -> tuple[Way, bool]:
+    """The way with a log of what recall reads, and whether its home has one: whether it chooses."""
+    recall = way.recall
+    if recall is None or "record" not in HOMES[recall.home].options:
+        return way, False
+    return replace(way, recall=replace(recall, record=True)), True
 
 
 def _begun(
