@@ -88,17 +88,12 @@ def demo(
 
 
 def _check(images: Sequence[str], prompts: Sequence[str], model: str) -> None:
-<<<<<<< HEAD
     """Raise InputError for an empty prompt and for files that cannot be read."""
-=======
-    """Raise InputError for an empty prompt and for images that cannot be read."""
->>>>>>> small
     if any(not text.strip() for text in prompts):
         raise InputError("the prompt is empty: give --prompt TEXT")
     check_files(images, [], model)
 
 
-<<<<<<< HEAD
 def _say_bundled(images: Sequence[str], prompts: Sequence[str]) -> None:
     """Say that bundled pictures or questions stand for those that were not given."""
     bundled = [what for what, own in (("pictures", images), ("questions", prompts)) if not own]
@@ -106,8 +101,6 @@ def _say_bundled(images: Sequence[str], prompts: Sequence[str]) -> None:
         say(f"{' and '.join(bundled)} are plphp's own: give --image FILE and --prompt TEXT")
 
 
-=======
->>>>>>> small
 def _device(model: str) -> str:
     """Where a model of the user's runs if nothing is said: on all GPUs that there are."""
     import torch
