@@ -114,3 +114,8 @@ def misfit_behind(error: BaseException) -> str:
             return misfit()
         seen = seen.__cause__ or seen.__context__
     return ""
+
+
+def notes() -> tuple[str, ...]:
+    """What a user should read about the installed versions, one sentence each."""
+    return tuple(note for note in (*untested(), misfit()) if note)

@@ -131,7 +131,8 @@ def energy_meter(device: str) -> tuple[Callable[[], float] | None, str]:
         packages = []
     if not packages:
         return None, f"RAPL is absent: {RAPL}/intel-rapl:0/energy_uj cannot be read"
-    return lambda: meter() / 1e6, f"RAPL, {len(packages)} package{'s'[: len(packages) - 1]}"
+    count = "1 package" if len(packages) == 1 else f"{len(packages)} packages"
+    return lambda: meter() / 1e6, f"RAPL, {count}"
 
 
 def _microjoules(packages: list[Path]) -> Callable[[], int]:

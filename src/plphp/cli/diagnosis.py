@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from plphp.errors import (
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 SECONDS = 120.0  # the time limit for building a model without weights; real models take a few
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+
+SEQUENCE_METHODS = tuple(n for n, one in POLICIES.items() if issubclass(one, SequencePolicy))
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Examined:
     windows: for each cached layer, as `compat.layer_windows` returns them
     bytes: the bytes of the prompt in each layer, or None
     unmeasured: why `bytes` is None; empty otherwise
-    refused: sequence methods to which `prune` does not attach, and why
+    refused: sequence methods to which `prune` does not attach, and why; `look_at` tries none
     """
 
     attachable: tuple[int, ...]
@@ -214,7 +216,8 @@ def _examine(config: Any, dtype: str, length: int, trust: bool) -> Examined:
         model = shell(config, trust, kind_of(text, dtype))
     except UnsupportedModelError as error:
         return Examined((), str(error), (), None, "the model cannot be built")
-    return look_at(model, length)
+    seen = look_at(model, length)
+    return replace(seen, refused=_refused(model)) if seen.attachable else seen
 
 
 def look_at(model: Any, length: int) -> Examined:
@@ -223,21 +226,19 @@ def look_at(model: Any, length: int) -> Examined:
     from plphp.hf.footprint import footprint
 
     attachable: tuple[int, ...] = ()
-    refused: dict[str, str] = {}
     reason = ""
     windows = tuple(compat.layer_windows(compat.text_config(model)))
     try:
         with prune(model) as pruning:
             attachable = pruning.layers
-        refused = _refused(model)
     except UnsupportedTransformersError:
         raise  # the error is about transformers, not about the model
     except PlphpError as error:
         reason = str(error)
     try:
-        return Examined(attachable, reason, windows, footprint(model, length), "", refused)
+        return Examined(attachable, reason, windows, footprint(model, length), "")
     except UnsupportedModelError as error:
-        return Examined(attachable, reason, windows, None, str(error), refused)
+        return Examined(attachable, reason, windows, None, str(error))
 
 
 def _refused(model: Any) -> dict[str, str]:
@@ -245,12 +246,11 @@ def _refused(model: Any) -> dict[str, str]:
     from plphp.hf import prune
 
     found = {}
-    for name, method in POLICIES.items():
-        if issubclass(method, SequencePolicy):
-            try:
-                prune(model, name).remove()
-            except (PlphpError, ValueError) as error:
-                found[name] = str(error)
+    for name in SEQUENCE_METHODS:
+        try:
+            prune(model, name).remove()
+        except (PlphpError, ValueError) as error:
+            found[name] = str(error)
     return found
 
 

@@ -8,12 +8,12 @@ from typing import Annotated, cast
 
 import typer
 
-from plphp._installed import misfit, untested
+from plphp._installed import notes
 from plphp.cli import options as o
 from plphp.cli.bars import ASCII, IMAGES, TEXT, bars
 from plphp.cli.console import stdout, waiting
-from plphp.cli.diagnosis import Diagnosis, diagnose
-from plphp.policy import PLPHP, POLICIES, SequencePolicy
+from plphp.cli.diagnosis import SEQUENCE_METHODS, Diagnosis, diagnose
+from plphp.policy import PLPHP
 
 __all__ = ["Diagnosis", "diagnose", "doctor"]
 
@@ -61,18 +61,13 @@ def doctor(
             trust_remote_code,
             None if tokens_per_image else processor,
         )
-    found = replace(found, notes=(*found.notes, *_installed_notes(missing)))
+    found = replace(found, notes=(*found.notes, *((missing,) if missing else ()), *notes()))
     if as_json:
         print(json.dumps(asdict(found), indent=1))
     else:
         _print(found)
     if not found.prunable:
         raise typer.Exit(1)
-
-
-def _installed_notes(missing: str) -> tuple[str, ...]:
-    """Notes on what is installed. missing: a package that the model's processor needs, or ''."""
-    return tuple(note for note in (missing, misfit(), *untested()) if note)
 
 
 def _print(d: Diagnosis) -> None:
@@ -135,8 +130,7 @@ def _stages(d: Diagnosis) -> list[str]:
     """Lines about the methods that drop vision tokens before the cache does."""
     if not d.prunable:
         return []
-    names = [name for name, one in POLICIES.items() if issubclass(one, SequencePolicy)]
-    fit = ", ".join(name for name in names if name not in d.refused) or "none"
+    fit = ", ".join(name for name in SEQUENCE_METHODS if name not in d.refused) or "none"
     by_reason: dict[str, list[str]] = {}
     for name, why in d.refused.items():
         by_reason.setdefault(why, []).append(name)

@@ -8,7 +8,7 @@ import os
 import platform
 from typing import Any
 
-from plphp._installed import misfit, untested
+from plphp._installed import notes
 from plphp._version import __version__
 from plphp.cli.options import Json
 
@@ -31,11 +31,11 @@ def env(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    notes = found.pop("notes")
+    remarks = found.pop("notes")
     width = max(map(len, found))
     for name, value in found.items():
         print(f"{name:{width}}  {value}")
-    for note in notes:
+    for note in remarks:
         print(f"note: {note}")
 
 
@@ -58,5 +58,5 @@ def describe() -> dict[str, Any]:
     found["devices"] = [
         torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
     ]
-    found["notes"] = [note for note in (*untested(), misfit()) if note]
+    found["notes"] = [*notes()]
     return found

@@ -101,7 +101,7 @@ def _check_home(name: str) -> None:
     if base != "full" or home not in HOMES:
         return
     try:
-        assert Setting(name, None).recall is not None
+        Recall(home, 0)
     except ValueError as error:
         raise InputError(f"--methods: {name} parks all vision tokens: {error}") from None
 
