@@ -199,6 +199,26 @@ def test_two_shards_are_one_run(
     assert summarize(tmp_path)["tasks"] == summarize(finished)["tasks"]
 
 
+def test_a_run_gets_more_samples(embedded: Embedded, plan: Plan, tmp_path: Path) -> None:
+    small = replace(plan, tasks=plan.tasks[:1], out=tmp_path, limit=2)
+    run(embedded, small, ABOUT, silent)
+    before = lines(tmp_path)
+    assert len(before) == 2 * len(plan.settings)
+    run(embedded, replace(small, limit=3), ABOUT, silent)
+    assert set(before) < set(lines(tmp_path))
+    assert len(lines(tmp_path)) == 3 * len(plan.settings)
+    assert summarize(tmp_path)["about"]["limit"] == 3
+    with pytest.raises(InputError, match="has a run with limit 3, not 2"):
+        run(embedded, small, ABOUT, silent)
+
+
+@pytest.mark.parametrize("name", ["what", "second"])
+def test_more_samples_do_not_change_earlier_batches(embedded: Embedded, name: str) -> None:
+    samples = TASKS[name].draw(18, SEED)
+    few, more = (in_batches(samples[:count], 2, embedded.tokenizer) for count in (12, 18))
+    assert more[: len(few)] == few and sum(map(len, more)) == 18
+
+
 def test_a_run_of_other_settings_is_refused(embedded: Embedded, plan: Plan, finished: Path) -> None:
     with pytest.raises(InputError, match="has a run with seed 7, not 8"):
         run(embedded, replace(plan, out=finished, seed=8), ABOUT, silent)

@@ -14,6 +14,7 @@ from plphp.inputs import Runnable
 from plphp.models import vision_spans
 
 MARGIN = 8  # tokens that an answer may be longer than the longest reference answer of its batch
+BLOCK = 6  # batches whose samples are sorted together
 TEXT = ("input_ids", "attention_mask")
 
 
@@ -55,8 +56,15 @@ def in_batches(samples: Sequence[Sample], size: int, tokenizer: Any) -> list[lis
     """Batches of up to `size` samples of similar length, because padding takes computing time.
 
     The result depends on the arguments only, so that an interrupted run continues with the same
-    batches.
+    batches. Samples are sorted by length within blocks, so that the batches of earlier blocks stay
+    the same when a run gets more samples.
     """
+    block = BLOCK * size
+    parts = [samples[i : i + block] for i in range(0, len(samples), block)]
+    return [batch for part in parts for batch in _by_length(part, size, tokenizer)]
+
+
+def _by_length(samples: Sequence[Sample], size: int, tokenizer: Any) -> list[list[Sample]]:
 
     def kind(sample: Sample) -> int:
         # A second turn has no padding of its own, so the questions of a batch have equal lengths.

@@ -1,6 +1,6 @@
 """The files of a run, with which an interrupted run is continued.
 
-OUT/run.json               the settings of the run; other settings need another OUT
+OUT/run.json               the settings of the run; others, but a larger limit, need another OUT
 OUT/policies.json          the options of each method, calibrated ones included
 OUT/tasks/TASK.json        the questions and the reference answers
 OUT/samples/TASK.jsonl     one line per sample, method and budget; TASK.0-of-2.jsonl for a shard
@@ -39,7 +39,10 @@ class Store:
     files: dict[str, IO[bytes]] = field(default_factory=dict)
 
     def open(self, settings: Mapping[str, Any]) -> None:
-        """Begin or continue a run. Raises InputError for a directory with another run."""
+        """Begin or continue a run, whose `limit` may grow.
+
+        Raises InputError for a directory with another run.
+        """
         run = self.out / "run.json"
         if self.out.is_dir() and not run.exists():
             self._check_empty()
@@ -52,11 +55,14 @@ class Store:
             write_json(run, settings)
         before = read_json(run)
         for name, value in settings.items():
-            if before.get(name) != value:
+            known = before.get(name)
+            if known != value and not (name == "limit" and value > (known or value)):
                 raise InputError(
-                    f"--out {self.out} has a run with {name} {before.get(name)!r}, not {value!r}: "
+                    f"--out {self.out} has a run with {name} {known!r}, not {value!r}: "
                     "give another --out, or the same settings to continue that run"
                 )
+        if before != settings:
+            write_json(run, {**before, **settings})
 
     def _check_empty(self) -> None:
         """Raise InputError if the directory has files with the names of results, but no run."""
@@ -69,8 +75,11 @@ class Store:
                 )
 
     def describe(self, task: Task, samples: Iterable[Sample]) -> None:
-        """Write the questions of a task. Raises InputError if an earlier call asked other ones."""
-        found = {
+        """Write the questions of a task.
+
+        Raises InputError if an earlier call asked other ones than the first of these.
+        """
+        found: dict[str, Any] = {
             "task": task.name,
             "what": task.what,
             "metric": task.metric,
@@ -87,7 +96,7 @@ class Store:
             ],
         }
         path = self.out / "tasks" / f"{task.name}.json"
-        if path.exists() and read_json(path) != json.loads(json.dumps(found)):
+        if path.exists() and not _continues(read_json(path), json.loads(json.dumps(found))):
             raise InputError(
                 f"--out {self.out} has a run whose task {task.name} has another prompt or other "
                 "images: give another --out, or the same prompt and images to continue that run"
@@ -187,6 +196,12 @@ def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     part.write_bytes(text.encode("utf-8", "backslashreplace"))
     os.replace(part, path)
+
+
+def _continues(before: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether a task is the same as before, perhaps with further samples."""
+    first = found["samples"][: len(before["samples"])]
+    return {**found, "samples": first} == before
 
 
 def _pixels(sample: Sample) -> str:
