@@ -140,7 +140,7 @@ PAGES = (
         {"": each_task("redundant-4")},
     ),
     Page(
-        "small-devices.md",
+        "small-devices-results.md",
         (
             "plphp",
             "plphp+kv4",
