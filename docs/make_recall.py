@@ -1,9 +1,9 @@
-"""Write docs/recall/results.json, its picture, and the table in docs/recall.md.
+"""Write docs/recall/results.json, its picture, and the tables in docs/recall*.md.
 
     python docs/make_recall.py [--run DIR ...]
 
 Each DIR is the --out directory of a `plphp eval`; the samples of all of them are combined. Without
---run, the figure and the table are made from the committed results.
+--run, the figure and the tables are made from the committed results.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 FOLDER = Path(__file__).parent / "recall"
-PAGE = FOLDER.with_suffix(".md")
 BEGIN, END = "<!-- by docs/make_recall.py -->", "<!-- until here -->"
 TASKS = ("describe", "grid", "long", "refer", "second")
 RESAMPLES, LEAST = 2000, 100  # a task with fewer samples is left out
@@ -41,6 +40,8 @@ NAMES = {
     ("uniform", 0.2): "uniform top-k",
 }
 HIDDEN = "recall, host, random at first"  # not drawn, because its line would be covered
+SHOWN = {"refer": "short answers", "grid": "a page, word by word", "long": "long answers"}
+WAYS = ("recall, host", "recall, int4", "recall, int2", "recommended")
 Key = tuple[str, str, float | None]
 
 
@@ -89,6 +90,29 @@ def table(rows: list[dict[str, Any]]) -> str:
         held = np.mean([row["bytes"] for row in mine.values()])
         lines.append(f"| {name} | {held:.0%} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def overview(rows: list[dict[str, Any]]) -> str:
+    """The table for users: right answers over the full cache's, without intervals."""
+    lines = [f"| way | device bytes | {' | '.join(SHOWN.values())} |", "|---|---|---|---|---|"]
+    for setting, name in NAMES.items():
+        mine = {r["task"]: r for r in rows if (r["method"], r["budget"]) == setting}
+        if name in WAYS:
+            cells = " | ".join(f"{mine[task]['of_full']:.2f}" for task in SHOWN)
+            held = np.mean([row["bytes"] for row in mine.values()])
+            lines.append(f"| {name} | {held:.0%} | {cells} |")
+    return "\n".join(lines)
+
+
+def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The table of each page."""
+    return {"recall.md": overview(rows), "recall-results.md": table(rows)}
+
+
+def written(text: str, made: str) -> str:
+    """A page's text with a table between its two comments."""
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}"
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -143,8 +167,9 @@ def main() -> None:
         path.write_text(f'{{"about": {json.dumps(found["about"])}, "rows": [\n{lines}\n]}}\n')
     rows = json.loads(path.read_text())["rows"]
     draw(rows, FOLDER / "accuracy.png")
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}")
+    for name, made in tables(rows).items():
+        page = FOLDER.parent / name
+        page.write_text(written(page.read_text(), made))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Write the tables of four pages from docs/accuracy/regimes.json: `make regimes-page`.
 
-docs/regimes.md compares methods, docs/choosing.md what a user chooses from, docs/stages.md methods
-that act before the model, and docs/small-devices.md tokens in few bits. With --run DIR, the
-directory of a finished `plphp eval`, its results are copied first.
+docs/regimes.md compares methods, docs/choosing.md what a user chooses from, docs/stages-results.md
+methods that act before the model, and docs/small-devices-results.md tokens in few bits. With
+--run DIR, the directory of a finished `plphp eval`, its results are copied first.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ PAGES = (
         {f"### {suite}\n\n": each_task(suite) for suite in SUITES},
     ),
     Page(
-        "stages.md",
+        "stages-results.md",
         (
             "downsample",
             "plphp",
@@ -140,7 +140,7 @@ PAGES = (
         {"": each_task("redundant-4")},
     ),
     Page(
-        "small-devices.md",
+        "small-devices-results.md",
         (
             "plphp",
             "plphp+kv4",

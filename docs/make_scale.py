@@ -1,4 +1,4 @@
-"""Write docs/scale.json and the table of docs/cluster.md: images a second, dollars a million.
+"""Write docs/scale.json and the table of docs/scale.md: images a second, dollars a million.
 
     python docs/make_scale.py
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-PAGE = DOCS / "cluster.md"
+PAGE = DOCS / "scale.md"
 BEGIN, END = "<!-- by docs/make_scale.py -->", "<!-- until here -->"
 GPUS = (1, 8, 64, 256, 1000)
 

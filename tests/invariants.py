@@ -5,6 +5,7 @@ computed once. Every `check_...` compares a pruned run with it.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -20,7 +21,8 @@ import tiny
 from along import LOGITS, alike, check_greedy, check_logits, kept_of, led
 from oracle import Numbers
 
-STEPS = 16
+# Tokens of an answer. The run that writes the page of results takes more of them.
+STEPS = 16 if os.environ.get("PLPHP_WRITE_DOCS") else 8
 KV_HEADS = tiny.TEXT["num_key_value_heads"]
 EVERY = {**tiny.FAMILIES, **tiny.VARIANTS, **tiny.DECODERS}
 ROWS = {

@@ -19,7 +19,7 @@ int b         nothing is left out, everything rounded: keys per channel in group
 flip b        the same with keys per token, once their mean is taken off and their channels are
               scaled alike, and values per channel in groups of 64 tokens
 
-A simulation of what is read: nothing is freed. The findings are in docs/recall.md.
+A simulation of what is read: nothing is freed. The findings are in docs/recall-results.md.
 """
 
 from __future__ import annotations

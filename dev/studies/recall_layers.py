@@ -6,7 +6,7 @@
 (`recall.budget.dealt`), and with more directions in the index. Every variant reads the untouched
 model's answer token by token: the share of answers all of whose tokens it would have said too, and
 KL from the untouched model in nats, its mean and the mean of its root (few answers make the mean).
-The findings are in docs/recall.md.
+The findings are in docs/recall-results.md.
 """
 
 from __future__ import annotations

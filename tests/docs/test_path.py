@@ -48,8 +48,6 @@ def test_lines_of_code_fit_the_page(page: str) -> None:
 # Pages with more words: those that programs write, and references. This list may only shrink.
 LONGER = {
     "accuracy.md", "bad-inputs.md", "benchmarks.md", "doctor.md", "regimes.md", "support.md",
-    "cli.md", "cluster.md", "methods-sequence.md", "recall.md", "small-devices.md", "stages.md",
-    "vllm-details.md",
 }  # fmt: skip
 
 

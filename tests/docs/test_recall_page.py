@@ -1,4 +1,4 @@
-"""docs/recall.md shows what docs/recall/results.json holds."""
+"""The pages about recall show what docs/recall/results.json holds."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,14 @@ from pathlib import Path
 from makers import DOCS, maker_of
 
 
-def test_the_table_is_made_of_the_results() -> None:
+def test_the_tables_are_made_of_the_results() -> None:
     rows = json.loads((DOCS / "recall" / "results.json").read_text())["rows"]
-    table = maker_of("make_recall").table(rows)
+    maker = maker_of("make_recall")
     assert len(rows) > 40
-    assert table in (DOCS / "recall.md").read_text(), "run: python docs/make_recall.py"
+    for name, made in maker.tables(rows).items():
+        text = (DOCS / name).read_text()
+        assert maker.written(text, made) == text, "run: python docs/make_recall.py"
+        assert text.count(maker.BEGIN) == 1
 
 
 def test_results_are_shares_of_the_same_samples(tmp_path: Path) -> None:

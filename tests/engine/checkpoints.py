@@ -68,7 +68,7 @@ class Checkpoint:
     frames: numbers of frames of videos; empty where vLLM does not support video
     tower: prefix of the vision tower's weights in published checkpoints, where transformers 5
         writes another one
-    differs: the differences between vLLM and transformers, for docs/vllm-details.md
+    differs: the differences between vLLM and transformers, for docs/vllm-models.md
     slow: whether only `make test-vllm-all` runs the family
     text: options of the config, or of its text config, that differ from those of tests/tiny
     """

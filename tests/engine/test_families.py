@@ -1,6 +1,6 @@
 """Model families in vLLM: tokens equal those of plphp on transformers, for images and videos.
 
-PLPHP_WRITE_DOCS=1 writes the table of docs/vllm-details.md from these requests.
+PLPHP_WRITE_DOCS=1 writes the table of docs/vllm-models.md from these requests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import plphp
 import tiny
 from tiny import IMAGE, VIDEO
 
-PAGE = Path(__file__).parents[2] / "docs" / "vllm-details.md"
+PAGE = Path(__file__).parents[2] / "docs" / "vllm-models.md"
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,7 @@ def test_seeds_of_stages_differ_and_phases_inherit() -> None:
 
 
 @needs_photographs
+@pytest.mark.slow
 def test_a_leg_may_begin_with_questions_and_ends_at_no_rate(tmp_path: Path) -> None:
     arguments = ["--out", str(tmp_path), "--warm", str(WEIGHTS), "--skip-vision"]
     run = retrain.Run(retrain.parse([*arguments, "--dtype", "bfloat16"]))

@@ -36,7 +36,7 @@ class Recall:
     rank: only for "host": components of a key in the index, 4 bits each; by default a quarter of
         the size of a head
     every: only for "host": tokens are chosen at every `every`-th step. Accuracy falls above 1
-        (docs/recall.md)
+        (docs/recall-how.md)
     record: only for "host": record on the CPU which tokens each KV head reads at every step, for
         `PrunedCache.recalled()`
 

@@ -26,7 +26,7 @@ from plphp.recall.codes import from_rows, row_bytes, to_rows
 
 # Subtracted from the score for each earlier token, so that of equal scores the first always wins.
 TIE_STEP = 2.0**-20
-BITS = 4  # 8 bits choose no better, and take twice the bytes from the budget (docs/recall.md)
+BITS = 4  # 8 bits choose no better, and take twice the bytes from the budget (docs/recall-how.md)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 vLLM keeps only its connector interface stable. `USES` lists everything else that the plugin calls,
 wraps or subclasses, with the arguments or fields that it relies on. For a minor version that is not
 in `TESTED`, `python -m plphp.vllm.versions` prints which of them have changed, as the first step of
-"Versions of vLLM" in docs/vllm-details.md.
+"Versions of vLLM" in docs/vllm-models.md.
 
 0.32 and 0.33 need the same code. Their differences that are near the plugin:
 - 0.33 leaves the null blocks at the head of a table out of what `pop_blocks_for_free` returns, and
