@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -52,26 +52,41 @@ class Page:
     file: its name in docs/
     methods: the methods of its tables, besides the controls
     budgets: the budgets of its tables; rows without a budget always belong to them
-    tables: the columns of each table, by its heading
+    tables: the columns of each table, by the line that it is folded under; "": it is not folded
+    overview: the columns of a table before them, with the first of the budgets only
     """
 
     file: str
     methods: Sequence[str]
     budgets: Sequence[float]
     tables: Mapping[str, Tasks]
+    overview: Tasks = field(default_factory=dict)
 
     def shows(self, row: Row) -> bool:
         """Whether a row belongs to the tables."""
-        fits = row["budget"] is None or row["method"] == "full" or row["budget"] in self.budgets
-        return fits and row["method"] in (*CONTROLS, *self.methods)
+        return fits(row, self.budgets) and row["method"] in (*CONTROLS, *self.methods)
 
     def write(self, text: str, found: Mapping[str, Any]) -> str:
         """The page's text with the tables of the results in it, and what they were measured on."""
         rows = [row for row in found["rows"] if self.shows(row)]
-        made = "".join(f"{name}{table(rows, tasks)}\n\n" for name, tasks in self.tables.items())
+        first = [row for row in rows if fits(row, self.budgets[:1])]
+        made = f"{table(first, self.overview)}\n\n" if self.overview else ""
+        made += "".join(folded(name, table(rows, tasks)) for name, tasks in self.tables.items())
         pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
         whole = f"{BEGIN}{made}{measured(found['about'])}{END}"
         return re.sub(pattern, lambda _: whole, text, flags=re.S)
+
+
+def fits(row: Row, budgets: Sequence[float]) -> bool:
+    """Whether a row has one of the budgets, or no budget at all."""
+    return row["budget"] is None or row["method"] == "full" or row["budget"] in budgets
+
+
+def folded(name: str, made: str) -> str:
+    """A table, folded under a line if that is not empty."""
+    if not name:
+        return f"{made}\n\n"
+    return f'<details markdown="1">\n<summary>{name}</summary>\n\n{made}\n\n</details>\n\n'
 
 
 def each_task(suite: str) -> Tasks:
@@ -119,7 +134,8 @@ PAGES = (
             "plphp+host",
         ),
         (0.4, 0.2),
-        {f"### {suite}\n\n": each_task(suite) for suite in SUITES},
+        {f"{suite}, each task, with 40 % and 20 %": each_task(suite) for suite in SUITES},
+        {f"{suite}, all tasks": [f"{task}@{suite}" for task in TASKS] for suite in SUITES},
     ),
     Page(
         "stages-results.md",

@@ -47,6 +47,22 @@ def test_a_table_has_its_own_methods_and_budgets_and_the_controls() -> None:
     assert ("plphp", 0.2) not in shown and not any(method == "novelty" for method, _ in shown)
 
 
+def test_an_overview_has_the_first_budget_and_tables_are_folded() -> None:
+    maker = maker_of("make_regimes")
+    rows = [row("full", 1.0, a=1.0), row("plphp", 0.4, a=0.5), row("plphp", 0.2, a=0.25)]
+    about = dict.fromkeys(
+        ("date", "machine", "dtype", "torch", "transformers", "limit", "seed"), "x"
+    )
+    columns = {"a": ("a@dense",)}
+    page = maker.Page("page.md", ("plphp",), (0.4, 0.2), {"each": columns}, columns)
+    text = page.write(f"{maker.BEGIN}{maker.END}", {"rows": rows, "about": about})
+    overview, details = text.split("<details")
+    assert "| 0.50 |" in overview and "| 0.25 |" not in overview
+    assert "<summary>each</summary>\n\n| method |" in details
+    assert "| 0.50 |" in details and "| 0.25 |" in details
+    assert "<details" not in maker.folded("", "table")
+
+
 def test_a_column_is_the_mean_of_its_tasks_and_incomplete_rows_are_left_out() -> None:
     maker = maker_of("make_regimes")
     rows = [row("plphp", 0.4, a=0.5, b=1.0), row("novelty", 0.4, a=1.0, b=1.0)]

@@ -15,11 +15,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "doctor.md"
 LENGTH = 5000  # tokens, more than the windows of all classes
 HEAD = f"""# What doctor says
 
-After this page you know whether you can trust the bytes that `plphp doctor` reports. It builds a
-model without its weights, on torch's meta device, and fills transformers' own cache with keys and
-values. This page compares its numbers with the cache that the same model fills when it reads a
-prompt of {LENGTH:,} tokens, for every image-text-to-text class of transformers, with the default
-config of the class and in bfloat16. `tests/integration/test_default_classes.py` writes this page.
+After this page you know whether you can trust the bytes that `plphp doctor` reports. This page
+compares them with the cache that a model fills when it reads a prompt of {LENGTH:,} tokens, for
+every image-text-to-text class of transformers, with its default config and in bfloat16.
+
+"""
+HOW = """`plphp doctor` builds a model without its weights, on torch's meta device, and fills
+transformers' own cache with keys and values. `tests/integration/test_default_classes.py` writes
+this page.
 
 """
 COLUMNS = """- layers: the number of layers that are pruned for this prompt, of all layers
@@ -40,16 +43,22 @@ def page(version: str, classes: list[tuple[str, ...]], unread: dict[str, str]) -
     unread: for every other class, why it has none
     """
     right = sum(ratio == "1.00" for *_, ratio in classes)
-    some = sum(not layers.startswith("0 ") for _, layers, *_ in classes)
+    shares = [layers.split(" of ") for _, layers, *_ in classes]
+    every = sum(pruned == whole for pruned, whole in shares)
+    none = sum(pruned == "0" for pruned, _ in shares)
     table = "".join(f"| {' | '.join(row)} |\n" for row in classes)
     reasons = "".join(f"| {name} | {said} |\n" for name, said in unread.items())
     said = f"the bytes are right for {right} of {len(classes)} classes"
-    return f"""{HEAD}With transformers {version}, **{said}**. In {some} of them layers are
-pruned for this prompt; for the others, the command says why there are none.
-{len(unread)} more classes cannot read a prompt of text on the meta device with their default
-config, so that there is nothing to compare with.
+    return f"""{HEAD}With transformers {version}, **{said}**:
 
-<details markdown="1">
+| classes | number |
+|---|--:|
+| every layer is pruned for this prompt | {every} |
+| a part of the layers is pruned | {len(classes) - every - none} |
+| no layer is pruned, and the command says why | {none} |
+| there is nothing to compare with: no prompt can be read on the meta device | {len(unread)} |
+
+{HOW}<details markdown="1">
 <summary>Every class</summary>
 
 {COLUMNS}{table}
