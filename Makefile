@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo quick test test-all test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-vllm-next test-ray test-ray-all test-ray-vllm soak-vllm fuzz-saved lint support \
+.PHONY: demo quick test test-all environments test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-vllm-next test-ray test-ray-all test-ray-vllm soak-vllm fuzz-saved lint support \
 	support-recall docs figures screenshot accuracy accuracy-page regimes-page bench bench-cpu-peers gpu gpu-check gpu-bench gpu-vllm gpu-import bench-page bench-vllm wheel release-check retrain clean
 
 demo: $(VENV)/.installed
@@ -101,9 +101,13 @@ test-all: $(VENV)/.installed-dev lint
 fuzz-saved: $(VENV)/.installed-dev
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/integration/test_saved.py -k ten_thousand
 
-# The quick tests and a few more on the oldest transformers that is supported; OLDEST=5.19.0 for another.
-SAMPLE := $(QUICK) tests/integration/test_attach.py tests/integration/test_conversation.py \
-	tests/conformance/test_layouts.py
+# What a version of transformers can change: one cell of the matrix for every family, and the seam.
+SAMPLE := -m "quick or not (slow or gpu or cell)" -n $(JOBS) --dist worksteal \
+	tests/conformance/test_matrix.py tests/conformance/test_layouts.py tests/unit/test_spans.py tests/unit/test_patches.py \
+	tests/integration/test_versions.py tests/integration/test_attach.py \
+	tests/integration/test_conversation.py
+
+# The sample on the oldest transformers that is supported; OLDEST=5.19.0 for another.
 test-oldest: $(VENV)-$(OLDEST)/.installed
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(VENV)-$(OLDEST)/bin/python -m pytest $(SAMPLE)
 
@@ -262,6 +266,9 @@ $(VLLM)/.installed:
 		cp $(ENGINE)/torchvision_operators.py $$site && \
 		echo "import torchvision_operators" > $$site/torchvision_operators.pth; }; }
 	touch $@
+
+# What test-oldest and test-vllm need; .ci/run makes it while its first tests run.
+environments: $(VENV)-$(OLDEST)/.installed $(VLLM)/.installed
 
 # pip unpacks the source, fails to build it, and is told to leave it there.
 $(NEXT_VLLM)/.installed: $(VLLM)/.installed
