@@ -27,6 +27,30 @@ def test_shares_are_of_the_full_cache() -> None:
     assert maker.of_full(rows, "random", 0.4) == pytest.approx((0.5, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("page", "method", "budget"),
+    [
+        ("../README.md", "novelty", 0.4),
+        ("../README.md", "novelty+host", 0.2),
+        ("../README.md", "plphp:paper", None),
+        ("regimes.md", "novelty", 0.4),
+        ("regimes.md", "novelty", 0.2),
+        ("regimes.md", "novelty+host", 0.2),
+        ("regimes.md", "plphp:paper", None),
+        ("regimes.md", "divprune/novelty", 0.2),
+        ("stages.md", "divprune/novelty", 0.2),
+        ("methods-cache.md", "novelty", 0.2),
+    ],
+)
+def test_shares_in_sentences_are_those_of_the_results(
+    page: str, method: str, budget: float | None
+) -> None:
+    maker = maker_of("make_regimes")
+    low, high = maker.of_full(json.loads(maker.RESULTS.read_text())["rows"], method, budget)
+    quoted = f"{low:.2f} to {high:.2f}".removeprefix("0")
+    assert quoted in (DOCS / page).read_text(), "the sentence has other results"
+
+
 def row(method: str, budget: float | None, **right: float) -> dict[str, object]:
     names = {f"{task}@dense": value for task, value in right.items()}
     kept = dict.fromkeys(names, budget or 0.65)
