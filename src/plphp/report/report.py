@@ -17,7 +17,7 @@ from plphp.report.traffic import CodesReport, RecallReport
 SLACK = "{:,} bytes above the full prompt: slots for the next tokens, and numbers about the slots"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """What a finished prefill kept, and the bytes that the cache takes.
 
@@ -145,6 +145,9 @@ class Report:
     def _repr_html_(self) -> str | None:
         """The page in a notebook; None, so that plain text is shown, if jinja2 is missing."""
         return _drawing().notebook(self)
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary}>"
 
     def __str__(self) -> str:
         column = "kept" if self.recall is None else "in full on the device"
