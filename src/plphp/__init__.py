@@ -27,6 +27,7 @@ from plphp.errors import (
 
 if TYPE_CHECKING:
     from plphp.hf import PrunedCache, Pruning, calibrate, prune
+    from plphp.hf.attached import attached
     from plphp.inspector import inspect
     from plphp.models import vision_spans
     from plphp.policy import PLPHP, policy
@@ -47,6 +48,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedTransformersError",
     "__version__",
+    "attached",
     "calibrate",
     "inspect",
     "policy",
@@ -62,6 +64,7 @@ _LATER = {
     "Pruning": "plphp.hf",
     "Recall": "plphp.recall",
     "Report": "plphp.report",
+    "attached": "plphp.hf.attached",
     "calibrate": "plphp.hf",
     "inspect": "plphp.inspector",
     "policy": "plphp.policy",

@@ -80,6 +80,31 @@ def test_refusals_beyond_generate(model: torch.nn.Module) -> None:
         plphp.PrunedCache(model)
 
 
+def test_two_caches_in_one_call_are_refused(model: torch.nn.Module) -> None:
+    with plphp.prune(model):
+        one, other = (plphp.PrunedCache(model) for _ in range(2))
+        for call in (model, model.generate):
+            with pytest.raises(plphp.InputError, match="are two caches"):
+                call(**prompt(model), cache=one, past_key_values=other)
+        model.generate(**prompt(model), **GREEDY, cache=one, past_key_values=one)
+    assert one.get_seq_length() > other.get_seq_length() == 0
+
+
+def test_a_forgotten_pruning_is_found_on_the_model(model: torch.nn.Module) -> None:
+    pruning = plphp.prune(model)
+    assert plphp.attached(model) is pruning
+    pruning.remove()
+    assert plphp.attached(model) is None
+
+
+def test_a_report_is_short_where_python_shows_it(model: torch.nn.Module) -> None:
+    with plphp.prune(model) as pruning:
+        model.generate(**prompt(model), **GREEDY)
+    report = pruning.report
+    assert report is not None and report.summary in repr(report)
+    assert len(repr(report)) < 200 and len(repr(report.layers[0])) < 400
+
+
 def test_models_without_vision_are_refused() -> None:
     config = LlamaConfig(
         vocab_size=32,

@@ -72,6 +72,21 @@ def test_another_history_is_refused() -> None:
         model.generate(**conversation(said, second, pixels={}), **GREEDY, cache=cache)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_vl", "glm4v", "llava"])
+def test_a_longer_prompt_about_other_images_is_refused(family: str) -> None:
+    """Before the model computes positions of its pixels, of which some are in no new column."""
+    model = tiny.FAMILIES[family].build(0)
+    first = turn(family, model, 1)
+    other = tiny.FAMILIES[family].make_inputs(model, [tiny.RowSpec(images=2, text=60, salt=1)], 1)
+    with plphp.prune(model, SOME):
+        cache = plphp.PrunedCache(model)
+        said = model.generate(**first, **GREEDY, cache=cache)
+        with pytest.raises(plphp.InputError, match=OTHER):
+            model.generate(**other[0], **GREEDY, cache=cache)
+        second = conversation(said, turn(family, model, 0, salt=1), pixels={})
+        model.generate(**second, **GREEDY, cache=cache)
+
+
 def test_what_is_not_known_is_not_refused() -> None:
     """Padding, cropped and repeated rows, reset caches, and tokens that the caller decoded."""
     model = tiny.FAMILIES["llava"].build(0)

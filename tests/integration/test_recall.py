@@ -201,3 +201,14 @@ def test_options_that_recall_would_ignore_are_refused(policy: Any) -> None:
     with pytest.raises(UnsupportedModeError, match="would have no effect, because recall decides"):
         plphp.prune(model, policy, recall="int4")
     assert "generate" not in vars(model), "nothing was changed"
+
+
+def test_rates_that_recall_ignores_are_a_note() -> None:
+    family = EVERY["llava"]
+    model = family.build(0)
+    inputs = family.make_inputs(model, [tiny.RowSpec(images=1, text=20)], 0)[0]
+    for policy, names in ((plphp.policy("recommended", budget=0.2), "budget"), (plphp.PLPHP(), "")):
+        with plphp.prune(model, policy, recall="host") as pruning:
+            model.generate(**inputs, max_new_tokens=2)
+        notes = " ".join(pruning.report.notes)
+        assert ("had no effect" in notes) == bool(names) and names in notes

@@ -130,7 +130,7 @@ def possible(model: Any, every: Sequence[Way]) -> tuple[list[Way], dict[str, str
         try:
             with way.attach(model):
                 able.append(way)
-        except (PlphpError, ValueError) as error:  # ValueError: heads too small for int4
+        except PlphpError as error:
             if way.recall is None and way.kv_bits is None:
                 raise
             reasons[way.name] = " ".join(str(error).split())

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from plphp._installed import warn_if_untested
-from plphp.errors import UnsupportedModeError
+from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf import compat, stock
 from plphp.hf.attached import MARK, Pruning, base_model
 from plphp.hf.attention import ConfigView, pass_layer, pruned_attention
@@ -133,7 +133,7 @@ def _begin(
     given = source.get("input_ids")
     given = source.get("inputs_embeds") if given is None else given
     if given is None:
-        raise ValueError("a forward of an attached model needs input_ids or inputs_embeds")
+        raise InputError("a forward of an attached model needs input_ids or inputs_embeds")
     batch, columns = given.shape[:2]
     if not cache._generating:
         past = cache.get_seq_length()
@@ -181,7 +181,7 @@ def _cache_of(pruning: Pruning, kwargs: dict[str, Any]) -> PrunedCache:
             "return: set it to False"
         )
     kwargs["use_cache"] = True  # also where the config of the checkpoint says otherwise
-    return own_cache(cache, pruning)
+    return own_cache(kwargs, pruning)
 
 
 def _finish(

@@ -26,7 +26,7 @@ class PrunedCache(Conversation):
     `copy.deepcopy` makes an independent conversation; `save` and `load` store it in a file.
 
     Raises UnsupportedModeError for a model that is not attached and for `static` with recall, and
-    ValueError for a bad `max_len`.
+    InputError for a bad `max_len`.
     """
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -31,8 +31,8 @@ def calibrate(
     third of the layers falls into each class. With the paper's thresholds .25 and .1 all layers of
     some models are in one class. The share that a single prompt keeps still depends on its gammas.
 
-    Raises InputError if no sample has vision tokens, ValueError for a budget or a spread out of
-    range, and otherwise as `plphp.prune`.
+    Raises InputError if no sample has vision tokens, for a budget or a spread out of range, and
+    otherwise as `plphp.prune`.
     Source: plphp's own; the paper gives fixed thresholds.
     """
     gammas: list[float] = []

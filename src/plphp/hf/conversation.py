@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from plphp.cache import StaticStore, allocated
-from plphp.errors import UnsupportedModeError
+from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.attached import Pruning, attached
 from plphp.hf.later_turn import History
@@ -141,7 +141,7 @@ class Conversation(Cache):
             self.shared.compacts_all,
         )
         if self.max_len is not None and self.static and prompt.end > self.max_len:
-            raise ValueError(f"the prompt ends at column {prompt.end}, max_len is {self.max_len}")
+            raise InputError(f"the prompt ends at column {prompt.end}, max_len is {self.max_len}")
         if begin == 0:
             self.layers = self._renewed(length)
             if self.static and len(self.shared.prunable) < len(self.layers):

@@ -8,9 +8,10 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationMixin
 
-from plphp.errors import UnsupportedModeError
+from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.attached import Pruning
 from plphp.hf.cache import PrunedCache
@@ -51,7 +52,7 @@ def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
         options = Options(kwargs, getattr(model, "generation_config", None))
         refuse_options(options)
         refuse_checkpointing(pruning)
-        cache = own_cache(compat.given_cache(kwargs), pruning)
+        cache = own_cache(kwargs, pruning)
         cache.check()
         kwargs = compat.with_cache(kwargs, compat.CACHE, cache)
         source, inputs = dict(kwargs), kwargs.get("inputs")
@@ -64,10 +65,6 @@ def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
         length = new_columns(source, past)
         cannot = unsupported_options(model, pruning.policy, cache, past)
         left_out = drop_or_refuse(options, cannot)
-        positions = later_positions(model, cache.shift, past, length, source)
-        if positions is not None:  # generate() would use the positions of the model's last prompt
-            columns = length if source.get("input_ids") is None else source["input_ids"].shape[1]
-            kwargs["position_ids"] = torch.nn.functional.pad(positions, (columns - length, 0))
         if cache.static:
             check_fits(cache, past + length, options)
         cache._begin(length, source, pruning, generating=True)
@@ -75,6 +72,7 @@ def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
         calls = pruning.calls
         calls.left_out, calls.condensed, calls.noted = left_out, False, []
         try:
+            kwargs |= _positions(model, cache, past, length, source)
             said = original(**kwargs)
             if cache._order is None:  # otherwise the cache has the rows of another order, as beams
                 cache._history.end(said, int(cache.get_seq_length()))
@@ -85,6 +83,21 @@ def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
             vars(pruning.calls).update(outer)
 
     return generate
+
+
+def _positions(
+    model: Any, cache: PrunedCache, past: int, length: int, source: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The argument of a later turn in place of the positions of the model's last prompt.
+
+    past, length, source: as of `later_positions`. It reads the sizes of the pixels, so the cache
+        must have checked before that they belong to the new columns
+    """
+    positions = later_positions(model, cache.shift, past, length, source)
+    if positions is None:
+        return {}
+    columns = length if source.get("input_ids") is None else source["input_ids"].shape[1]
+    return {"position_ids": torch.nn.functional.pad(positions, (columns - length, 0))}
 
 
 def merged_options(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,12 +118,17 @@ def merged_options(pruning: Pruning, original: Callable[..., Any]) -> Callable[.
     return prepare
 
 
-def own_cache(cache: Any, pruning: Pruning) -> PrunedCache:
+def own_cache(kwargs: Mapping[str, Any], pruning: Pruning) -> PrunedCache:
     """The cache that a call was given, or a new one if it was given none.
 
+    kwargs: the arguments of the call, by name
     Raises UnsupportedModeError for a cache of another class, of another model, or made for another
-    `recall`.
+    `recall`, and InputError for two caches.
     """
+    cache = compat.given_cache(kwargs)
+    given = (kwargs.get(name) for name in compat.CACHE_NAMES)
+    if any(other is not None and other is not cache for other in given):
+        raise InputError(f"{' and '.join(compat.CACHE_NAMES)} are two caches: give one of them")
     if cache is None:
         return PrunedCache(pruning.model)
     if not isinstance(cache, PrunedCache):
@@ -171,7 +189,7 @@ def new_columns(source: dict[str, Any], past: int) -> int:
     longer than the ids: then only the new columns were passed.
 
     source: the arguments of the call, by name
-    Raises ValueError if no column is new, or if neither input_ids nor inputs_embeds is given.
+    Raises InputError if no column is new, or if neither input_ids nor inputs_embeds is given.
     """
     for name in ("input_ids", "inputs_embeds"):
         given = source.get(name)
@@ -180,12 +198,12 @@ def new_columns(source: dict[str, Any], past: int) -> int:
             repeats = past and (mask is None or mask.shape[1] == given.shape[1])
             length = int(given.shape[1] - past if repeats else given.shape[1])
             if length < 1:
-                raise ValueError(
+                raise InputError(
                     f"the prompt adds no token to the {past} that the cache has seen: pass the "
                     "whole conversation, or start a new plphp.PrunedCache"
                 )
             return length
-    raise ValueError("a prompt needs input_ids or inputs_embeds")
+    raise InputError("a prompt needs input_ids or inputs_embeds")
 
 
 def refuse_method(name: str, why: str) -> Callable[..., Any]:

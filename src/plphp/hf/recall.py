@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from plphp.cache import KVStore, allocated
-from plphp.errors import InputTypeError, UnsupportedModeError
+from plphp.errors import InputError, InputTypeError, UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.layer import PrunedLayer
 from plphp.policy import (
@@ -25,6 +25,8 @@ from plphp.policy import (
 from plphp.recall import HOMES, KeptBits, Recall, as_recall, park
 from plphp.report import RecallReport
 
+RATES = ("budget", "r", "delta_r")  # options of policies that say how many tokens are kept
+
 
 def checked_recall(
     given: Recall | str | None, chosen: Policy, model: Any
@@ -36,7 +38,7 @@ def checked_recall(
         and the policy that keeps everything
 
     Raises UnsupportedModeError for a policy that does not prune the cache, InputTypeError for a
-    wrong type, and ValueError for bad options and for a budget below the size of the codes.
+    wrong type, and InputError for bad options and for a budget below the size of the codes.
     """
     if isinstance(given, type) and issubclass(given, Recall):
         given = given()
@@ -56,7 +58,7 @@ def checked_recall(
     refuse_ignored(cache_stage(chosen))
     lowest = recall.least_share(compat.head_dim(compat.text_config(model)), model.dtype.itemsize)
     if 0 < recall.budget < lowest:
-        raise ValueError(
+        raise InputError(
             f"the budget of recall {recall.home!r} must be at least {lowest:.3f}, the share of "
             f"this model's vision K/V that its codes take, got {recall.budget}: take fewer bits, "
             "'host', or 0 to hold nothing in full"
@@ -86,17 +88,31 @@ def refuse_ignored(chosen: Policy | None) -> None:
         )
 
 
+def ignored_rates(chosen: Policy | None) -> list[str]:
+    """A remark on the rates of a policy that are not its defaults, since recall ignores them."""
+    usual: dict[str, Any] = (
+        {o.name: o.default for o in fields(chosen)} if is_dataclass(chosen) else {}
+    )
+    given = [name for name in RATES if name in usual and getattr(chosen, name) != usual[name]]
+    if not given:
+        return []
+    return [
+        f"{' and '.join(given)} of {type(chosen).__name__} had no effect: with recall a policy "
+        "only ranks tokens, and the budget of plphp.Recall decides"
+    ]
+
+
 def checked_bits(bits: int | None, text: bool, recall: Recall | None) -> KeptBits | None:
     """The options of kept codes, as `plphp.prune` is given them.
 
-    Raises UnsupportedModeError with recall, InputTypeError for a wrong type, and ValueError for
+    Raises UnsupportedModeError with recall, InputTypeError for a wrong type, and InputError for
     another number of bits.
     """
     if not isinstance(text, bool):
         raise InputTypeError(f"kv_text must be True or False, got {text!r}")
     if bits is None:
         if text:
-            raise ValueError("kv_text needs kv_bits: give kv_bits=4 or 2")
+            raise InputError("kv_text needs kv_bits: give kv_bits=4 or 2")
         return None
     if recall is not None:
         raise UnsupportedModeError(

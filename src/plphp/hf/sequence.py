@@ -40,7 +40,7 @@ def attach_sequence(
     """Hook the layers that dropped tokens do not reach. Returns functions that remove the hooks.
 
     layers: all decoder layers, in order
-    Raises ValueError for options that do not fit this number of layers.
+    Raises InputError for options that do not fit this number of layers.
     """
     at = policy.leave_at(len(layers))
     chooses = policy if isinstance(policy, HiddenPolicy) else None

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from plphp.cache import bucketed
-from plphp.errors import UnsupportedModeError
+from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf import compat
 from plphp.hf.attached import Pruning
 from plphp.hf.prompt import Prefill
@@ -88,12 +88,12 @@ class Shared:
 def shared_by(pruning: Pruning, max_len: int | None, static: bool) -> Shared:
     """The state of a new cache of an attached model. max_len, static: as given to `PrunedCache`.
 
-    Raises ValueError and UnsupportedModeError for options that cannot be combined.
+    Raises InputError and UnsupportedModeError for options that cannot be combined.
     """
     if max_len is not None:
         check_count("max_len", max_len, 1)
     if static and max_len is None:
-        raise ValueError("static=True needs max_len, the columns of prompt and answer together")
+        raise InputError("static=True needs max_len, the columns of prompt and answer together")
     if static and pruning.recall is not None:
         raise UnsupportedModeError(
             "recall chooses tokens between the kernels of a step: use static=False"

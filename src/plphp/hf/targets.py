@@ -28,7 +28,7 @@ def chosen_policy(given: Any) -> Policy:
 
     given: a policy, the name or the class of one (with its default options), a list of two stages
         of such, or None for PLPHP()
-    Raises InputTypeError for any other type, ValueError for stages that do not follow one another,
+    Raises InputTypeError for any other type, InputError for stages that do not follow one another,
     and as `policy` does for an unknown name.
     """
     if isinstance(given, list | tuple):
@@ -160,7 +160,8 @@ def prunable(model: Any, vision_mask: Mask) -> list[Any]:
     for module in chosen:
         if isinstance(module.config, ConfigView):
             raise UnsupportedModeError(
-                "this model is attached already: remove() that pruning first"
+                "this model is attached already: call remove() on what plphp.prune returned, or "
+                "plphp.attached(model).remove()"
             )
         if hasattr(module, "sinks"):
             raise UnsupportedModelError(

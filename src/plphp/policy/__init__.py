@@ -1,7 +1,7 @@
 """Pruning policies: which tokens to keep. Pure tensor functions and small frozen dataclasses.
 
 This package imports torch only. The package can be called: `plphp.policy("snapkv", budget=.2)` is
-`plphp.policy.policy("snapkv", budget=.2)`, which raises ValueError for an unknown name or option.
+`plphp.policy.policy("snapkv", budget=.2)`, which raises InputError for an unknown name or option.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
+from plphp.errors import InputError
 from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy, plan_views
 from plphp.policy.cdpruner import CDPruner
 from plphp.policy.dart import DART
@@ -92,7 +93,7 @@ def policy(name: str, **options: Any) -> Policy:
     Every policy has the option `budget`, the share of vision K/V kept over all layers, 0 to 1.
     "recommended" is the best policy that we know among those that select tokens once, at the end
     of the prompt; see docs/methods.md. Two names make two stages: `policy("divprune,plphp")`, or
-    `policy("divprune:.25,plphp")` with the share that the first stage leaves. Raises ValueError,
+    `policy("divprune:.25,plphp")` with the share that the first stage leaves. Raises InputError,
     naming it, for an unknown name, an unknown option or a value out of range. "divprune:.25" is
     `policy("divprune", budget=.25)`.
     """
@@ -102,11 +103,11 @@ def policy(name: str, **options: Any) -> Policy:
     if name not in POLICIES:
         known = sorted([*POLICIES, *ALIASES])
         meant = "".join(f" (did you mean {near!r}?)" for near in get_close_matches(name, known, 1))
-        raise ValueError(f"unknown policy {name!r}{meant}; known are {', '.join(known)}")
+        raise InputError(f"unknown policy {name!r}{meant}; known are {', '.join(known)}")
     known = POLICIES[name].__dataclass_fields__
     for option in options:
         if option not in known:
-            raise ValueError(f"policy {name!r} has no option {option!r}; it has {', '.join(known)}")
+            raise InputError(f"policy {name!r} has no option {option!r}; it has {', '.join(known)}")
     made: Policy = POLICIES[name](**options)
     return made
 

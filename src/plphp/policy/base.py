@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from plphp.errors import InputError
 from plphp.policy import steps
 from plphp.policy.view import KeepPlan, LayerView, pack
 
@@ -28,7 +29,7 @@ Scope = Literal["image", "global"]
 class Policy:
     """Base class of all policies: a frozen dataclass whose fields are the policy's options.
 
-    An option out of range raises a ValueError that names the field. A policy of your own derives
+    An option out of range raises an InputError that names the field. A policy of your own derives
     from `Policy` and implements `plan`, or derives from `CachePolicy` and implements `look`.
     """
 
@@ -52,7 +53,7 @@ class Policy:
         return True
 
     def check(self, layers: int) -> None:
-        """Raise ValueError for options that do not fit a decoder with this number of layers."""
+        """Raise InputError for options that do not fit a decoder with this number of layers."""
 
     def plan(self, view: LayerView) -> KeepPlan:
         """The columns of one layer that every row and KV head keeps.
@@ -185,7 +186,7 @@ class SequencePolicy(Policy):
     def leave_at(self, layers: int) -> int:
         """The index of the first layer that does not compute the dropped tokens, 0 to `layers`.
 
-        Raises ValueError for options that do not fit a decoder with this number of layers.
+        Raises InputError for options that do not fit a decoder with this number of layers.
         """
         raise NotImplementedError
 
@@ -194,7 +195,7 @@ class SequencePolicy(Policy):
         return layer == self.leave_at(layers) - 1
 
     def check(self, layers: int) -> None:
-        """Raise the ValueError of `leave_at`."""
+        """Raise the InputError of `leave_at`."""
         self.leave_at(layers)
 
 
@@ -231,48 +232,48 @@ def flat_look(view: LayerView, scores: Tensor, rate: float) -> Look:
 
 
 def check_share(name: str, value: object) -> None:
-    """Raise ValueError, naming the option, unless it is a number from 0 to 1."""
+    """Raise InputError, naming the option, unless it is a number from 0 to 1."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a share from 0 to 1, got {value!r}")
+        raise InputError(f"{name} must be a share from 0 to 1, got {value!r}")
 
 
 def check_count(name: str, value: object, least: int, most: int = 2**31 - 1) -> None:
-    """Raise ValueError, naming the option, unless it is an integer from `least` to `most`.
+    """Raise InputError, naming the option, unless it is an integer from `least` to `most`.
 
     Larger integers than the default for `most` are not accepted by every function of torch.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
     if value > most:
-        raise ValueError(f"{name} must be an integer of at most {most}, got {value!r}")
+        raise InputError(f"{name} must be an integer of at most {most}, got {value!r}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ValueError, naming the option, unless it is one of the choices."""
+    """Raise InputError, naming the option, unless it is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        raise InputError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def check_early(layer: int, keep: float | None, budget: float | None) -> None:
-    """Raise ValueError, naming the option, for options that `layer_within` cannot take."""
+    """Raise InputError, naming the option, for options that `layer_within` cannot take."""
     check_count("layer", layer, 1)
     for name, value in (("keep", keep), ("budget", budget)):
         if value is not None:
             check_share(name, value)
     if keep is not None and budget is not None:
-        raise ValueError("budget and keep say the same thing: give one of them")
+        raise InputError("budget and keep say the same thing: give one of them")
 
 
 def layer_within(layer: int, budget: float | None, layers: int) -> int:
-    """`layer`, if it is in a decoder of `layers` layers and a budget can be met; else ValueError.
+    """`layer`, if it is in a decoder of `layers` layers and a budget can be met; else InputError.
 
     All layers before `layer` hold every token, which is the least budget.
     """
     if layer >= layers:
-        raise ValueError(f"layer must be below the decoder's {layers} layers, got {layer}")
+        raise InputError(f"layer must be below the decoder's {layers} layers, got {layer}")
     if budget is not None and budget < layer / layers - 1e-9:
-        raise ValueError(
+        raise InputError(
             f"budget must be at least layer / layers = {layer} / {layers}, got {budget}: earlier "
             "layers keep everything; take a smaller layer"
         )

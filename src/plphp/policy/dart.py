@@ -31,7 +31,7 @@ class DART(HiddenPolicy):
     budget: the share of vision K/V kept over all layers, in place of `keep`; at least K / layers
     min_tokens: the number of tokens that stay of each image at least
     pivots, text_pivots: P and Q
-    Raises ValueError, naming the field. A budget below K / layers is refused when a model is
+    Raises InputError, naming the field. A budget below K / layers is refused when a model is
     attached, because the number of layers is not known before.
     """
 

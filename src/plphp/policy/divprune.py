@@ -39,7 +39,7 @@ class DivPrune(HiddenPolicy):
 
     budget: the share of each image's tokens that stays, 0 to 1; the paper's default is .098
     min_tokens: the number of tokens that stay of each image at least
-    Raises ValueError, naming the field, for a value out of range.
+    Raises InputError, naming the field, for a value out of range.
     """
 
     budget: float = 0.5

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from itertools import product
 
+from plphp.errors import InputError
 from plphp.policy.base import Kind, Policy, check_share
 
 
@@ -21,7 +22,7 @@ class Downsample(Policy):
     """Smaller images.
 
     budget: the share of vision tokens kept, above 0 and at most 1
-    Raises ValueError, naming the field, for a value out of range.
+    Raises InputError, naming the field, for a value out of range.
     """
 
     budget: float = 0.4
@@ -29,7 +30,7 @@ class Downsample(Policy):
     def __post_init__(self) -> None:
         check_share("budget", self.budget)
         if self.budget == 0:
-            raise ValueError("budget must be above 0: a picture needs a token")
+            raise InputError("budget must be above 0: a picture needs a token")
 
     @property
     def kind(self) -> Kind:

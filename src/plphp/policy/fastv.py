@@ -31,7 +31,7 @@ class FastV(SequencePolicy):
     layer: K, the first layer that does not compute the dropped tokens, at least 1
     keep: the share of vision tokens that stays from layer K on, 0 to 1; .5 by default
     budget: the share of vision K/V kept over all layers, in place of `keep`; at least K / layers
-    Raises ValueError, naming the field. A budget below K / layers is refused when a model is
+    Raises InputError, naming the field. A budget below K / layers is refused when a model is
     attached, because the number of layers is not known before.
     """
 

@@ -31,7 +31,7 @@ class Novelty(CachePolicy):
     budget: the share of vision tokens kept, 0 to 1
     floor: the part of the budget that is reserved for each image, 0 to 1; one ranking over all
         images assigns the rest
-    Raises ValueError, naming the field, for a value out of range.
+    Raises InputError, naming the field, for a value out of range.
     """
 
     budget: float = 0.4

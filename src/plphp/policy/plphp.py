@@ -19,6 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from plphp.errors import InputError
 from plphp.policy import steps
 from plphp.policy.base import (
     CachePolicy,
@@ -51,7 +52,7 @@ class PLPHP(CachePolicy):
     round_to: more tokens are kept until the number of *dropped* vision tokens of a row is a
         multiple of round_to, so that a paged cache can free whole blocks
 
-    Raises ValueError, naming the field, for other values.
+    Raises InputError, naming the field, for other values.
     """
 
     r: float = 0.4
@@ -67,24 +68,24 @@ class PLPHP(CachePolicy):
         for name in ("r", "delta_r", "alpha", "beta"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name} must be a number, got {value!r}")
+                raise InputError(f"{name} must be a number, got {value!r}")
             if not abs(value) < 2**63:  # torch compares with no larger integer
-                raise ValueError(f"{name} must be finite and less than 2**63, got {value!r}")
+                raise InputError(f"{name} must be finite and less than 2**63, got {value!r}")
         if self.delta_r < 0:
-            raise ValueError(f"delta_r must be at least 0, got {self.delta_r}")
+            raise InputError(f"delta_r must be at least 0, got {self.delta_r}")
         # 1e-9 tolerates the rounding error of sums such as .7 + .3.
         if self.r - self.delta_r < -1e-9:
-            raise ValueError(
+            raise InputError(
                 f"r - delta_r must be at least 0, got {self.r} - {self.delta_r}: a layer cannot "
                 "keep less than nothing; give a smaller delta_r"
             )
         if self.r + self.delta_r > 1 + 1e-9:
-            raise ValueError(
+            raise InputError(
                 f"r + delta_r must be at most 1, got {self.r} + {self.delta_r}: a layer cannot "
                 "keep more than all; give a smaller r or delta_r"
             )
         if self.beta > self.alpha:
-            raise ValueError(
+            raise InputError(
                 f"beta must be at most alpha, got {self.beta} > {self.alpha}: give both"
             )
         if isinstance(self.budget, str):
@@ -140,7 +141,7 @@ def calibrated(gammas: list[float], budget: float, spread: float = 0.75) -> PLPH
     gammas: vision attention of layers, as many prompts as you like
     budget: the mean share of vision tokens that these layers keep, 0 to 1
     spread: delta_r / r, 0 to 1; where r + delta_r would be above 1, delta_r is 1 - r
-    Raises ValueError for a budget or a spread out of range.
+    Raises InputError for a budget or a spread out of range.
     """
     check_share("budget", budget)
     check_share("spread", spread)

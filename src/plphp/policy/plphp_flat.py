@@ -19,7 +19,7 @@ class PLPHPFlat(CachePolicy):
     """Per-head selection at one rate for all layers and images.
 
     budget: the share of vision tokens kept, 0 to 1
-    Raises ValueError, naming the field, for a value out of range.
+    Raises InputError, naming the field, for a value out of range.
     """
 
     budget: float = 0.4

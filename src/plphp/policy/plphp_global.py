@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from plphp.errors import InputError
 from plphp.policy.base import Scope
 from plphp.policy.plphp import PLPHP
 
@@ -26,7 +27,7 @@ class PLPHPGlobal(PLPHP):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget == "image":
-            raise ValueError(
+            raise InputError(
                 "budget='image' ranks every image by itself: take policy 'plphp' for that"
             )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from plphp.errors import InputError
 from plphp.policy import steps
 from plphp.policy.plphp import PLPHP
 from plphp.policy.view import LayerView
@@ -26,7 +27,7 @@ class PLPHPShared(PLPHP):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gqa != "mean":
-            raise ValueError(
+            raise InputError(
                 f"gqa={self.gqa!r} has no effect where all heads keep the same tokens: leave it "
                 "out, or take policy 'plphp'"
             )

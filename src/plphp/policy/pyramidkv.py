@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from plphp.errors import InputError
 from plphp.policy.snapkv import SnapKV
 from plphp.policy.view import LayerView
 
@@ -22,7 +23,7 @@ class PyramidKV(SnapKV):
     budget: the mean over layers of the share of vision tokens kept, 0 to 1
     window, kernel: as in SnapKV
     slope: budget divided by the rate of the last layer, at least 1; 1 gives all layers one rate
-    Raises ValueError, naming the field, for a value out of range.
+    Raises InputError, naming the field, for a value out of range.
     """
 
     slope: float = 20.0
@@ -31,7 +32,7 @@ class PyramidKV(SnapKV):
         super().__post_init__()
         number = isinstance(self.slope, (int, float)) and not isinstance(self.slope, bool)
         if not number or not 1 <= self.slope < 2**63:
-            raise ValueError(f"slope must be at least 1 and less than 2**63, got {self.slope!r}")
+            raise InputError(f"slope must be at least 1 and less than 2**63, got {self.slope!r}")
 
     @property
     def highest_rate(self) -> float:

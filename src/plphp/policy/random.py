@@ -24,7 +24,7 @@ class Random(CachePolicy):
 
     budget: the share of vision tokens kept, 0 to 1
     seed: of the random numbers, at least 0
-    Raises ValueError, naming the field, for a value out of range.
+    Raises InputError, naming the field, for a value out of range.
     """
 
     budget: float = 0.4

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plphp.errors import InputError
 from plphp.policy import steps
 from plphp.policy.base import CachePolicy, Look, Scope, check_count, check_share, flat_look
 from plphp.policy.view import LayerView
@@ -28,7 +29,7 @@ class SnapKV(CachePolicy):
     budget: the share of vision tokens kept, 0 to 1
     window: the number of last prompt tokens whose attention is averaged, at least 1
     kernel: width of the average pooling over columns, odd
-    Raises ValueError, naming the field, for a value out of range.
+    Raises InputError, naming the field, for a value out of range.
     """
 
     budget: float = 0.4
@@ -40,7 +41,7 @@ class SnapKV(CachePolicy):
         check_count("window", self.window, 1)
         check_count("kernel", self.kernel, 1)
         if self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd, got {self.kernel}")
+            raise InputError(f"kernel must be odd, got {self.kernel}")
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]

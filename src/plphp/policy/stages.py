@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from plphp.errors import InputError
 from plphp.policy.base import CachePolicy, Kind, Policy, SequencePolicy, check_share
 
 
@@ -18,7 +19,7 @@ from plphp.policy.base import CachePolicy, Kind, Policy, SequencePolicy, check_s
 class Stages(Policy):
     """One sequence method before one cache method.
 
-    Raises ValueError for policies of other kinds or in another order.
+    Raises InputError for policies of other kinds or in another order.
     """
 
     first: SequencePolicy
@@ -31,7 +32,7 @@ class Stages(Policy):
             swapped = isinstance(self.second, SequencePolicy) and isinstance(
                 self.first, CachePolicy
             )
-            raise ValueError(
+            raise InputError(
                 "two stages are a sequence method such as divprune, then a cache method such as "
                 f"plphp; got {got}" + (": give them in the other order" if swapped else "")
             )
@@ -51,11 +52,11 @@ class Stages(Policy):
 
 
 def in_stages(policies: Sequence[Policy]) -> Policy:
-    """One policy from a list of one policy, or of two stages. Raises ValueError for others."""
+    """One policy from a list of one policy, or of two stages. Raises InputError for others."""
     if len(policies) == 1:
         return policies[0]
     if len(policies) != 2:
-        raise ValueError(
+        raise InputError(
             "a list of policies is one policy, or a sequence method and then a cache method; got "
             f"{len(policies)}"
         )
@@ -83,23 +84,23 @@ def named(name: str, make: Any, options: dict[str, Any]) -> Policy:
     make: makes one policy from its name and options
     options: of the last stage, but for `budget` (float), which is the share of vision K/V that
         both stages leave: the second keeps budget / (the first stage's share)
-    Raises ValueError for a name or option that does not fit, and for a budget above the first
+    Raises InputError for a name or option that does not fit, and for a budget above the first
     stage's share.
     """
     parts = [part.strip() for part in name.replace("/", ",").split(",")]
     if len(parts) > 2 or "" in parts:
-        raise ValueError(f"{name!r} must name a sequence method and a cache method, in this order")
+        raise InputError(f"{name!r} must name a sequence method and a cache method, in this order")
     own, _, share = parts[0].partition(":")
     try:
         first: Policy = make(
             own, **(_shared(share) if share else {}), **({} if parts[1:] else options)
         )
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{parts[0]!r}: {error}") from None
+        raise InputError(f"{parts[0]!r}: {error}") from None
     if len(parts) == 1:
         return first
     if ":" in parts[1]:
-        raise ValueError(
+        raise InputError(
             f"{parts[1]!r}: give the share of both stages together as the budget, from which that "
             "of the second follows"
         )
@@ -108,12 +109,12 @@ def named(name: str, make: Any, options: dict[str, Any]) -> Policy:
         check_share("budget", budget)
         of_first = getattr(first, "budget", None)
         if of_first is None:
-            raise ValueError(
+            raise InputError(
                 f"the budget of both stages needs the share of the first: name it, as in "
                 f"'{own}:.5,{parts[1]}'"
             )
         if budget > of_first + 1e-9:
-            raise ValueError(
+            raise InputError(
                 f"budget must be at most the share of the first stage, {of_first}, got {budget}: "
                 f"give the first stage a larger one, as in '{own}:{budget:g},{parts[1]}'"
             )
@@ -126,4 +127,4 @@ def _shared(share: str) -> dict[str, float]:
     try:
         return {"budget": float(share)}
     except ValueError:
-        raise ValueError(f"the share after ':' must be a number, got {share!r}") from None
+        raise InputError(f"the share after ':' must be a number, got {share!r}") from None

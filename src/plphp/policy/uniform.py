@@ -20,7 +20,7 @@ class Uniform(CachePolicy):
     """Top-k of each image by the mean attention of all heads.
 
     budget: the share of vision tokens kept, 0 to 1
-    Raises ValueError, naming the field, for a value out of range.
+    Raises InputError, naming the field, for a value out of range.
     """
 
     budget: float = 0.4

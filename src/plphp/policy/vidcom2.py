@@ -33,7 +33,7 @@ class VidCom2(HiddenPolicy):
 
     budget: the share of each video's tokens that stays, 0 to 1; the paper's default is .25
     min_tokens: the number of tokens that stay of each frame at least
-    Raises ValueError, naming the field, for a value out of range.
+    Raises InputError, naming the field, for a value out of range.
     """
 
     budget: float = 0.5

@@ -34,7 +34,7 @@ class VisionZip(HiddenPolicy):
     budget: the share of each image's tokens that stays, 0 to 1
     contextual: the share of these that others are merged into, 0 to 1; the paper's is 10 of 64
     min_tokens: the number of tokens that stay of each image at least
-    Raises ValueError, naming the field, for a value out of range.
+    Raises InputError, naming the field, for a value out of range.
     """
 
     budget: float = 0.5

@@ -33,7 +33,7 @@ class VLCache(CachePolicy):
         zero, 0 to 1
     window: the number of last prompt tokens whose attention is read; of these, the tokens after
         the last vision token count, and always the last token
-    Raises ValueError, naming the field, for a value out of range.
+    Raises InputError, naming the field, for a value out of range.
     """
 
     budget: float = 0.4

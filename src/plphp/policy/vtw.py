@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from plphp.errors import InputError
 from plphp.policy.base import check_count, check_share
 from plphp.policy.hidden import HiddenPolicy, HiddenView
 
@@ -25,7 +26,7 @@ class VTW(HiddenPolicy):
     layer: K, the first layer without vision tokens, at least 1; by default half of the layers
     budget: the share of vision K/V kept over all layers, 0 to 1, instead of `layer`: K is the layer
         that comes closest to it
-    Raises ValueError, naming the field, for a value out of range or for both options at once. A
+    Raises InputError, naming the field, for a value out of range or for both options at once. A
     layer above the decoder's is refused when a model is attached.
     """
 
@@ -40,14 +41,14 @@ class VTW(HiddenPolicy):
         if self.budget is not None:
             check_share("budget", self.budget)
             if self.layer is not None:
-                raise ValueError("budget and layer say the same thing: give one of them")
+                raise InputError("budget and layer say the same thing: give one of them")
 
     def leave_at(self, layers: int) -> int:
         if self.budget is not None:
             return min(max(round(self.budget * layers), 1), layers)
         at = max(layers // 2, 1) if self.layer is None else self.layer
         if at > layers:
-            raise ValueError(f"layer must be at most the decoder's {layers} layers, got {at}")
+            raise InputError(f"layer must be at most the decoder's {layers} layers, got {at}")
         return at
 
     def share(self, layers: int) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from plphp.cache import KVStore
+from plphp.errors import InputError
 from plphp.policy import KeepPlan, Look
 from plphp.policy.base import check_choice, check_count, check_share
 from plphp.recall.budget import Place
@@ -40,7 +41,7 @@ class Recall:
     record: only for "host": record on the CPU which tokens each KV head reads at every step, for
         `PrunedCache.recalled()`
 
-    Raises ValueError for a value out of range, an unknown home, and an option that the home does
+    Raises InputError for a value out of range, an unknown home, and an option that the home does
     not have.
     """
 
@@ -60,7 +61,7 @@ class Recall:
         for option in fields(self)[2:]:
             if option.name not in kind.options and getattr(self, option.name) != option.default:
                 takers = [name for name, other in HOMES.items() if option.name in other.options]
-                raise ValueError(
+                raise InputError(
                     f"{option.name} has no effect with home={self.home!r}, only with "
                     f"{' or '.join(f'home={name!r}' for name in takers)}"
                 )
@@ -110,7 +111,7 @@ class Home(Protocol):
 
     @classmethod
     def check(cls, recall: Recall) -> None:
-        """Raise ValueError for values of options that this kind of home does not support."""
+        """Raise InputError for values of options that this kind of home does not support."""
 
     @classmethod
     def least_share(cls, dim: int, itemsize: int) -> float:
@@ -135,7 +136,7 @@ class Home(Protocol):
 
         store: keys and values of the layer, already read from the file
         spans: (B, columns) int64 of the conversation, with at least one vision token
-        Raises ValueError if `saved` does not fit the store, the spans or the options.
+        Raises InputError if `saved` does not fit the store, the spans or the options.
         """
         ...
 
@@ -197,10 +198,10 @@ HOMES: dict[str, type[Home]] = {}  # name -> class; filled in `plphp.recall`
 def as_recall(given: Recall | str | None) -> Recall | None:
     """The options with which recall was given: the name of a home stands for its defaults.
 
-    Raises ValueError for an unknown name.
+    Raises InputError for an unknown name.
     """
     if not isinstance(given, str):
         return given
     if given not in HOMES:
-        raise ValueError(f"recall must be one of {tuple(HOMES)} or a plphp.Recall, got {given!r}")
+        raise InputError(f"recall must be one of {tuple(HOMES)} or a plphp.Recall, got {given!r}")
     return Recall(home=given)

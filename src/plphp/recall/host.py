@@ -15,6 +15,7 @@ from torch import Tensor
 
 from plphp.attention import attend, decode_attention
 from plphp.cache import KVStore, take
+from plphp.errors import InputError
 from plphp.policy import KeepPlan, Look
 from plphp.recall.budget import Place, affordable_tokens, plan_within
 from plphp.recall.codes import row_bytes
@@ -87,9 +88,9 @@ class HostHome:
 
     @classmethod
     def check(cls, recall: Recall) -> None:
-        """Raise ValueError for a budget of 0: a step reads resident tokens only."""
+        """Raise InputError for a budget of 0: a step reads resident tokens only."""
         if recall.budget == 0:
-            raise ValueError("budget must be above 0: a step reads what the device holds")
+            raise InputError("budget must be above 0: a step reads what the device holds")
 
     @classmethod
     def least_share(cls, dim: int, itemsize: int) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from plphp.cache import KVStore, take
+from plphp.errors import InputError
 from plphp.policy import KeepPlan
 from plphp.recall.coded_tokens import CodedTokens, restored_codes
 from plphp.recall.codes import (
@@ -38,7 +39,7 @@ class KeptBits:
     text: whether text is in codes too, but for the last RECENT text tokens of a prompt and the
         tokens of the answer, which become codes at the end of the next prompt
 
-    Raises ValueError for another number of bits.
+    Raises InputError for another number of bits.
     """
 
     bits: int
@@ -46,7 +47,7 @@ class KeptBits:
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in (4, 2):
-            raise ValueError(f"kv_bits must be 4 or 2, got {self.bits!r}: leave it out for none")
+            raise InputError(f"kv_bits must be 4 or 2, got {self.bits!r}: leave it out for none")
 
     def share(self, dim: int, itemsize: int) -> float:
         """Bytes of a kept token in codes as a share of its bytes in full, for long prompts.

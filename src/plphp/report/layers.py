@@ -35,7 +35,7 @@ class LayerReport:
     gamma: tuple[float, ...]
     layer_class: tuple[str | None, ...]
     rate: tuple[float, ...]
-    kept: Tensor
+    kept: Tensor = field(repr=False)
     vision: tuple[int, ...]
     pruned: bool = True
     kv_bytes: int = 0

@@ -17,7 +17,7 @@ from plphp.report.traffic import CodesReport, RecallReport
 SLACK = "{:,} bytes above the full prompt: slots for the next tokens, and numbers about the slots"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """What a finished prefill kept, and the bytes that the cache takes.
 
@@ -148,8 +148,11 @@ class Report:
 
     @property
     def has_vision(self) -> bool:
-        """Whether a row of the prompt has vision tokens. With recall those of earlier turns count."""
+        """Whether a row has vision tokens: of this prompt, or with recall of any turn."""
         return any(sum(layer.vision) for layer in self.layers)
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary}>"
 
     def __str__(self) -> str:
         if not self.has_vision:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plphp.errors import InputError
+
 GROUP = 32  # numbers of a row that share a range in 4 bits
 ROWS = 16  # the 4-bit kernel needs a multiple of so many output rows
 BLOCK = 2**20  # how many numbers of a weight are rounded at a time
@@ -97,9 +99,9 @@ class Int4Linear(Rounded):
 
     @classmethod
     def of(cls, weight: Tensor, bias: nn.Parameter | None = None) -> Int4Linear:
-        """Round a weight (N, K), which is not kept. Raises ValueError where `fits` says no."""
+        """Round a weight (N, K), which is not kept. Raises InputError where `fits` says no."""
         if not cls.fits(weight):
-            raise ValueError(
+            raise InputError(
                 f"a weight in 4 bits needs multiples of {ROWS} rows and of {GROUP} columns, got "
                 f"{tuple(weight.shape)}: use 8 bits"
             )

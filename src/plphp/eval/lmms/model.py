@@ -231,7 +231,7 @@ def _policy(method: str, options: dict[str, Any]) -> Any:
     if method != "none":
         return policy(method, **options)
     if options:
-        raise ValueError(f"method=none has no options, got {', '.join(options)}")
+        raise InputError(f"method=none has no options, got {', '.join(options)}")
     return None
 
 
