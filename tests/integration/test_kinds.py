@@ -116,7 +116,7 @@ def test_calibration_fits_the_model_and_leaves_it_alone(expected: Any) -> None:
     model = expected.build()
     generate(model, expected.inputs, steps=1)
     before = state_of(model)
-    found = plphp.calibrate(model, [expected.inputs], budget=0.3)
+    found = plphp.calibrate(model, [expected.inputs] * 8, budget=0.3)
     assert state_of(model) == before
     with plphp.prune(model, found) as pruning:
         generate(model, expected.inputs, steps=1)

@@ -206,7 +206,8 @@ def _print_comparison(
         return
     found = compared.report
     how = "kept" if found.recall is None and found.codes is None else "on the device"
-    table = Table(title=f"{found.on_device:.0%} of the vision K/V {how}")
+    share = f"{found.on_device:.0%} of the vision K/V {how}"
+    table = Table(title=share if found.has_vision else None)
     for name in ("", "full", "pruned"):
         table.add_column(name, overflow="fold")
     rows = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from plphp.errors import InputError
 from plphp.hf.attach import prune
 from plphp.policy import PLPHP, calibrated
 
+FEW = 8  # prompts; from fewer, the thresholds say more of these prompts than of the model
+
 
 def calibrate(
     model: Any, samples: Iterable[Mapping[str, Any]], budget: float = 0.4, spread: float = 0.75
@@ -19,7 +22,8 @@ def calibrate(
 
     model: a model that `plphp.prune` accepts and that is not attached
     samples: keyword arguments of `model.generate`, one mapping a prompt with images, such as a
-        processor's output. A few dozen prompts are enough
+        processor's output. A few dozen prompts are enough; fewer than 8
+        give a warning
     budget: share of vision K/V to keep, in the mean over layers and samples, 0 to 1
     spread: delta_r as a share of r. delta_r is smaller where r + delta_r would be above 1
 
@@ -32,11 +36,20 @@ def calibrate(
     Source: plphp's own; the paper gives fixed thresholds.
     """
     gammas: list[float] = []
+    prompts = 0
     with prune(model, PLPHP(r=1.0, delta_r=0.0)) as pruning, torch.inference_mode():
         for inputs in samples:
             model.generate(**inputs, max_new_tokens=1, do_sample=False)
             assert pruning.report is not None
+            prompts += sum(images > 0 for images in pruning.report.images)
             gammas += [g for layer in pruning.report.layers for g in layer.gamma if g == g]
     if not gammas:
         raise InputError("calibration needs samples with images: no vision token was found")
+    if prompts < FEW:
+        warnings.warn(
+            f"calibration on {prompts} prompts with images: give a few dozen, so that the "
+            "thresholds fit other prompts too",
+            UserWarning,
+            stacklevel=2,
+        )
     return calibrated(gammas, budget, spread)

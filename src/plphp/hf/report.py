@@ -14,7 +14,7 @@ from plphp.hf.layer import PrunedLayer, layer_tensors
 from plphp.hf.prompt import Prefill
 from plphp.hf.recall import ignored_rates, recall_report
 from plphp.models import processor_inputs
-from plphp.policy import Policy, cache_stage, sequence_stage
+from plphp.policy import PLPHP, Policy, cache_stage, sequence_stage
 from plphp.recall import HOMES, Recall
 from plphp.report import (
     CodesReport,
@@ -29,6 +29,7 @@ from plphp.report import (
     in_rows,
     layer_report,
     left_aligned,
+    one_class_note,
     ratio,
     untouched_report,
 )
@@ -38,6 +39,7 @@ NO_NEW_IMAGE = (
     "nothing was pruned: this turn brings no image, and the vision tokens that earlier turns kept "
     "stay as they are"
 )
+WRONG_SIDE = "so its answer follows padding: pad on the left (padding_side='left')"
 
 
 def build_report(cache: Conversation, prefill: Prefill) -> Report:
@@ -53,13 +55,33 @@ def build_report(cache: Conversation, prefill: Prefill) -> Report:
         kv_bytes_full=sum(layer.kv_bytes_full for layer in layers),
         prompt=tuple((spans >= 0).sum(-1).tolist()),
         images=tuple(spans.amax(-1).clamp(min=0).tolist()),
-        notes=(*where.notes, *_notes(cache, prefill, earlier), *lost),
+        notes=(
+            *where.notes,
+            *_right_padding(spans),
+            *_notes(cache, prefill, earlier),
+            *_one_class(cache, layers),
+            *lost,
+        ),
         seen=_seen(prefill, spans),
         recall=recall_report(cache.shared.recall, cache.layers),
         earlier=earlier,
         stages=stage_reports(cache.shared.policy, prefill, layers),
         codes=codes_report(cache, layers),
     )
+
+
+def _right_padding(spans: Tensor) -> list[str]:
+    """A note if a row of the prompt ends with padding. spans: (B, N) int64 on the CPU"""
+    rows = (spans[:, -1] < 0).nonzero()[:, 0].tolist()
+    which = f"row {rows[0]} is" if len(rows) == 1 else f"rows {', '.join(map(str, rows))} are"
+    return [f"{which} padded on the right, {WRONG_SIDE}"] if rows else []
+
+
+def _one_class(cache: Conversation, layers: tuple[LayerReport, ...]) -> list[str]:
+    """A note if the thresholds put all layers into one class, where the rates depend on classes."""
+    policy = cache_stage(cache.shared.policy)
+    chosen_by_class = isinstance(policy, PLPHP) and policy.delta_r > 0
+    return one_class_note(layers) if chosen_by_class and cache.shared.recall is None else []
 
 
 def stage_reports(

@@ -16,6 +16,7 @@ from plphp.report.layers import (
     StageReport,
     layer_report,
     left_aligned,
+    one_class_note,
     ratio,
     untouched_report,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "in_rows",
     "layer_report",
     "left_aligned",
+    "one_class_note",
     "ratio",
     "untouched_report",
 ]

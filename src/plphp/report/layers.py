@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,6 +144,17 @@ def untouched_report(layer: int, spans: Tensor, positions: Tensor, kv_heads: int
         vision=tuple((spans > 0).sum(-1).tolist()),
         pruned=False,
     )
+
+
+def one_class_note(layers: Sequence[LayerReport]) -> list[str]:
+    """A note if the pruned layers, two or more, are of one class in all rows; else no note."""
+    pruned = [layer for layer in layers if layer.pruned]
+    classes = {name for layer in pruned for name in layer.layer_class if name is not None}
+    if len(pruned) < 2 or len(classes) != 1:
+        return []
+    return [
+        f"all pruned layers are {classes.pop()}: plphp.calibrate fits alpha and beta to a model"
+    ]
 
 
 def left_aligned(kept: Tensor) -> Tensor:

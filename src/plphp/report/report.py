@@ -146,10 +146,17 @@ class Report:
         """The page in a notebook; None, so that plain text is shown, if jinja2 is missing."""
         return _drawing().notebook(self)
 
+    @property
+    def has_vision(self) -> bool:
+        """Whether a row has vision tokens: of this prompt, or with recall of any turn."""
+        return any(sum(layer.vision) for layer in self.layers)
+
     def __repr__(self) -> str:
         return f"<Report: {self.summary}>"
 
     def __str__(self) -> str:
+        if not self.has_vision:
+            return "\n".join([self.summary, *self.remarks])
         column = "kept" if self.recall is None else "in full on the device"
         lines = [f"layer  gamma  class                rate  {column}"]
         for layer in self.layers:
@@ -165,24 +172,31 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: the share that was kept, or with recall where the tokens are, and the bytes."""
+        """One line: the share that was kept, or with recall where the tokens are, and the bytes.
+
+        The bytes alone for a prompt without vision tokens; one of the notes says that it has none.
+        """
+        taken = (
+            f"cache {self.kv_bytes:,} bytes allocated, {self.kv_bytes_full:,} for the full prompt"
+        )
+        if not self.has_vision:
+            return taken
         share = f"{self.retention:.1%} of vision K/V kept"
         if self.recall is not None:
             lost = "nothing was dropped" if not self.stages else "nothing was dropped by the cache"
             share = f"{lost}: {self.recall.whereabouts}"
-        return (
-            f"{share}; cache {self.kv_bytes:,} bytes allocated, "
-            f"{self.kv_bytes_full:,} for the full prompt"
-        )
+        return f"{share}; {taken}"
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The lines after the summary: stages, bytes of recall or codes, slack, the notes."""
-        recall = [] if self.recall is None else [str(self.recall)]
-        codes = [] if self.codes is None else [str(self.codes)]
+        """The lines after the summary: stages, bytes of recall or codes, slack, the notes.
+
+        Only slack and notes for a prompt without vision tokens.
+        """
+        shares = [*self.stages, self.recall, self.codes] if self.has_vision else []
         more = self.kv_bytes - self.kv_bytes_full
         slack = [SLACK.format(more)] if more > 0 and self.recall is None else []
-        return (*map(str, self.stages), *recall, *codes, *slack, *self.notes)
+        return (*(str(one) for one in shares if one is not None), *slack, *self.notes)
 
 
 def _number(value: float) -> float | None:
