@@ -73,6 +73,7 @@ class Mode:
 
             options["num_gpu_blocks_override"] = serving.LAYERS * -(-264 // self.block) + 1
             options["max_model_len"] = 264
+            options["limit_mm_per_prompt"] = {"image": 4, "video": 1}
         return options
 
 

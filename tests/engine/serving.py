@@ -101,6 +101,12 @@ def picture(seed: int, most: int = 10, least: int = 2) -> Image.Image:
     return Image.fromarray(small).resize((int(width) * 28, int(height) * 28), Image.NEAREST)
 
 
+def film(rng: random.Random, frames: int) -> np.ndarray:
+    """A video with frames of 56 x 84 pixels."""
+    pictures = [picture(rng.randrange(10**6), most=4) for _ in range(frames)]
+    return np.stack([np.asarray(picture.resize((84, 56))) for picture in pictures])
+
+
 def random_requests(count: int, seed: int, most: int = 10) -> list[Request]:
     """Requests with 0 to 6 images; the thresholds put layers into all three layer classes."""
     rng = random.Random(seed)
@@ -129,14 +135,14 @@ def related_requests(count: int, seed: int) -> list[Request]:
     """Long answers to up to four images. About half of the requests share a prefix with another.
 
     They have the same images and another policy or question, another first image under the same
-    text, or one image more.
+    text, or one image more. In some of them a video stands before the images.
     """
     rng, out = random.Random(seed), []
     for made in random_requests(count, seed, most=8):
         four = {"images": made.images[:4], "words": made.words[:4]}
         request = replace(made, **four, tokens=made.tokens + 12)
         before = out[-1] if out and out[-1].images else request
-        changed = rng.choice(("images", "same text", "one more", "", "", ""))
+        changed = rng.choice(("images", "same text", "one more", "video first", "", "", ""))
         if changed == "images":
             request = replace(request, images=before.images, words=before.words)
         elif changed == "same text" and before.images:
@@ -145,6 +151,9 @@ def related_requests(count: int, seed: int) -> list[Request]:
         elif changed == "one more" and len(before.images) < 4:
             more = (*before.images, picture(rng.randrange(10**6), 8))
             request = replace(before, images=more, policy=request.policy)
+        elif changed == "video first":
+            order = ("video", *["image"] * len(request.images))
+            request = replace(request, videos=(film(rng, 4),), order=order)
         out.append(request)
     return out
 
@@ -239,8 +248,8 @@ def state(llm: LLM) -> int:
 
 def generate(llm: LLM, requests: list[Request]) -> list[Any]:
     """The outputs of requests that are sent at once, in their order."""
-    chats = [request.chat for request in requests]
-    return llm.chat(chats, [request.sampling for request in requests], use_tqdm=False)
+    prompts = [prompt(llm, request) for request in requests]
+    return llm.generate(prompts, [request.sampling for request in requests], use_tqdm=False)
 
 
 def prompt(llm: LLM, request: Request) -> dict[str, Any]:

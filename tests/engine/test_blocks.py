@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import elsewhere
 import pytest
 import serving
 from soak import SMALL, Soak, preempt, soak
@@ -136,12 +138,11 @@ def test_an_outcome_that_comes_after_a_preemption(share: bool, reference: Any) -
         assert serving.same(output, serving.answer(reference, request)) is not False
 
 
-# Slow until its requests are short of blocks whatever the weights answer: with today's weights this
-# pool is large enough. The hard modes of test_processes.py are short by their requests' sizes.
-@pytest.mark.slow
 def test_a_shortage_of_blocks_changes_no_token(reference: Any) -> None:
-    requests = [replace(r, tokens=24) for r in serving.random_requests(16, seed=40)]
-    with serving.engine(num_gpu_blocks_override=serving.LAYERS * 24, max_model_len=512) as llm:
+    """The first requests are too large for the pool together, whatever the weights answer."""
+    short = elsewhere.hard()
+    requests = short.requests(10, seed=40)
+    with serving.engine(**short.engine(Path())) as llm:
         scheduler, thrown = serving.scheduler_of(llm), []
         original = scheduler._preempt_request
         scheduler._preempt_request = lambda *a, **k: (thrown.append(1), original(*a, **k))

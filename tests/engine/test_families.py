@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import serving
 import torch
@@ -64,11 +63,11 @@ class Reference:
             spans = torch.tensor(parts)[spans]
         return spans
 
-
-def film(rng: random.Random, frames: int) -> np.ndarray:
-    """A video with frames of 56 x 84 pixels."""
-    pictures = [serving.picture(rng.randrange(10**6), most=4) for _ in range(frames)]
-    return np.stack([np.asarray(picture.resize((84, 56))) for picture in pictures])
+    def answer(self, request: serving.Request, round_to: int = serving.BLOCK) -> serving.Answer:
+        """The answer to a request whose images are counted as in vLLM."""
+        inputs = self.inputs(request)
+        spans = self.spans(inputs, request)
+        return serving.read(self.model, inputs, request, round_to, mask=spans)
 
 
 def requests_of(name: str) -> list[serving.Request]:
@@ -83,7 +82,7 @@ def requests_of(name: str) -> list[serving.Request]:
     frames = CHECKPOINTS[name].frames
     for place in range(len(requests) // 2, len(requests) if frames else 0):
         length, request = rng.choice(frames), requests[place]
-        videos = tuple(film(rng, length) for _ in range(rng.choice((0, 1, 1, 2))))
+        videos = tuple(serving.film(rng, length) for _ in range(rng.choice((0, 1, 1, 2))))
         first = {"images": request.images[:2], "words": request.words[:2]}
         requests[place] = replace(request, **first, videos=videos)
     return requests
@@ -120,7 +119,7 @@ def test_videos_stand_before_images(name: str, tmp_path: Path) -> None:
         beta = rng.uniform(0.4, 0.9)
         policy = plphp.PLPHP(r=0.3, delta_r=0.3, beta=beta, alpha=beta + rng.uniform(0, 0.2))
         images = tuple(serving.picture(rng.randrange(10**6)) for kind in order if kind == "image")
-        videos = tuple(film(rng, 4) for kind in order if kind == "video")
+        videos = tuple(serving.film(rng, 4) for kind in order if kind == "video")
         words = tuple(rng.choice(serving.WORDS) for _ in order)
         requests.append(serving.Request(images, "what is it?", policy, 10, words, videos, order))
     check(name, requests, tmp_path)
