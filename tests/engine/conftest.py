@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,3 +29,11 @@ def reference() -> Any:
     from plphp.demo.model import load
 
     return load(torch.float32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def end_of_the_shared_engine() -> Iterator[None]:
+    yield
+    from serving import close_shared
+
+    close_shared()

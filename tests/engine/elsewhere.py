@@ -1,4 +1,9 @@
-"""Serves requests in a mode that needs a process of its own: `elsewhere.py MODE COUNT SEED OUT`."""
+"""Serves requests in modes that need processes of their own: `elsewhere.py KIND`.
+
+KIND is a `Mode.kind`. Each line of the standard input is a JSON list [mode, count, seed, out]: the
+mode is served in a fork of this process, which has imported vLLM, and its exit status is printed.
+What it found is written to the file `out`, and what it prints to `out`.log.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +46,11 @@ class Mode:
     def block(self) -> int:
         """The number of tokens in a block: FLASH_ATTN takes 16, the CPU's attention 32."""
         return 16 if {"flash", "flashinfer", "triton"} & {*self.standins} else 32
+
+    @property
+    def kind(self) -> str:
+        """What vLLM must find when it is imported: "triton", or "plain" for a CPU's packages."""
+        return "triton" if {"triton", "v2"} & {*self.standins} else "plain"
 
     def requests(self, count: int, seed: int) -> list[Any]:
         import serving
@@ -154,14 +164,31 @@ MODES: dict[str, Mode] = {
 FOUND = ("preempted", "preempted after pruning", "aborted", "blocks left", "entries left")
 
 
-def main(name: str, count: str, seed: str, out: str) -> None:
+def main(kind: str) -> None:
+    if kind == "triton":
+        os.environ.update(standins.environment(("triton",)))
+        standins.find_triton()
+    import serving  # noqa: F401 - takes eleven seconds, once for all modes
+
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            serve_mode(*json.loads(line))
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def serve_mode(name: str, count: int, seed: int, out: str) -> None:
+    log = os.open(out + ".log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     mode = MODES[name]
     os.environ.update(mode.environment | standins.environment(mode.standins))
     for standin in mode.standins:
         standins.install(standin)
     import serving
 
-    requests = mode.requests(int(count), int(seed))
+    requests = mode.requests(count, seed)
     found = dict.fromkeys(FOUND, 0)
     with serving.engine(**mode.engine(Path(out).with_suffix(""))) as llm:
         config = llm.llm_engine.vllm_config
@@ -170,7 +197,7 @@ def main(name: str, count: str, seed: str, out: str) -> None:
         assert config.scheduler_config.async_scheduling == ("async" in mode.standins)
         assert config.use_v2_model_runner == ("v2" in mode.standins)
         if mode.hard:
-            outputs = serve(llm, requests, random.Random(int(seed)), found)
+            outputs = serve(llm, requests, random.Random(seed), found)
         else:
             outputs = dict(enumerate(serving.generate(llm, requests)))
             found |= graph_standin.counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,26 +12,34 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import answers
 import elsewhere
 import pytest
-import serving
 import torch
 from test_families import Reference
-from transformers import AutoProcessor
 
-from plphp.demo.model import WEIGHTS, load
+from plphp.demo.model import Embedded, load
 
 SEED = 70  # of the requests of all modes, so that transformers answers each of them once
 
 
+@cache
+def parent(kind: str) -> subprocess.Popen[str]:
+    """The process that serves modes of a kind. It ends when its input is closed with this one."""
+    command = [sys.executable, elsewhere.__file__, kind]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def run(mode: str, count: int, folder: Path) -> dict[str, Any]:
-    """What `elsewhere.main` wrote. folder: for its files"""
-    out = folder / "answers.json"
-    command = [sys.executable, elsewhere.__file__, mode, str(count), str(SEED), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60 * count)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told: dict[str, Any] = json.loads(out.read_text())
-    return told
+    """What `elsewhere` wrote about a mode. folder: for its files"""
+    out, process = folder / "answers.json", parent(elsewhere.MODES[mode].kind)
+    assert process.stdin and process.stdout
+    print(json.dumps([mode, count, SEED, str(out)]), file=process.stdin, flush=True)
+    told = select.select([process.stdout], [], [], 60 * count)[0]
+    assert told, "timed out"
+    assert process.stdout.readline() == "0\n", Path(f"{out}.log").read_text()[-3000:]
+    answers: dict[str, Any] = json.loads(out.read_text())
+    return answers
 
 
 def compare(name: str, count: int, told: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -43,13 +52,13 @@ def compare(name: str, count: int, told: dict[str, Any], folder: Path) -> dict[s
     counts: dict[str, Any] = {"answers": 0, "equal": 0, "nearly equal logits": 0, "pruned": 0}
     different = []
     for place, answer in told["answers"].items():
-        expected = expect(int(place), requests[int(place)])
+        expected = expect(requests[int(place)])
         retention = answer["told"] and answer["told"]["plphp"]["retention"]
         if retention and "bfloat16" not in mode.options.values():
             kept = [layer.retention for layer in expected.report.layers if layer.pruned]
             assert retention == pytest.approx(sum(kept) / len(kept))
         output = SimpleNamespace(outputs=[SimpleNamespace(token_ids=answer["tokens"])])
-        found = serving.same(output, expected)
+        found = answers.same(output, expected)
         counts["answers"] += 1
         counts["pruned"] += bool(retention and retention < 1)
         counts["equal"] += found is True
@@ -59,33 +68,21 @@ def compare(name: str, count: int, told: dict[str, Any], folder: Path) -> dict[s
     return counts | {"different": different} | told["found"]
 
 
-def expected_in(mode: elsewhere.Mode, checkpoint: Path) -> Callable[[int, Any], serving.Answer]:
-    """A function that returns the answer of transformers to the request at a place.
+def expected_in(mode: elsewhere.Mode, checkpoint: Path) -> Callable[[Any], answers.Answer]:
+    """A function that returns the answer of transformers to a request.
 
     checkpoint: the folder of the mode's family
     """
     if mode.family:
         there = Reference.load(checkpoint)
-        return lambda place, request: there.answer(request, mode.block)
-    dtype = mode.options.get("dtype", "float32")
-    kind = "hard" if mode.hard else "tiny" if mode.tiny else str("graphs" in mode.standins)
-
-    def expect(place: int, request: serving.Request) -> serving.Answer:
-        key = (kind, place, dtype, mode.block)
-        if key not in ANSWERS:
-            ANSWERS[key] = embedded(dtype).answer(request, mode.block)
-        return ANSWERS[key]
-
-    return expect
-
-
-ANSWERS: dict[tuple[str, int, str, int], serving.Answer] = {}
+        return lambda request: there.answer(request, mode.block)
+    model = embedded(mode.options.get("dtype", "float32"))
+    return lambda request: answers.answer(model, request, mode.block)
 
 
 @cache
-def embedded(dtype: str) -> Reference:
-    """The embedded model, for requests with videos too."""
-    return Reference(load(getattr(torch, dtype)).model, AutoProcessor.from_pretrained(WEIGHTS))
+def embedded(dtype: str) -> Embedded:
+    return load(getattr(torch, dtype))
 
 
 def check(mode: elsewhere.Mode, count: int, found: dict[str, Any]) -> None:

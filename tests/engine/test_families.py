@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import answers
 import pytest
 import serving
 import torch
@@ -41,17 +42,8 @@ class Reference:
         return Reference(model.eval(), transformers.AutoProcessor.from_pretrained(folder))
 
     def inputs(self, request: serving.Request) -> Any:
-        told = [
-            transformers.video_utils.VideoMetadata(**serving.about(video))
-            for video in request.videos
-        ]
-        return self.processor(
-            text=request.text(self.processor.tokenizer),
-            images=list(request.images) or None,
-            videos=list(request.videos) or None,
-            return_tensors="pt",
-            **({"video_metadata": told} if told else {}),
-        )
+        text = request.text(self.processor.tokenizer)
+        return answers.processed(self.processor, request, text)
 
     def spans(self, inputs: Any, request: serving.Request) -> torch.Tensor:
         """The spans (1, N) as vLLM counts images: all frames of a video are one image."""
@@ -63,11 +55,11 @@ class Reference:
             spans = torch.tensor(parts)[spans]
         return spans
 
-    def answer(self, request: serving.Request, round_to: int = serving.BLOCK) -> serving.Answer:
+    def answer(self, request: serving.Request, round_to: int = serving.BLOCK) -> answers.Answer:
         """The answer to a request whose images are counted as in vLLM."""
         inputs = self.inputs(request)
         spans = self.spans(inputs, request)
-        return serving.read(self.model, inputs, request, round_to, mask=spans)
+        return answers.read(self.model, inputs, request, round_to, mask=spans)
 
 
 def requests_of(name: str) -> list[serving.Request]:
@@ -141,8 +133,8 @@ def check(name: str, requests: list[serving.Request], folder: Path) -> None:
         inputs = reference.inputs(request)
         assert alike(inputs["input_ids"][0].tolist()) == alike(output.prompt_token_ids)
         spans = reference.spans(inputs, request)
-        expected = serving.read(reference.model, inputs, request, mask=spans)
-        found = serving.same(output, expected)
+        expected = answers.read(reference.model, inputs, request, mask=spans)
+        found = answers.same(output, expected)
         assert found is not False, (request, output.outputs[0].token_ids, expected.tokens)
         close += found is None
         if request.policy and (request.images or request.videos):

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import answers
 import openai
 import psutil
 import pytest
@@ -171,8 +172,8 @@ def test_64_at_once_some_cancelled(server: Server, reference: Any) -> None:
     assert 0 < kept < total(found, "vllm:plphp_vision_tokens_total")
     for number, (request, text) in enumerate(zip(requests[:24], texts[:24], strict=True)):
         if number % 5 != 4:
-            expected = serving.answer(reference, request)
-            if min(expected.margins) > serving.MARGIN:
+            expected = answers.answer(reference, request)
+            if min(expected.margins) > answers.MARGIN:
                 assert text == reference.decode(expected.tokens)
 
 
