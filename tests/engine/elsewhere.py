@@ -29,7 +29,7 @@ class Mode:
     environment: of the process
     standins: what it has from a GPU, see `standins`
     hard: whether it is short of blocks, aborts requests, and requests share prefixes
-    tiny: whether few small requests are served, because a step takes seconds
+    tiny: whether three small requests are served, because a step takes seconds
     family: name of a checkpoint in place of the embedded model
     slow: whether only `make test-vllm-all` runs it
     """
@@ -56,17 +56,19 @@ class Mode:
         import serving
 
         if self.hard:
-            few = crowd()
+            few = crowd(self.block)
             return few + serving.related_requests(count - len(few), seed)
+        if self.tiny:
+            policy = plphp.PLPHP(r=0.3, delta_r=0)  # a block of 16 of 32 vision tokens goes
+            images = tuple(serving.picture(place, most=4, least=4) for place in range(3))
+            asked = ((images[:2], policy), (images, policy), (images[1:], None))
+            return [serving.Request(few, "hello", how, 3) for few, how in asked]
         if self.family:
             made = [r for r in serving.random_requests(3 * count, seed) if len(r.images) > 3]
             policy = plphp.PLPHP(r=0.3, delta_r=0.2, alpha=0.6, beta=0.3)
             return [replace(r, policy=policy, tokens=4) for r in made[:2]] + [
                 replace(made[2], policy=None, tokens=4)
             ]
-        if self.tiny:
-            made = [r for r in serving.random_requests(3 * count, seed, most=4) if r.images]
-            return [replace(r, images=r.images[:2], tokens=3) for r in made[:3]]
         made = serving.random_requests(count, seed)
         return twice(made, self.block) if "graphs" in self.standins else made
 
@@ -110,17 +112,19 @@ def twice(made: list[Any], block: int) -> list[Any]:
 CROWD = 4
 
 
-def crowd() -> list[Any]:
+def crowd(block: int) -> list[Any]:
     """Requests that together do not fit into the pool of a hard mode, whatever the weights.
 
-    A prompt has 78 tokens, 64 of them of one image, and every layer keeps half of these. The
-    prompts fit beside each other, and after 60 more tokens of three requests they do not.
+    A prompt has 78 tokens, 64 of them of one image, and every layer keeps half of these. Three
+    prompts fit beside each other, and after 40 more tokens in blocks of 16 (60 in blocks of 32) of
+    each request they do not.
     """
     import serving
 
     half = plphp.PLPHP(r=0.5, delta_r=0)
     images = [serving.picture(seed, most=8, least=8) for seed in range(CROWD)]
-    return [serving.Request((image,), "hello", half, 60) for image in images]
+    tokens = 40 if block == 16 else 60
+    return [serving.Request((image,), "hello", half, tokens) for image in images]
 
 
 def hard(*names: str, slow: bool = False) -> Mode:
@@ -139,7 +143,7 @@ MODES: dict[str, Mode] = {
     "bfloat16": Mode({"dtype": "bfloat16"}),
     "FLASH_ATTN": hard("flash"),
     "lengths of the host": hard("flashinfer"),
-    "TRITON_ATTN": Mode(standins=("triton",), tiny=True),
+    "TRITON_ATTN": Mode(standins=("triton",), tiny=True, family="qwen2_vl"),
     "asynchronous": hard("async"),
     "V2": hard("v2", slow=True),
     "V2, FLASH_ATTN, asynchronous": hard("v2", "flash", "async"),
@@ -147,15 +151,13 @@ MODES: dict[str, Mode] = {
     "V2, asynchronous": hard("v2", "async", slow=True),
     "FLASH_ATTN, asynchronous": hard("flash", "async", slow=True),
     "full graphs": Mode({"full_graphs": True}, standins=("flash", "graphs"), slow=True),
-    "V2, TRITON_ATTN": Mode(standins=("triton", "v2"), tiny=True, slow=True),
+    "V2, TRITON_ATTN": Mode(standins=("triton", "v2"), tiny=True, family="qwen2_vl", slow=True),
     "V2, full graphs, asynchronous": Mode(
         {"full_graphs": True}, standins=("v2", "flash", "async", "graphs")
     ),
-    "Gemma 3, TRITON_ATTN": Mode(
-        BOTH_WAYS, standins=("triton",), tiny=True, family="gemma3", slow=True
-    ),
+    "Gemma 3, TRITON_ATTN": Mode(BOTH_WAYS, standins=("triton",), family="gemma3", slow=True),
     "V2, Gemma 3, TRITON_ATTN": Mode(
-        BOTH_WAYS, standins=("triton", "v2"), tiny=True, family="gemma3", slow=True
+        BOTH_WAYS, standins=("triton", "v2"), family="gemma3", slow=True
     ),
     "CPU_ATTN": hard(slow=True),
 }
@@ -165,6 +167,7 @@ FOUND = ("preempted", "preempted after pruning", "aborted", "blocks left", "entr
 
 
 def main(kind: str) -> None:
+    sys.path.append(str(Path(__file__).parents[1]))  # of the tiny models
     if kind == "triton":
         os.environ.update(standins.environment(("triton",)))
         standins.find_triton()

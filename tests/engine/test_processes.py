@@ -9,7 +9,7 @@ import elsewhere
 import modes
 import pytest
 
-COUNT = 16  # `make test-vllm-200` serves 200 in every hard mode
+COUNT, FEW = 12, 8  # `make test-vllm-200` serves 200 in every hard mode
 
 
 def cases() -> list[Any]:
@@ -22,12 +22,13 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize("mode", cases())
 def test_tokens_equal_transformers(mode: str, tmp_path: Path) -> None:
     made = elsewhere.MODES[mode]
-    found = modes.compare(mode, COUNT, modes.run(mode, COUNT, tmp_path), tmp_path)
+    count = FEW if "v2" in made.standins else COUNT  # its kernels run in Triton's interpreter
+    found = modes.compare(mode, count, modes.run(mode, count, tmp_path), tmp_path)
     if mode == "bfloat16":  # the engines round differently
         parted = len(found["different"]) + found["nearly equal logits"]
         assert parted <= 5
         found |= {"different": [], "nearly equal logits": 0}
-    modes.check(made, COUNT, found)
-    assert found["pruned"] > (0 if made.tiny else 4)
+    modes.check(made, count, found)
+    assert found["pruned"] > (0 if made.family else 2)
     if "graphs" in made.standins:
         assert found["replays"] > 10 and found["prompts that end in one"] > 0
