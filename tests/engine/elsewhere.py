@@ -29,7 +29,7 @@ class Mode:
     environment: of the process
     standins: what it has from a GPU, see `standins`
     hard: whether it is short of blocks, aborts requests, and requests share prefixes
-    tiny: whether three small requests are served, because a step takes seconds
+    tiny: whether two small requests are served, because a step takes seconds
     family: name of a checkpoint in place of the embedded model
     slow: whether only `make test-vllm-all` runs it
     """
@@ -61,8 +61,8 @@ class Mode:
         if self.tiny:
             policy = plphp.PLPHP(r=0.3, delta_r=0)  # a block of 16 of 32 vision tokens goes
             images = tuple(serving.picture(place, most=4, least=4) for place in range(3))
-            asked = ((images[:2], policy), (images, policy), (images[1:], None))
-            return [serving.Request(few, "hello", how, 3) for few, how in asked]
+            asked = ((images[:2], policy), (images[1:], None))
+            return [serving.Request(few, "hello", how, 2) for few, how in asked]
         if self.family:
             made = [r for r in serving.random_requests(3 * count, seed) if len(r.images) > 3]
             policy = plphp.PLPHP(r=0.3, delta_r=0.2, alpha=0.6, beta=0.3)
