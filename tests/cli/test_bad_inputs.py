@@ -50,6 +50,8 @@ class Case:
 
 
 CASES = [
+    Case("a URL", "generate --image https://x.org/a.png --prompt x", "a URL is not read"),
+    Case("a URL of a video", "generate --model m --video s3://x/a.mp4 --prompt x", "a URL is not"),
     Case("missing file", "generate --image {tmp}/none.png --prompt x", "no such file"),
     Case("empty file", "generate --image {tmp}/empty.png --prompt x", "the file is empty"),
     Case("truncated image", "generate --image {tmp}/half.png --prompt x", "broken or truncated"),

@@ -53,6 +53,7 @@ class Batch:
     done: the byte of `part` at which the record of a line begins, by the number of the line; the
         records may have any order
     failed: number of errors among them
+    first: the number of the first line with an error among them, and its error
     """
 
     source: Path
@@ -63,6 +64,7 @@ class Batch:
     file: IO[bytes]
     done: dict[int, int] = field(default_factory=dict)
     failed: int = 0
+    first: tuple[int, str] | None = None
 
     @property
     def left(self) -> list[Line]:
@@ -86,8 +88,23 @@ class Batch:
                 "one of the two files away"
             )
         self._finish()
-        say(f"{self.out} has {len(self.lines)} lines, errors: {self.failed}")
+        say(self._told())
         return self.failed
+
+    def _told(self) -> str:
+        """What the finished batch has: lines, errors with the first of them, prompts of text."""
+        text = sum(not line.images and not line.error for line in self.lines)
+        told = f"{self.out} has {len(self.lines)} lines, errors: {self.failed}"
+        told += f", without images: {text}" if text else ""
+        return told if self.first is None else "{}\nline {}: {}".format(told, *self.first)
+
+    def _note(self, record: Mapping[str, Any], begin: int) -> None:
+        """Note a record that begins at a byte of `part`."""
+        self.done[record["line"]] = begin
+        if "error" in record:
+            self.failed += 1
+            here = (record["line"], str(record["error"]))
+            self.first = here if self.first is None else min(self.first, here)
 
     def write(self, records: Sequence[Record]) -> None:
         """Write some records with one call, and put them on the disk before the next ones."""
@@ -98,8 +115,7 @@ class Batch:
             self.file.flush()
             os.fsync(self.file.fileno())
         for record, row in zip(records, rows, strict=True):
-            self.done[record["line"]] = begin
-            self.failed += "error" in record
+            self._note(record, begin)
             begin += len(row)
 
     def _finish(self) -> None:
@@ -146,8 +162,7 @@ class Batch:
         for row in data[:whole].split(b"\n")[:-1]:
             record = self._known(row)
             self._check(record)
-            self.done[record["line"]] = begin
-            self.failed += "error" in record
+            self._note(record, begin)
             begin += len(row) + 1
         torn = data[whole:]
         if torn and not TORN.match(torn) and not b'{"line": 0123456789'.startswith(torn):
