@@ -59,9 +59,10 @@ accuracy: $(VENV)/.installed-dev
 accuracy-page: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python docs/make_accuracy.py
 
-# docs/regimes.md, with RUN=DIR from the finished `plphp eval` that the page names.
+# Tables of four pages: with RUN=DIR from the finished `plphp eval` that docs/regimes.md names, with
+# WAYS=DIR from that of docs/choosing.md.
 regimes-page: $(VENV)/.installed-dev
-	cd $(ROOT) && $(BIN)/python docs/make_regimes.py $(if $(RUN),--run $(RUN))
+	cd $(ROOT) && $(BIN)/python docs/make_regimes.py $(if $(RUN),--run $(RUN)) $(if $(WAYS),--ways $(WAYS))
 
 # What has no result yet is measured (about 20 minutes on 2 quiet cores), then docs/benchmarks.md written.
 bench: $(VENV)/.installed-dev

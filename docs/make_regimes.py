@@ -1,8 +1,9 @@
-"""Write the tables of four pages from docs/accuracy/regimes.json: `make regimes-page`.
+"""Write the tables of four pages from the results in docs/accuracy: `make regimes-page`.
 
-docs/regimes.md compares methods, docs/choosing.md what a user chooses from, docs/stages-results.md
-methods that act before the model, and docs/small-devices-results.md tokens in few bits. With
---run DIR, the directory of a finished `plphp eval`, its results are copied first.
+docs/choosing.md has what a user chooses from (ways.json: few methods, more samples). The others
+are made of regimes.json: docs/regimes.md compares all methods, docs/stages-results.md those that act
+before the model, and docs/small-devices-results.md tokens in few bits. With --run DIR, the directory of
+a finished `plphp eval`, its results are copied first; with --ways DIR, those of ways.json.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from finished import results
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "accuracy" / "regimes.json"
+WAYS = DOCS / "accuracy" / "ways.json"
 BEGIN, END = "<!-- by docs/make_regimes.py -->\n", "<!-- end -->"
 SUITES = ("dense", "redundant-4", "redundant-16")
 TASKS = ("describe", "grid", "refer", "second", "what")
@@ -54,6 +56,7 @@ class Page:
     budgets: the budgets of its tables; rows without a budget always belong to them
     tables: the columns of each table, by the line that it is folded under; "": it is not folded
     overview: the columns of a table before them, with the first of the budgets only
+    results: the file with its results
     """
 
     file: str
@@ -61,6 +64,7 @@ class Page:
     budgets: Sequence[float]
     tables: Mapping[str, Tasks]
     overview: Tasks = field(default_factory=dict)
+    results: Path = RESULTS
 
     def shows(self, row: Row) -> bool:
         """Whether a row belongs to the tables."""
@@ -115,6 +119,7 @@ PAGES = (
                 a_second_question=("second",),
             )
         },
+        results=WAYS,
     ),
     Page(
         "regimes.md",
@@ -240,16 +245,20 @@ def measured(about: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path)
-    run = parser.parse_args().run
-    if run:
-        RESULTS.write_text(json.dumps(take_in(run), indent=1) + "\n")
-    found = json.loads(RESULTS.read_text())
+    parser.add_argument("--ways", type=Path)
+    given = parser.parse_args()
+    for run, file in ((given.run, RESULTS), (given.ways, WAYS)):
+        if run:
+            file.write_text(json.dumps(take_in(run), indent=1) + "\n")
     for page in PAGES:
         path = DOCS / page.file
-        path.write_text(page.write(path.read_text(), found))
-    for row in found["rows"]:
-        low, high = of_full(found["rows"], row["method"], row["budget"])
-        print(f"{row['method']} {row['budget']}: {low:.2f} to {high:.2f} of the full cache")
+        path.write_text(page.write(path.read_text(), json.loads(page.results.read_text())))
+    for file in (WAYS, RESULTS):
+        print(file.name)
+        rows = json.loads(file.read_text())["rows"]
+        for row in rows:
+            low, high = of_full(rows, row["method"], row["budget"])
+            print(f"{row['method']} {row['budget']}: {low:.2f} to {high:.2f} of the full cache")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_a_model_of_ones_own(run: Any) -> None:
 def test_the_table_names_the_machine_and_what_is_absent(run: Any) -> None:
     done = run("bench", *SMALL)
     assert done.code == 0, done.err
-    for word in ("over stock", "bound", "GB/s", "The weights are random"):
+    for word in ("ratio to stock", "bound", "GB/s", "The weights are random"):
         assert word in done.out
 
 

@@ -25,6 +25,7 @@ import tiny
 from tiny import IMAGE, VIDEO
 
 PAGE = Path(__file__).parents[2] / "docs" / "vllm-models.md"
+ENDING = "ForConditionalGeneration"  # of every class, left out to make the table narrow
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def test_the_page_has_the_table() -> None:
         ]
         cells = [
             name,
-            f"`{tiny.FAMILIES[name].model_class}`",
+            f"`{tiny.FAMILIES[name].model_class.removesuffix(ENDING)}`",
             *map(str, counts),
             checkpoint.differs,
         ]

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import plphp
 import tiny
-from invariants import generate, truth
+from invariants import STEPS, generate, truth
 from plphp.hf import compat
 from plphp.hf.shared_prefill import read
 from plphp.policy import POLICIES
@@ -50,7 +50,7 @@ def follow(model: Any, inputs: dict[str, Any], prompt: Any, cache: Any) -> Any:
         more["attention_mask"] = torch.cat(
             [inputs["attention_mask"], torch.ones_like(prompt.first)], 1
         )
-    return generate(model, {"input_ids": ids, **more}, 15, cache=cache)
+    return generate(model, {"input_ids": ids, **more}, STEPS - 1, cache=cache)
 
 
 def test_one_shared_prefill_serves_many_policies_and_is_not_changed() -> None:

@@ -30,7 +30,7 @@ def title(found: Shown) -> str:
     rounded = f"{setting['weights']} weights, " if setting.get("weights") else ""
     return (
         f"{shape['name']}, {shape['layers']} layers, {setting['dtype']}, {rounded}"
-        f"{setting['context']:,} columns x {setting['batch']}, "
+        f"{setting['context']:,} columns, batch {setting['batch']}, "
         f"keep {', '.join(f'{rate:g}' for rate in setting['keep'])}"
     )
 
@@ -70,7 +70,7 @@ def sections(found: Shown) -> dict[str, Rows]:
 
 
 def _steps(steps: Sequence[Shown]) -> Rows:
-    header = ["cache", "ms", "over stock", "KV MiB", "bound ms", "of it"]
+    header = ["cache", "ms", "ratio to stock", "KV MiB", "bound ms", "bound / ms"]
     spent = next((name for name in SPENT if steps[0].get(name) is not None), None)
     rows = []
     for row in steps:
@@ -82,7 +82,7 @@ def _steps(steps: Sequence[Shown]) -> Rows:
 
 def _ratios(found: Sequence[Shown]) -> Rows:
     peaks = "peak_bytes" in found[0]
-    header = ["cache", "ms", "over stock", *(["peak MiB"] if peaks else [])]
+    header = ["cache", "ms", "ratio to stock", *(["peak MiB"] if peaks else [])]
     rows = [[row["name"], f"{row['ms']:.2f}", _ratio(row)] for row in found]
     if peaks:
         rows = [

@@ -105,7 +105,14 @@ def _first_token(
     title = f"The first token: {shape}, {setting.shape.layers} layers, {dtype}, {context:,} columns"
     table = Table(title=title)
     table.add_column("method", overflow="fold")
-    for column in ("K/V kept", "ms", "tower ms", "tower", "over stock", "decoder over stock"):
+    for column in (
+        "K/V kept",
+        "ms",
+        "tower ms",
+        "tower",
+        "ratio to stock",
+        "decoder, ratio to stock",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         ratios = (row["over_stock"], row["decoder_over_stock"])

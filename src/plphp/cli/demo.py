@@ -166,9 +166,9 @@ def _what(loaded: Runnable, long: LongBatch) -> str:
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     rows = f"{long.rows} rows" if long.rows > 1 else "1 row"
     return (
-        "* the best of its column; in brackets: over the full cache. Bytes and milliseconds a "
-        f"token are of {rows} with {long.vision:,} vision tokens each, the first token of one such "
-        f"row, all ways in turn; {dtype} on {loaded.model.device}."
+        "* the best of its column; in parentheses: the ratio to the full cache. Bytes and "
+        f"milliseconds a token are of {rows} with {long.vision:,} vision tokens each, the first "
+        f"token of one such row, all ways in turn; {dtype} on {loaded.model.device}."
     )
 
 

@@ -63,7 +63,7 @@ MemoryLimit = Annotated[
     typer.Option(
         "--memory",
         help="Choose --weights, --kv-bits, --recall and the budget so that the process takes no "
-        "more than this, such as 4GiB. What is typed is not changed.",
+        "more than this, such as 4GiB. Options that are given stay as they are.",
     ),
 ]
 

@@ -108,9 +108,7 @@ MinTokens = Annotated[
 ]
 RoundTo = Annotated[
     int | None,
-    typer.Option(
-        "--round-to", help="The number of dropped tokens of a row is a multiple of this number."
-    ),
+    typer.Option("--round-to", help="Drop a multiple of this many tokens in each row."),
 ]
 RecallHome = Annotated[
     str | None,

@@ -171,7 +171,7 @@ def _cache_of(pruning: Pruning, kwargs: dict[str, Any]) -> PrunedCache:
         )
     if kwargs.get("use_cache") is False:
         raise UnsupportedModeError(
-            "a forward without a cache cannot be pruned: use_cache=True, or remove()"
+            "a forward without a cache cannot be pruned: pass use_cache=True"
         )
     if isinstance(cache, PrunedCache) and cache._generating:
         return cache  # generate() has checked it; a compiled step must not check again

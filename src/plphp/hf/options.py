@@ -129,12 +129,12 @@ def refuse_options(options: Options) -> None:
     refused: plphp's cache is used in place of it, see `merged_options`.
     """
     if options.of_call("use_cache") is False:
-        raise UnsupportedModeError("use_cache=False leaves no cache to prune: drop it, or remove()")
+        raise UnsupportedModeError("use_cache=False leaves no cache to prune: leave the option out")
     kind = options.of_call("cache_implementation")
     if kind not in (None, "dynamic"):
         raise UnsupportedModeError(
-            f"cache_implementation={kind!r} asks for another cache: drop it, because an attached "
-            "model makes a plphp.PrunedCache"
+            f"cache_implementation={kind!r} asks for another cache: leave the option out, because "
+            "an attached model makes a plphp.PrunedCache"
         )
     if options.value("output_attentions"):
         raise UnsupportedModeError(
@@ -142,15 +142,15 @@ def refuse_options(options: Options) -> None:
         )
     if options.value("token_healing"):
         raise UnsupportedModeError(
-            "token_healing=True rewrites the end of the prompt, where the policy scores: drop it, "
-            "or remove()"
+            "token_healing=True rewrites the end of the prompt, where the policy scores: leave "
+            "the option out, or remove() the pruning"
         )
     for name in CODE_FROM_HUB:
         if options.value(name) not in (None, 0, 1, False):
             raise UnsupportedModeError(
-                f"{name} runs code from a hub, which may bypass the cache: drop it, or remove()"
+                f"{name} runs code from a hub, which may bypass the cache: leave it out"
             )
     if isinstance(options.kwargs.get("custom_generate"), str):
         raise UnsupportedModeError(
-            "custom_generate runs code from a hub, which may bypass the cache: drop it, or remove()"
+            "custom_generate runs code from a hub, which may bypass the cache: leave it out"
         )

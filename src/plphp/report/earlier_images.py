@@ -107,5 +107,5 @@ def earlier_images_note(images: Sequence[EarlierImage], home: str | None = None)
     return (
         f"{which} of earlier turns: {1 - kept / tokens:.1%} of their K/V is gone, "
         f"{tokens - kept:.0f} of {tokens} vision tokens in the mean of layers and KV heads; "
-        "with recall nothing would be"
+        "with recall nothing would be missing"
     )
