@@ -199,6 +199,7 @@ def test_a_model_of_text_alone_is_called_so(run: Callable, tmp_path: Path) -> No
     assert "llama is not a vision-language model that transformers knows" in because
     assert "0 for text and i for image i" in because
     assert "per image" not in result.out and "bytes" not in result.out
+    assert "bfloat16" not in result.out
 
 
 def test_a_number_of_the_config_is_that_of_a_picture_in_one_tile() -> None:

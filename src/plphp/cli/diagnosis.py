@@ -129,6 +129,7 @@ def diagnose(
         each, source = image_tokens(config, processor)
     length = images * each + text_tokens
     kind, unknown = number_format(name, config, dtype)
+    reads_images = not is_text_alone(config)
     seen = examined(name, config, kind, length, trust)
     here = seen.pruned_at(length)
     return Diagnosis(
@@ -146,9 +147,9 @@ def diagnose(
         tokens_from=source,
         text_tokens=text_tokens,
         unmeasured=seen.unmeasured,
-        reads_images=not is_text_alone(config),
+        reads_images=reads_images,
         refused=seen.refused,
-        notes=(*_notes(config, seen, length), *filter(None, [unknown])),
+        notes=(*_notes(config, seen, length), *([unknown] if unknown and reads_images else [])),
         **_taken(seen.bytes, here, policy, images, each, text_tokens),
     )
 

@@ -9,7 +9,7 @@ import torch
 
 from plphp._installed import has_torchvision, install_torchvision
 from plphp.errors import InputError
-from plphp.inputs.models import EMBEDDED, first_sentence, remedy, without_weights
+from plphp.inputs.models import EMBEDDED, check_tokenizer, first_sentence, remedy, without_weights
 
 
 def local_processor(name: str, config: Any, trust: bool = False) -> tuple[Any, str]:
@@ -24,7 +24,9 @@ def local_processor(name: str, config: Any, trust: bool = False) -> tuple[Any, s
     missing = f"torchvision, which is not installed: {install_torchvision()}"
     here = {"trust_remote_code": trust, "local_files_only": True}
     try:
-        return AutoProcessor.from_pretrained(name, **here), ""
+        processor = AutoProcessor.from_pretrained(name, **here)
+        check_tokenizer(name, getattr(processor, "tokenizer", processor))
+        return processor, ""
     except Exception as error:
         if Path(name).is_dir():
             return None, _reader_here(name, config, trust, missing)
