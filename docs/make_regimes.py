@@ -1,9 +1,10 @@
 """Write the tables of four pages from the results in docs/accuracy: `make regimes-page`.
 
-docs/choosing.md has what a user chooses from (ways.json: few methods, more samples). The others
-are made of regimes.json: docs/regimes.md compares all methods, docs/stages-results.md those that act
-before the model, and docs/small-devices-results.md tokens in few bits. With --run DIR, the directory of
-a finished `plphp eval`, its results are copied first; with --ways DIR, those of ways.json.
+docs/choosing.md has what a user chooses from (ways.json: few methods, more samples). The others are
+made of regimes.json: docs/regimes.md compares all methods, docs/stages-results.md those that act
+before the model, and docs/small-devices-results.md tokens in few bits. With --run DIR, the
+directory of a finished `plphp eval`, its results are copied first; with --ways DIR, those of
+ways.json.
 """
 
 from __future__ import annotations

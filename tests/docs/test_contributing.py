@@ -78,7 +78,7 @@ def test_public_ci_runs_what_ours_runs() -> None:
     public = (WORKFLOWS / "ci.yml").read_text()
     theirs = set(re.findall(r"^ +- ([a-z][\w-]+)(?: [A-Z]+=\S+)?$", public, re.MULTILINE))
     assert ours and ours <= TARGETS
-    assert ours == theirs
+    assert ours - {"environments"} == theirs  # a public job makes its own
     release = (WORKFLOWS / "release.yml").read_text()
     assert set(re.findall(r"run: make ([\w-]+)", release)) == {"release-check"}
 

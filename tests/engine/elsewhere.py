@@ -1,4 +1,9 @@
-"""Serves requests in a mode that needs a process of its own: `elsewhere.py MODE COUNT SEED OUT`."""
+"""Serves requests in modes that need processes of their own: `elsewhere.py KIND`.
+
+KIND is a `Mode.kind`. Each line of the standard input is a JSON list [mode, count, seed, out]: the
+mode is served in a fork of this process, which has imported vLLM, and its exit status is printed.
+What it found is written to the file `out`, and what it prints to `out`.log.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ class Mode:
     environment: of the process
     standins: what it has from a GPU, see `standins`
     hard: whether it is short of blocks, aborts requests, and requests share prefixes
-    tiny: whether few small requests are served, because a step takes seconds
+    tiny: whether two small requests are served, because a step takes seconds
     family: name of a checkpoint in place of the embedded model
     slow: whether only `make test-vllm-all` runs it
     """
@@ -42,21 +47,28 @@ class Mode:
         """The number of tokens in a block: FLASH_ATTN takes 16, the CPU's attention 32."""
         return 16 if {"flash", "flashinfer", "triton"} & {*self.standins} else 32
 
+    @property
+    def kind(self) -> str:
+        """What vLLM must find when it is imported: "triton", or "plain" for a CPU's packages."""
+        return "triton" if {"triton", "v2"} & {*self.standins} else "plain"
+
     def requests(self, count: int, seed: int) -> list[Any]:
         import serving
 
         if self.hard:
-            few = crowd()
+            few = crowd(self.block)
             return few + serving.related_requests(count - len(few), seed)
+        if self.tiny:
+            policy = plphp.PLPHP(r=0.3, delta_r=0)  # a block of 16 of 32 vision tokens goes
+            images = tuple(serving.picture(place, most=4, least=4) for place in range(3))
+            asked = ((images[:2], policy), (images[1:], None))
+            return [serving.Request(few, "hello", how, 2) for few, how in asked]
         if self.family:
             made = [r for r in serving.random_requests(3 * count, seed) if len(r.images) > 3]
             policy = plphp.PLPHP(r=0.3, delta_r=0.2, alpha=0.6, beta=0.3)
             return [replace(r, policy=policy, tokens=4) for r in made[:2]] + [
                 replace(made[2], policy=None, tokens=4)
             ]
-        if self.tiny:
-            made = [r for r in serving.random_requests(3 * count, seed, most=4) if r.images]
-            return [replace(r, images=r.images[:2], tokens=3) for r in made[:3]]
         made = serving.random_requests(count, seed)
         return twice(made, self.block) if "graphs" in self.standins else made
 
@@ -73,6 +85,7 @@ class Mode:
 
             options["num_gpu_blocks_override"] = serving.LAYERS * -(-264 // self.block) + 1
             options["max_model_len"] = 264
+            options["limit_mm_per_prompt"] = {"image": 4, "video": 1}
         return options
 
 
@@ -99,17 +112,19 @@ def twice(made: list[Any], block: int) -> list[Any]:
 CROWD = 4
 
 
-def crowd() -> list[Any]:
+def crowd(block: int) -> list[Any]:
     """Requests that together do not fit into the pool of a hard mode, whatever the weights.
 
-    A prompt has 78 tokens, 64 of them of one image, and every layer keeps half of these. The
-    prompts fit beside each other, and after 60 more tokens of three requests they do not.
+    A prompt has 78 tokens, 64 of them of one image, and every layer keeps half of these. Three
+    prompts fit beside each other, and after 40 more tokens in blocks of 16 (60 in blocks of 32) of
+    each request they do not.
     """
     import serving
 
     half = plphp.PLPHP(r=0.5, delta_r=0)
     images = [serving.picture(seed, most=8, least=8) for seed in range(CROWD)]
-    return [serving.Request((image,), "hello", half, 60) for image in images]
+    tokens = 40 if block == 16 else 60
+    return [serving.Request((image,), "hello", half, tokens) for image in images]
 
 
 def hard(*names: str, slow: bool = False) -> Mode:
@@ -128,7 +143,7 @@ MODES: dict[str, Mode] = {
     "bfloat16": Mode({"dtype": "bfloat16"}),
     "FLASH_ATTN": hard("flash"),
     "lengths of the host": hard("flashinfer"),
-    "TRITON_ATTN": Mode(standins=("triton",), tiny=True),
+    "TRITON_ATTN": Mode(standins=("triton",), tiny=True, family="qwen2_vl"),
     "asynchronous": hard("async"),
     "V2": hard("v2", slow=True),
     "V2, FLASH_ATTN, asynchronous": hard("v2", "flash", "async"),
@@ -136,15 +151,13 @@ MODES: dict[str, Mode] = {
     "V2, asynchronous": hard("v2", "async", slow=True),
     "FLASH_ATTN, asynchronous": hard("flash", "async", slow=True),
     "full graphs": Mode({"full_graphs": True}, standins=("flash", "graphs"), slow=True),
-    "V2, TRITON_ATTN": Mode(standins=("triton", "v2"), tiny=True, slow=True),
+    "V2, TRITON_ATTN": Mode(standins=("triton", "v2"), tiny=True, family="qwen2_vl", slow=True),
     "V2, full graphs, asynchronous": Mode(
         {"full_graphs": True}, standins=("v2", "flash", "async", "graphs")
     ),
-    "Gemma 3, TRITON_ATTN": Mode(
-        BOTH_WAYS, standins=("triton",), tiny=True, family="gemma3", slow=True
-    ),
+    "Gemma 3, TRITON_ATTN": Mode(BOTH_WAYS, standins=("triton",), family="gemma3", slow=True),
     "V2, Gemma 3, TRITON_ATTN": Mode(
-        BOTH_WAYS, standins=("triton", "v2"), tiny=True, family="gemma3", slow=True
+        BOTH_WAYS, standins=("triton", "v2"), family="gemma3", slow=True
     ),
     "CPU_ATTN": hard(slow=True),
 }
@@ -153,14 +166,32 @@ MODES: dict[str, Mode] = {
 FOUND = ("preempted", "preempted after pruning", "aborted", "blocks left", "entries left")
 
 
-def main(name: str, count: str, seed: str, out: str) -> None:
+def main(kind: str) -> None:
+    sys.path.append(str(Path(__file__).parents[1]))  # of the tiny models
+    if kind == "triton":
+        os.environ.update(standins.environment(("triton",)))
+        standins.find_triton()
+    import serving  # noqa: F401 - takes eleven seconds, once for all modes
+
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            serve_mode(*json.loads(line))
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def serve_mode(name: str, count: int, seed: int, out: str) -> None:
+    log = os.open(out + ".log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     mode = MODES[name]
     os.environ.update(mode.environment | standins.environment(mode.standins))
     for standin in mode.standins:
         standins.install(standin)
     import serving
 
-    requests = mode.requests(int(count), int(seed))
+    requests = mode.requests(count, seed)
     found = dict.fromkeys(FOUND, 0)
     with serving.engine(**mode.engine(Path(out).with_suffix(""))) as llm:
         config = llm.llm_engine.vllm_config
@@ -169,7 +200,7 @@ def main(name: str, count: str, seed: str, out: str) -> None:
         assert config.scheduler_config.async_scheduling == ("async" in mode.standins)
         assert config.use_v2_model_runner == ("v2" in mode.standins)
         if mode.hard:
-            outputs = serve(llm, requests, random.Random(int(seed)), found)
+            outputs = serve(llm, requests, random.Random(seed), found)
         else:
             outputs = dict(enumerate(serving.generate(llm, requests)))
             found |= graph_standin.counts

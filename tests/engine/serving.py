@@ -1,4 +1,4 @@
-"""Engines in the test's process, random requests, and the answers of transformers to them."""
+"""Engines in the test's process, and random requests. Their answers in transformers: `answers`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 import plphp
 import plphp.vllm
-from plphp.demo.model import WEIGHTS, Embedded
+from plphp.demo.model import WEIGHTS
 
 LAYERS: int = json.loads((WEIGHTS / "config.json").read_text())["text_config"]["num_hidden_layers"]
 BLOCK = 32  # the least that vLLM's CPU attention takes
-MARGIN = 1e-3  # two implementations may order logits that are closer than this differently
 QUESTIONS = ("describe picture 1.", "describe all pictures.", "what is red in picture 1?", "hello")
 WORDS = ("", "", "and", "this one?", "the next picture is red.")  # text between images
 
@@ -79,26 +78,18 @@ class Request:
         )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """An answer of transformers.
-
-    margins: difference of the two highest logits at each token
-    report: plphp's; length: tokens of the prompt
-    """
-
-    tokens: list[int]
-    margins: list[float]
-    report: Any
-    length: int
-
-
 def picture(seed: int, most: int = 10, least: int = 2) -> Image.Image:
     """An image of `least` to `most` vision tokens a side, each a square of one color, 28 px."""
     rng = np.random.default_rng(seed)
     height, width = rng.integers(least, most, 2, endpoint=True)
     small = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((int(width) * 28, int(height) * 28), Image.NEAREST)
+
+
+def film(rng: random.Random, frames: int) -> np.ndarray:
+    """A video with frames of 56 x 84 pixels."""
+    pictures = [picture(rng.randrange(10**6), most=4) for _ in range(frames)]
+    return np.stack([np.asarray(picture.resize((84, 56))) for picture in pictures])
 
 
 def random_requests(count: int, seed: int, most: int = 10) -> list[Request]:
@@ -129,14 +120,14 @@ def related_requests(count: int, seed: int) -> list[Request]:
     """Long answers to up to four images. About half of the requests share a prefix with another.
 
     They have the same images and another policy or question, another first image under the same
-    text, or one image more.
+    text, or one image more. In some of them a video stands before the images.
     """
     rng, out = random.Random(seed), []
     for made in random_requests(count, seed, most=8):
         four = {"images": made.images[:4], "words": made.words[:4]}
         request = replace(made, **four, tokens=made.tokens + 12)
         before = out[-1] if out and out[-1].images else request
-        changed = rng.choice(("images", "same text", "one more", "", "", ""))
+        changed = rng.choice(("images", "same text", "one more", "video first", "", "", ""))
         if changed == "images":
             request = replace(request, images=before.images, words=before.words)
         elif changed == "same text" and before.images:
@@ -145,46 +136,17 @@ def related_requests(count: int, seed: int) -> list[Request]:
         elif changed == "one more" and len(before.images) < 4:
             more = (*before.images, picture(rng.randrange(10**6), 8))
             request = replace(before, images=more, policy=request.policy)
+        elif changed == "video first":
+            order = ("video", *["image"] * len(request.images))
+            request = replace(request, videos=(film(rng, 4),), order=order)
         out.append(request)
     return out
-
-
-def answer(embedded: Embedded, request: Request, round_to: int = BLOCK) -> Answer:
-    """The answer of plphp on transformers, with `round_to` equal to the engine's block size."""
-    inputs = embedded.inputs_of(request.images, request.text(embedded.tokenizer))
-    return read(embedded.model, inputs, request, round_to)
-
-
-def read(
-    model: Any, inputs: Any, request: Request, round_to: int = BLOCK, mask: Any = None
-) -> Answer:
-    """The answer of any model in transformers. mask: (1, N), the `vision_mask` of `plphp.prune`."""
-    policy = rounded(request.policy or plphp.PLPHP(r=1, delta_r=0), round_to)
-    with plphp.prune(model, policy, vision_mask=mask) as pruning:
-        out = model.generate(
-            **inputs,
-            max_new_tokens=request.tokens,
-            min_new_tokens=request.tokens,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    length = inputs["input_ids"].shape[1]
-    margins = [float(logits[0].topk(2).values.diff().abs()) for logits in out.logits]
-    return Answer(out.sequences[0, length:].tolist(), margins, pruning.report, length)
-
-
-def rounded(policy: Any, round_to: int) -> Any:
-    """The policy, which drops tokens by multiples of `round_to`, an option of PLPHP only."""
-    if isinstance(policy, plphp.PLPHP):
-        return replace(policy, round_to=round_to)
-    kind = type(policy)
-    return type(kind.__name__, (kind,), {"round_to": round_to})(**asdict(policy))
 
 
 @contextlib.contextmanager
 def engine(policy: Any = None, **options: Any) -> Iterator[LLM]:
     """A vLLM engine of the embedded model; `stock=True` for one without pruning."""
+    close_shared()  # a process has one engine at a time
     own = {
         name: options.pop(name)
         for name in ("layers_per_group", "share_prefix", "on", "full_graphs")
@@ -209,6 +171,49 @@ def engine(policy: Any = None, **options: Any) -> Iterator[LLM]:
         llm = LLM(**defaults | options)
         stack.callback(llm.llm_engine.engine_core.shutdown)
         yield llm
+
+
+SHARED: list[tuple[LLM, contextlib.ExitStack]] = []
+
+
+@contextlib.contextmanager
+def shared() -> Iterator[LLM]:
+    """The engine of `engine()`, with empty caches. Tests that follow each other share it.
+
+    A start and an end take four seconds. What a test assigns to the engine's objects is undone.
+    """
+    if not SHARED:
+        with contextlib.ExitStack() as stack:
+            made = stack.enter_context(engine())
+            SHARED.append((made, stack.pop_all()))
+    llm = SHARED[0][0]
+    objects = [
+        llm.llm_engine,
+        llm.llm_engine.input_processor,
+        scheduler_of(llm),
+        scheduler_of(llm).connector,
+        scheduler_of(llm).connector.scheduler,
+    ]
+    before = [set(vars(one)) for one in objects]
+    try:
+        yield llm
+    except BaseException:
+        close_shared()
+        raise
+    for one, names in zip(objects, before, strict=True):
+        for name in vars(one).keys() - names:
+            delattr(one, name)
+    llm.llm_engine.step()  # the workers hear of the last end
+    assert not llm.llm_engine.has_unfinished_requests() and state(llm) == 0
+    assert llm.llm_engine.reset_prefix_cache(), "blocks are in use"
+    llm.llm_engine.reset_encoder_cache()
+    scheduler_of(llm).connector.scheduler.counts.take()
+
+
+def close_shared() -> None:
+    """Shut down the shared engine, if there is one."""
+    while SHARED:
+        SHARED.pop()[1].close()
 
 
 def scheduler_of(llm: LLM) -> Any:
@@ -239,8 +244,8 @@ def state(llm: LLM) -> int:
 
 def generate(llm: LLM, requests: list[Request]) -> list[Any]:
     """The outputs of requests that are sent at once, in their order."""
-    chats = [request.chat for request in requests]
-    return llm.chat(chats, [request.sampling for request in requests], use_tqdm=False)
+    prompts = [prompt(llm, request) for request in requests]
+    return llm.generate(prompts, [request.sampling for request in requests], use_tqdm=False)
 
 
 def prompt(llm: LLM, request: Request) -> dict[str, Any]:
@@ -256,12 +261,3 @@ def about(video: np.ndarray) -> dict[str, Any]:
     """The metadata of a decoded video: all of its frames are given, at two per second."""
     frames, indices = len(video), list(range(len(video)))
     return {"fps": 2, "duration": frames / 2, "total_num_frames": frames, "frames_indices": indices}
-
-
-def same(output: Any, expected: Answer) -> bool | None:
-    """Whether tokens are equal; None where they first differ at nearly equal logits."""
-    found = list(output.outputs[0].token_ids)
-    for mine, theirs, margin in zip(found, expected.tokens, expected.margins, strict=True):
-        if mine != theirs:
-            return None if margin < MARGIN else False
-    return True

@@ -7,9 +7,9 @@ and small prompts suffice.
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import serving
 from vllm import LLM
 
 IDLE = 50  # steps without progress after which a run fails
+PART = 500  # requests between two reports
 LAYERS, BLOCKS = 2, 24  # blocks a layer: some three prompts of the sizes below
 SMALL = {
     "hf_overrides": {
@@ -146,24 +147,33 @@ class Soak:
         self.counts["preempted by force in mid-prompt"] += sum(reading)
 
 
-def soak(count: int, share: bool) -> dict[str, Any]:
-    """The counts of a run of `count` requests, and blocks, entries and memory (MB) at its end."""
-    start = time.perf_counter()
+def soak(
+    count: int,
+    share: bool,
+    seed: int = 5,
+    tell: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """Serve `count` requests; what was counted, and the blocks, entries and memory (MB) at the end.
+
+    tell: is called with the same after every `PART` requests, so that a run may be stopped
+    """
+    start, found, memory = time.perf_counter(), {}, []
     with serving.engine(share_prefix=share, **SMALL) as llm:
         pool = serving.scheduler_of(llm).kv_cache_manager.block_pool
-        before, run = serving.free_blocks(llm), Soak(llm, seed=5)
-        memory = []
-        for tenth in range(1, 11):
-            run.run(count * tenth // 10 - run.counts["requests"])
+        before, run = serving.free_blocks(llm), Soak(llm, seed)
+        while run.counts["requests"] < count:
+            run.run(min(PART, count - run.counts["requests"]))
             memory.append(megabytes())
-            print(share, memory, dict(sorted(run.counts.items())), file=sys.stderr, flush=True)
-        return dict(sorted(run.counts.items())) | {
-            "blocks of the pool": pool.num_gpu_blocks,
-            "blocks left in use": before - serving.free_blocks(llm),
-            "entries left in the scheduler's and the worker's side": serving.state(llm),
-            "resident MB after each tenth": memory,
-            "seconds": round(time.perf_counter() - start),
-        }
+            found = dict(sorted(run.counts.items())) | {
+                "blocks of the pool": pool.num_gpu_blocks,
+                "blocks left in use": before - serving.free_blocks(llm),
+                "entries left in the scheduler's and the worker's side": serving.state(llm),
+                f"resident MB after every {PART} requests": list(memory),
+                "seconds": round(time.perf_counter() - start),
+                "seconds of CPU": round(time.process_time()),
+            }
+            tell(found)
+    return found
 
 
 def megabytes() -> int:

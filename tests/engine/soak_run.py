@@ -3,18 +3,27 @@
 Serves COUNT requests with shared prefixes and COUNT that are pruned in place, and writes what is
 left of them beside docs/benchmarks/vllm/measure.py. STANDIN: what the process has from a GPU, such
 as `v2 async`; see `standins`.
+
+The result is written after every `soak.PART` requests. A later call on the same day goes on, in an
+engine of its own, until COUNT requests have been served each way.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import standins
 
 BESIDE = Path(__file__).parents[2] / "docs" / "benchmarks" / "vllm"
-WHAT = "{count:,} short requests each way, aborted and preempted at random: what is left of them."
+WAYS = {"shared prefix": True, "in place": False}
+WHAT = (
+    "Short requests that are aborted and preempted at random: what is left of them. {count:,} "
+    "requests each way are asked for. Each process that served a part of them is one entry."
+)
 
 
 def main(count: str, *names: str) -> None:
@@ -28,14 +37,34 @@ def main(count: str, *names: str) -> None:
     for name in names:
         standins.install(name)
     sys.path.append(str(BESIDE))
-    from record import record
+    from record import record, results_of
+
+    name, about = "-".join(["soak", *names]), WHAT.format(count=int(count))
+    results = results_of(name)
+    for way in WAYS:
+        serve(int(count), way, results, lambda: record(name, about, results))
+
+
+def serve(count: int, way: str, results: dict[str, Any], write: Callable[[], None]) -> None:
+    """Serve what is missing of `count` requests. results: of all ways, gets an entry"""
     from soak import soak
 
-    ways = {"shared prefix": True, "in place": False}
-    results = {}
-    for way, share in ways.items():
-        results[way] = soak(int(count), share)
-        record("-".join(["soak", *names]), WHAT.format(count=int(count)), results)
+    parts = results.setdefault(way, [])
+    missing = count - sum(part["requests"] for part in parts)
+    if missing <= 0:
+        return
+    entry: dict[str, Any] = {"requests": 0}
+    parts.append(entry)
+
+    def tell(found: dict[str, Any]) -> None:
+        entry.update(found)
+        write()
+
+    try:
+        soak(missing, WAYS[way], seed=4 + len(parts), tell=tell)
+    except Exception as error:
+        tell({"failed": repr(error)})
+        raise
 
 
 if __name__ == "__main__":

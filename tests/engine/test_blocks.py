@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import answers
+import elsewhere
 import pytest
 import serving
 from soak import SMALL, Soak, preempt, soak
@@ -46,7 +49,7 @@ def test_blocks_in_use_equal_the_formula(share: bool, reference: Any) -> None:
         held = held_blocks(llm, requests)
     freed = 0
     for request, steps in zip(requests, held, strict=True):
-        report = serving.answer(reference, request).report
+        report = answers.answer(reference, request).report
         dead = [
             (layer.vision[0] - int((layer.kept[0, 0] >= 0).sum())) // serving.BLOCK
             for layer in report.layers
@@ -62,7 +65,7 @@ def test_blocks_in_use_equal_the_formula(share: bool, reference: Any) -> None:
 def test_a_resumed_request_goes_on_as_if_nothing_had_happened(
     chunk: int, share: bool, reference: Any
 ) -> None:
-    requests = [replace(r, tokens=20) for r in serving.random_requests(16, seed=30 + chunk)]
+    requests = [replace(r, tokens=20) for r in serving.random_requests(16, seed=78)]
     with serving.engine(share_prefix=share, max_num_batched_tokens=chunk, max_num_seqs=4) as llm:
         before, scheduler = serving.free_blocks(llm), serving.scheduler_of(llm)
         schedule, turns, due, thrown = scheduler.schedule, 0, 7, []
@@ -82,7 +85,7 @@ def test_a_resumed_request_goes_on_as_if_nothing_had_happened(
         assert any(thrown) or chunk == 4096, "none was thrown out in mid-prompt"
         assert serving.free_blocks(llm) == before
     for request, output in zip(requests, outputs, strict=True):
-        assert serving.same(output, serving.answer(reference, request)) is not False
+        assert answers.same(output, answers.answer(reference, request)) is not False
 
 
 def test_a_request_that_is_preempted_late_in_its_answer_does_not_wait_for_ever(
@@ -109,7 +112,7 @@ def test_a_request_that_is_preempted_late_in_its_answer_does_not_wait_for_ever(
         assert fresh[0], "the prompt and its fresh blocks fit at first"
         assert not engine.has_unfinished_requests(), "the request waits with the whole pool free"
         assert serving.free_blocks(llm) == before
-    assert serving.same(outputs[0], serving.answer(reference, request)) is not False
+    assert answers.same(outputs[0], answers.answer(reference, request)) is not False
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -133,15 +136,14 @@ def test_an_outcome_that_comes_after_a_preemption(share: bool, reference: Any) -
         assert serving.state(llm) == 0
     for request, output in zip(requests, outputs, strict=True):
         assert output.kv_transfer_params["plphp"]["freed_blocks"] >= 0
-        assert serving.same(output, serving.answer(reference, request)) is not False
+        assert answers.same(output, answers.answer(reference, request)) is not False
 
 
-# Slow until its requests are short of blocks whatever the weights answer: with today's weights this
-# pool is large enough. The hard modes of test_processes.py are short by their requests' sizes.
-@pytest.mark.slow
 def test_a_shortage_of_blocks_changes_no_token(reference: Any) -> None:
-    requests = [replace(r, tokens=24) for r in serving.random_requests(16, seed=40)]
-    with serving.engine(num_gpu_blocks_override=serving.LAYERS * 24, max_model_len=512) as llm:
+    """The first requests are too large for the pool together, whatever the weights answer."""
+    short = elsewhere.hard()
+    requests = short.requests(10, seed=40)
+    with serving.engine(**short.engine(Path())) as llm:
         scheduler, thrown = serving.scheduler_of(llm), []
         original = scheduler._preempt_request
         scheduler._preempt_request = lambda *a, **k: (thrown.append(1), original(*a, **k))
@@ -150,7 +152,7 @@ def test_a_shortage_of_blocks_changes_no_token(reference: Any) -> None:
         assert thrown
         assert serving.free_blocks(llm) == before
     for request, output in zip(requests, outputs, strict=True):
-        assert serving.same(output, serving.answer(reference, request)) is not False
+        assert answers.same(output, answers.answer(reference, request)) is not False
 
 
 def test_requests_that_come_and_go_change_no_other(reference: Any) -> None:
@@ -175,14 +177,14 @@ def test_requests_that_come_and_go_change_no_other(reference: Any) -> None:
         assert serving.free_blocks(llm) == before
     assert aborted > 5 and len(ended) + aborted == len(requests)
     for name, output in ended.items():
-        expected = serving.answer(reference, requests[int(name)])
-        assert serving.same(output, expected) is not False
+        expected = answers.answer(reference, requests[int(name)])
+        assert answers.same(output, expected) is not False
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_random_aborts_and_preemptions_leave_nothing_behind(share: bool) -> None:
     """A short run of `make soak-vllm`."""
-    found = soak(250, share)
+    found = soak(150, share)
     assert found["blocks left in use"] == 0
     assert found["entries left in the scheduler's and the worker's side"] == 0
     happened = ("aborted", "aborted in mid-step", "preempted by force in mid-prompt")

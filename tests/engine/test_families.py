@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import answers
 import pytest
 import serving
 import torch
@@ -43,17 +43,8 @@ class Reference:
         return Reference(model.eval(), transformers.AutoProcessor.from_pretrained(folder))
 
     def inputs(self, request: serving.Request) -> Any:
-        told = [
-            transformers.video_utils.VideoMetadata(**serving.about(video))
-            for video in request.videos
-        ]
-        return self.processor(
-            text=request.text(self.processor.tokenizer),
-            images=list(request.images) or None,
-            videos=list(request.videos) or None,
-            return_tensors="pt",
-            **({"video_metadata": told} if told else {}),
-        )
+        text = request.text(self.processor.tokenizer)
+        return answers.processed(self.processor, request, text)
 
     def spans(self, inputs: Any, request: serving.Request) -> torch.Tensor:
         """The spans (1, N) as vLLM counts images: all frames of a video are one image."""
@@ -65,11 +56,11 @@ class Reference:
             spans = torch.tensor(parts)[spans]
         return spans
 
-
-def film(rng: random.Random, frames: int) -> np.ndarray:
-    """A video with frames of 56 x 84 pixels."""
-    pictures = [serving.picture(rng.randrange(10**6), most=4) for _ in range(frames)]
-    return np.stack([np.asarray(picture.resize((84, 56))) for picture in pictures])
+    def answer(self, request: serving.Request, round_to: int = serving.BLOCK) -> answers.Answer:
+        """The answer to a request whose images are counted as in vLLM."""
+        inputs = self.inputs(request)
+        spans = self.spans(inputs, request)
+        return answers.read(self.model, inputs, request, round_to, mask=spans)
 
 
 def requests_of(name: str) -> list[serving.Request]:
@@ -84,7 +75,7 @@ def requests_of(name: str) -> list[serving.Request]:
     frames = CHECKPOINTS[name].frames
     for place in range(len(requests) // 2, len(requests) if frames else 0):
         length, request = rng.choice(frames), requests[place]
-        videos = tuple(film(rng, length) for _ in range(rng.choice((0, 1, 1, 2))))
+        videos = tuple(serving.film(rng, length) for _ in range(rng.choice((0, 1, 1, 2))))
         first = {"images": request.images[:2], "words": request.words[:2]}
         requests[place] = replace(request, **first, videos=videos)
     return requests
@@ -121,7 +112,7 @@ def test_videos_stand_before_images(name: str, tmp_path: Path) -> None:
         beta = rng.uniform(0.4, 0.9)
         policy = plphp.PLPHP(r=0.3, delta_r=0.3, beta=beta, alpha=beta + rng.uniform(0, 0.2))
         images = tuple(serving.picture(rng.randrange(10**6)) for kind in order if kind == "image")
-        videos = tuple(film(rng, 4) for kind in order if kind == "video")
+        videos = tuple(serving.film(rng, 4) for kind in order if kind == "video")
         words = tuple(rng.choice(serving.WORDS) for _ in order)
         requests.append(serving.Request(images, "what is it?", policy, 10, words, videos, order))
     check(name, requests, tmp_path)
@@ -143,8 +134,8 @@ def check(name: str, requests: list[serving.Request], folder: Path) -> None:
         inputs = reference.inputs(request)
         assert alike(inputs["input_ids"][0].tolist()) == alike(output.prompt_token_ids)
         spans = reference.spans(inputs, request)
-        expected = serving.read(reference.model, inputs, request, mask=spans)
-        found = serving.same(output, expected)
+        expected = answers.read(reference.model, inputs, request, mask=spans)
+        found = answers.same(output, expected)
         assert found is not False, (request, output.outputs[0].token_ids, expected.tokens)
         close += found is None
         if request.policy and (request.images or request.videos):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import answers
 import pytest
 import serving
 import torch
@@ -91,8 +92,8 @@ def test_tokens_equal_transformers(family: str, share: bool, tmp_path: Path) -> 
     for request, output in zip(requests * 2, outputs, strict=True):
         inputs = reference.inputs(request)
         assert inputs["input_ids"].shape[1] > 64, "the prompt leaves the windows"
-        expected = serving.read(reference.model, inputs, request)
-        found = serving.same(output, expected)
+        expected = answers.read(reference.model, inputs, request)
+        found = answers.same(output, expected)
         assert found is not False, (request, output.outputs[0].token_ids, expected.tokens)
         close += found is None
         if request.policy:

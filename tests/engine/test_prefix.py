@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import answers
 import pytest
 import serving
 from soak import preempt
@@ -22,8 +23,8 @@ def ask(question: str, policy: plphp.PLPHP | None = POLICY) -> serving.Request:
 def test_text_prompts_hit_as_they_did() -> None:
     chat = [{"role": "user", "content": "list the red objects. " * 20}]
     cached = []
-    for options in ({}, {"stock": True}):
-        with serving.engine(**options) as llm:
+    for made in (serving.engine(stock=True), serving.shared()):
+        with made as llm:
             for _ in range(2):
                 output = llm.chat(chat, ask("").sampling, use_tqdm=False)[0]
             cached.append(output.num_cached_tokens)
@@ -32,20 +33,40 @@ def test_text_prompts_hit_as_they_did() -> None:
 
 def test_another_question_does_not_read_the_images_again(reference: Any) -> None:
     questions = [ask(q) for q in ("describe picture 1.", "what is red in picture 2?", "read it.")]
-    with serving.engine() as llm:
+    with serving.shared() as llm:
         outputs = [serving.generate(llm, [question])[0] for question in questions]
     vision = outputs[0].kv_transfer_params["plphp"]["vision_tokens"]
     assert outputs[0].num_cached_tokens == 0
     assert all(output.num_cached_tokens > vision - serving.BLOCK for output in outputs[1:])
     for question, output in zip(questions, outputs, strict=True):
         assert output.kv_transfer_params["plphp"]["retention"] < 0.9
-        assert serving.same(output, serving.answer(reference, question))
+        assert answers.same(output, answers.answer(reference, question))
+
+
+@pytest.mark.parametrize("policy", [POLICY, None])
+def test_images_that_were_evicted_from_the_cache_are_read_again(
+    policy: Any, reference: Any
+) -> None:
+    """Without plphp, vLLM does not send the pixels to the workers, and its engine stops."""
+    request = ask("describe picture 1.", policy)
+    with serving.shared() as llm:
+        serving.generate(llm, [request])
+        engine = llm.llm_engine
+        engine.add_request("hit", serving.prompt(llm, request), request.sampling)
+        for _ in range(3):
+            engine.step()
+        assert preempt(llm) == [False]
+        engine.reset_prefix_cache()
+        engine.reset_encoder_cache()
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+    assert answers.same(outputs[0], answers.answer(reference, request))
 
 
 def test_the_second_turn_of_a_chat_reads_the_first_from_the_cache() -> None:
     first, cached, tokens = ask("describe picture 1."), [], []
-    for options in ({}, {"share_prefix": False}):
-        with serving.engine(**options) as llm:
+    for made in (serving.shared(), serving.engine(share_prefix=False)):
+        with made as llm:
             answer = serving.generate(llm, [first])[0].outputs[0].text
             turns = [
                 *first.chat,
@@ -69,7 +90,7 @@ def test_requests_of_all_kinds_share_one_prefix_at_once(reference: Any) -> None:
         assert serving.free_blocks(llm) == before
     assert all(output.num_cached_tokens for output in outputs)
     for request, output in zip(requests, outputs, strict=True):
-        assert serving.same(output, serving.answer(reference, request)) is not False
+        assert answers.same(output, answers.answer(reference, request)) is not False
 
 
 @pytest.mark.parametrize("chunk", [96, pytest.param(4096, marks=pytest.mark.slow)])
@@ -85,7 +106,7 @@ def test_an_image_that_is_added_each_turn(chunk: int, reference: Any) -> None:
     assert 0 == cached[0] < cached[1] < cached[2]
     for turn, output in zip(turns, outputs, strict=True):
         assert output.kv_transfer_params["plphp"]["retention"] < 1
-        assert serving.same(output, serving.answer(reference, turn)) is not False
+        assert answers.same(output, answers.answer(reference, turn)) is not False
 
 
 def test_nothing_is_shared_that_was_pruned_in_place() -> None:
@@ -94,23 +115,3 @@ def test_nothing_is_shared_that_was_pruned_in_place() -> None:
             pruned, unpruned = serving.generate(llm, [ask("x"), ask("x", None)])
     assert pruned.num_cached_tokens == 0
     assert unpruned.num_cached_tokens > 0
-
-
-@pytest.mark.parametrize("policy", [POLICY, None])
-def test_images_that_were_evicted_from_the_cache_are_read_again(
-    policy: Any, reference: Any
-) -> None:
-    """Without plphp, vLLM does not send the pixels to the workers, and its engine stops."""
-    request = ask("describe picture 1.", policy)
-    with serving.engine() as llm:
-        serving.generate(llm, [request])
-        engine = llm.llm_engine
-        engine.add_request("hit", serving.prompt(llm, request), request.sampling)
-        for _ in range(3):
-            engine.step()
-        assert preempt(llm) == [False]
-        engine.reset_prefix_cache()
-        engine.reset_encoder_cache()
-        while engine.has_unfinished_requests():
-            outputs = engine.step()
-    assert serving.same(outputs[0], serving.answer(reference, request))

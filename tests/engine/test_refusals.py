@@ -18,7 +18,6 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 import plphp
-from plphp.policy import LAYER_CLASSES
 from plphp.vllm.attach import check_layer
 from plphp.vllm.checks import check_modes, measured
 from plphp.vllm.connector import check_blocks
@@ -206,23 +205,6 @@ def test_a_mistyped_name_is_corrected(name: str) -> None:
     message = f"kv_connector must be 'PLPHPConnector', got '{name}'"
     with pytest.raises(ValueError, match=message):
         config_of(**args)
-
-
-def test_every_metric_exists_before_its_first_event() -> None:
-    with serving.engine(disable_log_stats=False):
-        found = {
-            (sample.name, sample.labels.get("layer_class") or sample.labels.get("reason"))
-            for metric in REGISTRY.collect()
-            for sample in metric.samples
-            if sample.name.startswith("vllm:plphp") and sample.name.endswith("_total")
-        }
-    tokens = {f"vllm:plphp_vision_tokens{kind}_total" for kind in ("", "_kept")}
-    single = {f"vllm:plphp_{kind}_total" for kind in ("prompts_pruned", "blocks_freed")}
-    reasons = ("bad options", "beam search", "streamed input")
-    refused = {("vllm:plphp_prompts_refused_total", reason) for reason in reasons}
-    expected = {(name, layer_class) for name in tokens for layer_class in LAYER_CLASSES}
-    expected |= {(name, None) for name in (*single, "vllm:plphp_prompts_unpruned_total")} | refused
-    assert found == expected
 
 
 def several(*connectors: dict[str, Any]) -> KVTransferConfig:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import answers
 import pytest
 import serving
 import torch
@@ -42,8 +43,20 @@ def counted(llm: Any) -> dict[str, Any]:
     return counts
 
 
+def test_beam_search_is_not_pruned_and_counted_as_refused() -> None:
+    params, answers = BeamSearchParams(beam_width=2, max_tokens=4), []
+    for made in (serving.engine(stock=True), serving.shared()):
+        with made as llm:
+            counts = counted(llm) if answers else {}
+            prompt = serving.prompt(llm, REQUEST)
+            beams = llm.beam_search([prompt], params)[0].sequences
+            answers.append([beam.tokens for beam in beams])
+    assert counts["refused beam search"] > 4 and "prompts" not in counts
+    assert answers[0] == answers[1]
+
+
 def test_a_request_that_ends_at_its_first_token_is_told_and_counted(reference: Any) -> None:
-    with serving.engine() as llm:
+    with serving.shared() as llm:
         before, counts = serving.free_blocks(llm), counted(llm)
         first, longer = serving.generate(llm, [REQUEST, replace(REQUEST, tokens=3)])
         llm.llm_engine.step()
@@ -53,40 +66,27 @@ def test_a_request_that_ends_at_its_first_token_is_told_and_counted(reference: A
     assert counts["prompts"] == 2
     assert counts["blocks"] == other["freed_blocks"] > 0
     assert told == other | {"freed_blocks": 0}, "the end of the request has freed them"
-    assert serving.same(first, serving.answer(reference, REQUEST)) is not False
+    assert answers.same(first, answers.answer(reference, REQUEST)) is not False
 
 
 def test_several_answers_of_one_request_are_pruned_alike(reference: Any) -> None:
     request = replace(REQUEST, tokens=12)
     several = request.sampling
     several.n, several.temperature, several.top_k = 3, 1.0, 1
-    with serving.engine() as llm:
+    with serving.shared() as llm:
         before, counts = serving.free_blocks(llm), counted(llm)
         output = llm.chat(request.chat, several, use_tqdm=False)[0]
         assert serving.free_blocks(llm) == before
     assert counts["prompts"] == 3
     assert output.kv_transfer_params["plphp"]["retention"] < 1
-    expected = serving.answer(reference, request)
+    expected = answers.answer(reference, request)
     for answer in output.outputs:
-        assert serving.same(SimpleNamespace(outputs=[answer]), expected) is not False
-
-
-def test_beam_search_is_not_pruned_and_counted_as_refused() -> None:
-    params, answers = BeamSearchParams(beam_width=2, max_tokens=4), []
-    for options in ({}, {"stock": True}):
-        with serving.engine(**options) as llm:
-            counts = {} if options else counted(llm)
-            prompt = serving.prompt(llm, REQUEST)
-            beams = llm.beam_search([prompt], params)[0].sequences
-            answers.append([beam.tokens for beam in beams])
-            if not options:
-                assert counts["refused beam search"] > 4 and "prompts" not in counts
-    assert answers[0] == answers[1]
+        assert answers.same(SimpleNamespace(outputs=[answer]), expected) is not False
 
 
 def test_a_prompt_that_grows_is_not_pruned_and_counted_as_refused() -> None:
     """vLLM's streamed input: later parts of the prompt arrive after the first answer."""
-    with serving.engine() as llm:
+    with serving.shared() as llm:
         before, counts, engine = serving.free_blocks(llm), counted(llm), llm.llm_engine
         grow = partial(engine.input_processor.process_inputs, resumable=True)
         engine.input_processor.process_inputs = grow
@@ -105,10 +105,10 @@ def test_a_request_for_a_transfer_is_served_without_one(reference: Any) -> None:
     sampling = REQUEST.sampling
     asked = {"do_remote_prefill": True, "do_remote_decode": True, "remote_block_ids": [1]}
     sampling.extra_args["kv_transfer_params"] = asked
-    with serving.engine() as llm:
+    with serving.shared() as llm:
         output = llm.chat(REQUEST.chat, sampling, use_tqdm=False)[0]
     assert output.kv_transfer_params["plphp"]["retention"] < 1
-    assert serving.same(output, serving.answer(reference, REQUEST)) is not False
+    assert answers.same(output, answers.answer(reference, REQUEST)) is not False
 
 
 def test_the_smallest_requests(reference: Any) -> None:
@@ -118,14 +118,14 @@ def test_the_smallest_requests(reference: Any) -> None:
     requests = [
         serving.Request(images, "", policy, tokens) for images, policy in cases for tokens in (1, 3)
     ]
-    with serving.engine() as llm:
+    with serving.shared() as llm:
         before = serving.free_blocks(llm)
         outputs = serving.generate(llm, requests)
         llm.llm_engine.step()
         assert serving.free_blocks(llm) == before
         assert serving.state(llm) == 0
     for request, output in zip(requests, outputs, strict=True):
-        assert serving.same(output, serving.answer(reference, request)) is not False
+        assert answers.same(output, answers.answer(reference, request)) is not False
 
 
 def adapter(model: Any, folder: Path) -> Any:
@@ -159,9 +159,9 @@ def test_requests_with_an_adapter(reference: Any, tmp_path: Path) -> None:
         outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=given)
     inputs = reference.inputs_of(REQUEST.images, REQUEST.text(reference.tokenizer))
     for request, output in zip(requests, outputs, strict=True):
-        expected = serving.read(model, inputs, request)
-        assert serving.same(output, expected) is not False
-    retention = serving.read(model, inputs, requests[0]).report.retention
+        expected = answers.read(model, inputs, request)
+        assert answers.same(output, expected) is not False
+    retention = answers.read(model, inputs, requests[0]).report.retention
     assert outputs[0].kv_transfer_params["plphp"]["retention"] == pytest.approx(retention)
-    plain = serving.read(reference.model, inputs, requests[0])
-    assert serving.same(outputs[0], plain) is False, "the adapter changes the answer"
+    plain = answers.read(reference.model, inputs, requests[0])
+    assert answers.same(outputs[0], plain) is False, "the adapter changes the answer"

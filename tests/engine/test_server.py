@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import os
 import re
@@ -14,10 +15,11 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import answers
 import openai
 import psutil
 import pytest
@@ -52,18 +54,17 @@ def page_command() -> list[str]:
     return [str(Path(sys.executable).with_name("vllm")), "serve", str(WEIGHTS), *options]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that is started with the command of docs/vllm.md."""
+@contextlib.contextmanager
+def started(log: Path, *options: str) -> Iterator[Server]:
+    """A server that is started with the command of docs/vllm.md and more options."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     place = ("--port", str(port), "--host", "127.0.0.1", "--served-model-name", "embedded")
-    log = tmp_path_factory.mktemp("server") / "log"
     told = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_LOG_STATS_INTERVAL": "1"}
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*page_command(), *SMALL, *place],
+            [*page_command(), *SMALL, *place, *options],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | told,
@@ -78,6 +79,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with started(tmp_path_factory.mktemp("server") / "log") as made:
+        yield made
 
 
 def wait_for(url: str, process: Any, log: Any) -> None:
@@ -165,8 +172,8 @@ def test_64_at_once_some_cancelled(server: Server, reference: Any) -> None:
     assert 0 < kept < total(found, "vllm:plphp_vision_tokens_total")
     for number, (request, text) in enumerate(zip(requests[:24], texts[:24], strict=True)):
         if number % 5 != 4:
-            expected = serving.answer(reference, request)
-            if min(expected.margins) > serving.MARGIN:
+            expected = answers.answer(reference, request)
+            if min(expected.margins) > answers.MARGIN:
                 assert text == reference.decode(expected.tokens)
 
 
@@ -204,3 +211,15 @@ def test_the_log_says_what_was_pruned_at_its_usual_interval(server: Server) -> N
     assert re.search(line, text), text[-3000:]
     assert "WARNING" in text and "on CPUs only" in text
     assert "round_to=32" in text
+
+
+@pytest.mark.slow
+def test_every_engine_of_a_server_prunes(tmp_path: Path) -> None:
+    """Data parallelism of a model without experts: vLLM makes engines that share nothing."""
+    requests = [replace(r, policy=plphp.PLPHP()) for r in serving.random_requests(24, seed=81)]
+    with started(tmp_path / "log", "--data-parallel-size", "2") as server:
+        texts = asyncio.run(flood(server.url, requests))
+        found = metrics(server.url)
+    assert len(texts) == len(requests)
+    pruned = [n for name, n in found.items() if name.startswith("vllm:plphp_prompts_pruned_total")]
+    assert len(pruned) == 2 and all(pruned), "both engines prune"

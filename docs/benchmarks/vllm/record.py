@@ -21,15 +21,14 @@ def record(name: str, what: str | None, results: dict[str, Any], rounds: bool = 
 
     rounds: keep those that the file has, and write the medians and ranges of all of them
     """
-    path = Path(__file__).parent / f"{date.today().isoformat()}-{name}.json"
+    path = file_of(name)
     if rounds:
-        before = json.loads(path.read_text())["results"]["rounds"] if path.exists() else []
-        results = {"rounds": [*before, results]}
+        results = {"rounds": [*results_of(name).get("rounds", []), results]}
         results["median [least, most]"] = summary(results["rounds"])
     result = {
         "what": (what or "").strip(),
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {vectors()}, {os.cpu_count()} cores",
         "versions": {
             "vllm": vllm.__version__,
             "torch": torch.__version__,
@@ -39,6 +38,22 @@ def record(name: str, what: str | None, results: dict[str, Any], rounds: bool = 
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
+
+
+def file_of(name: str) -> Path:
+    """The file of today's result."""
+    return Path(__file__).parent / f"{date.today().isoformat()}-{name}.json"
+
+
+def results_of(name: str) -> dict[str, Any]:
+    """The results in today's file, empty if there is none."""
+    path = file_of(name)
+    return dict(json.loads(path.read_text())["results"]) if path.exists() else {}
+
+
+def vectors() -> str:
+    """The vector instructions that torch uses, such as AVX2."""
+    return str(torch.backends.cpu.get_cpu_capability())
 
 
 def summary(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, str]]:

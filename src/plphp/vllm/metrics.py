@@ -17,6 +17,7 @@ from plphp.policy import LAYER_CLASSES
 SEEN, KEPT, REFUSED = "seen ", "kept ", "refused "  # prefixes of counters that have a label
 BAD_OPTIONS, BEAM_SEARCH, STREAMED_INPUT = "bad options", "beam search", "streamed input"
 REASONS = (BAD_OPTIONS, BEAM_SEARCH, STREAMED_INPUT)  # not to prune a prompt
+CLASSES = (*LAYER_CLASSES, "no class")  # the last for methods without classes, whose index is -1
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Counts(KVConnectorStats):
     prompts: prompts with images that were pruned
     unpruned: prompts with images whose request switched pruning off
     blocks: cache blocks that pruning freed
-    "seen C": vision tokens of layers of class C; "kept C": those of them that were kept
+    "seen C": vision tokens of layers of class C, of `CLASSES`; "kept C": those that were kept
     "refused R": prompts that were not pruned for reason R
     """
 
@@ -44,8 +45,8 @@ class Counts(KVConnectorStats):
         self.count("prompts")
         self.count("blocks", blocks)
         for kept, layer_class in zip(choice.kept, choice.classes, strict=True):
-            self.count(SEEN + LAYER_CLASSES[layer_class], vision)
-            self.count(KEPT + LAYER_CLASSES[layer_class], kept)
+            self.count(SEEN + CLASSES[layer_class], vision)
+            self.count(KEPT + CLASSES[layer_class], kept)
 
     def take(self) -> Counts | None:
         """Return the counters and reset them; None if all are zero."""
@@ -72,7 +73,7 @@ class Counts(KVConnectorStats):
             "unpruned": self.data.get("unpruned", 0),
             "blocks freed": self.data.get("blocks", 0),
         }
-        for name in LAYER_CLASSES:
+        for name in CLASSES:
             if seen := self.data.get(SEEN + name, 0):
                 line[f"{name} kept"] = round(self.data[KEPT + name] / seen, 3)
         refused = {name: n for name, n in self.data.items() if name.startswith(REFUSED)}
@@ -92,8 +93,8 @@ _SERIES = {
     REFUSED: ("vllm:plphp_prompts_refused", "Prompts that could not be pruned.", "reason"),
 }
 _LABELS = {
-    SEEN: LAYER_CLASSES,
-    KEPT: LAYER_CLASSES,
+    SEEN: CLASSES,
+    KEPT: CLASSES,
     REFUSED: REASONS,
 }
 
