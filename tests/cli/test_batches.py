@@ -446,11 +446,14 @@ def test_a_retry_leaves_what_it_cannot_read(
 ) -> None:
     out = tmp_path / "x"
     again = ("generate", "--batch", failing, "--out", out, "--retry")
+    before = out.read_bytes()
+    assert "belongs to another batch" in run(*again, "--max-new-tokens", 9).err
+    assert out.read_bytes() == before and not (tmp_path / "x.part").exists()
     (tmp_path / "x.part").touch()
     assert "move one of them away" in run(*again).err
     (tmp_path / "x.part").unlink()
     out.write_text("my notes\n")
-    assert "is not the output of a batch" in run(*again).err
+    assert "this file is not from a batch" in run(*again).err
     assert out.read_text() == "my notes\n" and asked == []
     assert not (tmp_path / "x.part").exists()
 

@@ -52,8 +52,7 @@ class Batch:
     key: what all lines share
     done: the byte of `part` at which the record of a line begins, by the number of the line; the
         records may have any order
-    failed: number of errors among them
-    first: the number of the first line with an error among them, and its error
+    failed: number of errors among them; first: the line and the text of the first one
     """
 
     source: Path
@@ -104,7 +103,7 @@ class Batch:
         if "error" in record:
             self.failed += 1
             here = (record["line"], str(record["error"]))
-            self.first = here if self.first is None else min(self.first, here)
+            self.first = min(self.first or here, here)
 
     def write(self, records: Sequence[Record]) -> None:
         """Write some records with one call, and put them on the disk before the next ones."""
@@ -160,8 +159,8 @@ class Batch:
         data = self.file.read()
         whole, begin = data.rfind(b"\n") + 1, 0
         for row in data[:whole].split(b"\n")[:-1]:
-            record = self._known(row)
-            self._check(record)
+            record = self.known(row)
+            self.check(record)
             self._note(record, begin)
             begin += len(row) + 1
         torn = data[whole:]
@@ -169,7 +168,8 @@ class Batch:
             raise self._foreign()
         self.file.truncate(whole)
 
-    def _known(self, row: bytes) -> dict[str, Any]:
+    def known(self, row: bytes) -> dict[str, Any]:
+        """The record of a row. Raises InputError for one that is not of a batch."""
         try:
             record = lines.load(row)
         except InputError:
@@ -181,7 +181,8 @@ class Batch:
             raise self._foreign()
         return record
 
-    def _check(self, record: Mapping[str, Any]) -> None:
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Raise InputError unless the record answers what this batch asks."""
         number = record["line"]
         if number >= len(self.lines):
             raise InputError(

@@ -75,7 +75,8 @@ def generate(
         raise InputError("--compare needs greedy answers: leave out the sampling options")
     if batch is not None and out is not None:
         _check_batch(batch, out, prompt, retry)
-        _answer_batch(batch, out, prompt, method, bits, sampling, source, cluster, as_json)
+        given = (method, bits, sampling, source)
+        _answer_batch(batch, out, prompt, retry, given, cluster, as_json)
         return
     prompt = _standard_input() if prompt is None else prompt
     if not prompt.strip():
@@ -96,13 +97,17 @@ def generate(
 
 
 def _answer_batch(
-    batch: Path, out: Path, prompt: str | None, method: o.Method, bits: Bits,
-    sampling: Sampling, source: o.Source, cluster: Cluster, quiet: bool,
+    batch: Path, out: Path, prompt: str | None, retry: bool,
+    given: tuple[o.Method, Bits, Sampling, o.Source], cluster: Cluster, quiet: bool,
 ) -> None:  # fmt: skip
     """Answer what is left of a batch. Exits with 3 if some of its lines hold an error."""
     from plphp.cli.batch import answer_line, open_batch
+    from plphp.cli.retry import reopen
 
+    method, bits, sampling, source = given
     key = _key(method, bits, sampling, source)
+    if retry and os.path.lexists(out):
+        reopen(batch, out, prompt, key)
 
     def make_job() -> Job:
         policy, recall = method.chosen(), method.parked()
@@ -262,7 +267,6 @@ def check_files(images: Sequence[str], videos: Sequence[str], model: str) -> Non
 
 
 def _check_batch(batch: Path, out: Path, prompt: str | None, retry: bool) -> None:
-    from plphp.cli.retry import reopen
     from plphp.inputs import parquet
 
     if os.path.lexists(out) and not retry:
@@ -276,8 +280,6 @@ def _check_batch(batch: Path, out: Path, prompt: str | None, retry: bool) -> Non
         parquet.check(path)
     if batch.is_dir() and prompt is None:
         raise InputError("--batch with a directory needs --prompt, the question about each image")
-    if retry and os.path.lexists(out):
-        reopen(out)
 
 
 def _standard_input() -> str:
