@@ -50,6 +50,8 @@ class Case:
 
 
 CASES = [
+    Case("a URL", "generate --image https://x.org/a.png --prompt x", "a URL is not read"),
+    Case("a URL of a video", "generate --model m --video s3://x/a.mp4 --prompt x", "a URL is not"),
     Case("missing file", "generate --image {tmp}/none.png --prompt x", "no such file"),
     Case("empty file", "generate --image {tmp}/empty.png --prompt x", "the file is empty"),
     Case("truncated image", "generate --image {tmp}/half.png --prompt x", "broken or truncated"),
@@ -58,6 +60,12 @@ CASES = [
     Case("decompression bomb", "generate --image {tmp}/bomb.png --prompt x", "decompression bomb"),
     Case("aspect 1 : 300", "generate --image {tmp}/wide.png --prompt x", "aspect ratio"),
     Case("no prompt text", "generate --image {png} --prompt ' '", "the prompt is empty"),
+    Case("a policy in capitals", "generate --policy PLPHP --prompt x", "did you mean 'plphp'?"),
+    Case("a percentage", "generate --budget 40% --prompt x", "1, got '40%': write 0.4 for 40 %"),
+    Case("a percentage of snapkv", "generate --policy snapkv --budget 40 --prompt x", "write 0.4"),
+    Case("percentages of a run", "eval --out {tmp}/e --budgets 40,20", "1: write 0.4 for 40 %"),
+    Case("shares in percent", "bench --keep 60 --layers 1", "0 to 1: write 0.6 for 60 %"),
+    Case("a format", "generate --dtype fp16 --prompt x", "'--dtype': 'fp16' is not one of"),
     Case("unknown policy", "generate --policy best --prompt x", "unknown policy 'best'"),
     Case("rate above 1", "generate --r 1.2 --prompt x", "r + delta_r must be at most 1"),
     Case("rate below 0", "generate --r .1 --prompt x", "r - delta_r must be at least 0"),

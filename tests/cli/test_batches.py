@@ -401,3 +401,64 @@ def test_other_weights_of_the_embedded_model_are_another_model(
     (tmp_path / "weights" / "model.safetensors").write_bytes(b"other weights")
     monkeypatch.setattr("plphp.cli.requests.files", lambda package: tmp_path)
     assert model_identity("embedded") != before
+
+
+# --- lines with an error --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def failing(run: Callable, tmp_path: Path, pictures: Path, asked: list) -> Path:
+    """A finished batch whose lines 1 and 3 have an error."""
+    rows = [{"prompt": "a"}, {"prompt": "break"}, {"images": "pictures/b.png", "prompt": "c"}, 4]
+    source = write(tmp_path / "in.jsonl", rows)
+    result = run("generate", "--batch", source, "--out", tmp_path / "x")
+    assert result.code == 3
+    assert result.err.splitlines()[-2:] == [
+        f"{tmp_path / 'x'} has 4 lines, errors: 2, without images: 2",
+        "line 1: shapes do not match",
+    ]
+    asked.clear()
+    return source
+
+
+def test_lines_with_an_error_are_answered_again(
+    run: Callable, tmp_path: Path, failing: Path, asked: list
+) -> None:
+    out = tmp_path / "x"
+    before = records(out)
+    again = ("generate", "--batch", failing, "--out", out)
+    assert "or --retry" in run(*again).err and records(out) == before
+    rows = [{"prompt": "a"}, {"prompt": "b"}, {"images": "pictures/b.png", "prompt": "c"}, 4]
+    write(failing, rows)
+    result = run(*again, "--retry")
+    assert (result.code, [prompt for _, prompt, _ in asked]) == (3, ["b"])
+    assert "errors: 1, without images: 2\nline 3: the line is not" in result.err
+    write(failing, [*rows[:3], {"prompt": "d"}])
+    assert run(*again, "--retry").code == 0
+    assert [r["answer"][-1] for r in records(out)] == ["a", "b", "c", "d"]
+    assert records(out)[0] == before[0] and not (tmp_path / "x.part").exists()
+    fresh = ("generate", "--batch", failing, "--out", tmp_path / "y", "--retry")
+    assert run(*fresh).code == 0  # there is nothing to retry yet
+
+
+def test_a_retry_leaves_what_it_cannot_read(
+    run: Callable, tmp_path: Path, failing: Path, asked: list
+) -> None:
+    out = tmp_path / "x"
+    again = ("generate", "--batch", failing, "--out", out, "--retry")
+    before = out.read_bytes()
+    assert "belongs to another batch" in run(*again, "--max-new-tokens", 9).err
+    assert out.read_bytes() == before and not (tmp_path / "x.part").exists()
+    (tmp_path / "x.part").touch()
+    assert "move one of them away" in run(*again).err
+    (tmp_path / "x.part").unlink()
+    out.write_text("my notes\n")
+    assert "this file is not from a batch" in run(*again).err
+    assert out.read_text() == "my notes\n" and asked == []
+    assert not (tmp_path / "x.part").exists()
+
+
+def test_a_url_in_a_line_is_called_so(run: Callable, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"images": "https://x.org/a.png", "prompt": "p"}])
+    assert run("generate", "--batch", source, "--out", tmp_path / "x").code == 3
+    assert "a URL is not read" in records(tmp_path / "x")[0]["error"]

@@ -26,7 +26,7 @@ REFUSED = [
     ("generate --prompt x --seed 1", "--seed needs --temperature, --top-p or --top-k"),
     ("generate --prompt x --recall-budget .3", "--recall-budget needs --recall"),
     ("generate --prompt x --report --json", "--report cannot be used with --json"),
-    ("generate --prompt x --report --compare", "--report cannot be used with --compare"),
+    ("generate --prompt x --retry", "--retry needs --batch"),
     (
         "generate --prompt x --report --batch {tmp} --out {tmp}/o",
         "--report cannot be used with --batch",

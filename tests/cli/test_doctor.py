@@ -9,8 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import save_file
 
 import plphp
 import plphp._installed
@@ -145,6 +147,65 @@ def test_code_that_comes_with_a_model_is_trusted_on_request(run: Callable, tmp_p
     assert trusted.code == 0, trusted.err
     assert trusted.json["prunable"]
     assert trusted.json["full"] == asked(config, 1, 36, 64).full // 2, "bfloat16"
+
+
+@pytest.mark.parametrize("where", ["config", "text config", "weights", "nowhere"])
+def test_bytes_are_those_of_the_format_in_which_the_model_is_loaded(
+    where: str, run: Callable, tmp_path: Path
+) -> None:
+    raw = tiny.FAMILIES["llava"].config().to_dict() | {"dtype": None}
+    raw["text_config"]["dtype"] = {"text config": "float32", "config": "bfloat16"}.get(where)
+    if where == "config":
+        raw["dtype"] = "float32"  # what transformers reads, whatever the language model's says
+    if where == "weights":
+        weights = {"codes": torch.zeros(1, dtype=torch.int8), "w": torch.zeros(1)}
+        save_file(weights, tmp_path / "model-00001-of-00001.safetensors")
+    model = write(tmp_path, raw)
+    found = run("doctor", model, "--json").json
+    given = run("doctor", model, "--dtype", "float32", "--json").json
+    assert found["token_bytes"] == given["token_bytes"] // (2 if where == "nowhere" else 1)
+    assert any("bfloat16 is assumed" in n for n in found["notes"]) == (where == "nowhere")
+    assert not any("is assumed" in note for note in given["notes"])
+
+
+def test_bytes_of_the_embedded_model_are_those_of_its_cache(run: Callable, picture: str) -> None:
+    asked = ("--prompt", "describe picture 1.", "--image", picture, "--max-new-tokens", 1, "--json")
+    report = run("generate", *asked).json["report"]
+    told = ("--tokens-per-image", 36, "--text-tokens", report["prompt"][0] - 36)
+    assert run("doctor", "embedded", *told, "--json").json["full"] == report["kv_bytes_full"]
+
+
+def test_a_directory_without_a_processor_is_remarked(run: Callable, tmp_path: Path) -> None:
+    """`generate` refuses it, so doctor says so: for a processor, and for a tokenizer alone."""
+    for name, lacks in (("llava", "all"), ("embedded", "tokenizer"), ("embedded", "images")):
+        folder = tmp_path / f"{name}-{lacks}"
+        if name == "embedded":
+            left_out = "tokenizer*" if lacks == "tokenizer" else "*processor*"
+            shutil.copytree(WEIGHTS, folder, ignore=shutil.ignore_patterns(left_out))
+        else:
+            folder.mkdir()
+            write(folder, tiny.FAMILIES["llava"].config())
+        result = run("doctor", folder)
+        assert result.code == 0 and "can be pruned" in result.out
+        assert "note: its processor cannot be loaded: " in result.out, lacks
+        assert run("generate", "--model", folder, "--prompt", "x").code == 2
+
+
+def test_a_model_of_text_alone_is_called_so(run: Callable, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**tiny.TEXT)
+    result = run("doctor", write(tmp_path, config))
+    assert result.code == 1
+    because = result.out.splitlines()[1]
+    assert "llama is not a vision-language model that transformers knows" in because
+    assert "0 for text and i for image i" in because
+    assert "per image" not in result.out and "bytes" not in result.out
+    assert "bfloat16" not in result.out
+
+
+def test_a_number_of_the_config_is_that_of_a_picture_in_one_tile() -> None:
+    for kind in ("internvl", "idefics3", "aya_vision", "cohere2_vision", "ovis2", "lfm2_vl"):
+        count, source = plphp.models.image_tokens(transformers.AutoConfig.for_model(kind))
+        assert source.startswith("assumed") or "does not cut into tiles" in source, (kind, count)
 
 
 # --- configs that no model can be made of ---------------------------------------------------------

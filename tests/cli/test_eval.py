@@ -1,7 +1,10 @@
 """`plphp eval`: from a command to files, twice the same."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -54,11 +57,46 @@ def test_a_folder_of_images_needs_no_labels(run: Callable, tmp_path: Path, pictu
     assert "exact" not in full["metrics"]
 
 
+def read_text(direct_url: str | None) -> Callable:
+    """How a distribution reads its files where pip has noted this in direct_url.json."""
+    own = metadata.PathDistribution.read_text
+    return lambda self, name: direct_url if name == "direct_url.json" else own(self, name)
+
+
 def test_what_is_not_installed_is_named(
     run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("plphp.cli.eval.NEEDS", ("jiwer", "no_such_package"))
-    result = run(*WORDS, "--out", tmp_path)
-    assert result.code == 2
-    assert result.err.startswith("plphp: no_such_package not installed: pip install 'anls-star>=1'")
-    assert "plphp[eval]" not in result.err, "plphp is on no package index"
+    (tmp_path / "pyproject.toml").touch()
+    direct_url = {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
+    installed = {
+        "a wheel": (None, "pip install 'anls-star>=1'"),
+        "a folder": (direct_url | {"dir_info": {}}, f"pip install '{tmp_path}[eval]'"),
+        "a folder, editable": (direct_url, f"pip install -e '{tmp_path}[eval]'"),
+        "a folder that is gone": (direct_url | {"url": "file:///no/where"}, "pip install 'anls"),
+    }
+    for how, (url, command) in installed.items():
+        text = None if url is None else json.dumps(url)
+        monkeypatch.setattr(metadata.PathDistribution, "read_text", read_text(text))
+        result = run(*WORDS, "--out", tmp_path)
+        assert result.code == 2
+        assert result.err.startswith(f"plphp: no_such_package not installed: {command}"), how
+        assert " 'plphp[eval]" not in result.err, "plphp is on no package index"
+
+
+def test_images_without_labels_need_no_metrics(
+    run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, picture: str
+) -> None:
+    """In a process of its own, which has not imported them."""
+    words = ("eval", "--images", Path(picture).parent, "--prompt", "describe picture 1.")
+    options = ("--methods", "uniform", "--budgets", ".4", "--limit", 1, "--max-new-tokens", 2)
+    code = (
+        "import sys; from plphp.cli.eval import NEEDS\n"
+        "sys.modules |= dict.fromkeys(set(NEEDS) - {'matplotlib'})\n"
+        "from plphp.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, *map(str, (*words, *options, "--out", tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("plphp.cli.eval.NEEDS_WITHOUT_LABELS", ("no_such_package",))
+    assert "no_such_package not installed" in run(*words, *options, "--out", tmp_path).err

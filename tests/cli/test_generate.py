@@ -71,10 +71,25 @@ def test_doctor_says_what_a_prompt_takes(run: Callable) -> None:
     found = run("doctor", "embedded", "--images", 2, "--tokens-per-image", 100, "--json").json
     assert found["prunable"]
     assert found["prunable_layers"] == list(range(8))
-    # 4 KV heads of 32, keys and values, bfloat16, 8 layers
-    assert found["token_bytes"] == 2 * 4 * 32 * 2 * 8
+    # 4 KV heads of 32, keys and values, float32 as it is loaded, 8 layers
+    assert found["token_bytes"] == 2 * 4 * 32 * 4 * 8
     assert found["full"] == found["token_bytes"] * 264
     assert found["pruned"][1] == found["token_bytes"] * (64 + 2 * 40)
+
+
+def test_a_comparison_prints_the_report_of_the_pruned_answer(run: Callable, picture: str) -> None:
+    options = ("--image", picture, *QUESTION, "--compare", "--rounds", 1)
+    shown = run("generate", *options, "--report")
+    assert shown.code == 0 and "layer  gamma  class" in shown.err
+    assert "layer  gamma  class" not in run("generate", *options).err
+
+
+def test_without_vision_tokens_no_share_is_shown(run: Callable) -> None:
+    options = ("generate", "--prompt", "hello", "--max-new-tokens", 2)
+    for how in ((), ("--report",), ("--compare", "--rounds", 1)):
+        shown = run(*options, *how)
+        assert shown.code == 0 and "the prompt has no vision tokens" in shown.err
+        assert "%" not in shown.out + shown.err and "nan" not in shown.err
 
 
 # --- batches --------------------------------------------------------------------------------------

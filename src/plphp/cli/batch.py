@@ -52,7 +52,7 @@ class Batch:
     key: what all lines share
     done: the byte of `part` at which the record of a line begins, by the number of the line; the
         records may have any order
-    failed: number of errors among them
+    failed: number of errors among them; first: the line and the text of the first one
     """
 
     source: Path
@@ -63,6 +63,7 @@ class Batch:
     file: IO[bytes]
     done: dict[int, int] = field(default_factory=dict)
     failed: int = 0
+    first: tuple[int, str] | None = None
 
     @property
     def left(self) -> list[Line]:
@@ -86,8 +87,23 @@ class Batch:
                 "one of the two files away"
             )
         self._finish()
-        say(f"{self.out} has {len(self.lines)} lines, errors: {self.failed}")
+        say(self._told())
         return self.failed
+
+    def _told(self) -> str:
+        """What the finished batch has: lines, errors with the first of them, prompts of text."""
+        text = sum(not line.images and not line.error for line in self.lines)
+        told = f"{self.out} has {len(self.lines)} lines, errors: {self.failed}"
+        told += f", without images: {text}" if text else ""
+        return told if self.first is None else "{}\nline {}: {}".format(told, *self.first)
+
+    def _note(self, record: Mapping[str, Any], begin: int) -> None:
+        """Note a record that begins at a byte of `part`."""
+        self.done[record["line"]] = begin
+        if "error" in record:
+            self.failed += 1
+            here = (record["line"], str(record["error"]))
+            self.first = min(self.first or here, here)
 
     def write(self, records: Sequence[Record]) -> None:
         """Write some records with one call, and put them on the disk before the next ones."""
@@ -98,8 +114,7 @@ class Batch:
             self.file.flush()
             os.fsync(self.file.fileno())
         for record, row in zip(records, rows, strict=True):
-            self.done[record["line"]] = begin
-            self.failed += "error" in record
+            self._note(record, begin)
             begin += len(row)
 
     def _finish(self) -> None:
@@ -144,17 +159,17 @@ class Batch:
         data = self.file.read()
         whole, begin = data.rfind(b"\n") + 1, 0
         for row in data[:whole].split(b"\n")[:-1]:
-            record = self._known(row)
-            self._check(record)
-            self.done[record["line"]] = begin
-            self.failed += "error" in record
+            record = self.known(row)
+            self.check(record)
+            self._note(record, begin)
             begin += len(row) + 1
         torn = data[whole:]
         if torn and not TORN.match(torn) and not b'{"line": 0123456789'.startswith(torn):
             raise self._foreign()
         self.file.truncate(whole)
 
-    def _known(self, row: bytes) -> dict[str, Any]:
+    def known(self, row: bytes) -> dict[str, Any]:
+        """The record of a row. Raises InputError for one that is not of a batch."""
         try:
             record = lines.load(row)
         except InputError:
@@ -166,7 +181,8 @@ class Batch:
             raise self._foreign()
         return record
 
-    def _check(self, record: Mapping[str, Any]) -> None:
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Raise InputError unless the record answers what this batch asks."""
         number = record["line"]
         if number >= len(self.lines):
             raise InputError(

@@ -16,6 +16,7 @@ from plphp.cli import options as o
 from plphp.cli.bits import Weights, warn_of_prompts
 from plphp.cli.console import loading, progress, say, shown, stdout
 from plphp.errors import InputError
+from plphp.policy.base import meant_share
 
 if TYPE_CHECKING:
     from plphp.bench.caches import Setting
@@ -242,7 +243,7 @@ def _numbers(text: str, option: str, example: str) -> tuple[float, ...]:
 def _rates(text: str) -> tuple[float, ...]:
     rates = _numbers(text, "--keep", ".4 or .7,.4,.1")
     if not all(0 <= rate <= 1 for rate in rates):
-        raise InputError(f"--keep {text}: the shares must be from 0 to 1")
+        raise InputError(f"--keep {text}: the shares must be from 0 to 1{meant_share(max(rates))}")
     return rates
 
 

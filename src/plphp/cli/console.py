@@ -121,6 +121,7 @@ def one_line(error: BaseException) -> str:
         return wrong
     format_message = getattr(error, "format_message", None)  # usage errors of the command line
     message = format_message() if format_message else str(error)
+    message = message.replace(": Value error, ", ": ", 1)  # pydantic's words before a reason
     if message.startswith("Got unexpected extra argument"):
         message += ": every value needs its option, such as --model NAME or --image FILE"
     named = type(error).__name__

@@ -33,6 +33,7 @@ class Diagnosis:
     tokens. A layer whose attention window is shorter than the prompt is not pruned.
 
     reason: why the model cannot be pruned; empty if it can
+    reads_images: False for a model of text alone, of which the fields about images say nothing
     attachable_layers: indices of the layers that can be pruned for some prompt
     prunable_layers: indices of the layers that are pruned for this prompt
     windows: for each cached layer, as `compat.layer_windows` returns them
@@ -68,6 +69,7 @@ class Diagnosis:
     pruned: tuple[int, int, int] | None
     other_bytes: int | None
     unmeasured: str = ""
+    reads_images: bool = True
     refused: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -118,13 +120,17 @@ def diagnose(
     None, the processor or the config gives it. Raises InputError if no model can be built from the
     config.
     """
+    from plphp.inputs.formats import number_format
+    from plphp.inputs.shell import is_text_alone
     from plphp.models import image_tokens
 
     each, source = tokens_per_image, "given by --tokens-per-image"
     if each is None:
         each, source = image_tokens(config, processor)
     length = images * each + text_tokens
-    seen = examined(name, config, dtype, length, trust)
+    kind, unknown = number_format(name, config, dtype)
+    reads_images = not is_text_alone(config)
+    seen = examined(name, config, kind, length, trust)
     here = seen.pruned_at(length)
     return Diagnosis(
         model=name,
@@ -141,8 +147,9 @@ def diagnose(
         tokens_from=source,
         text_tokens=text_tokens,
         unmeasured=seen.unmeasured,
+        reads_images=reads_images,
         refused=seen.refused,
-        notes=_notes(config, seen, length),
+        notes=(*_notes(config, seen, length), *([unknown] if unknown and reads_images else [])),
         **_taken(seen.bytes, here, policy, images, each, text_tokens),
     )
 
@@ -181,12 +188,12 @@ def _kept(tokens: int, rate: float) -> int:
     return int(steps.share(rates, torch.tensor([[tokens]])))
 
 
-def examined(name: str, config: Any, dtype: str, length: int, trust: bool) -> Examined:
-    """Build the model without weights and examine it.
+def examined(name: str, config: Any, kind: Any, length: int, trust: bool) -> Examined:
+    """Build the model without weights and examine it. kind: the dtype of the weights
 
     Raises InputError if no model can be built from the config.
     """
-    return on_meta(name, lambda: _examine(copy.deepcopy(config), dtype, length, trust))
+    return on_meta(name, lambda: _examine(copy.deepcopy(config), kind, length, trust))
 
 
 def on_meta(name: str, work: Callable[[], Made]) -> Made:
@@ -208,15 +215,16 @@ def on_meta(name: str, work: Callable[[], Made]) -> Made:
         ) from error
 
 
-def _examine(config: Any, dtype: str, length: int, trust: bool) -> Examined:
-    from plphp.inputs.shell import shell
+def _examine(config: Any, kind: Any, length: int, trust: bool) -> Examined:
+    from plphp.inputs.shell import TEXT_ALONE, is_text_alone, shell
 
-    text = config.get_text_config(decoder=True)
     try:
-        model = shell(config, trust, kind_of(text, dtype))
+        model = shell(config, trust, kind)
     except UnsupportedModelError as error:
         return Examined((), str(error), (), None, "the model cannot be built")
     seen = look_at(model, length)
+    if is_text_alone(config):
+        return replace(seen, attachable=(), reason=TEXT_ALONE.format(config.model_type))
     return replace(seen, refused=_refused(model)) if seen.attachable else seen
 
 
@@ -252,14 +260,6 @@ def _refused(model: Any) -> dict[str, str]:
         except (PlphpError, ValueError) as error:
             found[name] = str(error)
     return found
-
-
-def kind_of(text: Any, dtype: str) -> Any:
-    """The number format of the weights, or bfloat16 if the config does not give one."""
-    import torch
-
-    kind = getattr(text, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
-    return kind if isinstance(kind, torch.dtype) else torch.bfloat16
 
 
 def _notes(config: Any, seen: Examined, length: int) -> tuple[str, ...]:

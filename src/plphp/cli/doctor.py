@@ -75,18 +75,27 @@ def _print(d: Diagnosis) -> None:
     lines = [f"{d.model} ({d.model_type}): {answer}"]
     if not d.prunable:
         lines.append(f"because: {d.reason}")
-    lines.append(f"vision tokens: found by {d.found_by}")
-    lines.append(f"vision tokens per image: {d.tokens_per_image:,} ({d.tokens_from})")
-    lines.append(f"layers: {len(d.prunable_layers)} of {d.layers} are pruned for this prompt")
-    if d.attachable_layers != d.prunable_layers:
-        lines[-1] += f", {len(d.attachable_layers)} for shorter prompts"
-    lines += [*_bytes(d), *_kinds(d), *_stages(d), *(f"note: {note}" for note in d.notes)]
+    if d.reads_images:
+        lines += [*_vision(d), *_bytes(d), *_kinds(d), *_stages(d)]
+    lines += [f"note: {note}" for note in d.notes]
     console = stdout()
-    drawn = _drawn(d)
+    drawn = _drawn(d) if d.reads_images else []
     if not console.encoding.lower().startswith("utf"):
         drawn = [line.translate(ASCII) for line in drawn]
     for line in (*lines, *drawn):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _vision(d: Diagnosis) -> list[str]:
+    """How vision tokens are found and counted, and how many layers are pruned."""
+    layers = f"layers: {len(d.prunable_layers)} of {d.layers} are pruned for this prompt"
+    if d.attachable_layers != d.prunable_layers:
+        layers += f", {len(d.attachable_layers)} for shorter prompts"
+    return [
+        f"vision tokens: found by {d.found_by}",
+        f"vision tokens per image: {d.tokens_per_image:,} ({d.tokens_from})",
+        layers,
+    ]
 
 
 def _bytes(d: Diagnosis) -> list[str]:

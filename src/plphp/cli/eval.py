@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from plphp.eval.sample import Task
 
 NEEDS = ("anls_star", "easy_vqa", "jiwer", "matplotlib", "rouge_score", "sklearn")  # plphp[eval]
+NEEDS_WITHOUT_LABELS = ("matplotlib",)  # of --images, whose score is agreement
 SECONDS = 600.0  # over which the speed is estimated
 
 
@@ -45,7 +46,8 @@ def evaluate(
     as_json: o.Json = False,
 ) -> None:
     """Compare what pruning methods lose on each task, at equal budgets."""
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    needs = NEEDS if images is None else NEEDS_WITHOUT_LABELS
+    missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"{', '.join(missing)} not installed: {how_to_install('eval')}")
     plan, added = _plan(

@@ -34,6 +34,10 @@ Batch = Annotated[
 BatchOut = Annotated[
     Path | None, typer.Option("--out", help="The JSONL or Parquet file for the answers of --batch.")
 ]
+Retry = Annotated[
+    bool,
+    typer.Option("--retry", help="Answer the lines again that have an error in the file of --out."),
+]
 Compare = Annotated[
     bool, typer.Option("--compare", help="Generate with the full and the pruned cache in turn.")
 ]

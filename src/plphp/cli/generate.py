@@ -54,6 +54,7 @@ def generate(
     prompt: flags.Prompt = None,
     batch: flags.Batch = None,
     out: flags.BatchOut = None,
+    retry: flags.Retry = False,
     method: o.Method,
     bits: Bits,
     compare: flags.Compare = False,
@@ -73,8 +74,9 @@ def generate(
     if compare and generation["do_sample"]:
         raise InputError("--compare needs greedy answers: leave out the sampling options")
     if batch is not None and out is not None:
-        _check_batch(batch, out, prompt)
-        _answer_batch(batch, out, prompt, method, bits, sampling, source, cluster, as_json)
+        _check_batch(batch, out, prompt, retry)
+        given = (method, bits, sampling, source)
+        _answer_batch(batch, out, prompt, retry, given, cluster, as_json)
         return
     prompt = _standard_input() if prompt is None else prompt
     if not prompt.strip():
@@ -89,19 +91,23 @@ def generate(
         policy, parked = method.chosen(), method.parked()
     job = Job(source.load(), policy, method.policy, generation, parked, bits, sampling.seed)
     if compare:
-        _print_comparison(job, images, videos, prompt, rounds, as_json)
+        _print_comparison(job, images, videos, prompt, rounds, report, as_json)
     else:
         _print_answer(job, images, videos, prompt, report, as_json)
 
 
 def _answer_batch(
-    batch: Path, out: Path, prompt: str | None, method: o.Method, bits: Bits,
-    sampling: Sampling, source: o.Source, cluster: Cluster, quiet: bool,
+    batch: Path, out: Path, prompt: str | None, retry: bool,
+    given: tuple[o.Method, Bits, Sampling, o.Source], cluster: Cluster, quiet: bool,
 ) -> None:  # fmt: skip
     """Answer what is left of a batch. Exits with 3 if some of its lines hold an error."""
     from plphp.cli.batch import answer_line, open_batch
+    from plphp.cli.retry import reopen
 
+    method, bits, sampling, source = given
     key = _key(method, bits, sampling, source)
+    if retry and os.path.lexists(out):
+        reopen(batch, out, prompt, key)
 
     def make_job() -> Job:
         policy, recall = method.chosen(), method.parked()
@@ -188,6 +194,7 @@ def _print_comparison(
     videos: Sequence[str],
     prompt: str,
     rounds: int,
+    full_report: bool,
     as_json: bool,
 ) -> None:
     from plphp.bench import compare
@@ -220,7 +227,7 @@ def _print_comparison(
         full, pruned = (form.format(numbers[which][name]) for which in ("full", "pruned"))
         table.add_row(name.replace("_", " "), shown(full), shown(pruned))
     stdout().print(table)
-    for line in compared.report.remarks:
+    for line in [found] if full_report else found.remarks:
         say(line)
 
 
@@ -248,21 +255,25 @@ def _what(job: Job, images: Sequence[str], prompt: str) -> dict[str, Any]:
 def check_files(images: Sequence[str], videos: Sequence[str], model: str) -> None:
     """Raise InputError for files that cannot be read, before the model is loaded."""
     from plphp.inputs import EMBEDDED, open_image
+    from plphp.inputs.images import why_missing
 
     for path in images:
         open_image(path)
     for path in videos:
         if not os.path.isfile(path):
-            raise InputError(f"video {path}: no such file")
+            raise InputError(f"video {path}: {why_missing(path)}")
     if videos and model == EMBEDDED:
         raise InputError("the embedded model reads pictures, not videos: choose a --model")
 
 
-def _check_batch(batch: Path, out: Path, prompt: str | None) -> None:
+def _check_batch(batch: Path, out: Path, prompt: str | None, retry: bool) -> None:
     from plphp.inputs import parquet
 
-    if os.path.lexists(out):
-        raise InputError(f"{out} exists already: move it away, or give another --out")
+    if os.path.lexists(out) and not retry:
+        raise InputError(
+            f"{out} exists already: move it away, or give another --out, or --retry to answer the "
+            "lines again that have an error"
+        )
     if not os.path.exists(batch):
         raise InputError(f"--batch {batch}: no such file or directory")
     for path in (batch, out):

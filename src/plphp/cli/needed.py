@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from plphp.bench.machine import resident_bytes
 from plphp.cli import options as o
 from plphp.cli.bits import Bits
-from plphp.cli.diagnosis import Examined, kind_of, look_at, on_meta
+from plphp.cli.diagnosis import Examined, look_at, on_meta
 from plphp.errors import InputError
 from plphp.hf import compat
 from plphp.inputs import load_config, make_inputs
+from plphp.inputs.formats import number_format
 from plphp.inputs.models import without_weights
 from plphp.inputs.shell import shell
 from plphp.models import vision_spans
@@ -98,7 +99,7 @@ class Sizes:
         name, trust = source.model, source.trust_remote_code
         config = load_config(name, trust)
         text_config = config.get_text_config(decoder=True)
-        kind = kind_of(text_config, source.dtype)
+        kind, _ = number_format(name, config, source.dtype)
         inputs = make_inputs(without_weights(name, kind, trust, config), images, prompt, videos)
         length = inputs["input_ids"].shape[1] + new_tokens
         vision = int((vision_spans(config, **inputs) > 0).sum()) if images or videos else 0

@@ -20,6 +20,7 @@ NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "generate": {
         "batch": ("out",),
         "out": ("batch",),
+        "retry": ("batch",),
         "rounds": ("compare",),
         "seed": ("temperature", "top_p", "top_k"),
         "recall_budget": ("recall",),
@@ -38,7 +39,7 @@ WITHOUT: dict[str, dict[str, tuple[str, ...]]] = {
         "image": ("batch",),
         "video": ("batch",),
         "compare": ("batch",),
-        "report": ("batch", "compare", "as_json"),
+        "report": ("batch", "as_json"),
         "kv_bits": ("recall",),
         **dict.fromkeys(RATES, ("recall",)),
         "memory": ("batch", "compare"),

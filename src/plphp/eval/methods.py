@@ -9,6 +9,7 @@ from typing import Any
 from plphp.errors import InputError
 from plphp.hf import calibrate, compat
 from plphp.policy import ALIASES, POLICIES, Policy, policy, sequence_stage
+from plphp.policy.base import meant_share
 from plphp.recall import HOMES, KeptBits, Recall
 
 PAPER = ":paper"  # NAME:paper is a method with its own defaults instead of a budget
@@ -162,7 +163,8 @@ def _share(text: str) -> float:
     try:
         share = float(text)
     except ValueError:
-        raise InputError(f"--budgets: {text!r} is not a number") from None
+        raise InputError(f"--budgets: {text!r} is not a number{meant_share(text)}") from None
     if not 0 < share <= 1:
-        raise InputError(f"--budgets: {text} must be above 0 and at most 1")
+        hint = meant_share(text)
+        raise InputError(f"--budgets: {text} must be above 0 and at most 1{hint}")
     return share

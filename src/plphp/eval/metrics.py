@@ -1,5 +1,6 @@
 """Metrics of a single answer, from maintained libraries where there are any.
 
+A library is imported when its metric is computed: images without reference answers need none.
 All metrics but `wer` are from 0 to 1, and 1 is best. CIDEr needs all answers of a task at once; see
 `cider.py`.
 """
@@ -11,9 +12,6 @@ import string
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any
-
-import jiwer
-from anls_star import anls_score
 
 Answers = Sequence[str]  # the reference answers, at least one
 
@@ -59,6 +57,8 @@ def anls(said: str, answers: Answers) -> float:
 
     Computed by `anls_star`, which generalizes the metric of Biten et al. 2019.
     """
+    from anls_star import anls_score
+
     return float(anls_score(tuple(answers), said))
 
 
@@ -69,6 +69,8 @@ def rouge_l(said: str, answers: Answers) -> float:
 
 def wer(said: str, answers: Answers) -> float:
     """Word error rate by `jiwer`, the lowest over the references. 0 is best; no upper bound."""
+    import jiwer
+
     return min(float(jiwer.wer(answer, said)) for answer in answers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import warnings
 from pathlib import Path
@@ -21,6 +22,9 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# The beginning of a URL. A path may hold one: pathlib takes the second slash away.
+URL = re.compile(r"(?:.*/)?(?:https?|ftp|file|s3|gs|hf):/", re.IGNORECASE)
 
 Still = Image.Image | str | os.PathLike[str]  # an image, or the file of one
 
@@ -95,12 +99,18 @@ def _can_read(kind: str | None) -> bool:
     )
 
 
+def why_missing(path: str | os.PathLike[str]) -> str:
+    """Why there is no file with this path: the path may be a URL, which nothing here reads."""
+    url = URL.match(os.fspath(path))
+    return "a URL is not read: save the file here and give its name" if url else "no such file"
+
+
 def _check_file(path: str | os.PathLike[str]) -> None:
     """Raise InputError for a path that does not lead to a file, or only to an empty one."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        raise InputError(f"image {path}: no such file") from None
+        raise InputError(f"image {path}: {why_missing(path)}") from None
     except OSError as error:
         raise InputError(f"image {path}: the file cannot be read: {error.strerror}") from None
     except ValueError:  # a zero byte, or a character that no file name can hold

@@ -109,10 +109,25 @@ def _reader(name: str, config: Any, trust: bool) -> Callable[[Any], Runnable]:
 
     if name != _path(EMBEDDED) and not pictures_alone(name, config):
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust)
+        check_tokenizer(name, getattr(processor, "tokenizer", processor))
         return lambda model: Loaded(model, processor)
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+    check_tokenizer(name, tokenizer)
     pictures = Qwen2VLImageProcessorPil.from_pretrained(name, local_files_only=True)
     return lambda model: Embedded(model, tokenizer, pictures)
+
+
+def check_tokenizer(name: str, tokenizer: Any) -> None:
+    """Raise InputError for the empty tokenizer that transformers makes where its files are missing.
+
+    name: of the model
+    """
+    special = getattr(tokenizer, "all_special_tokens", None)
+    if special is not None and len(tokenizer) <= len(special):
+        raise InputError(
+            f"cannot load {name}: its tokenizer has no words: the files of the tokenizer, such as "
+            "tokenizer.json, must be beside it"
+        )
 
 
 def _path(name: str) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from plphp._installed import has_torchvision, install_torchvision
-from plphp.inputs.models import EMBEDDED, first_sentence, pictures_alone, remedy
+from plphp.errors import InputError
+from plphp.inputs.models import EMBEDDED, check_tokenizer, first_sentence, remedy, without_weights
 
 
 def local_processor(name: str, config: Any, trust: bool = False) -> tuple[Any, str]:
-    """The processor, if it can be loaded from this machine, and a note if a package is missing.
+    """The processor, if it can be loaded from this machine, and a note if `load` will refuse it.
 
     name, trust: as in `plphp.inputs.load`
     """
@@ -21,18 +24,30 @@ def local_processor(name: str, config: Any, trust: bool = False) -> tuple[Any, s
     missing = f"torchvision, which is not installed: {install_torchvision()}"
     here = {"trust_remote_code": trust, "local_files_only": True}
     try:
-        return AutoProcessor.from_pretrained(name, **here), ""
+        processor = AutoProcessor.from_pretrained(name, **here)
+        check_tokenizer(name, getattr(processor, "tokenizer", processor))
+        return processor, ""
     except Exception as error:
-        if pictures_alone(name, config):
-            return (
-                None,
-                f"plphp's commands read its images; AutoProcessor and videos need {missing}",
-            )
+        if Path(name).is_dir():
+            return None, _reader_here(name, config, trust, missing)
         if isinstance(error, (ImportError, ValueError)) and (what := remedy(error)):
             return None, f"its processor cannot be loaded: {first_sentence(error)}: {what}"
-    if not Path(name).is_dir() and not has_torchvision() and _by_class(config):
+    if not has_torchvision() and _by_class(config):
         return None, f"its processor, whose files are not on this machine, needs {missing}"
     return None, ""
+
+
+def _reader_here(name: str, config: Any, trust: bool, missing: str) -> str:
+    """A note on a directory whose processor cannot be loaded: with what plphp reads its images.
+
+    missing: how to install torchvision
+    """
+    try:
+        without_weights(name, torch.float32, trust, config)
+    except InputError as refused:
+        why = str(refused).removeprefix(f"cannot load {name}: ")
+        return f"its processor cannot be loaded: {why}"
+    return f"plphp's commands read its images; AutoProcessor and videos need {missing}"
 
 
 def _by_class(config: Any) -> bool:

@@ -6,9 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from plphp.errors import InputError, UnsupportedModelError
+from plphp.models import describes_vision
 
 MOST_LAYERS = 1000  # the deepest language models that are published have about 130
 COUNTS = ("depth", "depths", "n_layer", "n_layers", "num_layers", "layer_types")
+
+TEXT_ALONE = (
+    "{} is not a vision-language model that transformers knows; if you put images into its input "
+    "embeddings, plphp.prune in Python takes vision_mask=..., with 0 for text and i for image i"
+)
 
 
 def check_depth(name: str, raw: dict[str, Any]) -> None:
@@ -82,6 +88,17 @@ def shell(config: Any, trust: bool = False, dtype: Any = None) -> Any:
     raise UnsupportedModelError(
         f"{config.model_type} is not a vision-language model that transformers can generate with"
     )
+
+
+def is_text_alone(config: Any) -> bool:
+    """Whether transformers knows a model of this config, and it reads no images."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    with_images, of_text = (
+        type(config) in auto._model_mapping
+        for auto in (AutoModelForImageTextToText, AutoModelForCausalLM)
+    )
+    return of_text and not with_images and not describes_vision(config)
 
 
 def _built(auto: Any, config: Any, trust: bool, dtype: Any) -> Any:

@@ -15,6 +15,7 @@ SIDE = 1024  # pixels per side of the image, if the number depends on the size o
 NAMES = ("mm_tokens_per_image", "vision_soft_tokens_per_image", "image_seq_length")
 INNER_NAMES = ("num_image_tokens",)
 PICTURE = f"for a picture of {SIDE} x {SIDE} pixels"
+UNCUT = "for a picture that its processor does not cut into tiles"
 PROCESSOR, CONFIG = "from its processor", "from its config"
 
 
@@ -39,7 +40,7 @@ def image_tokens(config: Any, processor: Any = None) -> tuple[int, str]:
         if isinstance(first, int) and first > 0:
             return first, words
     if count := _named(config):
-        return count, CONFIG
+        return count, f"{CONFIG}, {UNCUT}"
     if "image_grid_thw" in picture:
         merge = int(config.vision_config.spatial_merge_size) ** 2
         return int(picture["image_grid_thw"].prod()) // merge, f"{CONFIG}, {PICTURE}"

@@ -102,7 +102,9 @@ def policy(name: str, **options: Any) -> Policy:
     name = ALIASES.get(name, name)
     if name not in POLICIES:
         known = sorted([*POLICIES, *ALIASES])
-        meant = "".join(f" (did you mean {near!r}?)" for near in get_close_matches(name, known, 1))
+        meant = "".join(
+            f" (did you mean {near!r}?)" for near in get_close_matches(name.lower(), known, 1)
+        )
         raise InputError(f"unknown policy {name!r}{meant}; known are {', '.join(known)}")
     known = POLICIES[name].__dataclass_fields__
     for option in options:

@@ -235,7 +235,19 @@ def check_share(name: str, value: object) -> None:
     """Raise InputError, naming the option, unless it is a number from 0 to 1."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1:  # type: ignore[operator]
-        raise InputError(f"{name} must be a share from 0 to 1, got {value!r}")
+        raise InputError(f"{name} must be a share from 0 to 1, got {value!r}{meant_share(value)}")
+
+
+def meant_share(value: object) -> str:
+    """The end of a message about a value that is a percentage: how to write it as a share."""
+    text = str(value).strip()
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        return ""
+    if not (text.endswith("%") or number > 1) or not 0 <= number <= 100:
+        return ""
+    return f": write {number / 100:g} for {number:g} %"
 
 
 def check_count(name: str, value: object, least: int, most: int = 2**31 - 1) -> None:

@@ -29,6 +29,7 @@ from plphp.policy.base import (
     check_choice,
     check_count,
     check_share,
+    meant_share,
 )
 from plphp.policy.view import LayerView
 
@@ -88,7 +89,7 @@ class PLPHP(CachePolicy):
             raise InputError(
                 f"beta must be at most alpha, got {self.beta} > {self.alpha}: give both"
             )
-        if isinstance(self.budget, str):
+        if isinstance(self.budget, str) and not meant_share(self.budget):
             check_choice("budget", self.budget, get_args(Scope))
         else:
             check_share("budget", self.budget)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.random import Generator
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from plphp.demo.boards import CELL
 from plphp.eval.sample import Sample
@@ -21,6 +20,8 @@ INK = 16.0  # the darkest value of a pixel
 
 def draw(count: int, seed: int) -> list[Sample]:
     """Two pictures of 4 or 5 digits; the question is about one of them."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     rng = np.random.default_rng([seed, 2])
     return [_sample(rng, f"digits-{k}", digits.images, digits.target) for k in range(count)]

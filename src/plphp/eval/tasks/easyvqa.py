@@ -6,7 +6,6 @@ part of the PyPI package `easy-vqa`; nothing is downloaded.
 
 from __future__ import annotations
 
-import easy_vqa
 import numpy as np
 
 from plphp.eval.sample import Sample
@@ -15,6 +14,8 @@ from plphp.inputs import open_image
 
 def draw(count: int, seed: int) -> list[Sample]:
     """Different questions of the test split, in an order that the seed determines."""
+    import easy_vqa
+
     questions, answers, pictures = easy_vqa.get_test_questions()
     paths = easy_vqa.get_test_image_paths()
     order = np.random.default_rng([seed, 1]).permutation(len(questions))
