@@ -245,7 +245,7 @@ def meant_share(value: object) -> str:
         number = float(text.removesuffix("%"))
     except ValueError:
         return ""
-    if not (text.endswith("%") or number > 1) or not 0 <= number <= 100:
+    if not (text.endswith("%") or number >= 2) or not 0 <= number <= 100:
         return ""
     return f": write {number / 100:g} for {number:g} %"
 
