@@ -75,8 +75,8 @@ def generate(
         raise InputError("--compare needs greedy answers: leave out the sampling options")
     if batch is not None and out is not None:
         _check_batch(batch, out, prompt, retry)
-        given = (method, bits, sampling, source)
-        _answer_batch(batch, out, prompt, retry, given, cluster, as_json)
+        how = (method, bits, sampling, source)
+        _answer_batch(batch, out, prompt, retry, how, cluster, as_json)
         return
     prompt = _standard_input() if prompt is None else prompt
     if not prompt.strip():
