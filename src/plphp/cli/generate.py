@@ -84,8 +84,8 @@ def generate(
     if memory is not None:
         from plphp.cli.memory import fitted
 
-        longest, given = sampling.max_new_tokens, (method, bits, source)
-        setup, why = fitted(memory, images, videos, prompt, longest, given)
+        longest, typed = sampling.max_new_tokens, (method, bits, source)
+        setup, why = fitted(memory, images, videos, prompt, longest, typed)
         say(why)
         method, bits, source = setup.method, setup.bits, setup.source
         policy, parked = method.chosen(), method.parked()
