@@ -50,7 +50,7 @@ def how_to_install(extra: str) -> str:
     try:
         own = metadata.distribution("plphp")
     except metadata.PackageNotFoundError:  # plphp runs from its sources and is not installed
-        return f"pip install '.[{extra}]' in a checkout of plphp"
+        return f"pip install '.[{extra}]' in a clone of its repository"
     if checkout := _checkout(own):
         return f"pip install {checkout[0]}'{checkout[1]}[{extra}]'"
     requirements = [Requirement(line) for line in own.requires or ()]
