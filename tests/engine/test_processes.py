@@ -22,7 +22,8 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize("mode", cases())
 def test_tokens_equal_transformers(mode: str, tmp_path: Path) -> None:
     made = elsewhere.MODES[mode]
-    count = FEW if "v2" in made.standins else COUNT  # its kernels run in Triton's interpreter
+    # The kernels of V2 run in Triton's interpreter; graphs need prompts that come twice.
+    count = FEW if "v2" in made.standins and "graphs" not in made.standins else COUNT
     found = modes.compare(mode, count, modes.run(mode, count, tmp_path), tmp_path)
     if mode == "bfloat16":  # the engines round differently
         parted = len(found["different"]) + found["nearly equal logits"]
