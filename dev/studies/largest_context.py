@@ -118,7 +118,9 @@ def study(limits: list[int], layers: int) -> dict[str, Any]:
     base, found = data_bytes(), []
     for limit in limits:
         for way, (share, bits) in WAYS.items():
-            each = shape.kv_bytes(1, 2) * share * (1 if bits is None else {4: 0.29, 2: 0.16}[bits])
+            kept = share * (1 if bits is None else {4: 0.29, 2: 0.16}[bits])
+            held = 0 if way == "stock" else 2 / layers  # in full, while a prompt is pruned
+            each = shape.kv_bytes(1, 2) * (kept + held)
 
             def fits(context: int, way: str = way, limit: int = limit) -> bool:
                 ok = runs(limit, lambda: decode(model, shape, context, way))
