@@ -118,7 +118,7 @@ test-oldest: $(VENV)-$(OLDEST)/.installed
 NEWEST_ENVS ?= $(VENV)-newest
 test-newest:
 	$(PYTHON) $(ROOT)/dev/newest.py --environments $(NEWEST_ENVS) --torch "$(TORCH_NEWEST)" \
-		--torch-index "$(TORCH_INDEX)" -- $(SAMPLE)
+		--torch-index "$(TORCH_INDEX)" $(NEWEST_OPTIONS) -- $(SAMPLE)
 
 # Real lmms-eval runs on local tasks, in an environment of its own (2.5 GB).
 test-lmms: $(VENV)-lmms/.installed

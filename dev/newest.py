@@ -6,7 +6,8 @@ and keeps it in a given folder.
 
 torch is the pinned one, since a newer one from PyPI brings gigabytes of CUDA libraries;
 `--torch-index URL` (make ... TORCH_INDEX=URL) takes the newest torch of another index, and
-`--torch SPEC` (make ... TORCH_NEWEST=SPEC) any other.
+`--torch SPEC` (make ... TORCH_NEWEST=SPEC) any other. With `--unless-pinned` nothing is run
+if these are the versions of constraints.txt, which `make test` has tested.
 """
 
 from __future__ import annotations
@@ -33,9 +34,15 @@ def main() -> int:
     parser.add_argument("--environments", type=Path, required=True, help="where they are kept")
     parser.add_argument("--torch", default="", help="a requirement, such as torch==2.14.1")
     parser.add_argument("--torch-index", default="", help="an index of CPU builds")
+    parser.add_argument("--unless-pinned", action="store_true", help="run only what is new")
     parser.add_argument("tests", nargs="+", help="arguments of pytest")
     options = parser.parse_args()
-    place = environment(options.environments, options.torch, options.torch_index)
+    found = versions(options.torch, options.torch_index)
+    plain = [version.partition("+")[0] for version in found or ()]
+    if options.unless_pinned and plain == [pinned("transformers"), pinned("torch")]:
+        print("test-newest: not run. The newest transformers is the pinned one: make test has it.")
+        return 0
+    place = environment(options.environments, found, options.torch_index)
     if place is None:
         print("test-newest: not run. The package index does not answer, and no environment of an")
         print(f"earlier run is in {options.environments}.")
@@ -45,19 +52,13 @@ def main() -> int:
     return subprocess.run(command, cwd=ROOT, env=variables, check=False).returncode
 
 
-def environment(parent: Path, torch: str, index: str) -> Path | None:
-    """The environment of the newest versions, which is made if it does not exist.
-
-    If the package index does not answer, the latest environment, or None without one.
-    """
-    asked = torch or ("torch" if index else pinned_torch())
-    from_index = ["--index-url", index] if index else []
-    transformers, found_torch = newest("transformers"), newest(asked, *from_index)
+def versions(torch: str, index: str) -> tuple[str, str] | None:
+    """The versions of transformers and torch; None if the package index does not answer."""
+    asked = torch or ("torch" if index else f"torch=={pinned('torch')}")
+    transformers = newest("transformers")
+    found_torch = newest(asked, *(["--index-url", index] if index else []))
     if transformers is None or found_torch is None:
-        kept = sorted(parent.glob(f"*/{DONE}"), key=lambda path: path.stat().st_mtime)
-        if kept:
-            print(f"test-newest: the package index does not answer; used again: {kept[-1].parent}")
-        return kept[-1].parent if kept else None
+        return None
     why = (
         "newest of its index"
         if index
@@ -66,15 +67,29 @@ def environment(parent: Path, torch: str, index: str) -> Path | None:
         else "as pinned; TORCH_INDEX=... takes the newest of another index"
     )
     print(f"test-newest: transformers {transformers} (newest), torch {found_torch} ({why})")
-    others = requirements()
-    key = json.dumps([sys.version, transformers, found_torch, others]).encode()
-    place = parent / f"{transformers}-{found_torch}-{hashlib.sha256(key).hexdigest()[:8]}"
+    return transformers, found_torch
+
+
+def environment(parent: Path, found: tuple[str, str] | None, index: str) -> Path | None:
+    """The environment of some versions of transformers and torch, made if it does not exist.
+
+    Without versions the latest environment, or None without one.
+    """
+    if found is None:
+        kept = sorted(parent.glob(f"*/{DONE}"), key=lambda path: path.stat().st_mtime)
+        if kept:
+            print(f"test-newest: the package index does not answer; used again: {kept[-1].parent}")
+        return kept[-1].parent if kept else None
+    (transformers, torch), others = found, requirements()
+    from_index = ["--index-url", index] if index else []
+    key = json.dumps([sys.version, transformers, torch, others]).encode()
+    place = parent / f"{transformers}-{torch}-{hashlib.sha256(key).hexdigest()[:8]}"
     if not (place / DONE).exists():
         for old in parent.glob("*-*-*"):
             shutil.rmtree(old)  # an older combination, or an installation that was interrupted
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        pip(place, f"torch=={found_torch}", *from_index)
-        pip(place, f"torch=={found_torch}", f"transformers=={transformers}", *others)
+        pip(place, f"torch=={torch}", *from_index)
+        pip(place, f"torch=={torch}", f"transformers=={transformers}", *others)
         (place / DONE).touch()
     return place
 
@@ -90,10 +105,10 @@ def newest(requirement: str, *options: str) -> str | None:
     return str(json.loads(answer.stdout)["install"][0]["metadata"]["version"])
 
 
-def pinned_torch() -> str:
-    """The requirement of torch in constraints.txt."""
+def pinned(name: str) -> str:
+    """The version of a package in constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return next(line for line in lines if line.startswith("torch=="))
+    return next(line.split("==")[1] for line in lines if line.startswith(f"{name}=="))
 
 
 def requirements() -> list[str]:
