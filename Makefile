@@ -30,8 +30,8 @@ test: $(VENV)/.installed-dev lint
 		-n $(JOBS) --dist worksteal
 
 # After every edit, under a minute: unit tests and one cell of the matrix for every family.
-QUICK := -m "quick or not (slow or gpu or cell)" -n $(JOBS) --dist worksteal \
-	tests/unit tests/integration/test_versions.py tests/conformance/test_matrix.py
+ONE_CELL := -m "quick or not (slow or gpu or cell)" -n $(JOBS) --dist worksteal
+QUICK := $(ONE_CELL) tests/unit tests/integration/test_versions.py tests/conformance/test_matrix.py
 quick: $(VENV)/.installed-dev
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK)
 
@@ -103,8 +103,7 @@ fuzz-saved: $(VENV)/.installed-dev
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/integration/test_saved.py -k ten_thousand
 
 # What a version of transformers can change: one cell of the matrix for every family, and the seam.
-SAMPLE := -m "quick or not (slow or gpu or cell)" -n $(JOBS) --dist worksteal \
-	tests/conformance/test_matrix.py tests/conformance/test_layouts.py tests/unit/test_spans.py tests/unit/test_patches.py \
+SAMPLE := $(ONE_CELL) tests/conformance/test_matrix.py tests/conformance/test_layouts.py tests/unit/test_spans.py tests/unit/test_patches.py \
 	tests/integration/test_versions.py tests/integration/test_attach.py \
 	tests/integration/test_conversation.py
 
