@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from standins import ENGINE
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -17,12 +18,7 @@ if find_spec("vllm") is None:
 LONGEST = ("test_processes.py", "test_blocks.py", "test_families.py", "test_server.py")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="ERROR",
-    VLLM_NO_USAGE_STATS="1",
-)
+os.environ.update(ENGINE)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Many requests in every hard mode of `elsewhere`: `modes_run.py COUNT [MODE...]`.
 
 `make test-vllm-200` calls it. What it finds is written beside docs/benchmarks/vllm/measure.py after
-every mode; a later call on the same day runs the modes that are missing.
+every mode; a later call on the same day runs the modes that are missing or have failed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from standins import ENGINE
+
 HERE = Path(__file__).parent
 WHAT = (
     "Requests that share prefixes, are aborted and are short of blocks, in modes of vLLM: answers "
@@ -20,7 +22,7 @@ WHAT = (
 
 
 def main(count: str, *names: str) -> int:
-    os.environ.update(HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1")
+    os.environ.update(ENGINE)
     sys.path += [str(HERE.parent), str(HERE.parents[1] / "docs" / "benchmarks" / "vllm")]
     import elsewhere
     import modes
@@ -29,7 +31,8 @@ def main(count: str, *names: str) -> int:
     hard = [name for name, mode in elsewhere.MODES.items() if mode.hard]
     results, failed = results_of("modes"), 0
     for name in names or hard:
-        if results.get(name, {}).get("requests") == int(count):
+        before = results.get(name, {})
+        if before.get("requests") == int(count) and "failed" not in before:
             continue
         start, found = time.perf_counter(), {}
         try:
@@ -38,7 +41,9 @@ def main(count: str, *names: str) -> int:
                 found = modes.compare(name, int(count), told, Path(folder))
             modes.check(elsewhere.MODES[name], int(count), found)
         except AssertionError as error:
-            found["failed"], failed = str(error), failed + 1
+            last = str(error).strip().splitlines()[-1]
+            found["failed"], failed = last, failed + 1
+            print(f"{name}: {error}", file=sys.stderr)
         seconds = round(time.perf_counter() - start)
         results[name] = {"requests": int(count), **found, "seconds": seconds}
         record("modes", WHAT, results)

@@ -28,12 +28,6 @@ WHAT = (
 
 def main(count: str, *names: str) -> None:
     os.environ.update(standins.environment(names))
-    os.environ.update(
-        HF_HUB_OFFLINE="1",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_LOGGING_LEVEL="ERROR",
-        VLLM_NO_USAGE_STATS="1",
-    )
     for name in names:
         standins.install(name)
     sys.path.append(str(BESIDE))

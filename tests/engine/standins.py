@@ -22,9 +22,18 @@ from torch import Tensor
 strict = True  # whether a read of the null block is a fault; recordings of graphs read it
 
 
+# Of every process that makes an engine: the tests read the scheduler, so it is in their process.
+ENGINE = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
 def environment(names: tuple[str, ...]) -> dict[str, str]:
     """The environment variables that a process needs before it imports vLLM."""
-    found = {"VLLM_USE_V2_MODEL_RUNNER": "1" if "v2" in names else "0"}
+    found = ENGINE | {"VLLM_USE_V2_MODEL_RUNNER": "1" if "v2" in names else "0"}
     if {"triton", "v2"} & {*names}:
         found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     return found
