@@ -135,7 +135,8 @@ def related_requests(count: int, seed: int) -> list[Request]:
             request = replace(before, images=again, policy=request.policy)
         elif changed == "one more" and len(before.images) < 4:
             more = (*before.images, picture(rng.randrange(10**6), 8))
-            request = replace(before, images=more, policy=request.policy)
+            order = (*before.order, "image") if before.order else ()
+            request = replace(before, images=more, order=order, policy=request.policy)
         elif changed == "video first":
             order = ("video", *["image"] * len(request.images))
             request = replace(request, videos=(film(rng, 4),), order=order)
