@@ -199,7 +199,8 @@ def run_parts(parts: Sequence[str], out: Path, seconds: float, dry: bool) -> boo
     On a GPU the parts would take time and memory from each other.
     """
     if not dry:
-        return all([run_part(part, out, seconds, dry) for part in parts])
+        good = [run_part(part, out, seconds, dry) for part in parts]
+        return all(good)
     children = []
     for part in parts:
         if not (child := os.fork()):
@@ -209,7 +210,8 @@ def run_parts(parts: Sequence[str], out: Path, seconds: float, dry: bool) -> boo
             finally:
                 os._exit(code)
         children.append(child)
-    return all([os.waitpid(child, 0)[1] == 0 for child in children])
+    states = [os.waitpid(child, 0)[1] for child in children]
+    return not any(states)
 
 
 def _left_out(piece: Piece, dry: bool) -> dict[str, Any]:

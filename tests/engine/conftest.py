@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from standins import ENGINE
+from variables import ENGINE
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from standins import ENGINE
+from variables import ENGINE
 
 HERE = Path(__file__).parent
 WHAT = (

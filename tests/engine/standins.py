@@ -18,17 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from variables import ENGINE
 
 strict = True  # whether a read of the null block is a fault; recordings of graphs read it
-
-
-# Of every process that makes an engine: the tests read the scheduler, so it is in their process.
-ENGINE = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 def environment(names: tuple[str, ...]) -> dict[str, str]:
