@@ -80,11 +80,11 @@ class Mode:
 
             {**CHECKPOINTS, "gemma3": GEMMA3}[self.family].save(folder)
             options["model"] = str(folder)
-        if self.hard:  # a pool for one sequence of 264 tokens, the longest has 261
+        if self.hard:  # a pool for one sequence of the greatest length
             import serving
 
-            options["num_gpu_blocks_override"] = serving.LAYERS * -(-264 // self.block) + 1
-            options["max_model_len"] = 264
+            options["num_gpu_blocks_override"] = serving.LAYERS * -(-LONGEST // self.block) + 1
+            options["max_model_len"] = LONGEST
             options["limit_mm_per_prompt"] = {"image": 4, "video": 1}
         return options
 
@@ -109,6 +109,7 @@ def twice(made: list[Any], block: int) -> list[Any]:
     return out + out
 
 
+LONGEST = 264  # tokens of a prompt and its answer in hard modes; the engine cuts longer answers
 CROWD = 4
 
 
@@ -205,8 +206,12 @@ def serve_mode(name: str, count: int, seed: int, out: str) -> None:
             outputs = dict(enumerate(serving.generate(llm, requests)))
             found |= graph_standin.counts
     answers = {
-        name: {"tokens": list(o.outputs[0].token_ids), "told": o.kv_transfer_params}
-        for name, o in outputs.items()
+        place: {
+            "prompt": len(o.prompt_token_ids),
+            "tokens": list(o.outputs[0].token_ids),
+            "told": o.kv_transfer_params,
+        }
+        for place, o in outputs.items()
     }
     with open(out, "w") as file:
         json.dump({"answers": answers, "found": found}, file)
