@@ -81,5 +81,6 @@ def _blocks(values: Tensor, spans: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     numbers = values.shape[:2].numel() * values.shape[3]
     length = max((BLOCK if values.device.type == "cpu" else LAUNCH) // max(numbers, 1), 1)
     of_token = (spans + 1)[:, None, :, None]
-    for part, of in zip(values.split(length, 2), of_token.split(length, 2), strict=True):
-        yield part.float(), of.expand(part.shape)
+    for begin in range(0, values.shape[2], length):
+        part = values[:, :, begin : begin + length]
+        yield part.float(), of_token[:, :, begin : begin + length].expand(part.shape)

@@ -69,7 +69,7 @@ def build(keys: Tensor, valid: Tensor, rank: int) -> KeyIndex:
     """
     mask = valid[:, None, :, None]
     length = at_once(keys, keys.shape[:2].numel() * keys.shape[3])
-    blocks = list(zip(keys.split(length, 2), mask.split(length, 2), strict=True))
+    blocks = list(zip(torch.split(keys, length, 2), torch.split(mask, length, 2), strict=True))
     total = reduce(torch.add, ((k.float() * m).sum(2, keepdim=True) for k, m in blocks))
     mean = total / valid.sum(-1).clamp(min=1)[:, None, None, None]
 
@@ -83,7 +83,7 @@ def build(keys: Tensor, valid: Tensor, rank: int) -> KeyIndex:
     inverse = torch.linalg.pinv(rounded @ rounded.mT, hermitian=True)
     fitted = torch.cat([x @ rounded.mT @ inverse for x in centred()], 2).mT
     length = at_once(keys, fitted[:, :, :1].numel())
-    rows = [to_rows(part, BITS) for part in fitted.split(length, 2)]
+    rows = [to_rows(part, BITS) for part in torch.split(fitted, length, 2)]
     return KeyIndex(torch.cat(rows, 2), basis, keys.shape[2])
 
 

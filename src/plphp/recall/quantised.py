@@ -145,10 +145,11 @@ class QuantisedHome(CodedTokens):
         slots = self.vision_slots(store)
         tensors = []
         valid = self.present()[:, None].expand(self.values.packed.shape[:3])
-        for stored, codes in zip(store.held(), (self.keys, self.values), strict=True):
+        dense = self.keys.dense, self.values.dense
+        for stored, decode in zip(store.held(), dense, strict=True):
             every = stored.new_zeros(*parked.shape, stored.shape[-1])
             every[resident] = stored[slots]
-            every[parked] = codes.dense(every.dtype)[valid]
+            every[parked] = decode(every.dtype)[valid]
             tensors.append(every[exists])
         return tensors[0], tensors[1]
 
