@@ -108,6 +108,22 @@ def test_bytes_are_those_of_a_real_run(
         assert 0.6 * need.cache < held < 1.3 * need.cache, options  # slack of a short prompt
 
 
+def test_all_that_is_there_is_counted(sizes: needed.Sizes) -> None:
+    """On a CPU the home "host" is in the same memory; scores of many queries take their bytes."""
+
+    def of(**options: Any) -> needed.Needed:
+        found = sizes.needed(Method(**options), Bits(), None)
+        assert found is not None
+        return found
+
+    assert of(recall="host", recall_budget=0.1).cache > of(policy="full").cache
+    assert of(policy="snapkv").reading > of(policy="uniform").reading
+    together = of(policy="plphp", budget="0.4").reading - of(policy="uniform").reading
+    assert sizes.seen.bytes is not None
+    layers = [layer.kv for layer in sizes.seen.bytes]
+    assert together == sum(layers) - needed.WHOLE * max(layers)
+
+
 def test_nothing_is_loaded_if_nothing_fits(
     run: Callable[..., Any], picture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

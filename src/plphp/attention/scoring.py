@@ -25,11 +25,13 @@ def window_probabilities(
     grouped = q.float().reshape(batch, k.shape[1], -1, dim) * scale  # G * W queries of a KV head
     parts = [grouped @ part.float().transpose(2, 3) for part in torch.split(k, BLOCK, dim=2)]
     logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+    del parts  # with many queries, each of these tensors is larger than the keys
     logits = logits.view(batch, heads, queries, -1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     hidden = ~visible[:, None]
-    probs = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    probs = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
+    del logits
     return probs.masked_fill(hidden.all(-1, keepdim=True), 0.0)
 
 

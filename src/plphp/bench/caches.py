@@ -155,13 +155,18 @@ def pruned(
         raise InputError("this model has layers that pruning leaves alone; bench has no row for it")
     together = policy.kind == "layers"
     for some in [indices] if together else [[index] for index in indices]:
-        views = {index: view(setting, index, policy.window) for index in some}
-        for index, plan in plan_views(policy, views).items():
-            seen = views.pop(index)
-            assert seen.keys is not None and seen.values is not None
-            adopt(cache.layers[index], seen.keys, seen.values, plan, seen.spans)
+        fill(cache, setting, policy, some)
     cache.shift = torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)
     return cache
+
+
+def fill(cache: PrunedCache, setting: Setting, policy: CachePolicy, indices: list[int]) -> None:
+    """Fill layers that the policy prunes together. Afterwards none of them is there in full."""
+    views = {index: view(setting, index, policy.window) for index in indices}
+    for index, plan in plan_views(policy, views).items():
+        seen = views.pop(index)
+        assert seen.keys is not None and seen.values is not None
+        adopt(cache.layers[index], seen.keys, seen.values, plan, seen.spans)
 
 
 def pruned_static(

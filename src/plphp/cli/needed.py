@@ -26,7 +26,11 @@ from plphp.weights import BITS, round_weights, weight_bytes
 
 SPARE = 1.05  # what allocators and libraries add
 SLACK = 17 / 16  # free slots after those in use
-WHOLE = 4  # layers of the prompt's keys and values that exist in full while one of them is pruned
+# While a layer is pruned it exists in full, beside what it keeps of it. What exceeds this in blocks
+# and in scores of one query is less than the rest.
+WHOLE = 2
+NOTES = 12  # bytes for each kept token of a KV head, in the plan and in the report
+INDEX = 0.07  # bytes of the index of recall's home "host", over numbers of keys and values
 COPIES = 64 << 20  # bytes of the copies in float32 with which weights and attention are computed
 
 
@@ -71,6 +75,7 @@ class Sizes:
     weights: bytes for each word of `--weights`, and for None
     largest: bytes of the largest weight in full
     reading: bytes of the hidden states while the prompt is read
+    heads: query heads of a layer
     dim, itemsize: D of a head, and bytes of a number
     """
 
@@ -80,6 +85,7 @@ class Sizes:
     weights: dict[str | None, int]
     largest: int
     reading: int
+    heads: int
     dim: int
     itemsize: int
 
@@ -120,6 +126,7 @@ class Sizes:
             weights,
             max(tensor.nbytes for tensor in full.parameters()),
             _reading(full, length, inputs, config),
+            _heads(text_config),
             compat.head_dim(text_config),
             kind.itemsize,
         )
@@ -128,30 +135,39 @@ class Sizes:
         """The bytes of a run with these options; None for codes that the budget does not allow."""
         recall, policy = method.parked(), method.chosen()
         if recall is not None:
-            share = recall.budget
+            share = most = recall.budget
             if share < recall.least_share(self.dim, self.itemsize):
                 return None
+            if recall.bits is None:  # the home is in main memory too, where all tokens are
+                share += 1 + INDEX / self.itemsize
         else:
-            share = most_kept(policy) * SLACK
+            most = most_kept(policy)
+            share = most * SLACK
             if bits.kv_bits is not None:
                 codes = KeptBits(bits.kv_bits, bits.kv_text)
-                share = most_kept(policy) * codes.share(self.dim, self.itemsize)
+                share = most * codes.share(self.dim, self.itemsize)
         assert self.seen.bytes is not None
         pruned = set(self.seen.pruned_at(self.text + self.vision))
         cache = whole = 0.0
         for index, layer in enumerate(self.seen.bytes):
-            kept = layer.token * (self.text * SLACK + self.vision * min(share, 1.0))
+            kept = layer.token * (self.text * SLACK + self.vision * share)
             cache += layer.other + (kept if index in pruned else layer.kv * SLACK)
             whole += layer.kv
         stage = cache_stage(policy)
         waits = recall is None and stage is not None and stage.kind == "layers"
-        most = whole if waits else WHOLE * max(layer.kv for layer in self.seen.bytes)
+        if not waits:
+            whole = WHOLE * max(layer.kv for layer in self.seen.bytes)
+        tokens = sum(self.seen.bytes[i].token for i in pruned) / (2 * self.dim * self.itemsize)
+        notes = NOTES * tokens * self.vision * most
+        # The scores of the last queries, and once more while they are computed.
+        columns = self.text + self.vision
+        scores = 2 * 4 * self.heads * min(policy.window, columns) * columns
         return Needed(
             resident_bytes("cpu") or 0,
             self.weights[weights],
             self.largest if weights else 0,
             int(cache),
-            self.reading + int(most),
+            self.reading + int(whole + notes + scores),
         )
 
 
@@ -181,6 +197,12 @@ def _reading(model: Any, length: int, inputs: dict[str, Tensor], config: Any) ->
             most = max(most, rows[module in decoder] * each)
     pixels = sum(t.nbytes for t in inputs.values())
     return most + pixels + COPIES
+
+
+def _heads(text_config: Any) -> int:
+    """The query heads of a layer, the most if layers differ."""
+    heads = compat.config_value(text_config, "num_attention_heads")
+    return max(heads) if isinstance(heads, list) else int(heads or 0)
 
 
 def _patches(inputs: dict[str, Tensor], config: Any) -> int:

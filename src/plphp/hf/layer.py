@@ -88,7 +88,8 @@ class PrunedLayer(CacheLayerMixin):
             restore(self)
         if self.codes is not None and self.shared.prefill is not None and not self.decoded:
             assert isinstance(self.store, KVStore)
-            self.store, self.decoded = self.codes.decoded_before(self.store), True
+            to_come = self.shared.prefill.prompt.end - self.store.logical
+            self.store, self.decoded = self.codes.decoded_before(self.store, to_come), True
         self.store.append(key_states, value_states)
         self._name_columns(self.store)
         return self.store.held()

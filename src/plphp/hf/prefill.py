@@ -57,7 +57,7 @@ class Scored:
     def compact(self, plan: KeepPlan, prefill: Prefill) -> None:
         """Compact the layer to the columns of a plan, and record the plan for the report."""
         positions = slot_positions(prefill, self.store.end)
-        prefill.plans[self.view.layer] = (plan, self.view.spans, positions)
+        prefill.note(self.view.layer, plan, self.view.spans, positions)
         self.layer.compact(plan, self.view.spans, self.drafts)
 
 
@@ -150,7 +150,7 @@ def plan_together(policy: Policy, scored: Scored, prefill: Prefill) -> None:
     plans = policy.plan_all([prefill.waiting[index].look for index in indices])
     for index, plan in zip(indices, plans, strict=True):
         ready = prefill.waiting.pop(index)
-        prefill.plans[index] = (plan, ready.look.spans, ready.positions)
+        prefill.note(index, plan, ready.look.spans, ready.positions)
         ready.layer.compact(plan, ready.look.spans, ready.drafts)
 
 

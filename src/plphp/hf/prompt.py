@@ -65,7 +65,8 @@ class Prefill:
     here: the columns in the slots of the layer that runs now, where they are neither all columns
         nor those of `remaining`
     waiting: layers that were scored and wait for the plan of all layers, by their index
-    plans: layer index -> its plan, and the spans and positions (B, slots) that it chose from
+    plans: layer index -> its plan, the columns int32 or int64, and the spans and positions
+        (B, slots) that it chose from
     """
 
     prompt: Prompt
@@ -121,6 +122,15 @@ class Prefill:
         whole = replace(self.where, spans=spans, places=places)
         plan = with_last(plan, spans.to(plan.columns.device))
         self.remaining = RemainingTokens(plan, whole.only(plan), self.prompt.length, flash)
+
+    def note(self, layer: int, plan: KeepPlan, spans: Tensor, positions: Tensor) -> None:
+        """Note for the report what a layer keeps.
+
+        spans, positions: (B, slots) int64 of the slots that the plan has chosen from
+
+        The notes of all layers wait for the last one, beside a layer in full, hence 32 bits.
+        """
+        self.plans[layer] = (replace(plan, columns=plan.columns.int()), spans, positions)
 
     def locate(self, batch: int, attention_mask: Tensor | None) -> None:
         """Find the images, for a forward of `batch` rows: beams repeat the prompt's rows.

@@ -92,7 +92,7 @@ class SharedPrefill:
         planned = dict.fromkeys(views) if recalls else plan_views(policy, views)
         for index, plan in planned.items():
             plan = adopt_view(cache.layers[index], views[index], plan)
-            prefill.plans[index] = (plan, views[index].spans, slot_positions(prefill, self.columns))
+            prefill.note(index, plan, views[index].spans, slot_positions(prefill, self.columns))
         cache._finish(replace(build_report(cache, prefill), seen=self.seen))
         return cache
 

@@ -72,8 +72,7 @@ def save_cache(cache: Conversation, path: str | os.PathLike[str]) -> None:
         "images": [asdict(image) for image in images_found(cache)],
         "layers": layers,
     }
-    # Contiguous copies, because a view would be written with its whole storage, slack included.
-    write_file(path, header, {name: x.contiguous().cpu() for name, x in tensors.items()})
+    write_file(path, header, tensors)
 
 
 def load_into(cache: Conversation, model: Any, path: str | os.PathLike[str]) -> None:

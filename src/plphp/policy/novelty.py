@@ -14,6 +14,7 @@ with the other policies.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ from torch import Tensor
 from plphp.policy import steps
 from plphp.policy.base import CachePolicy, Look, check_share, flat_look
 from plphp.policy.view import LayerView
+
+# Numbers that are read at a time on a CPU, and on other devices, where launches cost more.
+BLOCK, LAUNCH = 2**19, 2**25
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,24 @@ def novelty(values: Tensor, spans: Tensor, images: int) -> Tensor:
     values (B, Hkv, N, Dv), spans (B, N) int64. images: the largest number of images in a row. Text
     and padding are treated as one image each; their distances are not used.
     """
-    index = (spans + 1)[:, None, :, None].expand(values.shape)
     groups = torch.arange(-1, images + 1, device=spans.device)
-    full = values.float()
-    total = full.new_zeros(*values.shape[:2], len(groups), values.shape[-1])
-    total.scatter_add_(2, index, full)
+    total = values.new_zeros(*values.shape[:2], len(groups), values.shape[-1], dtype=torch.float32)
+    for full, index in _blocks(values, spans):
+        total.scatter_add_(2, index, full)
     sizes = (spans[..., None] == groups).sum(1).clamp(min=1)
     mean = total / sizes[:, None, :, None]
-    distance: Tensor = (full - mean.gather(2, index)).norm(dim=-1)
-    return distance
+    parts = [(full - mean.gather(2, index)).norm(dim=-1) for full, index in _blocks(values, spans)]
+    return torch.cat(parts, -1)
+
+
+def _blocks(values: Tensor, spans: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The values in float32, and the groups of their tokens in the same shape, a few at a time.
+
+    A layer that is pruned is there in full, and copies of it in float32 would be twice as large.
+    """
+    numbers = values.shape[:2].numel() * values.shape[3]
+    length = max((BLOCK if values.device.type == "cpu" else LAUNCH) // max(numbers, 1), 1)
+    of_token = (spans + 1)[:, None, :, None]
+    for begin in range(0, values.shape[2], length):
+        part = values[:, :, begin : begin + length]
+        yield part.float(), of_token[:, :, begin : begin + length].expand(part.shape)

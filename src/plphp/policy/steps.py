@@ -96,14 +96,18 @@ def ranks(scores: Tensor, groups: Tensor) -> Tensor:
     scores (B, Hkv, N) float32; groups (B, N) or (B, Hkv, N) int64, columns with equal numbers form
     a group. Of equal scores the lower column comes first.
     """
-    groups = (groups if groups.dim() == 3 else groups[:, None]).expand_as(scores)
+    groups = (groups if groups.dim() == 3 else groups[:, None]).int().expand_as(scores)
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
     # A stable sort of the score order by group keeps the score order inside each group. A rank is
     # then the distance from the place where the group begins.
-    ordered, by_group = groups.gather(-1, by_score).sort(dim=-1, stable=True)
-    order = by_score.gather(-1, by_group)
-    place = torch.arange(scores.shape[-1], device=scores.device)
-    distance = place - torch.searchsorted(ordered, ordered)
+    ordered, order = groups.gather(-1, by_score).sort(dim=-1, stable=True)
+    order = by_score.gather(-1, order)
+    del (
+        by_score
+    )  # these tensors are as long as the prompt, and a layer is there in full beside them
+    distance = torch.arange(scores.shape[-1], device=scores.device)
+    distance = distance - torch.searchsorted(ordered, ordered, out_int32=True)
+    del ordered
     return torch.empty_like(order).scatter_(-1, order, distance)
 
 

@@ -107,7 +107,7 @@ def pack(
     # A stable sort of the mask moves the kept columns to the end and leaves them ascending. Every
     # row then ends at the same slot, so that later tokens are appended at one slot for all rows.
     order = keep.to(torch.uint8).argsort(dim=-1, stable=True)
-    columns = order[..., keep.shape[-1] - longest :]
+    columns = order[..., keep.shape[-1] - longest :].clone()  # a view would hold all of them
     return KeepPlan(columns, lengths, gamma, rate, classes, shortest < longest)
 
 

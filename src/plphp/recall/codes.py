@@ -22,11 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plphp.cache import take
+
 Count = TypeVar("Count", int, Tensor)
 
 GROUP = 32  # tokens of a channel of the keys that share a range
 RANGE_BYTES = 4  # bytes of a range: step and lowest number as float16
-BLOCK = 2**19  # numbers decoded at a time: 2 MiB, which fit into the caches of two cores
+# Numbers that are decoded or rounded at a time: 2 MiB in float32, which fit into the caches of two
+# cores. On other devices fewer launches count for more than small copies.
+BLOCK = 2**19
+LAUNCH = 2**25
 
 
 @dataclass
@@ -51,10 +56,13 @@ class KeyCodes:
         """
         return (query @ block for block in self._blocks())
 
-    def dense(self) -> Tensor:
-        """The decoded keys (B, Hkv, P, D) float32."""
-        empty = self.packed.new_empty(*self.packed.shape[:2], 0, self.dim, dtype=torch.float32)
-        return torch.cat([empty, *(block.mT for block in self._blocks())], 2)
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The decoded keys (B, Hkv, P, D) in a dtype."""
+        return _joined(self.decoded(), self.packed, (self.tokens, self.dim), dtype)
+
+    def decoded(self) -> Iterator[Tensor]:
+        """The decoded keys, in blocks (B, Hkv, tokens, D) float32 along the P tokens."""
+        return (block.mT for block in self._blocks())
 
     def _blocks(self) -> Iterator[Tensor]:
         """The decoded keys, in blocks (B, Hkv, D, tokens) float32."""
@@ -118,16 +126,15 @@ class ValueCodes:
     def read(self, weights: Tensor) -> Tensor:
         """The sum (B, Hkv, T, Dv) float32 of all values, with weights (B, Hkv, T, P) float32."""
         parts = torch.split(weights, self._length(), -1)
-        sums = (part @ block for part, block in zip(parts, self._blocks(), strict=True))
+        sums = (part @ block for part, block in zip(parts, self.decoded(), strict=True))
         return reduce(torch.add, sums)
 
-    def dense(self) -> Tensor:
-        """The decoded values (B, Hkv, P, Dv) float32."""
-        empty = self.packed.new_empty(*self.packed.shape[:2], 0, self.dim, dtype=torch.float32)
-        return torch.cat([empty, *self._blocks()], 2)
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The decoded values (B, Hkv, P, Dv) in a dtype."""
+        return _joined(self.decoded(), self.packed, (self.packed.shape[2], self.dim), dtype)
 
-    def _blocks(self) -> Iterator[Tensor]:
-        """The decoded values, in blocks (B, Hkv, tokens, Dv) float32."""
+    def decoded(self) -> Iterator[Tensor]:
+        """The decoded values, in blocks (B, Hkv, tokens, Dv) float32 along the P tokens."""
         for part in torch.split(self.packed, self._length(), 2):
             if not part.shape[2]:
                 return
@@ -147,21 +154,60 @@ class ValueCodes:
         return replace(self, packed=torch.cat([self.packed, empty, more.packed], 2))
 
 
-def keys_to_codes(keys: Tensor, bits: int) -> KeyCodes:
-    """Round keys (B, Hkv, P, D), each channel in groups of tokens; the last group may be short."""
-    channels, whole = keys.mT, keys.shape[2] // GROUP * GROUP
-    packed = [keys.new_empty(*keys.shape[:2], 0, dtype=torch.uint8)]
-    if whole:
-        groups = channels[..., :whole].reshape(*channels.shape[:3], -1, GROUP)
-        packed.append(to_rows(groups, bits).flatten(2))
-    if keys.shape[2] > whole:
-        packed.append(to_rows(channels[..., whole:], bits).flatten(2))
-    return KeyCodes(torch.cat(packed, -1), bits, keys.shape[2], keys.shape[3])
+def keys_to_codes(keys: Tensor, bits: int, slots: Tensor | None = None) -> KeyCodes:
+    """Round keys (B, Hkv, P, D), each channel in groups of tokens; the last group may be short.
+
+    slots: (B, Hkv, P) int64, which of keys (B, Hkv, C, D) to round; all without it
+    """
+    lead, dim = keys.shape[:2], keys.shape[3]
+    tokens = keys.shape[2] if slots is None else slots.shape[2]
+    packed = keys.new_empty(*lead, key_bytes(tokens, dim, bits), dtype=torch.uint8)
+    codes = KeyCodes(packed, bits, tokens, dim)
+    groups, whole = codes._groups(), tokens // GROUP
+    for begin, part in _parts(keys, slots, GROUP):
+        channels, at = part.mT, begin // GROUP
+        count = part.shape[2] // GROUP
+        rows = channels[..., : count * GROUP].reshape(*channels.shape[:3], count, GROUP)
+        if count:
+            groups[:, :, :, at : at + count] = to_rows(rows, bits)
+        if part.shape[2] % GROUP:
+            short = to_rows(channels[..., count * GROUP :], bits)
+            packed[..., dim * whole * row_bytes(GROUP, bits) :] = short.flatten(2)
+    return codes
 
 
-def values_to_codes(values: Tensor, bits: int) -> ValueCodes:
-    """Round values (B, Hkv, P, Dv), each token by itself."""
-    return ValueCodes(to_rows(values, bits), bits, values.shape[-1])
+def values_to_codes(values: Tensor, bits: int, slots: Tensor | None = None) -> ValueCodes:
+    """Round values (B, Hkv, P, Dv), each token by itself. slots: as in `keys_to_codes`."""
+    lead, dim = values.shape[:2], values.shape[3]
+    tokens = values.shape[2] if slots is None else slots.shape[2]
+    packed = values.new_empty(*lead, tokens, row_bytes(dim, bits), dtype=torch.uint8)
+    for begin, part in _parts(values, slots):
+        packed[:, :, begin : begin + part.shape[2]] = to_rows(part, bits)
+    return ValueCodes(packed, bits, dim)
+
+
+def _parts(x: Tensor, slots: Tensor | None, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """Chosen slots of x (B, Hkv, C, D), a few at a time, with the number of the first of them.
+
+    slots: as in `keys_to_codes`; multiple: of which the length of all parts but the last is one
+
+    Rounding takes several copies in float32, which must not be as large as a layer.
+    """
+    tokens = x.shape[2] if slots is None else slots.shape[2]
+    length = at_once(x, x.shape[:2].numel() * x.shape[3] * multiple) * multiple
+    for begin in range(0, tokens, length):
+        some = slice(begin, begin + length)
+        yield begin, x[:, :, some] if slots is None else take(x, slots[:, :, some])
+
+
+def _joined(
+    blocks: Iterator[Tensor], packed: Tensor, size: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Blocks (B, Hkv, tokens, D) as one tensor of a dtype. size: P and D; packed: of the codes."""
+    every, begin = packed.new_empty(*packed.shape[:2], *size, dtype=dtype), 0
+    for block in blocks:
+        every[:, :, begin : (begin := begin + block.shape[2])] = block
+    return every
 
 
 def to_rows(x: Tensor, bits: int) -> Tensor:
@@ -219,6 +265,11 @@ def code_share(dim: int, bits: int, itemsize: int) -> float:
     """Bytes of codes as a share of those of full keys and values, for many tokens. dim: D = Dv."""
     ranges = RANGE_BYTES * (1 / GROUP + 1 / dim) / 2
     return (bits / 8 + ranges) / itemsize
+
+
+def at_once(x: Tensor, numbers: int) -> int:
+    """How many items of this many numbers of x are converted at a time, at least 1."""
+    return max(1, (BLOCK if x.device.type == "cpu" else LAUNCH) // max(numbers, 1))
 
 
 def _rows_in_block(numbers: int) -> int:

@@ -16,13 +16,14 @@ of probabilities and than the sum of the queries, and it needs no exponentials
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from plphp.recall.codes import from_rows, row_bytes, to_rows
+from plphp.recall.codes import at_once, from_rows, row_bytes, to_rows
 
 # Subtracted from the score for each earlier token, so that of equal scores the first always wins.
 TIE_STEP = 2.0**-20
@@ -67,14 +68,23 @@ def build(keys: Tensor, valid: Tensor, rank: int) -> KeyIndex:
     rank: number of directions, at most D
     """
     mask = valid[:, None, :, None]
-    centred = keys.float() * mask
-    mean = centred.sum(2, keepdim=True) / valid.sum(-1).clamp(min=1)[:, None, None, None]
-    centred = (centred - mean) * mask
-    directions = torch.linalg.eigh(centred.mT @ centred).eigenvectors[..., -rank:]
+    length = at_once(keys, keys.shape[:2].numel() * keys.shape[3])
+    blocks = list(zip(torch.split(keys, length, 2), torch.split(mask, length, 2), strict=True))
+    total = reduce(torch.add, ((k.float() * m).sum(2, keepdim=True) for k, m in blocks))
+    mean = total / valid.sum(-1).clamp(min=1)[:, None, None, None]
+
+    def centred() -> Iterator[Tensor]:
+        return ((k.float() * m - mean) * m for k, m in blocks)
+
+    products = reduce(torch.add, (x.mT @ x for x in centred()))
+    directions = torch.linalg.eigh(products).eigenvectors[..., -rank:]
     basis = to_rows(directions.mT, BITS)
     rounded = from_rows(basis, BITS)[..., : keys.shape[-1]]  # (B, Hkv, rank, D)
-    fitted = centred @ rounded.mT @ torch.linalg.pinv(rounded @ rounded.mT, hermitian=True)
-    return KeyIndex(to_rows(fitted.mT, BITS), basis, keys.shape[2])
+    inverse = torch.linalg.pinv(rounded @ rounded.mT, hermitian=True)
+    fitted = torch.cat([x @ rounded.mT @ inverse for x in centred()], 2).mT
+    length = at_once(keys, fitted[:, :, :1].numel())
+    rows = [to_rows(part, BITS) for part in torch.split(fitted, length, 2)]
+    return KeyIndex(torch.cat(rows, 2), basis, keys.shape[2])
 
 
 def index_bytes(tokens: Tensor, dim: int, rank: int) -> Tensor:

@@ -8,6 +8,7 @@ after it, so that nothing is rounded twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -92,8 +93,8 @@ class KeptCodes(CodedTokens):
         columns = None
         if store.columns is not None:
             columns = take(store.columns[..., None], slots)[..., 0]
-        keys = keys_to_codes(take(store.keys, slots), bits)
-        values = values_to_codes(take(store.values, slots), bits)
+        keys = keys_to_codes(store.keys, bits, slots)
+        values = values_to_codes(store.values, bits, slots)
         return cls(keys, values, valid, columns, vision)
 
     def followed_by(self, more: KeptCodes) -> KeptCodes:
@@ -114,36 +115,42 @@ class KeptCodes(CodedTokens):
             vision,
         )
 
-    def decoded_before(self, store: KVStore) -> KVStore:
-        """A store with the decoded tokens before those of `store`, for the prompt of a turn."""
+    def decoded_before(self, store: KVStore, to_come: int) -> KVStore:
+        """A store with the decoded tokens before those of `store`, for the prompt of a turn.
+
+        to_come: slots to keep free for the prompt
+        """
         there = self.present()
         count = there.sum(-1)
         most = int(count.max())
         begin = most + store.start - count  # first slot of each row
-        slots = torch.arange(most + store.end, device=store.start.device)
-        place = (slots >= begin[:, None]) & (slots < (begin + count)[:, None])
+        end = most + store.end
+        last = end + to_come  # one slot more than is needed: fillers are written to it
+        slots = (begin[:, None] + there.cumsum(-1) - 1).masked_fill(~there, last)
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
 
-        def joined(coded: Tensor, held: Tensor) -> Tensor:
-            shape = (*held.shape[:2], most + store.end, held.shape[3])
-            every = held.new_zeros(shape)
-            every[:, :, most:] = held
-            heads = (-1, held.shape[1], -1)
-            chosen = coded[there[:, None].expand(heads)].to(held.dtype)
-            every[place[:, None].expand(heads)] = chosen
+        def joined(blocks: Iterable[Tensor], held: Tensor) -> Tensor:
+            every = held.new_zeros(*held.shape[:2], last + 1, held.shape[3])
+            every[:, :, most:end] = held
+            by_slot, at = every.transpose(1, 2), 0
+            for block in blocks:
+                some = slots[:, at : (at := at + block.shape[2])]
+                by_slot[rows, some] = block.transpose(1, 2).to(held.dtype)
             return every
 
         keys, values = store.held()
-        new = KVStore(joined(self.keys.dense(), keys), joined(self.values.dense(), values))
-        new.window, new.logical, new.start = store.window, store.logical, begin
+        keys = joined(self.keys.decoded(), keys)
+        new = KVStore(keys, joined(self.values.decoded(), values))
+        new.window, new.logical, new.start, new.end = store.window, store.logical, begin, end
         new.ragged = bool((begin > 0).any())
         if store.columns is not None and self.columns is not None:
             held = store.columns[..., : store.end, None]
-            new.columns = joined(self.columns[..., None], held)[..., 0]
+            new.columns = joined([self.columns[..., None]], held)[..., 0]
         return new
 
     def looked_at(self, store: KVStore, queries: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """The keys, mask and vision tokens of the last queries; see `Home.looked_at`."""
-        keys, coded = store.held()[0], self.keys.dense().to(store.keys.dtype)
+        keys, coded = store.held()[0], self.keys.dense(store.keys.dtype)
         vision = self.present()[:, None].expand(coded.shape[:3])
         if self.vision is not None:
             vision = vision & self.vision

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from plphp.cache import KVStore, take
+from plphp.cache import KVStore
 from plphp.policy import KeepPlan, Look
 from plphp.recall.budget import Place, affordable_tokens, plan_within
 from plphp.recall.coded_tokens import CodedTokens, restored_codes
@@ -92,8 +92,8 @@ class QuantisedHome(CodedTokens):
         plan = vision_first(plan_within(look, count), look.spans)
         held = tokens_in_slots(plan, look.spans, count)
         order, _ = vision.not_resident(held)
-        coded_keys = keys_to_codes(take(keys, order), cls.bits)
-        coded_values = values_to_codes(take(values, order), cls.bits)
+        coded_keys = keys_to_codes(keys, cls.bits, order)
+        coded_values = values_to_codes(values, cls.bits, order)
         home = cls(vision, coded_keys, coded_values, held, store)
         home.plan = plan
         return home
@@ -116,7 +116,7 @@ class QuantisedHome(CodedTokens):
 
         The slots of the store come first, then the tokens in codes, decoded.
         """
-        keys, parked = store.held()[0], self.keys.dense().to(store.keys.dtype)
+        keys, parked = store.held()[0], self.keys.dense(store.keys.dtype)
         coded = self.present()[:, None].expand(parked.shape[:3])
         vision = torch.cat([self.vision_slots(store), coded], 2)
         return torch.cat([keys, parked], 2), self.visible(store, queries), vision
@@ -145,11 +145,11 @@ class QuantisedHome(CodedTokens):
         slots = self.vision_slots(store)
         tensors = []
         valid = self.present()[:, None].expand(self.values.packed.shape[:3])
-        decoded = self.keys.dense(), self.values.dense()
-        for stored, numbers in zip(store.held(), decoded, strict=True):
+        dense = self.keys.dense, self.values.dense
+        for stored, decode in zip(store.held(), dense, strict=True):
             every = stored.new_zeros(*parked.shape, stored.shape[-1])
             every[resident] = stored[slots]
-            every[parked] = numbers[valid].to(every.dtype)
+            every[parked] = decode(every.dtype)[valid]
             tensors.append(every[exists])
         return tensors[0], tensors[1]
 

@@ -111,7 +111,7 @@ def layer_report(
         from
     vision: (B,) number of vision tokens in the prompt, of which fewer may have entered the layer
     """
-    spans, positions, columns = spans.cpu(), positions.cpu(), plan.columns.cpu()
+    spans, positions, columns = spans.cpu(), positions.cpu(), plan.columns.cpu().long()
     rows = torch.arange(len(spans))[:, None, None]
     shows = plan.valid.cpu()[:, None] & (spans[rows, columns] > 0)
     kept = positions[rows, columns].masked_fill(~shows, -1)
