@@ -99,6 +99,46 @@ def test_a_column_is_the_mean_of_its_tasks_and_incomplete_rows_are_left_out() ->
     ]
 
 
+def results(date: str, **cells: float) -> dict[str, object]:
+    about = {"model": "m", "dtype": "float32", "limit": 48, "seed": 7, "date": date}
+    about |= {"machine": "box", "torch": "2", "transformers": "5"}
+    return {"about": about, "rows": [row("plphp", 0.4, **cells)]}
+
+
+def test_another_run_adds_cells_and_changes_none() -> None:
+    maker = maker_of("make_regimes")
+    before, new = results("day 1", a=0.5), results("day 2", a=0.9, b=0.25)
+    new["rows"] = [*new["rows"], row("dart", 0.4, b=0.75)]  # type: ignore[misc]
+    both = maker.add(before, new)
+    assert [one["right"] for one in both["rows"]] == [
+        {"a@dense": 0.5, "b@dense": 0.25},
+        {"b@dense": 0.75},
+    ]
+    page = maker.Page("page.md", ("plphp", "dart"), (0.4,), {"": {"b": ("b@dense",)}})
+    text = page.write(f"{maker.BEGIN}{maker.END}", both)
+    assert text.count("Measured on") == 1 and "Measured on day 2" in text
+    wide = {"": {"a": ("a@dense",), "b": ("b@dense",)}}
+    text = maker.Page("page.md", ("plphp",), (0.4,), wide).write(text, both)
+    assert text.index("Measured on day 1") < text.index("Measured on day 2")
+    assert maker.add(both, new)["rows"] == both["rows"]
+    other = results("day 3", c=0.1)
+    other["about"]["seed"] = 8  # type: ignore[index]
+    with pytest.raises(ValueError, match="another seed"):
+        maker.add(before, other)
+
+
+def test_a_table_may_have_the_time_to_the_first_token() -> None:
+    maker = maker_of("make_regimes")
+    rows = [row("plphp", 0.4, a=0.5), row("novelty+int4", 0.4, a=0.25), row("dart", 0.4, a=0.1)]
+    first = {("plphp", 0.4): 1.02, ("novelty", 0.4): 1.01}
+    lines = maker.table(rows, {"a": ("a@dense",)}, first).splitlines()
+    assert lines[0] == "| method | kept | cache bytes | first token | a |"
+    assert lines[1] == "|---|---|---|---|---|"
+    assert lines[2] == "| PLPHP | 40% | 0.40 | 1.02 | 0.50 |"
+    assert lines[3] == "| novelty, recall `int4` | 40% | 0.40 | 1.01 | 0.25 |"
+    assert lines[4] == "| dart | 40% | 0.40 |  | 0.10 |"
+
+
 def test_the_page_says_what_a_run_was_measured_on(tmp_path: Path) -> None:
     about = {"dtype": "bfloat16", "torch": "2.13.0", "transformers": "5.24.0"}
     about |= {"limit": 7, "seed": 11}
