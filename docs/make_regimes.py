@@ -204,7 +204,7 @@ PAGES = (
             "divprune/novelty",
         ),
         (0.4, 0.2),
-        {"": {task: (f"{task}@video",) for task in ("once", "describe")}},
+        {"": {"describe": ("describe@video",)}},
         results=VIDEO,
     ),
     Page(

@@ -3,11 +3,12 @@
     python dev/studies/first_token_time.py --out docs/accuracy/first-token.json
 
 The prompts are the first of each task of a suite, as `plphp eval` draws them. In every round each
-prompt is read by the full model and then by each setting, in one process with one thread; the first
-round is a warm-up. A time is that of the processor, so that other jobs on the machine count little.
-It begins with the pixels that the model gets, and ends with the logits of the first token. Each
-setting has the ratio to the full model of the same round, over the sum of all prompts: median,
-lowest, highest. The images of `downsample` are made smaller before the time begins.
+prompt is read by the full model and then by each setting, in one process with one thread; a round
+of one prompt before them is a warm-up. A time is that of the processor, so that other jobs on the
+machine count little. It begins with the pixels that the model gets, and ends with the logits of the
+first token. Each setting has the ratio to the full model of the same round, over the sum of all
+prompts: median, lowest, highest. The images of `downsample` are made smaller before the time
+begins.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def seconds(
     with torch.inference_mode(), Stopwatch(model.model.visual, "cpu", time.process_time) as tower:
         for turn in range(rounds + 1):
             sums = {setting: [0.0, 0.0] for setting in policies}
-            for number in range(len(samples)):
+            for number in range(len(samples) if turn else 1):
                 for setting, chosen in policies.items():
                     plain = setting == FULL or chosen.kind == "images"
                     with nullcontext() if plain else plphp.prune(model, chosen):
@@ -103,9 +104,13 @@ def policies_of(loaded: Runnable, methods: str, budgets: str) -> dict[Setting, P
         if setting.method not in named:
             continue
         try:
-            found[setting] = make(setting, loaded.model)
+            made = make(setting, loaded.model)
+            if made.kind != "images":
+                plphp.prune(loaded.model, made).remove()
         except ValueError as error:  # such as dart at .2: its first layers keep everything
-            print(f"{setting} is left out: {error}")
+            print(f"{setting} is left out: {error}", flush=True)
+        else:
+            found[setting] = made
     return found
 
 

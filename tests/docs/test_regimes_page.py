@@ -52,6 +52,38 @@ def test_shares_in_sentences_are_those_of_the_results(
     assert quoted in (DOCS / page).read_text(), "the sentence has other results"
 
 
+def in_sentences(page: str) -> str:
+    """The text of a page without its tables."""
+    lines = (DOCS / page).read_text().splitlines()
+    return " ".join(" ".join(line for line in lines if not line.startswith("| ")).split())
+
+
+# What sentences say of one cell: the share of right answers, by page.
+VIDEO = ("stages-video.md", "VIDEO")
+QUOTED = [
+    (*VIDEO, "full", 1.0, "describe@video", "beside {} with all tokens"),
+    (*VIDEO, "vidcom2", 0.2, "describe@video", "they give {}, "),
+    (*VIDEO, "divprune", 0.2, "describe@video", "0.75, {}, "),
+    (*VIDEO, "vidcom2/novelty", 0.2, "describe@video", "0.77, {} and "),
+    (*VIDEO, "divprune/novelty", 0.2, "describe@video", "0.77 and {}, beside"),
+    (*VIDEO, "plphp", 0.4, "describe@video", "half of the answers** ({} at 40 %)"),
+    (*VIDEO, "vidcom2/plphp", 0.4, "describe@video", "helps at 40 % ({})"),
+    (*VIDEO, "vidcom2/plphp", 0.2, "describe@video", "hardly at 20 % ({})"),
+    (*VIDEO, "random", 0.4, "describe@video", "tokens do well** ({} at 40 %)"),
+    (*VIDEO, "downsample", 0.4, "describe@video", "`downsample` gives {} at 40 %"),
+]
+
+
+@pytest.mark.parametrize(("page", "results", "method", "budget", "task", "says"), QUOTED)
+def test_cells_in_sentences_are_those_of_the_results(
+    page: str, results: str, method: str, budget: float, task: str, says: str
+) -> None:
+    maker = maker_of("make_regimes")
+    rows = json.loads(getattr(maker, results).read_text())["rows"]
+    (found,) = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
+    assert says.format(f"{found['right'][task]:.2f}") in in_sentences(page)
+
+
 def row(method: str, budget: float | None, **right: float) -> dict[str, object]:
     names = {f"{task}@dense": value for task, value in right.items()}
     kept = dict.fromkeys(names, budget or 0.65)
