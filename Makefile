@@ -59,10 +59,11 @@ accuracy: $(VENV)/.installed-dev
 accuracy-page: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python docs/make_accuracy.py
 
-# Tables of four pages: with RUN=DIR from the finished `plphp eval` that docs/regimes.md names, with
-# WAYS=DIR from that of docs/choosing.md.
+# Tables of five pages: with RUN=DIR from the finished `plphp eval` that docs/regimes.md names, with
+# WAYS=DIR from that of docs/choosing.md, with VIDEO=DIR from that of docs/stages-video.md. MORE=DIR
+# adds to RUN's results those that they lack.
 regimes-page: $(VENV)/.installed-dev
-	cd $(ROOT) && $(BIN)/python docs/make_regimes.py $(if $(RUN),--run $(RUN)) $(if $(WAYS),--ways $(WAYS))
+	cd $(ROOT) && $(BIN)/python docs/make_regimes.py $(if $(RUN),--run $(RUN)) $(if $(WAYS),--ways $(WAYS)) $(if $(VIDEO),--video $(VIDEO)) $(if $(MORE),--more $(MORE))
 
 # What has no result yet is measured (about 20 minutes on 2 quiet cores), then docs/benchmarks.md written.
 bench: $(VENV)/.installed-dev

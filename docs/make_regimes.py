@@ -1,10 +1,13 @@
-"""Write the tables of four pages from the results in docs/accuracy: `make regimes-page`.
+"""Write the tables of five pages from the results in docs/accuracy: `make regimes-page`.
 
 docs/choosing.md has what a user chooses from (ways.json: few methods, more samples). The others are
-made of regimes.json: docs/regimes.md compares all methods, docs/stages-results.md those that act
-before the model, and docs/small-devices-results.md tokens in few bits. With --run DIR, the
-directory of a finished `plphp eval`, its results are copied first; with --ways DIR, those of
-ways.json.
+made of regimes.json: docs/regimes.md compares all methods, docs/stages-results.md and
+docs/stages-video.md those that act before the model, and docs/small-devices-results.md tokens in
+few bits. The column "first token" is that of first-token.json (dev/studies/first_token_time.py).
+
+With --run DIR, the directory of a finished `plphp eval`, its results are copied first; with
+--ways DIR, those of ways.json; with --video DIR, those of video.json. With --more DIR, regimes.json
+gets the results that it lacks, and keeps the others.
 """
 
 from __future__ import annotations
@@ -18,11 +21,23 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from finished import results
+from regime_results import (
+    DOCS,
+    FIRST_TOKEN,
+    RESULTS,
+    VIDEO,
+    WAYS,
+    Row,
+    Rows,
+    add,
+    measured,
+    of_full,
+    runs_of,
+    take_in,
+    timed_on,
+    times,
+)
 
-DOCS = Path(__file__).parent
-RESULTS = DOCS / "accuracy" / "regimes.json"
-WAYS = DOCS / "accuracy" / "ways.json"
 BEGIN, END = "<!-- by docs/make_regimes.py -->\n", "<!-- end -->"
 SUITES = ("dense", "redundant-4", "redundant-16")
 TASKS = ("describe", "grid", "refer", "second", "what")
@@ -43,8 +58,6 @@ NAMES = {
     "divprune/novelty+int4": "divprune/novelty, recall `int4`",
 }
 
-Row = Mapping[str, Any]
-Rows = Sequence[Row]
 Tasks = Mapping[str, Sequence[str]]  # tasks by the heading of their column
 
 
@@ -58,6 +71,7 @@ class Page:
     tables: the columns of each table, by the line that it is folded under; "": it is not folded
     overview: the columns of a table before them, with the first of the budgets only
     results: the file with its results
+    timed: the line over the one table that also has the time to the first token
     """
 
     file: str
@@ -66,6 +80,7 @@ class Page:
     tables: Mapping[str, Tasks]
     overview: Tasks = field(default_factory=dict)
     results: Path = RESULTS
+    timed: str | None = None
 
     def shows(self, row: Row) -> bool:
         """Whether a row belongs to the tables."""
@@ -76,9 +91,16 @@ class Page:
         rows = [row for row in found["rows"] if self.shows(row)]
         first = [row for row in rows if fits(row, self.budgets[:1])]
         made = f"{table(first, self.overview)}\n\n" if self.overview else ""
-        made += "".join(folded(name, table(rows, tasks)) for name, tasks in self.tables.items())
+        for name, tasks in self.tables.items():
+            made += folded(name, table(rows, tasks, times() if name == self.timed else None))
+        shown = {
+            task for tasks in self.tables.values() for names in tasks.values() for task in names
+        }
+        said = "".join(measured(about) for about in runs_of(found, rows, shown))
+        if self.timed is not None:
+            said += timed_on(json.loads(FIRST_TOKEN.read_text())["about"])
         pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-        whole = f"{BEGIN}{made}{measured(found['about'])}{END}"
+        whole = f"{BEGIN}{made}{said}{END}"
         return re.sub(pattern, lambda _: whole, text, flags=re.S)
 
 
@@ -138,6 +160,13 @@ PAGES = (
             "novelty+host",
             "novelty+int4",
             "plphp+host",
+            # These have no results in dense.
+            "cdpruner",
+            "dart",
+            "visionzip",
+            "divprune/plphp",
+            "visionzip/novelty",
+            "divprune/novelty+int4",
         ),
         (0.4, 0.2),
         {f"{suite}, each task, with 40 % and 20 %": each_task(suite) for suite in SUITES},
@@ -160,6 +189,23 @@ PAGES = (
         ),
         (0.4, 0.2),
         {"": each_task("redundant-4")},
+        timed="",
+    ),
+    Page(
+        "stages-video.md",
+        (
+            "downsample",
+            "plphp",
+            "novelty",
+            "vidcom2",
+            "divprune",
+            "vidcom2/plphp",
+            "vidcom2/novelty",
+            "divprune/novelty",
+        ),
+        (0.4, 0.2),
+        {"": {"describe": ("describe@video",)}},
+        results=VIDEO,
     ),
     Page(
         "small-devices-results.md",
@@ -180,26 +226,12 @@ PAGES = (
 )
 
 
-def take_in(run: Path) -> dict[str, Any]:
-    """What the pages need of a run: for every setting, the results of each task."""
-    found, made = results(run)
-    rows: dict[tuple[str, float | None], dict[str, Any]] = {}
-    for name, task in found["tasks"].items():
-        for one in task["settings"]:
-            if "score" not in one:  # a method that cannot run on this task
-                continue
-            row = rows.setdefault(
-                (one["method"], one["budget"]), {"right": {}, "kept": {}, "bytes": {}}
-            )
-            row["right"][name] = round(one["score"]["mean"], 3)
-            row["kept"][name] = round(one["kept"], 3)
-            row["bytes"][name] = round(one["kv_bytes"] / one["kv_bytes_full"], 3)
-    settings = [{"method": m, "budget": b, **row} for (m, b), row in rows.items()]
-    return {"about": {**found["about"], **made}, "rows": settings}
-
-
-def table(rows: Rows, tasks: Tasks) -> str:
+def table(
+    rows: Rows, tasks: Tasks, first: Mapping[tuple[str, float | None], float] | None = None
+) -> str:
     """The settings in rows: the larger budget first, then by the mean over the columns.
+
+    first: the time to the first token of each setting, for a column of its own
 
     A setting without results for all tasks is left out.
     """
@@ -210,51 +242,48 @@ def table(rows: Rows, tasks: Tasks) -> str:
         columns = [_mean(row, "right", names) for names in tasks.values()]
         return -(row["budget"] or _mean(row, "kept", every)), -mean(columns)
 
+    before = "| method | kept | cache bytes |" + ("" if first is None else " first token |")
     lines = [
-        "| method | kept | cache bytes |" + "".join(f" {name} |" for name in tasks),
-        "|---|---|---|" + "---|" * len(tasks),
+        before + "".join(f" {name} |" for name in tasks),
+        "|" + "---|" * (before.count("|") - 1 + len(tasks)),
     ]
     for row in sorted(complete, key=place):
         name = NAMES.get(row["method"], row["method"])
         right = "".join(f" {_mean(row, 'right', names):.2f} |" for names in tasks.values())
         kept, size = _mean(row, "kept", every), _mean(row, "bytes", every)
-        lines.append(f"| {name} | {kept:.0%} | {size:.2f} |{right}")
+        time = "" if first is None else f" {_time(first, row)} |"
+        lines.append(f"| {name} | {kept:.0%} | {size:.2f} |{time}{right}")
     return "\n".join(lines)
+
+
+def _time(first: Mapping[tuple[str, float | None], float], row: Row) -> str:
+    """The time to the first token of a row; recall changes no time before it."""
+    name = row["method"].partition("+")[0]
+    found = first.get((row["method"], row["budget"]), first.get((name, row["budget"])))
+    return "" if found is None else f"{found:.2f}"
 
 
 def _mean(row: Row, what: str, tasks: Sequence[str]) -> float:
     return mean(row[what][task] for task in tasks)
 
 
-def of_full(rows: Rows, method: str, budget: float | None) -> tuple[float, float]:
-    """The lowest and the highest share of the full cache's right answers over a setting's tasks."""
-    full = next(row for row in rows if row["method"] == "full")["right"]
-    own = next(row for row in rows if (row["method"], row["budget"]) == (method, budget))["right"]
-    shares = [right / full[task] for task, right in own.items()]
-    return min(shares), max(shares)
-
-
-def measured(about: Mapping[str, Any]) -> str:
-    """When and on what the results were measured, in one sentence."""
-    return (
-        f"Measured on {about['date']} on {about['machine']} ({about['dtype']}, torch "
-        f"{about['torch']}, transformers {about['transformers']}), with {about['limit']} samples "
-        f"of each task and seed {about['seed']}.\n"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path)
     parser.add_argument("--ways", type=Path)
+    parser.add_argument("--video", type=Path)
+    parser.add_argument("--more", type=Path)
     given = parser.parse_args()
-    for run, file in ((given.run, RESULTS), (given.ways, WAYS)):
+    for run, file in ((given.run, RESULTS), (given.ways, WAYS), (given.video, VIDEO)):
         if run:
             file.write_text(json.dumps(take_in(run), indent=1) + "\n")
+    if given.more:
+        whole = add(json.loads(RESULTS.read_text()), take_in(given.more))
+        RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
     for page in PAGES:
         path = DOCS / page.file
         path.write_text(page.write(path.read_text(), json.loads(page.results.read_text())))
-    for file in (WAYS, RESULTS):
+    for file in (VIDEO, WAYS, RESULTS):
         print(file.name)
         rows = json.loads(file.read_text())["rows"]
         for row in rows:

@@ -52,6 +52,38 @@ def test_shares_in_sentences_are_those_of_the_results(
     assert quoted in (DOCS / page).read_text(), "the sentence has other results"
 
 
+def in_sentences(page: str) -> str:
+    """The text of a page without its tables."""
+    lines = (DOCS / page).read_text().splitlines()
+    return " ".join(" ".join(line for line in lines if not line.startswith("| ")).split())
+
+
+# What sentences say of one cell: the share of right answers, by page.
+VIDEO = ("stages-video.md", "VIDEO")
+QUOTED = [
+    (*VIDEO, "full", 1.0, "describe@video", "beside {} with all tokens"),
+    (*VIDEO, "vidcom2", 0.2, "describe@video", "they give {}, "),
+    (*VIDEO, "divprune", 0.2, "describe@video", "0.75, {}, "),
+    (*VIDEO, "vidcom2/novelty", 0.2, "describe@video", "0.77, {} and "),
+    (*VIDEO, "divprune/novelty", 0.2, "describe@video", "0.77 and {}, beside"),
+    (*VIDEO, "plphp", 0.4, "describe@video", "half of the answers** ({} at 40 %)"),
+    (*VIDEO, "vidcom2/plphp", 0.4, "describe@video", "helps at 40 % ({})"),
+    (*VIDEO, "vidcom2/plphp", 0.2, "describe@video", "hardly at 20 % ({})"),
+    (*VIDEO, "random", 0.4, "describe@video", "tokens do well** ({} at 40 %)"),
+    (*VIDEO, "downsample", 0.4, "describe@video", "`downsample` gives {} at 40 %"),
+]
+
+
+@pytest.mark.parametrize(("page", "results", "method", "budget", "task", "says"), QUOTED)
+def test_cells_in_sentences_are_those_of_the_results(
+    page: str, results: str, method: str, budget: float, task: str, says: str
+) -> None:
+    maker = maker_of("make_regimes")
+    rows = json.loads(getattr(maker, results).read_text())["rows"]
+    (found,) = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
+    assert says.format(f"{found['right'][task]:.2f}") in in_sentences(page)
+
+
 def row(method: str, budget: float | None, **right: float) -> dict[str, object]:
     names = {f"{task}@dense": value for task, value in right.items()}
     kept = dict.fromkeys(names, budget or 0.65)
@@ -97,6 +129,46 @@ def test_a_column_is_the_mean_of_its_tasks_and_incomplete_rows_are_left_out() ->
         "| novelty (recommended) | 40% | 0.40 | 1.00 |",
         "| PLPHP | 40% | 0.40 | 0.75 |",
     ]
+
+
+def results(date: str, **cells: float) -> dict[str, object]:
+    about = {"model": "m", "dtype": "float32", "limit": 48, "seed": 7, "date": date}
+    about |= {"machine": "box", "torch": "2", "transformers": "5"}
+    return {"about": about, "rows": [row("plphp", 0.4, **cells)]}
+
+
+def test_another_run_adds_cells_and_changes_none() -> None:
+    maker = maker_of("make_regimes")
+    before, new = results("day 1", a=0.5), results("day 2", a=0.9, b=0.25)
+    new["rows"] = [*new["rows"], row("dart", 0.4, b=0.75)]  # type: ignore[misc]
+    both = maker.add(before, new)
+    assert [one["right"] for one in both["rows"]] == [
+        {"a@dense": 0.5, "b@dense": 0.25},
+        {"b@dense": 0.75},
+    ]
+    page = maker.Page("page.md", ("plphp", "dart"), (0.4,), {"": {"b": ("b@dense",)}})
+    text = page.write(f"{maker.BEGIN}{maker.END}", both)
+    assert text.count("Measured on") == 1 and "Measured on day 2" in text
+    wide = {"": {"a": ("a@dense",), "b": ("b@dense",)}}
+    text = maker.Page("page.md", ("plphp",), (0.4,), wide).write(text, both)
+    assert text.index("Measured on day 1") < text.index("Measured on day 2")
+    assert maker.add(both, new)["rows"] == both["rows"]
+    other = results("day 3", c=0.1)
+    other["about"]["seed"] = 8  # type: ignore[index]
+    with pytest.raises(ValueError, match="another seed"):
+        maker.add(before, other)
+
+
+def test_a_table_may_have_the_time_to_the_first_token() -> None:
+    maker = maker_of("make_regimes")
+    rows = [row("plphp", 0.4, a=0.5), row("novelty+int4", 0.4, a=0.25), row("dart", 0.4, a=0.1)]
+    first = {("plphp", 0.4): 1.02, ("novelty", 0.4): 1.01}
+    lines = maker.table(rows, {"a": ("a@dense",)}, first).splitlines()
+    assert lines[0] == "| method | kept | cache bytes | first token | a |"
+    assert lines[1] == "|---|---|---|---|---|"
+    assert lines[2] == "| PLPHP | 40% | 0.40 | 1.02 | 0.50 |"
+    assert lines[3] == "| novelty, recall `int4` | 40% | 0.40 | 1.01 | 0.25 |"
+    assert lines[4] == "| dart | 40% | 0.40 |  | 0.10 |"
 
 
 def test_the_page_says_what_a_run_was_measured_on(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import plphp
 from plphp.demo.model import Embedded
@@ -20,9 +22,10 @@ from plphp.eval.run import Plan, run
 from plphp.eval.shrink import shrinker
 from plphp.eval.store import read_lines
 from plphp.eval.summary import missing, summarize
-from plphp.eval.tasks import TASKS
+from plphp.eval.tasks import SUITES, TASKS
 from plphp.hf.attached import attached
 from plphp.hf.shared_prefill import read
+from plphp.inputs import Loaded
 from plphp.policy import policy
 from plphp.recall import Recall
 
@@ -117,6 +120,53 @@ def test_the_tower_reads_a_batch_once(embedded: Embedded, monkeypatch: pytest.Mo
     assert len(calls) == 2
     assert torch.equal(twice[0], fresh) and torch.equal(twice[1], fresh)
     assert "get_image_features" not in vars(embedded.model.model)
+
+
+@pytest.mark.skipif(not find_spec("skimage"), reason="needs scikit-image")
+def test_a_clip_is_a_video_whose_frames_have_the_features_of_images(embedded: Embedded) -> None:
+    clip = SUITES["video"]["once@video"].draw(1, SEED)[0].images[0]
+    assert isinstance(clip, tuple)
+    config, inner = embedded.model.config, embedded.model.model
+    video, images = embedded.inputs([clip], "x"), embedded.inputs(clip, "x")
+    tokens = (video["input_ids"] == config.video_token_id).sum()
+    assert tokens == (images["input_ids"] == config.image_token_id).sum() > 0
+    assert (video["mm_token_type_ids"] == 2).sum() == tokens
+    assert video["video_grid_thw"][0, 0] == len(clip)
+    with torch.inference_mode(), remembered(embedded.model):
+        one = inner.get_video_features(video["pixel_values_videos"], video["video_grid_thw"])
+        other = inner.get_image_features(images["pixel_values"], images["image_grid_thw"])
+        again = inner.get_video_features(video["pixel_values_videos"], video["video_grid_thw"])
+    together = torch.cat(list(one.pooler_output))
+    torch.testing.assert_close(together, torch.cat(list(other.pooler_output)))
+    assert again is one, "the features of videos are remembered too"
+    assert "get_video_features" not in vars(inner)
+
+
+@pytest.mark.skipif(not find_spec("skimage"), reason="needs scikit-image")
+def test_clips_are_asked_about_in_batches_and_by_every_kind_of_method(embedded: Embedded) -> None:
+    samples = SUITES["video"]["once@video"].draw(3, SEED)
+    batch = make_batch(embedded, samples, 64)
+    clips = sum(len(sample.images) for sample in samples)
+    assert len(batch.inputs["video_grid_thw"]) == clips and max(batch.vision) > min(batch.vision)
+    by, policy = shrinker(embedded), plphp.policy("downsample", budget=0.2)
+    small = make_batch(by.loaded, by.shrink(samples, policy), 64)
+    for kept, tokens in zip(small.vision, batch.vision, strict=True):
+        assert 0.1 * tokens < kept <= 0.22 * tokens
+    with torch.inference_mode():
+        reference = refer(embedded.model, batch)
+        said = [embedded.decode(row) for row in reference.tokens]
+        assert said == [sample.answers[0] for sample in samples]
+        prompt = read(embedded.model, batch.prompt, 1)
+        found = answer(
+            embedded.model, plphp.policy("vidcom2,novelty", budget=0.4), batch, reference, prompt
+        )
+    assert found.kept == pytest.approx([0.4] * 3, abs=0.02)
+
+
+def test_only_the_embedded_model_takes_clips(embedded: Embedded) -> None:
+    clip = (Image.new("RGB", (112, 112)),) * 2
+    with pytest.raises(InputError, match="only the embedded model"):
+        Loaded(embedded.model, None).batch([([clip], "x")])
 
 
 def test_a_method_in_the_tower_is_given_no_remembered_features(embedded: Embedded) -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from plphp.cli.eval import _tasks
+from plphp.demo.boards import Picture, Thing
 from plphp.errors import InputError
-from plphp.eval.sample import Sample
-from plphp.eval.tasks import SUITES, TASKS, folder
+from plphp.eval.sample import Sample, Task, frames
+from plphp.eval.tasks import SUITES, TASKS, folder, video
 from plphp.eval.tasks.boards import difference, needle
 from plphp.eval.tasks.regimes import SCALES
 
@@ -26,7 +27,8 @@ def digest(samples: list[Sample]) -> str:
     for sample in samples:
         found.update(repr((sample.id, sample.question, sample.answers, sample.earlier)).encode())
         for image in sample.images:
-            found.update(image.tobytes())
+            for frame in frames(image):
+                found.update(frame.tobytes())
     return found.hexdigest()
 
 
@@ -102,10 +104,10 @@ def test_second_questions_are_about_another_picture() -> None:
 def test_a_folder_without_labels(tmp_path: Path) -> None:
     images = TASKS["describe"].draw(3, 7)[0].images
     for number, image in enumerate(images[:2]):
-        image.save(tmp_path / f"{number}.png")
+        frames(image)[0].save(tmp_path / f"{number}.png")
     samples = folder(tmp_path, "describe picture 1.").draw(300, 7)
     assert sorted(sample.id for sample in samples) == ["0.png", "1.png"]
-    assert samples[0].answers == () and samples[0].images[0].mode == "RGB"
+    assert samples[0].answers == () and frames(samples[0].images[0])[0].mode == "RGB"
     with pytest.raises(InputError, match="no such directory"):
         folder(tmp_path / "none", "x")
     (tmp_path / "empty").mkdir()
@@ -114,7 +116,7 @@ def test_a_folder_without_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not find_spec("skimage"), reason="needs scikit-image")
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", SCALES)
 def test_suites_show_the_tasks_at_their_scale(name: str) -> None:
     scale = SCALES[name]
     for task in SUITES[name].values():
@@ -122,9 +124,42 @@ def test_suites_show_the_tasks_at_their_scale(name: str) -> None:
         assert digest(samples) == digest(task.draw(3, 7)[:2]) and task.name.endswith(f"@{name}")
         for sample in samples:
             assert sample.answers[0]
-            assert all(edge % 28 == 0 for image in sample.images for edge in image.size)
-            sides = {image.width // 28 // scale for image in sample.images}
+            sizes = [frames(image)[0].size for image in sample.images]
+            assert all(edge % 28 == 0 for size in sizes for edge in size)
+            sides = {wide // 28 // scale for wide, _ in sizes}
             assert min(sides) >= 3 and max(sides) <= 9
+
+
+@pytest.mark.skipif(not find_spec("skimage"), reason="needs scikit-image")
+@pytest.mark.parametrize("task", SUITES["video"].values(), ids=lambda task: task.name)
+def test_a_video_task_shows_clips(task: Task) -> None:
+    samples = task.draw(5, 7)
+    assert digest(samples[:4]) == digest(task.draw(4, 7)) != digest(task.draw(4, 8))
+    for sample in samples:
+        assert sample.answers[0] and 1 <= len(sample.images) <= 2
+        for clip in map(frames, sample.images):
+            assert 4 <= len(clip) <= 6 and len({frame.size for frame in clip}) == 1
+            assert len({frame.tobytes() for frame in clip}) == len(clip), "noise of their own"
+
+
+@pytest.mark.parametrize(
+    ("change", "places"), [("stays", {1}), ("comes", {1}), ("once", {1}), ("moves", {5})]
+)
+def test_the_last_thing_of_a_board_changes(change: str, places: set[int]) -> None:
+    things = {(0, 0): Thing(1, 1), (1, 2): Thing(2, 2), (3, 3): Thing(3, 3)}
+    frames_with = set()
+    for seed in range(8):
+        film = video._film(Picture(4, things, "scene"), change, 5, np.random.default_rng(seed))
+        assert len(film) == 5
+        seen = [
+            {cell for cell, thing in board.things.items() if thing.glyph == 3} for board in film
+        ]
+        assert {len(set().union(*seen))} == places
+        assert all(set(things.items()) - {((3, 3), things[3, 3])} <= set(board.things.items())
+                   for board in film)  # fmt: skip
+        frames_with.add(sum(map(bool, seen)))
+    expected = {"stays": {5}, "moves": {5}, "once": {1}}
+    assert frames_with == expected.get(change, frames_with) and 0 not in frames_with
 
 
 def test_a_suite_is_named_as_a_whole_or_by_task() -> None:

@@ -21,36 +21,44 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 WEIGHTS = Path(__file__).parent / "weights"
-IMAGE_PAD = "<|image_pad|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+IMAGE, VIDEO = 1, 2  # codes of mm_token_type_ids
 
-Prompt = tuple[Sequence[Image.Image], str]  # the images and the question about them
+Clip = tuple[Image.Image, ...]  # the frames of a video, all of one size
+Prompt = tuple[Sequence[Image.Image | Clip], str]  # the images and the question about them
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """The embedded model with its tokenizer and its image processor."""
+    """The embedded model with its tokenizer and its image processor.
+
+    A clip in the place of an image becomes a video, of which each frame is shown twice: the tower
+    makes one frame of tokens from two frames of pixels, and was trained on doubled images.
+    """
 
     model: Any  # transformers' decorators hide the type from type checkers
     tokenizer: Any
     image_processor: Any
 
-    def inputs(self, images: Sequence[Image.Image], question: str) -> dict[str, Tensor]:
+    def inputs(self, images: Sequence[Image.Image | Clip], question: str) -> dict[str, Tensor]:
         """The arguments of ``model.generate(**inputs)`` for one prompt, with or without images."""
         return self.inputs_of(images, self._chat(len(images), question))
 
-    def inputs_of(self, images: Sequence[Image.Image], text: str) -> dict[str, Tensor]:
-        """The arguments for a text in the chat format, with one placeholder per image."""
-        pixels = self._pixels(images)
-        merged = self.image_processor.merge_size**2
-        sizes = [int(grid.prod()) // merged for grid in pixels.get("image_grid_thw", ())]
-        text = _expand_placeholders(text, sizes)
+    def inputs_of(self, images: Sequence[Image.Image | Clip], text: str) -> dict[str, Tensor]:
+        """The arguments for a text in the chat format, with one placeholder per image or clip."""
+        seen = [self._pixels(shown) for shown in images]
+        text = _expand_placeholders(text, [self._placeholders(one) for one in seen])
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        config = self.model.config
         tokens = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             # Without these, transformers uses 1-D positions and the answers are wrong, silently.
-            "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
+            "mm_token_type_ids": (
+                IMAGE * (ids == config.image_token_id) + VIDEO * (ids == config.video_token_id)
+            ).int(),
         }
+        pixels = _joined(seen)
         return {name: tensor.to(self.model.device) for name, tensor in (tokens | pixels).items()}
 
     def batch(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -66,21 +74,28 @@ class Embedded:
             name: torch.cat([_pad_left(row[name], length, value) for row in rows])
             for name, value in padding.items()
         }
-        for name in ("pixel_values", "image_grid_thw"):
-            found = [row[name] for row in rows if name in row]
-            if found:
-                out[name] = torch.cat(found)
-        return out
+        return out | _joined([{k: v for k, v in row.items() if k not in padding} for row in rows])
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """The text of one generated sequence, without special tokens."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    def _pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        if not images:
-            return {}
-        return dict(self.image_processor(images=list(images), return_tensors="pt"))
+    def _pixels(self, shown: Image.Image | Clip) -> dict[str, Tensor]:
+        """The patches and the grid (1, 3) of an image or a clip."""
+        if isinstance(shown, Image.Image):
+            return dict(self.image_processor(images=[shown], return_tensors="pt"))
+        found = self.image_processor(images=list(shown), return_tensors="pt")
+        grid = found["image_grid_thw"][:1] * torch.tensor([len(shown), 1, 1])
+        return {"pixel_values_videos": found["pixel_values"], "video_grid_thw": grid}
+
+    def _placeholders(self, pixels: dict[str, Tensor]) -> str:
+        """The placeholders of an image or a clip: one per vision token."""
+        video = "video_grid_thw" in pixels
+        grid = pixels["video_grid_thw" if video else "image_grid_thw"]
+        tokens = int(grid.prod()) // self.image_processor.merge_size**2
+        pad: str = VIDEO_PAD if video else IMAGE_PAD
+        return pad * tokens
 
     def _chat(self, pictures: int, question: str) -> str:
         content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
@@ -107,15 +122,19 @@ def load(
     )
 
 
-def _expand_placeholders(text: str, sizes: Sequence[int]) -> str:
-    """Replace each image's placeholder by as many as it has vision tokens.
+def _expand_placeholders(text: str, pads: Sequence[str]) -> str:
+    """Replace the placeholder of each image by its own.
 
     The chat template writes one placeholder per image; the model needs one per vision token.
     """
     before, *after = text.split(IMAGE_PAD)
-    return before + "".join(
-        IMAGE_PAD * size + part for size, part in zip(sizes, after, strict=True)
-    )
+    return before + "".join(pad + part for pad, part in zip(pads, after, strict=True))
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all parts by name, one after another."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
 
 
 def _pad_left(row: Tensor, length: int, value: int) -> Tensor:

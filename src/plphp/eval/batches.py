@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plphp.eval.sample import Sample
+from plphp.eval.sample import Sample, frames
 from plphp.inputs import Runnable
 from plphp.models import vision_spans
 
@@ -71,7 +71,8 @@ def _by_length(samples: Sequence[Sample], size: int, tokenizer: Any) -> list[lis
         return len(tokenizer(sample.question)["input_ids"]) if sample.earlier else 0
 
     def length(sample: Sample) -> tuple[int, ...]:
-        pixels = sum(image.width * image.height for image in sample.images)
+        shown = [frame for image in sample.images for frame in frames(image)]
+        pixels = sum(frame.width * frame.height for frame in shown)
         answer = max((len(answer) for answer in sample.answers), default=0)
         return kind(sample), pixels, len(sample.images), answer
 

@@ -1,10 +1,10 @@
-"""A cache of image features, which do not depend on how the KV cache is pruned."""
+"""A cache of the features of images and videos, which no pruning of the KV cache changes."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from plphp.hf.attached import attached
 from plphp.hf.tower import tower_method
 
-NAME = "get_image_features"
+NAMES = ("get_image_features", "get_video_features")
 
 
 @contextmanager
@@ -20,14 +20,21 @@ def remembered(model: Any) -> Iterator[None]:
     """Within this context the model computes the features of the same pixel tensors only once.
 
     The run must not use gradients or change the features in place. The model is restored
-    afterwards. A model without `get_image_features` is not changed. While a method is attached that
-    chooses in the vision tower and changes the features, nothing is remembered or reused.
+    afterwards. A model without the methods of `NAMES` is not changed. While a method is attached
+    that chooses in the vision tower and changes the features, nothing is remembered or reused.
     """
-    owner = _owner(model)
-    if owner is None:
+    with ExitStack() as changed:
+        for name in NAMES:
+            owner = _owner(model, name)
+            if owner is not None:
+                changed.enter_context(_remembered(model, owner, name))
         yield
-        return
-    original = getattr(owner, NAME)
+
+
+@contextmanager
+def _remembered(model: Any, owner: Any, name: str) -> Iterator[None]:
+    """Within this context the method `name` of a module is called once for the same pixels."""
+    original = getattr(owner, name)
     known: list[tuple[Any, Any, Any]] = []
 
     @functools.wraps(original)  # generate() reads its signature
@@ -41,20 +48,20 @@ def remembered(model: Any) -> Iterator[None]:
         known.append((args, kwargs, features))
         return features
 
-    had = NAME in vars(owner)
-    setattr(owner, NAME, recalled)
+    had = name in vars(owner)
+    setattr(owner, name, recalled)
     try:
         yield
     finally:
         if had:
-            setattr(owner, NAME, original)
+            setattr(owner, name, original)
         else:
-            delattr(owner, NAME)
+            delattr(owner, name)
 
 
-def _owner(model: Any) -> Any:
-    """The innermost module whose forward calls `get_image_features`, or None."""
-    inside = [m for m in (getattr(model, "model", None), model) if hasattr(m, NAME)]
+def _owner(model: Any, name: str) -> Any:
+    """The innermost module whose forward calls the method `name`, or None."""
+    inside = [m for m in (getattr(model, "model", None), model) if hasattr(m, name)]
     return inside[0] if inside else None
 
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from PIL.Image import Image
 
+from plphp.inputs import Clip
+
 
 @dataclass(frozen=True)
 class Sample:
     """One question about some images.
 
     id: unique in its task, and the same for the same seed
+    images: images, and clips of frames in the place of images
     answers: the reference answers; empty for images without labels, for which agreement with the
         unpruned model is the score
     earlier: the question of a first turn on the same images and the same cache, for which their
@@ -20,10 +23,15 @@ class Sample:
     """
 
     id: str
-    images: tuple[Image, ...]
+    images: tuple[Image | Clip, ...]
     question: str
     answers: tuple[str, ...] = ()
     earlier: str | None = None
+
+
+def frames(shown: Image | Clip) -> Clip:
+    """The frames of a clip; an image is the only frame of itself."""
+    return shown if isinstance(shown, tuple) else (shown,)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The control `downsample`: images are made smaller until they take as few tokens."""
+"""The control `downsample`: images and frames are made smaller until they take as few tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from plphp.errors import UnsupportedModelError
 from plphp.eval.sample import Sample
-from plphp.inputs import Loaded, Runnable
+from plphp.inputs import Clip, Loaded, Runnable
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,15 @@ class Shrinker:
     def shrink(self, samples: Sequence[Sample], policy: Any) -> list[Sample]:
         """The samples with smaller images. policy: of kind "images"."""
         return [
-            replace(sample, images=tuple(self.smaller(image, policy) for image in sample.images))
+            replace(sample, images=tuple(self._smaller(image, policy) for image in sample.images))
             for sample in samples
         ]
+
+    def _smaller(self, shown: Image.Image | Clip, policy: Any) -> Image.Image | Clip:
+        """An image or all frames of a clip, at the size that the policy gives them."""
+        if isinstance(shown, tuple):
+            return tuple(self.smaller(frame, policy) for frame in shown)
+        return self.smaller(shown, policy)
 
     def smaller(self, image: Image.Image, policy: Any) -> Image.Image:
         """One image, at the size that the policy gives it."""

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from plphp.errors import InputError
 from plphp.eval.methods import Setting
-from plphp.eval.sample import Sample, Task
+from plphp.eval.sample import Sample, Task, frames
 from plphp.inputs import lines as jsonl
 
 RESULTS = ("policies.json", "summary.json", "summary.md", "curves.png", "kl.png")  # with run.json
@@ -208,5 +208,8 @@ def _pixels(sample: Sample) -> str:
     """A digest of the images, 16 characters."""
     seen = hashlib.sha256()
     for image in sample.images:
-        seen.update(repr((image.mode, image.size)).encode() + image.tobytes())
+        if isinstance(image, tuple):
+            seen.update(f"{len(image)} frames".encode())
+        for frame in frames(image):
+            seen.update(repr((frame.mode, frame.size)).encode() + frame.tobytes())
     return seen.hexdigest()[:16]

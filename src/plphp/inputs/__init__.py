@@ -3,10 +3,11 @@
 from plphp.inputs.images import Still, image_files, open_image, upright
 from plphp.inputs.models import EMBEDDED, check_device, load, load_config
 from plphp.inputs.prompts import check_prompt, make_inputs
-from plphp.inputs.runnable import Loaded, Prompt, Runnable
+from plphp.inputs.runnable import Clip, Loaded, Prompt, Runnable
 
 __all__ = [
     "EMBEDDED",
+    "Clip",
     "Loaded",
     "Prompt",
     "Runnable",

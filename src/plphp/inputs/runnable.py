@@ -10,13 +10,16 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
-Prompt = tuple[Sequence[Image.Image], str]  # the images, and the question about them
+from plphp.errors import InputError
+
+Clip = tuple[Image.Image, ...]  # the frames of a video
+Prompt = tuple[Sequence[Image.Image | Clip], str]  # the images, and the question about them
 
 
 class Runnable(Protocol):
     """A model that can make its own inputs from images and a question.
 
-    inputs: the arguments of generate() for one prompt
+    inputs: the arguments of generate() for one prompt. Only the embedded model takes clips
     batch: the same for several prompts, padded on the left
     decode: the text of token ids, without special tokens
     """
@@ -25,7 +28,7 @@ class Runnable(Protocol):
     def model(self) -> Any: ...
     @property
     def tokenizer(self) -> Any: ...
-    def inputs(self, images: Sequence[Image.Image], question: str) -> dict[str, Tensor]: ...
+    def inputs(self, images: Sequence[Image.Image | Clip], question: str) -> dict[str, Tensor]: ...
     def batch(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]: ...
     def decode(self, ids: Tensor) -> str: ...
 
@@ -42,9 +45,12 @@ class Loaded:
         return getattr(self.processor, "tokenizer", self.processor)
 
     def inputs(
-        self, images: Sequence[Image.Image], question: str, videos: Sequence[Path] = ()
+        self, images: Sequence[Image.Image | Clip], question: str, videos: Sequence[Path] = ()
     ) -> dict[str, Tensor]:
-        """The arguments of `model.generate()` for one prompt, on the model's device."""
+        """The arguments of `model.generate()` for one prompt, on the model's device.
+
+        Raises InputError for a clip: its processor would sample the frames of a file.
+        """
         return self.encode([_user(images, question, videos)])
 
     def batch(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -84,8 +90,10 @@ class Loaded:
 
 
 def _user(
-    images: Sequence[Image.Image], question: str, videos: Sequence[Path] = ()
+    images: Sequence[Image.Image | Clip], question: str, videos: Sequence[Path] = ()
 ) -> dict[str, Any]:
+    if any(isinstance(image, tuple) for image in images):
+        raise InputError("only the embedded model takes a video as a clip of frames")
     content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     content += [{"type": "video", "path": str(path)} for path in videos]
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}

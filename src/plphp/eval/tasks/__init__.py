@@ -1,13 +1,13 @@
 """The tasks by name. A new task is a file with a function `draw`, and an entry here.
 
 `TASKS` are the default. `SUITES` has most of them again, drawn so that each thing covers 1, 4 or 16
-vision tokens.
+vision tokens, and as clips of frames.
 """
 
 from __future__ import annotations
 
 from plphp.eval.sample import Task
-from plphp.eval.tasks import boards, digits, easyvqa, regimes
+from plphp.eval.tasks import boards, digits, easyvqa, regimes, video
 from plphp.eval.tasks.folder import folder
 
 __all__ = ["SUITES", "TASKS", "folder"]
@@ -81,5 +81,6 @@ _TASKS = (
 
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 SUITES: dict[str, dict[str, Task]] = {
-    suite: {task.name: task for task in regimes.suite(suite)} for suite in regimes.SCALES
+    **{name: {task.name: task for task in regimes.suite(name)} for name in regimes.SCALES},
+    video.SUITE: {task.name: task for task in video.suite()},
 }

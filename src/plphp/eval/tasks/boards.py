@@ -17,6 +17,7 @@ from PIL import Image
 from plphp.demo.boards import COLOUR_NAMES, GLYPHS, Picture, Thing, draw_scene, render
 from plphp.demo.questions import LEVELS, Level, draw_prompt, draw_size
 from plphp.eval.sample import Sample
+from plphp.inputs import Clip
 
 HARD, MEDIUM = LEVELS[3], LEVELS[2]
 MIN_VISION_TOKENS = 100  # the smallest number of vision tokens of a hard prompt
@@ -26,7 +27,7 @@ LONG_LEVEL = Level((4, 4), (4, 5), (5, 5), (1, 1), (3, 4), 150, 0)
 
 Drawn = tuple[list[Picture], str, str]  # the images, a question, its answer
 Make = Callable[[Generator, int], Drawn]  # makes the sample with a given number
-Show = Callable[[Picture, Generator], np.ndarray]  # the pixels of a picture
+Show = Callable[[Picture, Generator], np.ndarray]  # the pixels of a picture, or of its frames
 
 
 def sampler(
@@ -44,8 +45,15 @@ def sampler(
 
 def _sample(rng: Generator, name: str, drawn: Drawn, earlier: str | None, show: Show) -> Sample:
     pictures, question, answer = drawn
-    images = tuple(Image.fromarray(show(picture, rng)) for picture in pictures)
+    images = tuple(_shown(show(picture, rng)) for picture in pictures)
     return Sample(name, images, question, (answer,), earlier)
+
+
+def _shown(pixels: np.ndarray) -> Image.Image | Clip:
+    """The image of pixels (H, W, 3) uint8, or the clip of (F, H, W, 3)."""
+    if pixels.ndim == 4:
+        return tuple(map(Image.fromarray, pixels))
+    return Image.fromarray(pixels)
 
 
 def asked(
