@@ -59,6 +59,28 @@ def test_what_transformers_lacks_comes_with_a_remedy(
     assert remedy not in models._refusal("some/model", type(error)("Something else."))
 
 
+@pytest.mark.parametrize(
+    ("offline", "says"),
+    [(True, "is not asked: check the name, or unset HF_HUB_OFFLINE"),
+     (False, "cannot be reached: check the name and the network")],
+)  # fmt: skip
+def test_a_hub_that_does_not_answer(
+    offline: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    from plphp.inputs.models import _refusal
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    said = _refusal("someone/some-vlm", OSError("We couldn't connect to the hub"))
+    assert said.endswith(f"and the hub {says}")
+
+
+def test_an_unknown_kind_of_device(run: Callable, picture: str) -> None:
+    result = run("generate", "--device", "gpu", "--image", picture, "--prompt", "x")
+    assert "torch knows no such device: give cpu, cuda, cuda:1 or mps" in result.err
+
+
 def test_a_model_without_its_option_is_understood(run: Callable) -> None:
     result = run("generate", "some/model", "--prompt", "x")
     assert result.code == 2 and "--model NAME" in result.err

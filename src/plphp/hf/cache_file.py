@@ -45,6 +45,8 @@ def write_file(
     try:
         save_file(dict(tensors), part, metadata={KEY: json.dumps(complete)})
         os.replace(part, target)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be written: {error}") from error
     finally:
@@ -71,6 +73,8 @@ def read_file(path: str | os.PathLike[str], most: int) -> tuple[dict[str, Any], 
                 )
             # Copies: the process would crash if a file that is mapped were shortened later.
             tensors = {name: file.get_tensor(name).clone() for name in names}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{path} is not a saved plphp cache: {error}") from error
     if type(header.get("format")) is not int or header["format"] not in READABLE:
