@@ -47,7 +47,8 @@ def test_weights_are_loaded_as_they_are(half: Path, monkeypatch: pytest.MonkeyPa
             "torchvision==0.28.",
         ),
         (ValueError("This needs it. Install it with `pip install accelerate`."), "accelerate"),
-        (OSError("Can't load image processor for 'x'. If you"), "preprocessor_config.json"),
+        (OSError("Can't load image processor for 'x'. If you"), "such as preprocessor_config.json"),
+        (OSError("Can't load video processor for 'x'. If you"), "video_preprocessor_config.json"),
     ],
 )
 def test_what_transformers_lacks_comes_with_a_remedy(
@@ -78,7 +79,7 @@ def test_a_hub_that_does_not_answer(
 
 def test_an_unknown_kind_of_device(run: Callable, picture: str) -> None:
     result = run("generate", "--device", "gpu", "--image", picture, "--prompt", "x")
-    assert "torch knows no such device: give cpu, cuda, cuda:1 or mps" in result.err
+    assert "torch knows no such device: give cpu, cuda, cuda:1 or mps, or leave" in result.err
 
 
 def test_a_model_without_its_option_is_understood(run: Callable) -> None:

@@ -284,5 +284,6 @@ def _found_by(config: Any) -> str:
     if not describes_vision(config):
         return "the processor's mm_token_type_ids, or a vision_mask that you pass"
     known = config.model_type in FAMILIES
-    how = "its entry in plphp.models" if known else "runs of vision tokens, as it has no entry"
+    entry = f"the entry of {config.model_type} in plphp.models"
+    how = entry if known else "runs of vision tokens, because plphp.models has no entry for it"
     return f"the image and video token ids of the config; images are told apart by {how}"

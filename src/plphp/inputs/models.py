@@ -216,8 +216,9 @@ def remedy(error: Exception) -> str:
         if name in NEED_TORCHVISION and not has_torchvision():
             return install_torchvision()
         return f"pip install {name}"
-    if "Can't load image processor" in text:
-        return "the files of its processor, such as preprocessor_config.json, must be beside it"
+    if found := re.search(r"Can't load (image|video) processor", text):
+        file = f"{'video_' if found[1] == 'video' else ''}preprocessor_config.json"
+        return f"the files of its processor, such as {file}, must be beside it"
     return ""
 
 
@@ -232,7 +233,8 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         reason = first_sentence(error)
         if reason.startswith("Expected one of"):  # and 20 kinds of devices, most of them rare
-            reason = "torch knows no such device: give cpu, cuda, cuda:1 or mps"
+            reason = "torch knows no such device"
+        reason += ": give cpu, cuda, cuda:1 or mps, or leave --device out"
         raise InputError(f"--device {device} cannot be used here: {reason}") from error
     if empty.is_meta:
         raise InputError(f"--device {device} stores no numbers: give cpu, cuda or mps")
