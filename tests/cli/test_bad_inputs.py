@@ -57,6 +57,7 @@ CASES = [
     Case("truncated image", "generate --image {tmp}/half.png --prompt x", "broken or truncated"),
     Case("text named .png", "generate --image {tmp}/text.png --prompt x", "not an image"),
     Case("directory as image", "generate --image {tmp} --prompt x", "--batch takes directories"),
+    Case("grey of 32 bits", "generate --image {tmp}/depth.tif --prompt x", "have 32 bits, from"),
     Case("decompression bomb", "generate --image {tmp}/bomb.png --prompt x", "decompression bomb"),
     Case("aspect 1 : 300", "generate --image {tmp}/wide.png --prompt x", "aspect ratio"),
     Case("no prompt text", "generate --image {png} --prompt ' '", "the prompt is empty"),
@@ -70,7 +71,7 @@ CASES = [
     Case("rate above 1", "generate --r 1.2 --prompt x", "r + delta_r must be at most 1"),
     Case("rate below 0", "generate --r .1 --prompt x", "r - delta_r must be at least 0"),
     Case("thresholds crossed", "generate --beta .5 --prompt x", "beta must be at most alpha"),
-    Case("unknown budget", "generate --budget all --prompt x", "budget must be one of"),
+    Case("unknown budget", "generate --budget all --prompt x", "from 0 to 1, 'image' or 'global'"),
     Case("rate that is no number", "generate --r high --prompt x", "should be a valid number"),
     Case("unknown option", "generate --rate .4 --prompt x", "No such option: --rate"),
     Case("unknown command", "prune", "No such command 'prune'"),
@@ -177,6 +178,7 @@ def more_files(root: Path) -> None:
         whole = (root / f"half.{name}").read_bytes()
         (root / f"half.{name}").write_bytes(whole[: len(whole) * 2 // 3])
     Image.new("RGB", (8, 8)).save(root / "llama" / "scan.pdf")
+    Image.new("F", (8, 8), 0.5).save(root / "depth.tif")
     (root / "utf16.jsonl").write_text('{"prompt": "x"}\n', encoding="utf-16")
     (root / "taken.part").write_text("notes of mine")
     (root / "other.part").write_text('{"line": 0, "answer": "x", "request": "0123"}\n')

@@ -187,7 +187,7 @@ def test_separators_of_other_readers_end_no_line(
 def test_a_line_never_ends_the_batch(run: Callable, tmp_path: Path, asked: list) -> None:
     rows = {
         b'{"prompt": "a", "video": "v.mp4"}': "unknown key 'video'",
-        b'{"prompt": "a", "image": "a.png"}': "unknown key 'image'",
+        b'{"prompt": "a", "image": "a.png"}': "unknown key 'image' (did you mean 'images'?)",
         b'{"prompt": "a", "prompt": "b"}': "has the key 'prompt' twice",
         b'{"id": NaN, "prompt": "a"}': "NaN is not a JSON number",
         b'{"id": -Infinity, "prompt": "a"}': "-Infinity is not a JSON number",
@@ -196,8 +196,10 @@ def test_a_line_never_ends_the_batch(run: Callable, tmp_path: Path, asked: list)
         b'{"id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": "nested deeper",
         b'{"id": ' + b"[" * 80 + b"]" * 80 + b', "prompt": "a"}': "nested deeper",
         b'{"prompt": "\xff"}': "not UTF-8 text",
-        b"": "not JSON",
-        b'{"prompt": null}': "prompt must be a string",
+        b"": "the line is empty",
+        b'{"prompt": null}': "there is no prompt: give one in the line, or --prompt",
+        b'{"prompt": 5}': "prompt must be a string",
+        b'{"prompt": "a", "images": "https://x.org/a.png"}': "image https://x.org/a.png: a URL",
         b'{"prompt": "break"}': "shapes do not match",
     }
     good = b'{"id": "\\ud800", "prompt": "good"}\r\n'
@@ -413,9 +415,10 @@ def failing(run: Callable, tmp_path: Path, pictures: Path, asked: list) -> Path:
     source = write(tmp_path / "in.jsonl", rows)
     result = run("generate", "--batch", source, "--out", tmp_path / "x")
     assert result.code == 3
-    assert result.err.splitlines()[-2:] == [
+    assert result.err.splitlines()[-3:] == [
         f"{tmp_path / 'x'} has 4 lines, errors: 2, without images: 2",
-        "line 1: shapes do not match",
+        "line 1: torch failed: shapes do not match; plphp --debug COMMAND ... shows where",
+        "line 3: the line is not a JSON object with images and prompt",
     ]
     asked.clear()
     return source

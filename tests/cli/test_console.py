@@ -192,6 +192,36 @@ def test_ctrl_c_during_imports_ends_quietly() -> None:
     assert (process.returncode, err) == (130, "")
 
 
+def test_an_import_that_swallows_ctrl_c_ends_too() -> None:
+    """torch takes an interrupt in some of its imports for a package that is not installed."""
+    code = (
+        "import sys, time, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Swallowing:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'torch':\n"
+        "            print('here', flush=True)\n"
+        "            try: time.sleep(60)\n"
+        "            except BaseException: pass\n"
+        "sys.meta_path.insert(0, Swallowing())\n"
+        "from plphp.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "env"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "here\n"
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+
+
+def test_the_signal_of_ctrl_c_is_the_callers_again(run: Callable) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    assert run("env").code == 0 and signal.getsignal(signal.SIGINT) is before
+
+
 def test_an_alias_is_a_method() -> None:
     settings, _ = parse("recommended,novelty,recommended+int4,recommended:paper", ".4")
     names = [setting.method for setting in settings]

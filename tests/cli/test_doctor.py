@@ -45,6 +45,13 @@ def asked(config: Any, images: int = 1, each: int | None = None, text: int = 64)
     return diagnose("tiny", config, plphp.PLPHP(), "float32", images, each, text)
 
 
+def test_the_model_may_be_an_option_as_in_other_commands(run: Callable, tmp_path: Path) -> None:
+    model = write(tmp_path, tiny.FAMILIES["llava"].config())
+    plain = run("doctor", model).out
+    assert plain == run("doctor", "--model", model).out == run("doctor", f"--model={model}").out
+    assert "sliding" not in plain
+
+
 def test_layers_are_counted_at_the_prompt(run: Callable, tmp_path: Path) -> None:
     """A window that does not cover the prompt leaves its layer alone."""
     config = tiny.FAMILIES["gemma3"].config()
@@ -56,6 +63,7 @@ def test_layers_are_counted_at_the_prompt(run: Callable, tmp_path: Path) -> None
     found = asked(config, 1, 80, 8)
     assert found.prunable_layers == (0, 2, 3)
     assert found.attachable_layers == (0, 1, 2, 3)
+    assert asked(config, 1, 12, 8).prunable_bytes == asked(config, 1, 12, 8).token_bytes
     # the window of the sliding layer is 20, of which 19 stay for the next token
     assert found.full == found.prunable_bytes // 3 * (3 * 88 + 19)
     assert found.pruned[2] == found.prunable_bytes // 3 * (3 * (8 + 56) + 19)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from plphp.cli.batch import read_lines
+from plphp.cli.batch_lines import read_lines
 from plphp.errors import InputError
 from plphp.inputs import lines, open_image
 

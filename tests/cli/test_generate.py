@@ -162,8 +162,9 @@ def test_a_torn_batch_is_resumed(
         return answer(*args, **kwargs)
 
     monkeypatch.setattr(generate, "answer", interrupted)
-    assert run(*batch(source, out)).code == 130
-    assert not out.exists()
+    result = run(*batch(source, out))
+    assert result.code == 130 and not out.exists()
+    assert f"interrupted: 7 of 20 lines are in {part}; the same command goes on" in result.err
     with part.open("a") as file:
         file.write('{"line": 9, "ans')  # as a power cut would leave it
     assert run(*batch(source, out)).code == 3

@@ -19,6 +19,7 @@ def stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_arguments_it_shows_the_demos_first_example(run: Callable, tmp_path: Path) -> None:
     result = run("inspect", "--rounds", 1)
     assert result.code == 0, result.err
+    assert len(result.out.splitlines()) == 2, "a sentence is one line, however narrow the pipe is"
     assert "of the vision K/V kept" in result.out and "open report.html" in result.out
     first = json.loads((DEMO / "questions.json").read_text())[0]
     assert f"plphp's own {first['images'][0]}" in result.err and first["question"] in result.err

@@ -47,7 +47,8 @@ def test_weights_are_loaded_as_they_are(half: Path, monkeypatch: pytest.MonkeyPa
             "torchvision==0.28.",
         ),
         (ValueError("This needs it. Install it with `pip install accelerate`."), "accelerate"),
-        (OSError("Can't load image processor for 'x'. If you"), "preprocessor_config.json"),
+        (OSError("Can't load image processor for 'x'. If you"), "such as preprocessor_config.json"),
+        (OSError("Can't load video processor for 'x'. If you"), "video_preprocessor_config.json"),
     ],
 )
 def test_what_transformers_lacks_comes_with_a_remedy(
@@ -57,6 +58,28 @@ def test_what_transformers_lacks_comes_with_a_remedy(
     said = models._refusal("some/model", error)
     assert said.startswith("cannot load some/model: ") and remedy in said
     assert remedy not in models._refusal("some/model", type(error)("Something else."))
+
+
+@pytest.mark.parametrize(
+    ("offline", "says"),
+    [(True, "is not asked: check the name, or unset HF_HUB_OFFLINE"),
+     (False, "cannot be reached: check the name and the network")],
+)  # fmt: skip
+def test_a_hub_that_does_not_answer(
+    offline: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    from plphp.inputs.models import _refusal
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    said = _refusal("someone/some-vlm", OSError("We couldn't connect to the hub"))
+    assert said.endswith(f"and the hub {says}")
+
+
+def test_an_unknown_kind_of_device(run: Callable, picture: str) -> None:
+    result = run("generate", "--device", "gpu", "--image", picture, "--prompt", "x")
+    assert "torch knows no such device: give cpu, cuda, cuda:1 or mps, or leave" in result.err
 
 
 def test_a_model_without_its_option_is_understood(run: Callable) -> None:

@@ -126,3 +126,8 @@ def test_calibration_fits_the_model_and_leaves_it_alone(expected: Any) -> None:
     text, _ = tiny.FAMILIES["qwen2_vl"].make_inputs(model, [tiny.NONE], seed=0)
     with pytest.raises(plphp.InputError, match="needs samples with images"):
         plphp.calibrate(model, [text])
+    with pytest.raises(plphp.InputError, match="several prompts, got one: give a list"):
+        plphp.calibrate(model, text)
+    with pytest.raises(TypeError, match="each of the samples must be a mapping"):
+        plphp.calibrate(model, [list(text)])
+    assert plphp.attached(model) is None

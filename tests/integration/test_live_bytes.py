@@ -100,20 +100,6 @@ def test_a_later_turn_decodes_into_the_store(model: Any, bits: int) -> None:
     assert live.peak < 1.15 * held, live.largest
 
 
-def test_a_saved_cache_is_copied_layer_by_layer(model: Any, tmp_path: Path) -> None:
-    """A store with slack has gaps, and only what is written at a time is copied."""
-    setting = caches.Setting(SHAPE, COLUMNS, 1, 4, torch.bfloat16, "cpu")
-    with plphp.prune(model, vision_mask=setting.spans()), torch.inference_mode():
-        cache = caches.pruned(model, setting, caches.Schedule((0.4,)))
-        with Live() as live:
-            cache.save(tmp_path / "saved")
-        assert live.peak <= cache.layers[0].store.keys.nbytes, live.largest
-        back = plphp.PrunedCache.load(model, tmp_path / "saved")
-    for one, other in zip(cache.layers, back.layers, strict=True):
-        for x, y in zip(one.store.held(), other.store.held(), strict=True):
-            assert torch.equal(x, y)
-
-
 def test_scores_of_many_queries_exist_twice_at_most() -> None:
     q, k = torch.randn(1, 4, 32, 16), torch.randn(1, 2, 2048, 16)
     visible = torch.ones(1, 32, 2048, dtype=torch.bool)

@@ -51,7 +51,7 @@ def test_a_turn_without_image_tells_what_is_left_of_earlier_ones(model: Any) -> 
         model.generate(said, **GREEDY, cache=cache)
     lines = str(pruning.report).splitlines()
     assert lines[0].startswith("cache ") and "nan" not in "".join(lines)
-    assert "image 1 of earlier turns: " in lines[-1] and "of their K/V is gone" in lines[-1]
+    assert "image 1 of earlier turns: " in lines[-1] and "of its K/V is gone" in lines[-1]
 
 
 def test_padding_on_the_right_is_noted(model: Any) -> None:
@@ -85,6 +85,14 @@ def test_layers_of_one_class_are_noted(model: Any) -> None:
         assert "plphp.calibrate" not in str(read(model, rows, policy))
     assert "plphp.calibrate" not in str(read(model, rows, ONE_CLASS, recall=plphp.Recall("int4")))
     assert "plphp.calibrate" not in str(read(model, [tiny.RowSpec(images=0, text=9)], ONE_CLASS))
+
+
+def test_a_step_of_rounding_that_keeps_everything_is_noted(model: Any) -> None:
+    rows = [tiny.RowSpec(images=1, text=20)]
+    note = "kept everything: they would drop fewer tokens of a row than round_to=1000"
+    assert note in str(read(model, rows, plphp.PLPHP(round_to=1000)))
+    for policy in (plphp.PLPHP(round_to=2), plphp.PLPHP(r=1, delta_r=0, round_to=1000)):
+        assert "round_to" not in str(read(model, rows, policy))
 
 
 def test_calibration_on_few_prompts_warns(model: Any) -> None:

@@ -164,9 +164,11 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
     promise = tmp_path / "promise"  # a header of more bytes than there are
     promise.write_bytes((2**40).to_bytes(8, "little") + b"{}")
     with saved.attached(KINDS["plain"]) as model:
-        for path in (pipe, tmp_path, tmp_path / "nothing", "/dev/zero", short, promise, "a\0b"):
+        for path in (pipe, tmp_path, "/dev/zero", short, promise, "a\0b"):
             with pytest.raises(plphp.InputError, match="not a saved plphp cache"):
                 plphp.PrunedCache.load(model, path)
+        with pytest.raises(plphp.InputError, match="nothing: no such file"):
+            plphp.PrunedCache.load(model, tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("kind", ["plain", "host_record"])

@@ -202,6 +202,28 @@ def test_bad_options_name_their_field(options: dict[str, object], field: str) ->
         plphp.PLPHP(**options)
 
 
+def test_messages_say_how_to_write_the_option() -> None:
+    import numpy as np
+
+    for value in (np.float32(0.4), torch.tensor(0.4)):
+        for make in (
+            lambda: plphp.PLPHP(r=value),  # noqa: B023
+            lambda: plphp.policy("snapkv", budget=value),  # noqa: B023
+            lambda: plphp.PLPHP(min_tokens=value),  # noqa: B023
+        ):
+            with pytest.raises(plphp.InputError, match=r"give a number of Python, its \.item"):
+                make()
+    with pytest.raises(
+        plphp.InputError, match=r"a share from 0 to 1, 'image' or 'global', got '\.3'"
+    ):
+        plphp.PLPHP(budget=".3")  # type: ignore[arg-type]
+    with pytest.raises(plphp.InputError, match="gqa must be 'mean' or 'max', got 'min'"):
+        plphp.PLPHP(gqa="min")  # type: ignore[arg-type]
+    for name in (None, 0.4, plphp.PLPHP):
+        with pytest.raises(TypeError, match="a policy has a name such as 'snapkv', got"):
+            plphp.policy(name)  # type: ignore[arg-type]
+
+
 def test_policies_come_by_name() -> None:
     assert plphp.policy("plphp", r=0.5) == plphp.PLPHP(r=0.5)
     with pytest.raises(

@@ -13,36 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from plphp.cli.console import one_line, progress, say
-from plphp.cli.requests import digest, file_digest
+from plphp.cli.batch_lines import Line, read_lines
+from plphp.cli.console import one_line, progress, resumable, say
 from plphp.errors import InputError
-from plphp.inputs import image_files, lines, parquet
+from plphp.inputs import lines, parquet
 
 Record = dict[str, Any]  # what is written of a line
 Answer = Callable[..., tuple[str, Any]]  # (job, images, prompt) -> the text and the report
 
-KEYS = ("id", "images", "prompt")
+TOLD = 5  # lines with an error that the end of a batch lists
 TORN = re.compile(rb'\{"line": \d+[,}]')  # the beginning of a record
-
-
-@dataclass(frozen=True)
-class Line:
-    """One prompt of a batch, or the reason why the line cannot be read."""
-
-    number: int
-    images: tuple[str, ...] = ()
-    prompt: str = ""
-    id: Any = None
-    error: str = ""
-    row: bytes = b""
-
-    def request(self, key: Mapping[str, Any]) -> str:
-        """A digest of what is asked: the line, the bytes of its images, and the key.
-
-        key: what all lines share, which is the model, the method and the options
-        """
-        pictures = [file_digest(path) for path in self.images]
-        return digest([key, self.id, self.prompt, pictures, self.error, self.row.hex()])
 
 
 @dataclass
@@ -52,7 +32,7 @@ class Batch:
     key: what all lines share
     done: the byte of `part` at which the record of a line begins, by the number of the line; the
         records may have any order
-    failed: number of errors among them; first: the line and the text of the first one
+    failed: the text of the error, by the number of the line, of those among them that have one
     """
 
     source: Path
@@ -62,8 +42,7 @@ class Batch:
     lines: list[Line]
     file: IO[bytes]
     done: dict[int, int] = field(default_factory=dict)
-    failed: int = 0
-    first: tuple[int, str] | None = None
+    failed: dict[int, str] = field(default_factory=dict)
 
     @property
     def left(self) -> list[Line]:
@@ -76,7 +55,7 @@ class Batch:
         answers: groups of records, in any order, each with the `request` of its line
         Returns the number of lines whose record is an error.
         """
-        with progress(quiet) as bar:
+        with resumable(self._so_far), progress(quiet) as bar:
             task = bar.add_task("answering", total=len(self.lines), completed=len(self.done))
             for records in answers:
                 self.write(records)
@@ -88,22 +67,30 @@ class Batch:
             )
         self._finish()
         say(self._told())
-        return self.failed
+        return len(self.failed)
+
+    def _so_far(self) -> str:
+        """What an interrupted batch has, and how to go on."""
+        return (
+            f"{len(self.done)} of {len(self.lines)} lines are in {self.part}; the same command "
+            "goes on there"
+        )
 
     def _told(self) -> str:
         """What the finished batch has: lines, errors with the first of them, prompts of text."""
         text = sum(not line.images and not line.error for line in self.lines)
-        told = f"{self.out} has {len(self.lines)} lines, errors: {self.failed}"
+        told = f"{self.out} has {len(self.lines)} lines, errors: {len(self.failed)}"
         told += f", without images: {text}" if text else ""
-        return told if self.first is None else "{}\nline {}: {}".format(told, *self.first)
+        rows = [f"line {number}: {self.failed[number]}" for number in sorted(self.failed)]
+        more = len(rows) - TOLD
+        rows[TOLD:] = [f"and {more} more, under 'error' in {self.out}"] if more > 0 else []
+        return "\n".join([told, *rows])
 
     def _note(self, record: Mapping[str, Any], begin: int) -> None:
         """Note a record that begins at a byte of `part`."""
         self.done[record["line"]] = begin
         if "error" in record:
-            self.failed += 1
-            here = (record["line"], str(record["error"]))
-            self.first = min(self.first or here, here)
+            self.failed[record["line"]] = str(record["error"])
 
     def write(self, records: Sequence[Record]) -> None:
         """Write some records with one call, and put them on the disk before the next ones."""
@@ -233,56 +220,6 @@ def open_batch(
 def _is_still(part: Path, file: IO[bytes]) -> bool:
     """Whether an open file still has the name with which it was opened."""
     return part.exists() and os.path.samestat(part.stat(), os.fstat(file.fileno()))
-
-
-def read_lines(source: Path, prompt: str | None) -> Iterator[Line]:
-    """The prompts of a batch: one per image of a directory, or per line of JSONL or Parquet."""
-    if source.suffix == ".parquet" and not source.is_dir():
-        for number, entry in enumerate(parquet.read(source)):
-            yield _line(number, entry, prompt, source.parent)
-        return
-    if source.is_dir():
-        files = image_files(source)
-        if not files:
-            raise InputError(f"--batch {source}: there are no image files in this directory")
-        for number, path in enumerate(files):
-            yield Line(number, (str(path),), prompt or "", path.name)
-        return
-    data = lines.read_bytes(source, f"--batch {source}")
-    for number, row in enumerate(lines.split_lines(data)):
-        yield _parse(number, row, prompt, source.parent)
-
-
-def _parse(number: int, row: bytes, prompt: str | None, folder: Path) -> Line:
-    try:
-        entry = lines.load(row)
-    except InputError as error:
-        return Line(number, error=str(error), row=row)
-    if not isinstance(entry, dict):
-        return Line(number, error="the line is not a JSON object with images and prompt", row=row)
-    return _line(number, entry, prompt, folder, row)
-
-
-def _line(
-    number: int, entry: Mapping[str, Any], prompt: str | None, folder: Path, row: bytes = b""
-) -> Line:
-    images, question = entry.get("images", []), entry.get("prompt", prompt)
-    images = [images] if isinstance(images, str) else images
-    wrong = _wrong(entry, images, question)
-    if wrong:
-        return Line(number, id=entry.get("id"), error=wrong, row=row)
-    paths = tuple(str(folder / image) for image in images)  # relative to the file
-    return Line(number, paths, str(question), entry.get("id"))
-
-
-def _wrong(entry: Mapping[str, Any], images: Any, question: Any) -> str:
-    """The reason why the object of a line cannot be answered, or an empty text."""
-    unknown = [key for key in entry if key not in KEYS]
-    if unknown:
-        return f"unknown key {unknown[0]!r}: the keys of a line are {', '.join(KEYS)}"
-    if not isinstance(images, list) or not all(isinstance(i, str) for i in images):
-        return "images must be a list of file names"
-    return "" if isinstance(question, str) else "prompt must be a string"
 
 
 def answer_line(job: Any, line: Line, key: Mapping[str, Any], answer: Answer) -> Record:

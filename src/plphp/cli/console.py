@@ -65,6 +65,16 @@ def waiting(text: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
+def resumable(told: Callable[[], str]) -> Iterator[None]:
+    """After an interrupt in the block, print where its work can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"plphp: interrupted: {told()}")
+        raise
+
+
+@contextlib.contextmanager
 def loading(model: str) -> Iterator[None]:
     """Show on a terminal that a model is being loaded.
 
@@ -127,6 +137,8 @@ def one_line(error: BaseException) -> str:
     named = type(error).__name__
     if isinstance(error, (KeyError, IndexError, AttributeError, TypeError, RecursionError)):
         message = f"{named}: {message}"  # such a message says nothing without the error's name
+    if type(error) is RuntimeError:
+        message = f"torch failed: {message}; plphp --debug COMMAND ... shows where"
     return shown(" ".join((message or named).split()))
 
 

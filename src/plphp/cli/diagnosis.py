@@ -39,7 +39,7 @@ class Diagnosis:
     windows: for each cached layer, as `compat.layer_windows` returns them
     token_bytes: bytes of the keys and values of a token, averaged over the prompt, in
         transformers' own cache
-    prunable_bytes: bytes of one token in the layers that are pruned for this prompt
+    prunable_bytes: the same in the layers that are pruned for this prompt
     tokens_from: the source of `tokens_per_image`, in words
     full: bytes of the keys and values of the prompt
     pruned: the same after pruning, if all layers are vision-indifferent, vision-balanced, or
@@ -168,10 +168,11 @@ def _taken(
     full = sum(layer.kv for layer in layers)
     prunable = sum(layers[i].token for i in here)
     alone = full - sum(layers[i].kv for i in here)
+    length = max(images * each + text_tokens, 1)
     rates = (policy.r - policy.delta_r, policy.r, policy.r + policy.delta_r)
     return {
-        "token_bytes": full // max(images * each + text_tokens, 1),
-        "prunable_bytes": prunable,
+        "token_bytes": full // length,
+        "prunable_bytes": (full - alone) // length,
         "full": full,
         "pruned": tuple(
             alone + prunable * (text_tokens + images * _kept(each, rate)) for rate in rates
@@ -283,5 +284,6 @@ def _found_by(config: Any) -> str:
     if not describes_vision(config):
         return "the processor's mm_token_type_ids, or a vision_mask that you pass"
     known = config.model_type in FAMILIES
-    how = "its entry in plphp.models" if known else "runs of vision tokens, as it has no entry"
+    entry = f"the entry of {config.model_type} in plphp.models"
+    how = entry if known else "runs of vision tokens, because plphp.models has no entry for it"
     return f"the image and video token ids of the config; images are told apart by {how}"

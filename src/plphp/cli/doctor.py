@@ -156,8 +156,8 @@ def _kinds(d: Diagnosis) -> list[str]:
     lines = []
     if windows:
         lines.append(
-            f"sliding windows of {windows} tokens: these layers are pruned if the window covers "
-            "the whole prompt"
+            f"sliding windows of {', '.join(map(str, windows))} tokens: these layers are pruned if "
+            "the window covers the whole prompt"
         )
     if odd:
         lines.append(f"layers that are never pruned: those of kind {', '.join(odd)}")

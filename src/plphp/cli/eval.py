@@ -14,7 +14,7 @@ import typer
 from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.cluster import Cluster
-from plphp.cli.console import progress, say, shown
+from plphp.cli.console import progress, resumable, say, shown
 from plphp.errors import InputError, how_to_install
 
 if TYPE_CHECKING:
@@ -56,13 +56,14 @@ def evaluate(
     if added:
         say(f"added to --methods, as controls: {', '.join(added)}")
     pool = cluster.pool(source.device)
-    if pool is None:
-        _run(source, plan, prompt, as_json)
-        problems = []
-    else:
-        from plphp.cli.shared_eval import run_shared
+    with resumable(lambda: f"the same command goes on with the run in {out}"):
+        if pool is None:
+            _run(source, plan, prompt, as_json)
+            problems = []
+        else:
+            from plphp.cli.shared_eval import run_shared
 
-        problems = run_shared(pool, source, plan, prompt, _about, as_json)
+            problems = run_shared(pool, source, plan, prompt, _about, as_json)
     for problem in problems:
         say(f"not finished, {problem}")
     _finish(plan, as_json)

@@ -100,7 +100,8 @@ def _present(page: Page, where: Path | None, as_json: bool) -> None:
         )
         held = "kept" if run.recall is None else "in full on the device"
         held += "" if run.codes is None else f" in codes, {run.codes['share']:.0%} of its bytes"
-        stdout().print(f"{run.policy}: {run.retention:.0%} of the vision K/V {held}, {same}")
+        told = f"{run.policy}: {run.retention:.0%} of the vision K/V {held}, {same}"
+        stdout().print(told, soft_wrap=True)
         for stage in run.stages:
             stdout().print(f"  {StageReport(**stage)}", soft_wrap=True)
     stdout().print(shown(f"open {where} in a browser"), soft_wrap=True)

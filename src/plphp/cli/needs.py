@@ -86,6 +86,8 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         args = with_values(args)
+        if self.name == "doctor":  # takes the model without an option; all others with --model
+            args = [arg.removeprefix("--model=") for arg in args if arg != "--model"]
         order = self.make_parser(ctx).parse_args(args=list(args))[2]
         typed = [param.name for param in order]
         for param in order:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plphp.cli.batch import Batch, read_lines
+from plphp.cli.batch import Batch
+from plphp.cli.batch_lines import read_lines
 from plphp.errors import InputError
 from plphp.inputs import lines
 

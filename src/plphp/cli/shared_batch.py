@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from plphp.cli.batch import Answer, Line, Record, answer_line
+from plphp.cli.batch import Answer, Record, answer_line
+from plphp.cli.batch_lines import Line
 from plphp.cli.requests import model_identity
 from plphp.cluster import Lost, Pool
 from plphp.cluster import share as share_on

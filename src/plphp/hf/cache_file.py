@@ -17,6 +17,7 @@ from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from plphp.errors import InputError
@@ -26,21 +27,6 @@ FORMAT = 2
 READABLE = (1, FORMAT)
 KEY = "plphp"  # key of the header in the metadata
 MAX_HEADER = 2**24  # characters; a longer header is not parsed
-# What safetensors calls the dtypes that a cache may have.
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def write_file(
@@ -49,7 +35,7 @@ def write_file(
     """Write a file. It appears under its name only when it is complete.
 
     header: without the format and the checksum
-    tensors: on any device. Those with gaps, as stores with slack are, are copied one at a time
+    tensors: contiguous, on the CPU
     Raises InputError if the file cannot be written.
     """
     complete = {"format": FORMAT, **header}
@@ -57,14 +43,11 @@ def write_file(
     target = Path(path)
     part = target.with_name(f".plphp-{uuid4().hex}.part")
     try:
-        with part.open("wb") as file:
-            # Large elements first, so that the begin of each tensor is a multiple of its element.
-            names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-            file.write(_beginning(complete, {name: tensors[name] for name in names}))
-            for name in names:
-                file.write(_content(tensors[name]))
+        save_file(dict(tensors), part, metadata={KEY: json.dumps(complete)})
         os.replace(part, target)
-    except OSError as error:
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
@@ -90,6 +73,8 @@ def read_file(path: str | os.PathLike[str], most: int) -> tuple[dict[str, Any], 
                 )
             # Copies: the process would crash if a file that is mapped were shortened later.
             tensors = {name: file.get_tensor(name).clone() for name in names}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{path} is not a saved plphp cache: {error}") from error
     if type(header.get("format")) is not int or header["format"] not in READABLE:
@@ -125,34 +110,11 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def crc_of(tensor: Tensor, before: int = 0) -> int:
-    """CRC-32 of the bytes of a tensor, continued from the CRC-32 `before`."""
-    return zlib.crc32(_content(tensor), before)
-
-
-def _content(tensor: Tensor) -> Any:
-    """The bytes of a tensor, without its gaps."""
+    """CRC-32 of the bytes of a tensor on the CPU, continued from the CRC-32 `before`."""
     if not tensor.numel():
-        return b""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def _beginning(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """What a safetensors file has before the content of tensors, which follows in this order.
-
-    Raises OSError for a dtype that the format does not have.
-    """
-    entries: dict[str, Any] = {"__metadata__": {KEY: json.dumps(header)}}
-    begin = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise OSError(f"safetensors has no {tensor.dtype}")
-        end = begin + tensor.numel() * tensor.element_size()
-        kind, shape = DTYPES[tensor.dtype], list(tensor.shape)
-        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+        return before
+    content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(content, before)
 
 
 def short(value: Any) -> str:

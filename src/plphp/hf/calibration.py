@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from plphp.errors import InputError
+from plphp.errors import InputError, InputTypeError
 from plphp.hf.attach import prune
 from plphp.policy import PLPHP, calibrated
 
@@ -31,14 +31,21 @@ def calibrate(
     third of the layers falls into each class. With the paper's thresholds .25 and .1 all layers of
     some models are in one class. The share that a single prompt keeps still depends on its gammas.
 
-    Raises InputError if no sample has vision tokens, for a budget or a spread out of range, and
-    otherwise as `plphp.prune`.
+    Raises InputTypeError for samples that are no mappings, InputError if no sample has vision
+    tokens and for a budget or a spread out of range, and otherwise as `plphp.prune`.
     Source: plphp's own; the paper gives fixed thresholds.
     """
+    if isinstance(samples, Mapping):
+        raise InputTypeError("samples must be several prompts, got one: give a list of them")
     gammas: list[float] = []
     prompts = 0
     with prune(model, PLPHP(r=1.0, delta_r=0.0)) as pruning, torch.inference_mode():
         for inputs in samples:
+            if not isinstance(inputs, Mapping):
+                raise InputTypeError(
+                    "each of the samples must be a mapping, such as a processor's output, got "
+                    f"{type(inputs).__name__}"
+                )
             model.generate(**inputs, max_new_tokens=1, do_sample=False)
             assert pruning.report is not None
             prompts += sum(images > 0 for images in pruning.report.images)

@@ -167,9 +167,10 @@ class Conversation(Cache):
         """Raise UnsupportedModeError unless the attached model runs: others need every column."""
         if not self._in_forward:
             raise UnsupportedModeError(
-                "this plphp.PrunedCache was given to a model that is not attached, or to part of a "
-                "model: call plphp.prune(model) and then the model itself; without pruning, use a "
-                "cache of transformers"
+                "this plphp.PrunedCache is used by a model that is not attached, or by part of a "
+                "model: call plphp.prune(model) and then the model itself, and let a generate() in "
+                "another thread end before the `with` block does; without pruning, use a cache of "
+                "transformers"
             )
 
     def update(self, *args: Any, **kwargs: Any) -> Any:

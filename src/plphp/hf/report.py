@@ -60,6 +60,7 @@ def build_report(cache: Conversation, prefill: Prefill) -> Report:
             *_right_padding(spans),
             *_notes(cache, prefill, earlier),
             *_one_class(cache, layers),
+            *_rounded_away(cache, layers),
             *lost,
         ),
         seen=_seen(prefill, spans),
@@ -82,6 +83,19 @@ def _one_class(cache: Conversation, layers: tuple[LayerReport, ...]) -> list[str
     policy = cache_stage(cache.shared.policy)
     chosen_by_class = isinstance(policy, PLPHP) and policy.delta_r > 0
     return one_class_note(layers) if chosen_by_class and cache.shared.recall is None else []
+
+
+def _rounded_away(cache: Conversation, layers: tuple[LayerReport, ...]) -> list[str]:
+    """A note if `round_to` made layers keep every token, whose rates would drop some."""
+    step = getattr(cache_stage(cache.shared.policy), "round_to", 1)
+    if step == 1 or cache.shared.recall is not None:
+        return []
+    asked = [layer for layer in layers if layer.pruned and min(layer.rate) < 1]
+    whole = [layer for layer in asked if layer.kept.shape[-1] and layer.retention == 1]
+    if not whole:
+        return []
+    which = "all pruned layers" if len(whole) == len(asked) else f"{len(whole)} layers"
+    return [f"{which} kept everything: they would drop fewer tokens of a row than round_to={step}"]
 
 
 def stage_reports(

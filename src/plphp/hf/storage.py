@@ -72,7 +72,8 @@ def save_cache(cache: Conversation, path: str | os.PathLike[str]) -> None:
         "images": [asdict(image) for image in images_found(cache)],
         "layers": layers,
     }
-    write_file(path, header, tensors)
+    # Contiguous copies, because a view would be written with its whole storage, slack included.
+    write_file(path, header, {name: x.contiguous().cpu() for name, x in tensors.items()})
 
 
 def load_into(cache: Conversation, model: Any, path: str | os.PathLike[str]) -> None:

@@ -44,7 +44,7 @@ def open_image(path: Still) -> Image.Image:
             # Pillow only warns about an image of 90 megapixels. It is refused here.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return upright(image).convert("RGB")
+                return in_8_bits(upright(image)).convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         most = Image.MAX_IMAGE_PIXELS or 0
         raise InputError(
@@ -53,6 +53,8 @@ def open_image(path: Still) -> Image.Image:
         ) from None
     except UnidentifiedImageError:
         raise InputError(f"image {path}: this is not an image that Pillow can read") from None
+    except InputError as error:
+        raise InputError(f"image {path}: {error}") from None
     except MemoryError:
         raise InputError(
             f"image {path}: there is no memory left to decode the image: make it smaller"
@@ -71,6 +73,27 @@ def upright(image: Image.Image) -> Image.Image:
     except Exception:  # the EXIF data are broken, but the pixels are not
         return image
     return image if turn is None else image.transpose(turn)
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """The image with numbers from 0 to 255, where a grey image has larger ones.
+
+    Pillow's `convert("RGB")` sets every number above 255 to 255, so that a scan or a depth map of
+    16 bits becomes white. 16 bits are scaled here. The range of 32 bits is not known: raises
+    InputError unless the numbers are from 0 to 255 already.
+    """
+    most_16 = image.mode == "I" and image.format in ("PNG", "PPM")  # formats without 32 bits
+    if image.mode.startswith("I;16") or most_16:
+        return image.convert("I").point(lambda number: number * (1 / 257) + 0.5).convert("L")
+    if image.mode not in ("I", "F"):
+        return image
+    low, high = (float(one) for one in image.getextrema())  # type: ignore[arg-type]
+    if 0 <= low <= high <= 255 and not (image.mode == "F" and 0 < high <= 1):
+        return image
+    raise InputError(
+        f"its numbers have 32 bits, from {low:g} to {high:g}, and which of them is white is not "
+        "known: save it with 8 or 16 bits a number"
+    )
 
 
 def image_files(folder: Path) -> list[Path]:

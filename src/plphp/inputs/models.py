@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from huggingface_hub import constants as hub
 from transformers.utils import logging as transformers_logging
 
 from plphp._installed import has_torchvision, install_torchvision, misfit_behind
@@ -192,10 +193,10 @@ def _refusal(name: str, error: Exception) -> str:
     """
     away = isinstance(error, OSError) and ("connect" in str(error) or "offline" in str(error))
     if away and not Path(name).exists():
-        return (
-            f"{name} is no directory here and no model in the hub's cache, and the hub cannot be "
-            "reached: check the name, or unset HF_HUB_OFFLINE and check the network"
-        )
+        here = f"{name} is no directory here and no model in the hub's cache, and the hub"
+        if hub.HF_HUB_OFFLINE:
+            return f"{here} is not asked: check the name, or unset HF_HUB_OFFLINE"
+        return f"{here} cannot be reached: check the name and the network"
     if isinstance(error, (ValueError, ImportError)) and "trust_remote_code=" in str(error):
         return f"{name} needs its own Python code: give --trust-remote-code to run it"
     kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else type(error).__name__
@@ -215,8 +216,9 @@ def remedy(error: Exception) -> str:
         if name in NEED_TORCHVISION and not has_torchvision():
             return install_torchvision()
         return f"pip install {name}"
-    if "Can't load image processor" in text:
-        return "the files of its processor, such as preprocessor_config.json, must be beside it"
+    if found := re.search(r"Can't load (image|video) processor", text):
+        file = f"{'video_' if found[1] == 'video' else ''}preprocessor_config.json"
+        return f"the files of its processor, such as {file}, must be beside it"
     return ""
 
 
@@ -230,6 +232,9 @@ def check_device(device: str) -> None:
         empty = torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         reason = first_sentence(error)
+        if reason.startswith("Expected one of"):  # and 20 kinds of devices, most of them rare
+            reason = "torch knows no such device"
+        reason += ": give cpu, cuda, cuda:1 or mps, or leave --device out"
         raise InputError(f"--device {device} cannot be used here: {reason}") from error
     if empty.is_meta:
         raise InputError(f"--device {device} stores no numbers: give cpu, cuda or mps")

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
-from plphp.errors import InputError
+from plphp.errors import InputError, InputTypeError
 from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy, plan_views
 from plphp.policy.cdpruner import CDPruner
 from plphp.policy.dart import DART
@@ -95,8 +95,10 @@ def policy(name: str, **options: Any) -> Policy:
     of the prompt; see docs/methods.md. Two names make two stages: `policy("divprune,plphp")`, or
     `policy("divprune:.25,plphp")` with the share that the first stage leaves. Raises InputError,
     naming it, for an unknown name, an unknown option or a value out of range. "divprune:.25" is
-    `policy("divprune", budget=.25)`.
+    `policy("divprune", budget=.25)`. Raises InputTypeError for a name that is no text.
     """
+    if not isinstance(name, str):
+        raise InputTypeError(f"a policy has a name such as 'snapkv', got {name!r}")
     if any(mark in name for mark in ",/:"):
         return named(name, policy, options)
     name = ALIASES.get(name, name)

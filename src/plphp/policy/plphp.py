@@ -29,6 +29,7 @@ from plphp.policy.base import (
     check_choice,
     check_count,
     check_share,
+    meant_plain,
     meant_share,
 )
 from plphp.policy.view import LayerView
@@ -69,7 +70,7 @@ class PLPHP(CachePolicy):
         for name in ("r", "delta_r", "alpha", "beta"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise InputError(f"{name} must be a number, got {value!r}")
+                raise InputError(f"{name} must be a number, got {value!r}{meant_plain(value)}")
             if not abs(value) < 2**63:  # torch compares with no larger integer
                 raise InputError(f"{name} must be finite and less than 2**63, got {value!r}")
         if self.delta_r < 0:
@@ -90,7 +91,10 @@ class PLPHP(CachePolicy):
                 f"beta must be at most alpha, got {self.beta} > {self.alpha}: give both"
             )
         if isinstance(self.budget, str) and not meant_share(self.budget):
-            check_choice("budget", self.budget, get_args(Scope))
+            if self.budget not in get_args(Scope):
+                raise InputError(
+                    f"budget must be a share from 0 to 1, 'image' or 'global', got {self.budget!r}"
+                )
         else:
             check_share("budget", self.budget)
         check_choice("gqa", self.gqa, get_args(Gqa))

@@ -101,11 +101,12 @@ def earlier_images_note(images: Sequence[EarlierImage], home: str | None = None)
     kept = sum(image.tokens * image.kept for image in images)
     numbers = sorted({image.image for image in images})
     which = f"image {numbers[0]}" if len(numbers) == 1 else f"images 1 to {numbers[-1]}"
+    whose = "its" if len(numbers) == 1 else "their"
     if round(kept) == tokens:
         suffix = "" if home is None else f", what was parked as {home} numbers"
         return f"{which} of earlier turns: all {tokens} vision tokens were there{suffix}"
     return (
-        f"{which} of earlier turns: {1 - kept / tokens:.1%} of their K/V is gone, "
+        f"{which} of earlier turns: {1 - kept / tokens:.1%} of {whose} K/V is gone, "
         f"{tokens - kept:.0f} of {tokens} vision tokens in the mean of layers and KV heads; "
         "with recall nothing would be missing"
     )
