@@ -4,7 +4,6 @@ Blocks are made small here, so that short prompts stand for long ones.
 """
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import pytest
