@@ -21,7 +21,7 @@ from plphp.hf.shared_prefill import adopt_view
 from plphp.policy.view import keep_in_every_head, pack
 from plphp.recall import codes
 
-SHAPE = Shape("test", Qwen2Config, 3, 64, 4, 2, 64, 64, head=128)
+SHAPE = Shape("test", Qwen2Config, 3, 512, 4, 2, 64, 64)
 COLUMNS = 8192
 
 
