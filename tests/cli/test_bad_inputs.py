@@ -81,7 +81,7 @@ CASES = [
     Case("not a model", "generate --model {tmp} --prompt x", "without a config.json"),
     Case("no such directory", "generate --model {tmp}/none --prompt x", "no such directory"),
     Case("file as model", "generate --model {png} --prompt x", "is a file"),
-    Case("hub out of reach", "generate --model someone/some-vlm --prompt x", "cannot be reached"),
+    Case("hub out of reach", "generate --model someone/some-vlm --prompt x", "is not asked"),
     Case("too many images", "generate {many} --prompt x", "use fewer or smaller images"),
     Case("video, embedded model", "generate --video {png} --prompt x", "choose a --model"),
     Case("no such device", "generate --device cuda:9 --image {png} --prompt x", "--device cuda:9"),

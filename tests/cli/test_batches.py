@@ -199,7 +199,6 @@ def test_a_line_never_ends_the_batch(run: Callable, tmp_path: Path, asked: list)
         b"": "the line is empty",
         b'{"prompt": null}': "there is no prompt: give one in the line, or --prompt",
         b'{"prompt": 5}': "prompt must be a string",
-        b'{"prompt": "a", "images": "https://x.org/a.png"}': "image https://x.org/a.png: a URL",
         b'{"prompt": "break"}': "shapes do not match",
     }
     good = b'{"id": "\\ud800", "prompt": "good"}\r\n'
@@ -225,13 +224,15 @@ def test_names_and_prompts_that_no_system_takes_are_errors_of_their_line(
         {"images": [], "prompt": "<|image_pad|>"},
         {"images": "fifo.png", "prompt": "p"},
         {"images": [], "prompt": " "},
+        {"images": "https://x.org/a.png", "prompt": "p"},
     ]
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.mkfifo(tmp_path / "fifo.png")
     assert run("generate", "--batch", source, "--out", tmp_path / "x").code == 3
     said = ("too long", "not a file name", "not a file name", "not text", "contains <|image_pad|>",
-            "not a regular file", "prompt is empty")  # fmt: skip
+            "not a regular file", "prompt is empty",
+            "image https://x.org/a.png: a URL is not read")  # fmt: skip
     for record, word in zip(records(tmp_path / "x"), said, strict=True):
         assert word in record["error"]
 

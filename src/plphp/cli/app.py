@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from plphp._version import __version__
-from plphp.cli import INTERRUPTED, needs
+from plphp.cli import needs
 from plphp.cli import options as o
 from plphp.cli.bench import bench
 from plphp.cli.console import command, drop_output, one_line, open_streams, say
@@ -57,7 +57,7 @@ def main() -> int:
         code = app(standalone_mode=False, obj=asked)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
+        return 130
     except Exception as error:
         if asked.debug:
             raise

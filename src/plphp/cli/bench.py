@@ -16,7 +16,7 @@ from plphp.cli import options as o
 from plphp.cli.bits import Weights, warn_of_prompts
 from plphp.cli.console import loading, progress, say, shown, stdout
 from plphp.errors import InputError
-from plphp.policy.base import meant_share
+from plphp.policy.checks import meant_share
 
 if TYPE_CHECKING:
     from plphp.bench.caches import Setting

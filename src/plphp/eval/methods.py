@@ -9,7 +9,7 @@ from typing import Any
 from plphp.errors import InputError
 from plphp.hf import calibrate, compat
 from plphp.policy import ALIASES, POLICIES, Policy, policy, sequence_stage
-from plphp.policy.base import meant_share
+from plphp.policy.checks import meant_share
 from plphp.recall import HOMES, KeptBits, Recall
 
 PAPER = ":paper"  # NAME:paper is a method with its own defaults instead of a budget

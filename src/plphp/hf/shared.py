@@ -14,7 +14,7 @@ from plphp.hf import compat
 from plphp.hf.attached import Pruning
 from plphp.hf.prompt import Prefill
 from plphp.policy import Policy, SequencePolicy, cache_stage, policy, sequence_stage
-from plphp.policy.base import check_count
+from plphp.policy.checks import check_count
 from plphp.recall import KeptBits, Recall
 
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plphp.policy.base import check_count, check_early, layer_within, share_after
+from plphp.policy.base import check_early, layer_within, share_after
+from plphp.policy.checks import check_count
 from plphp.policy.hidden import HiddenPolicy, HiddenView, by_order, images, unit
 
 

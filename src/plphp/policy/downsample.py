@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from plphp.errors import InputError
-from plphp.policy.base import Kind, Policy, check_share
+from plphp.policy.base import Kind, Policy
+from plphp.policy.checks import check_share
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from plphp.policy import steps
-from plphp.policy.base import Look, SequencePolicy, check_count, check_share
+from plphp.policy.base import Look, SequencePolicy
+from plphp.policy.checks import check_count, check_share
 from plphp.policy.view import KeepPlan, LayerView, pack
 
 

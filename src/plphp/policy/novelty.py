@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from plphp.policy import steps
-from plphp.policy.base import CachePolicy, Look, check_share, flat_look
+from plphp.policy.base import CachePolicy, Look, flat_look
+from plphp.policy.checks import check_share
 from plphp.policy.view import LayerView
 
 # Numbers that are read at a time on a CPU, and on other devices, where launches cost more.

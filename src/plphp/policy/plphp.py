@@ -21,17 +21,8 @@ from torch import Tensor
 
 from plphp.errors import InputError
 from plphp.policy import steps
-from plphp.policy.base import (
-    CachePolicy,
-    Kind,
-    Look,
-    Scope,
-    check_choice,
-    check_count,
-    check_share,
-    meant_plain,
-    meant_share,
-)
+from plphp.policy.base import CachePolicy, Kind, Look, Scope
+from plphp.policy.checks import check_choice, check_count, check_share, meant_plain, meant_share
 from plphp.policy.view import LayerView
 
 Gqa = Literal["mean", "max"]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from plphp.policy import steps
-from plphp.policy.base import CachePolicy, Look, check_share, flat_look
+from plphp.policy.base import CachePolicy, Look, flat_look
+from plphp.policy.checks import check_share
 from plphp.policy.view import LayerView
 
 

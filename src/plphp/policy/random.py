@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plphp.policy.base import CachePolicy, Look, check_count, check_share, flat_look
+from plphp.policy.base import CachePolicy, Look, flat_look
+from plphp.policy.checks import check_count, check_share
 from plphp.policy.view import LayerView
 
 

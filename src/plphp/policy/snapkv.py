@@ -18,7 +18,8 @@ from torch import Tensor
 
 from plphp.errors import InputError
 from plphp.policy import steps
-from plphp.policy.base import CachePolicy, Look, Scope, check_count, check_share, flat_look
+from plphp.policy.base import CachePolicy, Look, Scope, flat_look
+from plphp.policy.checks import check_count, check_share
 from plphp.policy.view import LayerView
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from plphp.errors import InputError
-from plphp.policy.base import CachePolicy, Kind, Policy, SequencePolicy, check_share
+from plphp.policy.base import CachePolicy, Kind, Policy, SequencePolicy
+from plphp.policy.checks import check_share
 
 
 @dataclass(frozen=True)

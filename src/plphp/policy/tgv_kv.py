@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from plphp.policy.base import CachePolicy, Kind, Look, Scope, check_count, check_share, flat_look
+from plphp.policy.base import CachePolicy, Kind, Look, Scope, flat_look
+from plphp.policy.checks import check_count, check_share
 from plphp.policy.view import LayerView
 from plphp.policy.vl_cache import post_vision
 

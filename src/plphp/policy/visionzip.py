@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from plphp.policy import steps
-from plphp.policy.base import check_share
+from plphp.policy.checks import check_share
 from plphp.policy.hidden import HiddenPolicy, HiddenView, TowerView, unit
 
 

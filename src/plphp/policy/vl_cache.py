@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from plphp.policy import steps
-from plphp.policy.base import CachePolicy, Kind, Look, Scope, check_count, check_share, flat_look
+from plphp.policy.base import CachePolicy, Kind, Look, Scope, flat_look
+from plphp.policy.checks import check_count, check_share
 from plphp.policy.view import LayerView
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from plphp.errors import InputError
-from plphp.policy.base import check_count, check_share
+from plphp.policy.checks import check_count, check_share
 from plphp.policy.hidden import HiddenPolicy, HiddenView
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from plphp.cache import KVStore
 from plphp.errors import InputError
 from plphp.policy import KeepPlan, Look
-from plphp.policy.base import check_choice, check_count, check_share
+from plphp.policy.checks import check_choice, check_count, check_share
 from plphp.recall.budget import Place
 from plphp.recall.serialize import Saved
 

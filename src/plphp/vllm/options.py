@@ -8,7 +8,7 @@ from typing import Any
 
 from plphp.policy import ALIASES, PLPHP, POLICIES, CachePolicy, Policy
 from plphp.policy import policy as make_policy
-from plphp.policy.base import check_count
+from plphp.policy.checks import check_count
 
 CONNECTOR = "PLPHPConnector"
 OF_SERVER = ("window",)  # options that a request cannot change: the prefix cache depends on them
