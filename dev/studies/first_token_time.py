@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,8 +65,8 @@ def prompts_of(
 
 def seconds(
     loaded: Runnable, policies: Mapping[Setting, Policy], samples: Sequence[Sample], rounds: int
-) -> Spent:
-    """The CPU seconds of each setting in each round, summed over the prompts."""
+) -> Iterator[Spent]:
+    """The CPU seconds of each setting in the rounds so far, summed over the prompts."""
     model, prompts = loaded.model, prompts_of(loaded, samples, policies)
     spent: Spent = {setting: [] for setting in policies}
     with torch.inference_mode(), Stopwatch(model.model.visual, "cpu", time.process_time) as tower:
@@ -83,7 +83,8 @@ def seconds(
                 if turn:
                     spent[setting].append((whole, of_tower))
             print(f"round {turn}: {sums[FULL][0]:.2f} s of the full model", flush=True)
-    return spent
+            if turn:
+                yield spent
 
 
 def row(setting: Setting, mine: Sequence[Any], full: Sequence[Any]) -> dict[str, Any]:
@@ -118,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--suite", default="redundant-4")
+    parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--budgets", default=".5,.4,.25,.2")
     parser.add_argument("--limit", type=int, default=2, help="prompts of each task")
@@ -125,14 +127,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     loaded = load("embedded", "float32", "cpu", None)
-    tasks = [SUITES[given.suite][f"{task}@{given.suite}"] for task in TASKS]
+    tasks = [SUITES[given.suite][f"{task}@{given.suite}"] for task in given.tasks.split(",")]
     samples = [sample for task in tasks for sample in task.draw(given.limit, SEED)]
     policies = policies_of(loaded, given.methods, given.budgets)
-    spent = seconds(loaded, policies, samples, given.rounds)
-    spans = [
-        plphp.vision_spans(loaded.model.config, **loaded.inputs(s.images, "")) for s in samples
-    ]
-    tokens = [int((one > 0).sum()) for one in spans]
+    config, plain = loaded.model.config, [loaded.inputs(s.images, "") for s in samples]
+    tokens = [int((plphp.vision_spans(config, **inputs) > 0).sum()) for inputs in plain]
     about = {
         "machine": describe("cpu")["machine"],
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -142,16 +141,18 @@ def main() -> None:
         "suite": given.suite,
         "prompts": len(samples),
         "vision_tokens": [min(tokens), round(median(tokens)), max(tokens)],
-        "rounds": given.rounds,
-        "seconds": round(median(whole for whole, _ in spent[FULL]) / len(samples), 3),
     }
-    rows = [row(setting, found, spent[FULL]) for setting, found in spent.items()]
+    rows = []
+    for spent in seconds(loaded, policies, samples, given.rounds):
+        rows = [row(setting, found, spent[FULL]) for setting, found in spent.items()]
+        each = median(whole for whole, _ in spent[FULL]) / len(samples)
+        about |= {"rounds": len(spent[FULL]), "seconds": round(each, 3)}
+        if given.out:  # a run that is interrupted leaves its rounds
+            given.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     for one in rows:
         middle, low, high = one["over_full"]
         share = f"{middle:.2f} ({low:.2f} to {high:.2f}), tower {one['tower_share']:.0%}"
         print(f"{one['method']} {one['budget']}: {share}")
-    if given.out:
-        given.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

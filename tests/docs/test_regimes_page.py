@@ -60,7 +60,21 @@ def in_sentences(page: str) -> str:
 
 # What sentences say of one cell: the share of right answers, by page.
 VIDEO = ("stages-video.md", "VIDEO")
+STAGES = ("stages-results.md", "RESULTS")
 QUOTED = [
+    (*STAGES, "divprune", 0.2, "describe@redundant-4", "it gives {} on `describe`, as all tokens"),
+    (*STAGES, "full", 1.0, "describe@redundant-4", "it gives {} on `describe`, as all tokens"),
+    (*STAGES, "divprune", 0.2, "grid@redundant-4", "alone gives {} at 20 %"),
+    (*STAGES, "divprune/novelty", 0.2, "grid@redundant-4", "`divprune/novelty` {}, and"),
+    (*STAGES, "divprune/novelty+int4", 0.2, "grid@redundant-4", "recall `int4` {}."),
+    (*STAGES, "divprune", 0.2, "grid@redundant-16", "it is {} and "),
+    (*STAGES, "divprune/novelty", 0.2, "grid@redundant-16", "it is 0.82 and {}."),
+    (*STAGES, "divprune/novelty", 0.2, "grid@redundant-4", "no worse ({} and"),
+    (*STAGES, "divprune", 0.4, "grid@redundant-4", "and {} on `grid`)"),
+    (*STAGES, "plphp", 0.4, "describe@redundant-4", "rises from {} to"),
+    (*STAGES, "divprune/plphp", 0.4, "describe@redundant-4", "rises from 0.60 to {}."),
+    (*STAGES, "downsample", 0.4, "describe@redundant-16", "`downsample` gives {} on"),
+    (*STAGES, "downsample", 0.2, "describe@redundant-16", "at 40 %, and {} at 20 %."),
     (*VIDEO, "full", 1.0, "describe@video", "beside {} with all tokens"),
     (*VIDEO, "vidcom2", 0.2, "describe@video", "they give {}, "),
     (*VIDEO, "divprune", 0.2, "describe@video", "0.75, {}, "),
@@ -82,6 +96,22 @@ def test_cells_in_sentences_are_those_of_the_results(
     rows = json.loads(getattr(maker, results).read_text())["rows"]
     (found,) = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
     assert says.format(f"{found['right'][task]:.2f}") in in_sentences(page)
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "says"),
+    [
+        ("divprune/novelty", 0.2, "first token takes {} of the full"),
+        ("divprune", 0.4, "`divprune` at 40 % {}, which"),
+        ("downsample", 0.2, "work ({} at 20 %)"),
+    ],
+)
+def test_times_in_sentences_are_those_of_the_results(method: str, budget: float, says: str) -> None:
+    maker = maker_of("make_regimes")
+    text = in_sentences("stages-results.md")
+    assert says.format(f"{maker.times()[method, budget]:.2f}") in text
+    share = json.loads(maker.FIRST_TOKEN.read_text())["rows"][0]["tower_share"]
+    assert f"The tower takes {share:.0%}".replace("%", " %") in text
 
 
 def row(method: str, budget: float | None, **right: float) -> dict[str, object]:
