@@ -93,7 +93,7 @@ class Embedded:
         """The placeholders of an image or a clip: one per vision token."""
         video = "video_grid_thw" in pixels
         grid = pixels["video_grid_thw" if video else "image_grid_thw"]
-        tokens = int(grid.prod()) // self.image_processor.merge_size**2
+        tokens: int = int(grid.prod()) // self.image_processor.merge_size**2
         pad: str = VIDEO_PAD if video else IMAGE_PAD
         return pad * tokens
 
