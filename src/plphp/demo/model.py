@@ -94,8 +94,7 @@ class Embedded:
         video = "video_grid_thw" in pixels
         grid = pixels["video_grid_thw" if video else "image_grid_thw"]
         tokens: int = int(grid.prod()) // self.image_processor.merge_size**2
-        pad: str = VIDEO_PAD if video else IMAGE_PAD
-        return pad * tokens
+        return (VIDEO_PAD if video else IMAGE_PAD) * tokens
 
     def _chat(self, pictures: int, question: str) -> str:
         content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
