@@ -164,7 +164,7 @@ def test_a_torn_batch_is_resumed(
     monkeypatch.setattr(generate, "answer", interrupted)
     result = run(*batch(source, out))
     assert result.code == 130 and not out.exists()
-    assert f"interrupted: 7 of 20 lines are in {part}; the same command goes on" in result.err
+    assert f"interrupted: 10 of 20 lines are in {part}; the same command goes on" in result.err
     with part.open("a") as file:
         file.write('{"line": 9, "ans')  # as a power cut would leave it
     assert run(*batch(source, out)).code == 3

@@ -24,7 +24,13 @@ ASK = "describe picture 1."
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4GiB", 2**32), ("900MB", 9 * 10**8), ("1.5gib", 3 * 2**29), ("2 KiB", 2048)],
+    [
+        ("4GiB", 2**32),
+        ("1000B", 1000),
+        ("900MB", 9 * 10**8),
+        ("1.5gib", 3 * 2**29),
+        ("2 KiB", 2048),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert memory.size_of(text) == size
@@ -164,7 +170,7 @@ room, file = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 # The checkpoint is mapped privately, which counts here although its pages can be dropped.
 resource.setrlimit(resource.RLIMIT_DATA, (data + room + file,) * 2)
 asked = sys.argv[1:]
-for options in (["--memory", str(resident + room)], ["--dtype", "float32"]):
+for options in (["--memory", f"{resident + room}B"], ["--dtype", "float32"]):
     sys.argv[1:] = [*asked, *options]
     try:
         plphp.cli.main()

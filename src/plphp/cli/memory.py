@@ -20,7 +20,7 @@ from plphp.errors import InputError
 if TYPE_CHECKING:
     from plphp.cli.needed import Needed, Sizes
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 WEIGHTS: tuple[Literal["int8", "int4"] | None, ...] = (None, "int8", "int4")  # the best first
 # How to hold vision tokens, the best answers first (docs/accuracy.md), as options of generate.
 # Recall and the recommended policy keep to a budget, and PLPHP's own rates follow the attention.
@@ -59,11 +59,11 @@ class Setup:
 
 def size_of(text: str) -> int:
     """The bytes of a size such as 4GiB or 900MB. Raises InputError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", text.strip().upper())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B|B)?", text.strip().upper())
     if found is None:
         raise InputError(f"--memory {text}: give a size such as 4GiB or 900MB")
     if found[2] is None:
-        raise InputError(f"--memory {text} has no unit: give a size such as {text}GiB")
+        raise InputError(f"--memory {text} has no unit: give a size such as 4GiB or 900MB")
     return int(float(found[1]) * UNITS[found[2]])
 
 
