@@ -83,7 +83,8 @@ def pass_layer(
     if not isinstance(cache, PrunedCache):
         raise UnsupportedModeError(
             f"an attached model needs a plphp.PrunedCache, got {type(cache).__name__}: call the "
-            "model itself and not a part of it, with use_cache=True, or remove() the pruning"
+            "model that plphp.prune was given, not a part of it or a model around it, with "
+            "use_cache=True; or remove() the pruning"
         )
     return args, {**kwargs, LAYER: cache.layers[module.layer_idx]}  # type: ignore[index]
 
