@@ -291,6 +291,7 @@ def test_one_long_row_keeps_every_multiprocessor_busy() -> None:
     assert launch.split_count(programs=264, blocks=512, multiprocessors=132, costs=costs) == 1
 
 
+@pytest.mark.slow  # 47 seconds
 @pytest.mark.skipif(ON_GPU, reason="the tests above have compiled it")
 def test_it_compiles_for_gpus_that_are_not_here() -> None:
     """Down to machine code: nothing that only the interpreter takes, and shared memory suffices."""
