@@ -46,7 +46,7 @@ def test_a_run_gives_numbers_and_files(run: Any, tmp_path: Path) -> None:
     assert (tmp_path / "result.png").stat().st_size > 1000
 
 
-@pytest.mark.slow  # compiles two steps, a minute; tests/integration/test_static.py compiles them too
+@pytest.mark.slow  # a minute: it compiles two steps, as tests/integration/test_static.py does
 def test_other_caches_are_timed_too(run: Any) -> None:
     names = ["short", "static", "pruned-static", "vl-cache", "snapkv"]
     torch._dynamo.reset()
