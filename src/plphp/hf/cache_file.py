@@ -41,12 +41,12 @@ def write_file(
     complete = {"format": FORMAT, **header}
     complete["checksum"] = checksum(complete, tensors)
     target = Path(path)
+    if not target.parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no directory {target.parent}")
     part = target.with_name(f".plphp-{uuid4().hex}.part")
     try:
         save_file(dict(tensors), part, metadata={KEY: json.dumps(complete)})
         os.replace(part, target)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be written: {error}") from error
     finally:
