@@ -3,7 +3,6 @@
 Blocks are made small here, so that short prompts stand for long ones.
 """
 
-import importlib
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from transformers import Qwen2Config
 
 import plphp
 from live import Live
+from plphp import _blocks
 from plphp.attention import scoring
 from plphp.bench import caches
 from plphp.bench.shapes import Shape, build
@@ -19,7 +19,6 @@ from plphp.cache import KVStore, allocated
 from plphp.hf.layer import layer_tensors
 from plphp.hf.shared_prefill import adopt_view
 from plphp.policy.view import keep_in_every_head, pack
-from plphp.recall import codes
 
 SHAPE = Shape("test", Qwen2Config, 3, 512, 4, 2, 64, 64)
 COLUMNS = 8192
@@ -27,8 +26,7 @@ COLUMNS = 8192
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codes, "BLOCK", 2**14)
-    monkeypatch.setattr(importlib.import_module("plphp.policy.novelty"), "BLOCK", 2**14)
+    monkeypatch.setattr(_blocks, "BLOCK", 2**14)
     monkeypatch.setattr(scoring, "BLOCK", 128)
 
 

@@ -18,6 +18,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 PACKAGE = SOURCE / "plphp"
 # Each package may import from packages of a lower level, and from itself.
 LEVELS = {
+    "_blocks": 0,
     "_drawing": 0,
     "_installed": 0,
     "_version": 0,

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 import plphp
+from plphp import _blocks
 from plphp.attention import reference
 from plphp.cache import KVStore, allocated
 from plphp.policy import Look
-from plphp.recall import Home, codes, park
+from plphp.recall import Home, park
 from plphp.recall.budget import share_of_layer
 from plphp.recall.codes import (
     code_bytes,
@@ -164,11 +165,11 @@ def rounded(x: Tensor, bits: int, dim: int) -> Tensor:
 @pytest.mark.parametrize(
     "length", [77, 64, 7]
 )  # whole groups and a rest, whole groups, and only a rest
-@pytest.mark.parametrize("block", [codes.BLOCK, 2**12])
+@pytest.mark.parametrize("block", [_blocks.BLOCK, 2**12])
 def test_codes_are_near_what_they_stand_for(
     bits: int, length: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(codes, "BLOCK", block)
+    monkeypatch.setattr(_blocks, "BLOCK", block)
     keys, values = pair(length=length)
     coded = keys_to_codes(keys, bits), values_to_codes(values, bits)
     for own, x, dim in zip(coded, (keys, values), (2, 3), strict=True):

@@ -20,13 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from plphp._blocks import at_once
 from plphp.policy import steps
 from plphp.policy.base import CachePolicy, Look, flat_look
 from plphp.policy.checks import check_share
 from plphp.policy.view import LayerView
-
-# Numbers that are read at a time on a CPU, and on other devices, where launches cost more.
-BLOCK, LAUNCH = 2**19, 2**25
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def _blocks(values: Tensor, spans: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     A layer that is pruned is there in full, and copies of it in float32 would be twice as large.
     """
     numbers = values.shape[:2].numel() * values.shape[3]
-    length = max((BLOCK if values.device.type == "cpu" else LAUNCH) // max(numbers, 1), 1)
+    length = at_once(values, numbers)
     of_token = (spans + 1)[:, None, :, None]
     for begin in range(0, values.shape[2], length):
         part = values[:, :, begin : begin + length]

@@ -22,16 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plphp._blocks import at_once, rows_in_block
 from plphp.cache import take
 
 Count = TypeVar("Count", int, Tensor)
 
 GROUP = 32  # tokens of a channel of the keys that share a range
 RANGE_BYTES = 4  # bytes of a range: step and lowest number as float16
-# Numbers that are decoded or rounded at a time: 2 MiB in float32, which fit into the caches of two
-# cores. On other devices fewer launches count for more than small copies.
-BLOCK = 2**19
-LAUNCH = 2**25
 
 
 @dataclass
@@ -70,7 +67,7 @@ class KeyCodes:
         last = self.packed[..., self.dim * whole * row_bytes(GROUP, self.bits) :]
         if whole:
             rows = self._groups()
-            length = _rows_in_block(lead.numel() * self.dim * GROUP)
+            length = rows_in_block(lead.numel() * self.dim * GROUP)
             for part in torch.split(rows, length, 3):
                 yield from_rows(part, self.bits).flatten(3)
         if rest:
@@ -142,7 +139,7 @@ class ValueCodes:
 
     def _length(self) -> int:
         """Tokens in a block."""
-        return _rows_in_block(self.packed.shape[:2].numel() * self.dim)
+        return rows_in_block(self.packed.shape[:2].numel() * self.dim)
 
     def through(self, change: Callable[[Tensor], Tensor]) -> ValueCodes:
         """The same codes with the tensor replaced by `change` of it, such as on another device."""
@@ -265,13 +262,3 @@ def code_share(dim: int, bits: int, itemsize: int) -> float:
     """Bytes of codes as a share of those of full keys and values, for many tokens. dim: D = Dv."""
     ranges = RANGE_BYTES * (1 / GROUP + 1 / dim) / 2
     return (bits / 8 + ranges) / itemsize
-
-
-def at_once(x: Tensor, numbers: int) -> int:
-    """How many items of this many numbers of x are converted at a time, at least 1."""
-    return max(1, (BLOCK if x.device.type == "cpu" else LAUNCH) // max(numbers, 1))
-
-
-def _rows_in_block(numbers: int) -> int:
-    """How many items of this many numbers are decoded at a time, at least 1."""
-    return max(1, BLOCK // numbers)

@@ -23,7 +23,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from plphp.recall.codes import at_once, from_rows, row_bytes, to_rows
+from plphp._blocks import at_once
+from plphp.recall.codes import from_rows, row_bytes, to_rows
 
 # Subtracted from the score for each earlier token, so that of equal scores the first always wins.
 TIE_STEP = 2.0**-20
