@@ -20,12 +20,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
+from plphp.demo.shown import Clip, Prompt
+
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 IMAGE, VIDEO = 1, 2  # codes of mm_token_type_ids
-
-Clip = tuple[Image.Image, ...]  # the frames of a video, all of one size
-Prompt = tuple[Sequence[Image.Image | Clip], str]  # the images and the question about them
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Loads the models and files that a user names, and makes the inputs of generate()."""
 
+from plphp.demo.shown import Clip, Prompt
 from plphp.inputs.images import Still, image_files, open_image, upright
 from plphp.inputs.models import EMBEDDED, check_device, load, load_config
 from plphp.inputs.prompts import check_prompt, make_inputs
-from plphp.inputs.runnable import Clip, Loaded, Prompt, Runnable
+from plphp.inputs.runnable import Loaded, Runnable
 
 __all__ = [
     "EMBEDDED",

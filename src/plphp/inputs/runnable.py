@@ -10,10 +10,8 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
+from plphp.demo.shown import Clip, Prompt
 from plphp.errors import InputError
-
-Clip = tuple[Image.Image, ...]  # the frames of a video
-Prompt = tuple[Sequence[Image.Image | Clip], str]  # the images, and the question about them
 
 
 class Runnable(Protocol):
