@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from plphp.cli.requests import digest, file_digest
 from plphp.errors import InputError
 from plphp.inputs import image_files, lines, parquet
+from plphp.policy.checks import meant_name
 
 KEYS = ("id", "images", "prompt")
 
@@ -82,8 +82,7 @@ def _wrong(entry: Mapping[str, Any], images: Any, question: Any) -> str:
     """The reason why the object of a line cannot be answered, or an empty text."""
     unknown = [key for key in entry if key not in KEYS]
     if unknown:
-        near = get_close_matches(unknown[0].lower(), KEYS, 1)
-        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        meant = meant_name(unknown[0], KEYS)
         return f"unknown key {unknown[0]!r}{meant}: the keys of a line are {', '.join(KEYS)}"
     if not isinstance(images, list) or not all(isinstance(i, str) for i in images):
         return "images must be a list of file names"

@@ -7,13 +7,13 @@ This package imports torch only. The package can be called: `plphp.policy("snapk
 from __future__ import annotations
 
 import sys
-from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
 from plphp.errors import InputError, InputTypeError
 from plphp.policy.base import CachePolicy, Look, Policy, SequencePolicy, plan_views
 from plphp.policy.cdpruner import CDPruner
+from plphp.policy.checks import meant_name
 from plphp.policy.dart import DART
 from plphp.policy.divprune import DivPrune
 from plphp.policy.downsample import Downsample
@@ -104,9 +104,7 @@ def policy(name: str, **options: Any) -> Policy:
     name = ALIASES.get(name, name)
     if name not in POLICIES:
         known = sorted([*POLICIES, *ALIASES])
-        meant = "".join(
-            f" (did you mean {near!r}?)" for near in get_close_matches(name.lower(), known, 1)
-        )
+        meant = meant_name(name, known)
         raise InputError(f"unknown policy {name!r}{meant}; known are {', '.join(known)}")
     known = POLICIES[name].__dataclass_fields__
     for option in options:

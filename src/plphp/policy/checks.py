@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from difflib import get_close_matches
+
 from plphp.errors import InputError
 
 
@@ -28,6 +31,13 @@ def meant_share(value: object) -> str:
 def meant_plain(value: object) -> str:
     """The end of a message about a number of numpy or torch: how to make it one of Python."""
     return ": give a number of Python, its .item()" if hasattr(value, "item") else ""
+
+
+def meant_name(given: str, known: Collection[str]) -> str:
+    """A part of a message about an unknown name: the known name that is nearest to it, if any."""
+    return "".join(
+        f" (did you mean {near!r}?)" for near in get_close_matches(given.lower(), known, 1)
+    )
 
 
 def check_count(name: str, value: object, least: int, most: int = 2**31 - 1) -> None:

@@ -100,11 +100,10 @@ def ranks(scores: Tensor, groups: Tensor) -> Tensor:
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
     # A stable sort of the score order by group keeps the score order inside each group. A rank is
     # then the distance from the place where the group begins.
-    ordered, order = groups.gather(-1, by_score).sort(dim=-1, stable=True)
-    order = by_score.gather(-1, order)
-    del (
-        by_score
-    )  # these tensors are as long as the prompt, and a layer is there in full beside them
+    ordered, by_group = groups.gather(-1, by_score).sort(dim=-1, stable=True)
+    order = by_score.gather(-1, by_group)
+    # These tensors are as long as the prompt, and a layer is there in full beside them.
+    del by_score, by_group
     distance = torch.arange(scores.shape[-1], device=scores.device)
     distance = distance - torch.searchsorted(ordered, ordered, out_int32=True)
     del ordered
