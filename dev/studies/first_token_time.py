@@ -18,13 +18,11 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 import plphp
@@ -52,27 +50,31 @@ def prompts_of(
     loaded: Runnable, samples: Sequence[Sample], policies: Mapping[Setting, Policy]
 ) -> dict[Setting, list[Inputs]]:
     """The inputs of each setting: smaller images for `downsample`, and the same for all others."""
-    whole = [loaded.inputs(s.images, s.earlier or s.question) for s in samples]
-    found: dict[Setting, list[Inputs]] = {}
+
+    def read(by: Runnable, shown: Sequence[Sample]) -> list[Inputs]:
+        return [by.inputs(one.images, one.earlier or one.question) for one in shown]
+
+    found = dict.fromkeys(policies, read(loaded, samples))
     for setting, chosen in policies.items():
-        found[setting] = list(whole)
         if chosen.kind == "images":
             by = shrinker(loaded)
-            small = by.shrink(samples, chosen)
-            found[setting] = [by.loaded.inputs(s.images, s.earlier or s.question) for s in small]
+            found[setting] = read(by.loaded, by.shrink(samples, chosen))
     return found
 
 
 def seconds(
-    loaded: Runnable, policies: Mapping[Setting, Policy], samples: Sequence[Sample], rounds: int
+    loaded: Runnable,
+    policies: Mapping[Setting, Policy],
+    prompts: Mapping[Setting, Sequence[Inputs]],
+    rounds: int,
 ) -> Iterator[Spent]:
     """The CPU seconds of each setting in the rounds so far, summed over the prompts."""
-    model, prompts = loaded.model, prompts_of(loaded, samples, policies)
+    model, count = loaded.model, len(prompts[FULL])
     spent: Spent = {setting: [] for setting in policies}
     with torch.inference_mode(), Stopwatch(model.model.visual, "cpu", time.process_time) as tower:
         for turn in range(rounds + 1):
             sums = {setting: [0.0, 0.0] for setting in policies}
-            for number in range(len(samples) if turn else 1):
+            for number in range(count if turn else 1):
                 for setting, chosen in policies.items():
                     plain = setting == FULL or chosen.kind == "images"
                     with nullcontext() if plain else plphp.prune(model, chosen):
@@ -130,20 +132,16 @@ def main() -> None:
     tasks = [SUITES[given.suite][f"{task}@{given.suite}"] for task in given.tasks.split(",")]
     samples = [sample for task in tasks for sample in task.draw(given.limit, SEED)]
     policies = policies_of(loaded, given.methods, given.budgets)
-    config, plain = loaded.model.config, [loaded.inputs(s.images, "") for s in samples]
-    tokens = [int((plphp.vision_spans(config, **inputs) > 0).sum()) for inputs in plain]
-    about = {
-        "machine": describe("cpu")["machine"],
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    prompts, config = prompts_of(loaded, samples, policies), loaded.model.config
+    tokens = [int((plphp.vision_spans(config, **one) > 0).sum()) for one in prompts[FULL]]
+    about = describe("cpu") | {
         "dtype": "float32",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "suite": given.suite,
         "prompts": len(samples),
         "vision_tokens": [min(tokens), round(median(tokens)), max(tokens)],
     }
     rows = []
-    for spent in seconds(loaded, policies, samples, given.rounds):
+    for spent in seconds(loaded, policies, prompts, given.rounds):
         rows = [row(setting, found, spent[FULL]) for setting, found in spent.items()]
         each = median(whole for whole, _ in spent[FULL]) / len(samples)
         about |= {"rounds": len(spent[FULL]), "seconds": round(each, 3)}

@@ -160,7 +160,7 @@ def following(trials: Sequence[Trial], guess: int) -> tuple[int, bool] | None:
     near = high and high - ran.context <= NEAR * ran.context
     if near and low == ran.context:
         return None
-    if near or (high and ran.whole is False and ran.context >= high):
+    if near:
         return (ran.context, True) if ran.context < high else (int(high * 0.985), True)
     if high:
         middle = (ran.context + high) // 2

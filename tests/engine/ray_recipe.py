@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from variables import ENGINE
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
+ENVIRONMENT = ENGINE | {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1] / "src")]),
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
 }
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
