@@ -22,7 +22,7 @@ from along import LOGITS, alike, check_greedy, check_logits, kept_of, led
 from oracle import Numbers
 
 # Tokens of an answer. The run that writes the page of results takes more of them.
-STEPS = 16 if os.environ.get("PLPHP_WRITE_DOCS") else 8
+STEPS = 16 if os.environ.get("PLPHP_WRITE_DOCS") else 5
 KV_HEADS = tiny.TEXT["num_key_value_heads"]
 EVERY = {**tiny.FAMILIES, **tiny.VARIANTS, **tiny.DECODERS}
 ROWS = {

@@ -1,12 +1,19 @@
-"""The answers of plphp on transformers to the requests of `serving`."""
+"""The answers of plphp on transformers to the requests of `serving`.
+
+An answer is checked rather than generated: one forward reads all tokens that the engine gave, and
+says what would have followed each of them. Up to the first token that differs these are the tokens
+of generate(), which takes a forward for each.
+"""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import torch
 import transformers
 from serving import BLOCK, Request, about
 
@@ -18,9 +25,10 @@ MARGIN = 1e-3  # two implementations may order logits that are closer than this 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of transformers.
+    """What transformers says to the tokens of an engine.
 
-    margins: difference of the two highest logits at each token
+    tokens: the greedy token in the place of each token of the engine, given all before it
+    margins: difference of the two highest logits in each place
     report: plphp's; length: tokens of the prompt
     """
 
@@ -33,20 +41,31 @@ class Answer:
 ANSWERS: dict[Any, Answer] = {}
 
 
-def answer(embedded: Embedded, request: Request, round_to: int = BLOCK) -> Answer:
-    """The answer of plphp on transformers, with `round_to` equal to the engine's block size.
+def agree(output: Any, embedded: Embedded, request: Request) -> bool | None:
+    """Whether an engine's output is that of transformers; see `same`."""
+    return same(output, answer(embedded, request, said(output)))
 
-    The same request is answered once: a decoded token takes transformers longer than the engine.
+
+def answer(
+    embedded: Embedded, request: Request, given: Sequence[int], round_to: int = BLOCK
+) -> Answer:
+    """What plphp on transformers says to the tokens `given` of an engine with this block size.
+
+    The same tokens after the same request are read once.
     """
-    key = (str(embedded.model.dtype), pickle.dumps(request), round_to)
+    key = (str(embedded.model.dtype), pickle.dumps(request), tuple(given), round_to)
     if key not in ANSWERS:
-        text = request.text(embedded.tokenizer)
-        if request.videos:
-            inputs = processed(video_processor(), request, text)
-        else:
-            inputs = embedded.inputs_of(request.images, text)
-        ANSWERS[key] = read(embedded.model, inputs, request, round_to)
+        inputs = inputs_of(embedded, request)
+        ANSWERS[key] = read(embedded.model, inputs, request, given, round_to)
     return ANSWERS[key]
+
+
+def inputs_of(embedded: Embedded, request: Request) -> Any:
+    """The inputs of a request for the embedded model."""
+    text = request.text(embedded.tokenizer)
+    if request.videos:
+        return processed(video_processor(), request, text)
+    return embedded.inputs_of(request.images, text)
 
 
 @cache
@@ -68,22 +87,66 @@ def processed(processor: Any, request: Request, text: str) -> Any:
 
 
 def read(
-    model: Any, inputs: Any, request: Request, round_to: int = BLOCK, mask: Any = None
+    model: Any,
+    inputs: Any,
+    request: Request,
+    given: Sequence[int],
+    round_to: int = BLOCK,
+    mask: Any = None,
 ) -> Answer:
-    """The answer of any model in transformers. mask: (1, N), the `vision_mask` of `plphp.prune`."""
-    policy = rounded(request.policy or plphp.PLPHP(r=1, delta_r=0), round_to)
-    with plphp.prune(model, policy, vision_mask=mask) as pruning:
-        out = model.generate(
-            **inputs,
-            max_new_tokens=request.tokens,
-            min_new_tokens=request.tokens,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+    """What any model in transformers says to the tokens of an engine.
+
+    given: with none, the prompt alone is read
+    mask: (1, N), the `vision_mask` of `plphp.prune`
+    """
+    assert not given or len(given) == request.tokens, "the engine gave another number of tokens"
+    spans = None if mask is None else partial(of_prompt, mask)
+    with attached(model, request, round_to, spans) as pruning, torch.inference_mode():
+        cache = plphp.PrunedCache(model)
+        # generate() also sets the positions that follow the prompt.
+        logits = [*generate(model, inputs, 1, cache=cache).logits]
+        report = pruning.report
+        if len(given) > 1:
+            rest = torch.tensor([given[:-1]])
+            logits.append(model(input_ids=rest, cache=cache).logits[0])
+    places = torch.cat(logits)[: len(given)].float()
+    margins = places.topk(2).values.diff().abs()[:, 0].tolist()
+    ends = model.generation_config.eos_token_id
+    places[:, ends if isinstance(ends, list) else [ends]] = -torch.inf  # `min_tokens`
+    return Answer(places.argmax(1).tolist(), margins, report, inputs["input_ids"].shape[1])
+
+
+def of_prompt(mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The mask of a prompt (1, N); for the tokens of its answer, zeros."""
+    return mask if ids.shape == mask.shape else torch.zeros_like(ids)
+
+
+def generated(model: Any, inputs: Any, request: Request) -> Answer:
+    """The same from generate(), which is given no token."""
+    with attached(model, request) as pruning:
+        out = generate(model, inputs, request.tokens)
     length = inputs["input_ids"].shape[1]
     margins = [float(logits[0].topk(2).values.diff().abs()) for logits in out.logits]
     return Answer(out.sequences[0, length:].tolist(), margins, pruning.report, length)
+
+
+def generate(model: Any, inputs: Any, tokens: int, **options: Any) -> Any:
+    """What generate() returns for this number of tokens, with their logits."""
+    return model.generate(
+        **inputs,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+def attached(model: Any, request: Request, round_to: int = BLOCK, mask: Any = None) -> Any:
+    """The policy of a request, attached to a model."""
+    policy = rounded(request.policy or plphp.PLPHP(r=1, delta_r=0), round_to)
+    return plphp.prune(model, policy, vision_mask=mask)
 
 
 def rounded(policy: Any, round_to: int) -> Any:
@@ -94,10 +157,15 @@ def rounded(policy: Any, round_to: int) -> Any:
     return type(kind.__name__, (kind,), {"round_to": round_to})(**asdict(policy))
 
 
+def said(output: Any) -> list[int]:
+    """The tokens of an engine's output."""
+    return list(output.outputs[0].token_ids)
+
+
 def same(output: Any, expected: Answer) -> bool | None:
     """Whether tokens are equal; None where they first differ at nearly equal logits."""
-    found = list(output.outputs[0].token_ids)
-    for mine, theirs, margin in zip(found, expected.tokens, expected.margins, strict=True):
+    pairs = zip(said(output), expected.tokens, expected.margins, strict=True)
+    for mine, theirs, margin in pairs:
         if mine != theirs:
             return None if margin < MARGIN else False
     return True

@@ -57,7 +57,7 @@ def compare(name: str, count: int, told: dict[str, Any], folder: Path) -> dict[s
         if mode.hard:
             room = elsewhere.LONGEST - answer["prompt"]
             request = replace(request, tokens=min(request.tokens, room))
-        expected = expect(request)
+        expected = expect(request, answer["tokens"])
         retention = answer["told"] and answer["told"]["plphp"]["retention"]
         if retention and "bfloat16" not in mode.options.values():
             kept = [layer.retention for layer in expected.report.layers if layer.pruned]
@@ -73,16 +73,18 @@ def compare(name: str, count: int, told: dict[str, Any], folder: Path) -> dict[s
     return counts | {"different": different} | told["found"]
 
 
-def expected_in(mode: elsewhere.Mode, checkpoint: Path) -> Callable[[Any], answers.Answer]:
-    """A function that returns the answer of transformers to a request.
+def expected_in(
+    mode: elsewhere.Mode, checkpoint: Path
+) -> Callable[[Any, list[int]], answers.Answer]:
+    """A function that returns what transformers says to an engine's tokens after a request.
 
     checkpoint: the folder of the mode's family
     """
     if mode.family:
         there = Reference.load(checkpoint)
-        return lambda request: there.answer(request, mode.block)
+        return lambda request, given: there.answer(request, given, mode.block)
     model = embedded(mode.options.get("dtype", "float32"))
-    return lambda request: answers.answer(model, request, mode.block)
+    return lambda request, given: answers.answer(model, request, given, mode.block)
 
 
 @cache

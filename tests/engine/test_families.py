@@ -56,11 +56,13 @@ class Reference:
             spans = torch.tensor(parts)[spans]
         return spans
 
-    def answer(self, request: serving.Request, round_to: int = serving.BLOCK) -> answers.Answer:
-        """The answer to a request whose images are counted as in vLLM."""
+    def answer(
+        self, request: serving.Request, given: Sequence[int], round_to: int = serving.BLOCK
+    ) -> answers.Answer:
+        """What is said to an engine's tokens after a request; images are counted as in vLLM."""
         inputs = self.inputs(request)
         spans = self.spans(inputs, request)
-        return answers.read(self.model, inputs, request, round_to, mask=spans)
+        return answers.read(self.model, inputs, request, given, round_to, spans)
 
 
 def requests_of(name: str) -> list[serving.Request]:
@@ -134,7 +136,9 @@ def check(name: str, requests: list[serving.Request], folder: Path) -> None:
         inputs = reference.inputs(request)
         assert alike(inputs["input_ids"][0].tolist()) == alike(output.prompt_token_ids)
         spans = reference.spans(inputs, request)
-        expected = answers.read(reference.model, inputs, request, mask=spans)
+        expected = answers.read(
+            reference.model, inputs, request, answers.said(output), mask=spans
+        )
         found = answers.same(output, expected)
         assert found is not False, (request, output.outputs[0].token_ids, expected.tokens)
         close += found is None

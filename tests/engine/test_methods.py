@@ -40,7 +40,7 @@ def test_answers_equal_transformers(name: str, reference: Any) -> None:
         assert serving.free_blocks(llm) == before
     pruned = 0
     for request, output in zip(requests, outputs, strict=True):
-        expected = answers.answer(reference, request)
+        expected = answers.answer(reference, request, answers.said(output))
         assert answers.same(output, expected) is not False, request
         if request.policy and request.images:
             told = output.kv_transfer_params["plphp"]
@@ -73,7 +73,7 @@ def test_queries_of_a_window_are_there_whatever_computes_them(window: int, refer
     assert any(thrown) and not all(thrown), "prompts and answers are preempted"
     hits = 0
     for request, output in zip(requests * 2, outputs, strict=True):
-        assert answers.same(output, answers.answer(reference, request)) is not False, request
+        assert answers.agree(output, reference, request) is not False, request
         prompt = len(output.prompt_token_ids)
         assert output.num_cached_tokens <= max(prompt - window, 0)
         hits += output.num_cached_tokens > 0

@@ -92,7 +92,7 @@ def test_tokens_equal_transformers(family: str, share: bool, tmp_path: Path) -> 
     for request, output in zip(requests * 2, outputs, strict=True):
         inputs = reference.inputs(request)
         assert inputs["input_ids"].shape[1] > 64, "the prompt leaves the windows"
-        expected = answers.read(reference.model, inputs, request)
+        expected = answers.read(reference.model, inputs, request, answers.said(output))
         found = answers.same(output, expected)
         assert found is not False, (request, output.outputs[0].token_ids, expected.tokens)
         close += found is None

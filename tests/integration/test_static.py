@@ -43,10 +43,14 @@ def test_a_static_cache_gives_the_same_tokens(name: str) -> None:
         assert torch.equal(one.kept, other.kept)
 
 
-def compiled(name: str, bits: int | None = None) -> None:
+# Dynamo alone says how many graphs there are; Inductor then compiles them for most of a minute.
+BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+def compiled(name: str, backend: str = "inductor", bits: int | None = None) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    config = CompileConfig(mode="default")
+    config = CompileConfig(mode=None, backend=backend)
     config._compile_all_devices = True  # transformers compiles on accelerators only otherwise
     model, prompts = case(name, prompts=3)
     if bits:
@@ -82,17 +86,19 @@ def test_a_reset_cache_fills_its_buffers_again(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_decoding_is_one_graph_for_every_step_and_prompt() -> None:
-    compiled("llava")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_decoding_is_one_graph_for_every_step_and_prompt(backend: str) -> None:
+    compiled("llava", backend)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_step_of_ones_own_is_compiled_once() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_step_of_ones_own_is_compiled_once(backend: str) -> None:
     """Without generate(): no step, prompt or attachment is compiled again. M-RoPE adds a graph."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, prompts = case("qwen2_vl", prompts=3)
-    compiled_step = torch.compile(model.__call__, fullgraph=True)
+    compiled_step = torch.compile(model.__call__, fullgraph=True, backend=backend)
     for some in (prompts[:2], prompts[2:]):
         with plphp.prune(model, SOME), torch.inference_mode():
             for inputs in some:
