@@ -111,8 +111,8 @@ def read(
             logits.append(model(input_ids=rest, cache=cache).logits[0])
     places = torch.cat(logits)[: len(given)].float()
     margins = places.topk(2).values.diff().abs()[:, 0].tolist()
-    ends = model.generation_config.eos_token_id
-    places[:, ends if isinstance(ends, list) else [ends]] = -torch.inf  # `min_tokens`
+    if (ends := model.generation_config.eos_token_id) is not None:  # one, or a list
+        places[:, ends] = -torch.inf  # the engine is given `min_tokens`
     return Answer(places.argmax(1).tolist(), margins, report, inputs["input_ids"].shape[1])
 
 
