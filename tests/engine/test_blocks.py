@@ -60,8 +60,13 @@ def test_blocks_in_use_equal_the_formula(share: bool, reference: Any) -> None:
     assert freed > 50
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("chunk", [48, 4096])
+ALSO = {"marks": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    ("chunk", "share"),
+    [(48, True), (4096, False), pytest.param(48, False, **ALSO), pytest.param(4096, True, **ALSO)],
+)
 def test_a_resumed_request_goes_on_as_if_nothing_had_happened(
     chunk: int, share: bool, reference: Any
 ) -> None:
@@ -155,6 +160,7 @@ def test_a_shortage_of_blocks_changes_no_token(reference: Any) -> None:
         assert answers.agree(output, reference, request) is not False
 
 
+@pytest.mark.slow  # the hard modes of test_processes.py have arrivals and aborts too
 def test_requests_that_come_and_go_change_no_other(reference: Any) -> None:
     """Requests arrive one by one while others run; every third is aborted at a random step."""
     rng = random.Random(90)
