@@ -120,6 +120,11 @@ def say(text: object) -> None:
     print(shown(text), file=sys.stderr)
 
 
+def warn(text: object) -> None:
+    """Print a warning on stderr, for what does not stop a command."""
+    say(f"warning: {text}")
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong and what the user can do, on one line."""
     if _out_of_memory(error):

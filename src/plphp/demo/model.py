@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from plphp.demo.shown import Clip, Prompt
+from plphp.weights import check_complete
 
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -109,10 +110,13 @@ def load(
     """Load the embedded model, or one from ``training/``, without network access.
 
     path: directory of the weights, the tokenizer and the image processor
+
+    Raises InputError if the files lack weights.
     """
-    model = Qwen2VLForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, local_files_only=True
+    model, found = Qwen2VLForConditionalGeneration.from_pretrained(
+        path, dtype=dtype, local_files_only=True, output_loading_info=True
     )
+    check_complete(str(path), model, found)
     return Embedded(
         model=model.to(device).eval(),  # type: ignore[arg-type]
         tokenizer=AutoTokenizer.from_pretrained(path, local_files_only=True),

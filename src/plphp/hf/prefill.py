@@ -101,6 +101,7 @@ def after_attention(
         layer.recent = query[:, :, -window:].clone() if window > 1 else None
         return
     layer.recent = None
+    prefill.check(index, query[:, :, -1])
     if not prefill.where.prunes:
         return
     measure_keys(store, prefill, shared, index)
@@ -116,6 +117,7 @@ def after_attention(
     view = _view(module, query, store, prefill, begin, window, kwargs)
     over_ranks = {} if shared.over_ranks is None else {"over_ranks": shared.over_ranks}
     view = replace(view, layer=index, layers=shared.depth, **over_ranks)
+    prefill.check(index, view.probs.sum(-1))
     plan = None if first is None else first.plan(_of_prompt(view, prefill.prompt.length))
     if second is not None:
         act = park if shared.recall is not None else BY_KIND[second.kind]

@@ -19,7 +19,7 @@ from plphp.errors import InputError, PlphpError, UnsupportedModelError
 from plphp.inputs.rounding import bits_of, frugal, loading_options, settle
 from plphp.inputs.runnable import Loaded, Runnable
 from plphp.inputs.shell import check_depth
-from plphp.weights import round_weights
+from plphp.weights import Tell, check_complete, round_weights, warn
 
 EMBEDDED = "embedded"
 NEED_TORCHVISION = ("torchvision", "timm")  # pip would bring a torchvision, and another torch
@@ -32,6 +32,7 @@ def load(
     attention: str | None = None,
     trust: bool = False,
     weights: str | None = None,
+    tell: Tell = warn,
 ) -> Runnable:
     """Load a model with its processor.
 
@@ -42,8 +43,10 @@ def load(
     attention: the attention implementation of transformers, None for the model's default
     trust: whether Python code that comes with the model may run
     weights: "int8" or "int4": round the weights while they are loaded, in bfloat16
+    tell: is called with a remark on files that do not fit the model exactly
 
-    Raises InputError that says what to do if the model cannot be loaded.
+    Raises InputError that says what to do if the model cannot be loaded, or if its files lack
+    weights.
     """
     spread = device == "auto" and name != EMBEDDED
     if device == "auto":
@@ -69,9 +72,12 @@ def load(
         )
     with _reading(name), frugal() if bits else nullcontext():
         made = _reader(name, config, trust)
-        model = AutoModelForImageTextToText.from_pretrained(name, **options)
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            name, output_loading_info=True, **options
+        )
         if bits:
             settle(model)
+        check_complete(name, model, found, tell)
         model = (model if spread else model.to(device)).eval()
         return made(model)
 
