@@ -41,7 +41,8 @@ def lacking(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "words",
     [["generate", "--prompt", "x"], ["generate", "--prompt", "x", "--weights", "int8"],
-     ["generate", "--prompt", "x", "--weights", "int4"], ["inspect", "--image", "PICTURE", "--prompt", "x"],
+     ["generate", "--prompt", "x", "--weights", "int4"],
+     ["inspect", "--image", "PICTURE", "--prompt", "x"],
      ["bench", "--context", "64"], ["eval", "--limit", "1", "--tasks", "easyvqa", "--out", "e"],
      ["demo", "--prompt", "x"]],
     ids=["generate", "int8", "int4", "inspect", "bench", "eval", "demo"],

@@ -45,7 +45,7 @@ def doctor(
     """Say whether a model can be pruned, and how many bytes a prompt needs, without its weights."""
     policy = cast(PLPHP, o.chosen_policy("plphp", r=r, delta_r=delta_r))
     from plphp.inputs import load_config
-    from plphp.inputs.processors import local_processor
+    from plphp.inputs.processors import local_processor, videos_note
 
     config = load_config(model, trust_remote_code)
     processor, missing = local_processor(model, config, trust_remote_code)
@@ -61,7 +61,8 @@ def doctor(
             trust_remote_code,
             None if tokens_per_image else processor,
         )
-    found = replace(found, notes=(*found.notes, *((missing,) if missing else ()), *notes()))
+    remarks = (missing, videos_note(model, config, processor))
+    found = replace(found, notes=(*found.notes, *(note for note in remarks if note), *notes()))
     if as_json:
         print(json.dumps(asdict(found), indent=1))
     else:

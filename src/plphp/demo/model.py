@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from plphp.demo.shown import Clip, Prompt
+from plphp.demo.templates import with_template
 from plphp.weights import check_complete
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -98,9 +99,11 @@ class Embedded:
 
     def _chat(self, pictures: int, question: str) -> str:
         content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
-        text: str = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        chat = [{"role": "user", "content": content}]
+        with with_template(self.model.name_or_path, self.tokenizer, chat):
+            text: str = self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True
+            )
         return text
 
 

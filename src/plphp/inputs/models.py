@@ -14,7 +14,12 @@ import torch
 from huggingface_hub import constants as hub
 from transformers.utils import logging as transformers_logging
 
-from plphp._installed import has_torchvision, install_torchvision, misfit_behind
+from plphp._installed import (
+    has_torchvision,
+    install_torchcodec,
+    install_torchvision,
+    misfit_behind,
+)
 from plphp.errors import InputError, PlphpError, UnsupportedModelError
 from plphp.inputs.rounding import bits_of, frugal, loading_options, settle
 from plphp.inputs.runnable import Loaded, Runnable
@@ -100,9 +105,11 @@ def without_weights(name: str, dtype: torch.dtype, trust: bool, config: Any) -> 
     name, trust: as in `load`; dtype: of pixels; config: what `load_config` returns for them. Raises
     InputError as `load`.
     """
-    stub = SimpleNamespace(config=config, device=torch.device("cpu"), dtype=dtype, name_or_path="")
+    path = _path(name)
+    stub = SimpleNamespace(config=config, device=torch.device("cpu"), dtype=dtype)
+    stub.name_or_path = path
     with _reading(name):
-        return _reader(_path(name), config, trust)(stub)
+        return _reader(path, config, trust)(stub)
 
 
 def _reader(name: str, config: Any, trust: bool) -> Callable[[Any], Runnable]:
@@ -221,6 +228,8 @@ def remedy(error: Exception) -> str:
         name = missing[1].lower()
         if name in NEED_TORCHVISION and not has_torchvision():
             return install_torchvision()
+        if name == "torchcodec":
+            return install_torchcodec()
         return f"pip install {name}"
     if found := re.search(r"Can't load (image|video) processor", text):
         file = f"{'video_' if found[1] == 'video' else ''}preprocessor_config.json"
