@@ -262,6 +262,16 @@ def test_building_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
         asked(tiny.FAMILIES["llava"].config())
 
 
+def test_a_prompt_that_no_tensor_holds_names_the_options(run: Callable) -> None:
+    most = 2**31 - 1
+    result = run("doctor", "embedded", "--images", most, "--tokens-per-image", most)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert f"--images {most} of {most} vision tokens" in result.err
+    assert f"give at most {most} in all" in result.err
+    result = run("doctor", "embedded", "--images", most - 64, "--tokens-per-image", 1)
+    assert result.code == 0 and "\u2593" in result.out
+
+
 def test_a_config_is_left_as_it_was() -> None:
     config = tiny.FAMILIES["qwen2_vl"].config()
     before = config.to_json_string()

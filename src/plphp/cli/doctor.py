@@ -23,18 +23,20 @@ def doctor(
         str, typer.Argument(help="The model: 'embedded', a local directory, or a hub id.")
     ],
     images: Annotated[
-        int, typer.Option(min=0, help="The number of images in the prompt to examine.")
+        int,
+        typer.Option(min=0, max=o.MOST, help="The number of images in the prompt to examine."),
     ] = 1,
     tokens_per_image: Annotated[
         int | None,
         typer.Option(
             min=1,
+            max=o.MOST,
             help="The number of vision tokens of an image. The default is the number that the "
             "model's processor or config gives.",
         ),
     ] = None,
     text_tokens: Annotated[
-        int, typer.Option(min=0, help="The number of text tokens in that prompt.")
+        int, typer.Option(min=0, max=o.MOST, help="The number of text tokens in that prompt.")
     ] = 64,
     r: o.Rate = None,
     delta_r: o.DeltaR = None,
