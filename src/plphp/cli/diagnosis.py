@@ -128,12 +128,7 @@ def diagnose(
     each, source = tokens_per_image, "given by --tokens-per-image"
     if each is None:
         each, source = image_tokens(config, processor)
-    length = images * each + text_tokens
-    if length > LONGEST:
-        raise InputError(
-            f"--images {images} of {each} vision tokens and --text-tokens {text_tokens} are a "
-            f"prompt of {length} tokens: give at most {LONGEST} in all"
-        )
+    length = _length(images, each, text_tokens)
     kind, unknown = number_format(name, config, dtype)
     reads_images = not is_text_alone(config)
     seen = examined(name, config, kind, length, trust)
@@ -158,6 +153,16 @@ def diagnose(
         notes=(*_notes(config, seen, length), *([unknown] if unknown and reads_images else [])),
         **_taken(seen.bytes, here, policy, images, each, text_tokens),
     )
+
+
+def _length(images: int, each: int, text_tokens: int) -> int:
+    """The number of tokens of a prompt. Raises InputError for more than a tensor can hold."""
+    if (length := images * each + text_tokens) > LONGEST:
+        raise InputError(
+            f"--images {images} of {each} vision tokens and --text-tokens {text_tokens} are a "
+            f"prompt of {length} tokens: give at most {LONGEST} in all"
+        )
+    return length
 
 
 def _taken(

@@ -17,27 +17,31 @@ from plphp.policy import PLPHP
 
 __all__ = ["Diagnosis", "diagnose", "doctor"]
 
+PromptImages = Annotated[
+    int,
+    typer.Option(min=0, max=o.MOST, help="The number of images in the prompt to examine."),
+]
+TokensPerImage = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=o.MOST,
+        help="The number of vision tokens of an image. The default is the number that the "
+        "model's processor or config gives.",
+    ),
+]
+TextTokens = Annotated[
+    int, typer.Option(min=0, max=o.MOST, help="The number of text tokens in that prompt.")
+]
+
 
 def doctor(
     model: Annotated[
         str, typer.Argument(help="The model: 'embedded', a local directory, or a hub id.")
     ],
-    images: Annotated[
-        int,
-        typer.Option(min=0, max=o.MOST, help="The number of images in the prompt to examine."),
-    ] = 1,
-    tokens_per_image: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=o.MOST,
-            help="The number of vision tokens of an image. The default is the number that the "
-            "model's processor or config gives.",
-        ),
-    ] = None,
-    text_tokens: Annotated[
-        int, typer.Option(min=0, max=o.MOST, help="The number of text tokens in that prompt.")
-    ] = 64,
+    images: PromptImages = 1,
+    tokens_per_image: TokensPerImage = None,
+    text_tokens: TextTokens = 64,
     r: o.Rate = None,
     delta_r: o.DeltaR = None,
     dtype: o.Dtype = "auto",

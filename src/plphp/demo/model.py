@@ -100,7 +100,7 @@ class Embedded:
     def _chat(self, pictures: int, question: str) -> str:
         content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
         chat = [{"role": "user", "content": content}]
-        with with_template(self.model.name_or_path, self.tokenizer, chat):
+        with with_template(self.model, self.tokenizer, chat):
             text: str = self.tokenizer.apply_chat_template(
                 chat, tokenize=False, add_generation_prompt=True
             )

@@ -16,10 +16,10 @@ NONE = (
 
 
 @contextmanager
-def with_template(name: str, holder: Any, chats: Any) -> Iterator[None]:
+def with_template(model: Any, holder: Any, chats: Any) -> Iterator[None]:
     """Context in which chats are encoded; an error that the chat template makes names the model.
 
-    name: of the model; holder: the processor or tokenizer that has the template
+    holder: the processor or tokenizer that has the template
     chats: as `apply_chat_template` takes them
 
     Raises InputError if the template alone, without pictures, cannot write the chats. Other errors
@@ -31,7 +31,8 @@ def with_template(name: str, holder: Any, chats: Any) -> Iterator[None]:
         raise
     except Exception as error:
         if why := _fault(holder, chats):
-            raise InputError(f"{name or 'this model'} cannot be prompted: {why}") from error
+            name = getattr(model, "name_or_path", "") or "this model"
+            raise InputError(f"{name} cannot be prompted: {why}") from error
         raise
 
 

@@ -115,9 +115,8 @@ def after_attention(
     begin = store.logical - query.shape[2]  # column of the first of these queries
     drafts = store.split(store.logical - end)
     view = _view(module, query, store, prefill, begin, window, kwargs)
-    over_ranks = {} if shared.over_ranks is None else {"over_ranks": shared.over_ranks}
-    view = replace(view, layer=index, layers=shared.depth, **over_ranks)
-    prefill.check(index, view.probs.sum(-1))
+    over_ranks = shared.over_ranks or view.over_ranks
+    view = replace(view, layer=index, layers=shared.depth, over_ranks=over_ranks)
     plan = None if first is None else first.plan(_of_prompt(view, prefill.prompt.length))
     if second is not None:
         act = park if shared.recall is not None else BY_KIND[second.kind]
@@ -220,6 +219,7 @@ def _view(
         compat.scale(query, kwargs),
         compat.softcap(module.config, kwargs),
     )
+    prefill.check(int(module.layer_idx), probs[:, :, -1].sum(-1))  # type: ignore[arg-type]
     return LayerView(
         probs=probs[:, :, -1],
         spans=last.spans,

@@ -77,14 +77,21 @@ def load(
         )
     with _reading(name), frugal() if bits else nullcontext():
         made = _reader(name, config, trust)
-        model, found = AutoModelForImageTextToText.from_pretrained(
-            name, output_loading_info=True, **options
-        )
-        if bits:
-            settle(model)
-        check_complete(name, model, found, tell)
-        model = (model if spread else model.to(device)).eval()
-        return made(model)
+        model = _complete(name, options, bits, tell)
+        return made((model if spread else model.to(device)).eval())
+
+
+def _complete(name: str, options: dict[str, Any], bits: int | None, tell: Tell) -> Any:
+    """The model with all its weights. options: of `from_pretrained`; others as in `load`"""
+    from transformers import AutoModelForImageTextToText
+
+    model, found = AutoModelForImageTextToText.from_pretrained(
+        name, output_loading_info=True, **options
+    )
+    if bits:
+        settle(model)
+    check_complete(name, model, found, tell)
+    return model
 
 
 def _load_embedded(kind: Any, device: str, attention: str | None, bits: int | None) -> Runnable:

@@ -74,7 +74,7 @@ class Loaded:
         Raises InputError if the chat template cannot write the chats, and the processor's own
         errors for inputs that it refuses.
         """
-        with with_template(getattr(self.model, "name_or_path", ""), self.processor, chats):
+        with with_template(self.model, self.processor, chats):
             encoded = self.processor.apply_chat_template(
                 chats,
                 tokenize=True,
