@@ -97,12 +97,10 @@ def after_attention(
     window = shared.policy.window
     fillers = part.plan.start if part is not None and part.plan.ragged else None
     query = with_recent(layer.recent, query, fillers)
-    if store.logical < end:  # a chunk that is not the last one
-        layer.recent = query[:, :, -window:].clone() if window > 1 else None
-        return
-    layer.recent = None
+    waits = store.logical < end  # for a chunk after this one
+    layer.recent = query[:, :, -window:].clone() if waits and window > 1 else None
     prefill.check(index, query[:, :, -1])
-    if not prefill.where.prunes:
+    if waits or not prefill.where.prunes:
         return
     measure_keys(store, prefill, shared, index)
     first, second = shared.stages(index)
