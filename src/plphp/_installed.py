@@ -17,6 +17,7 @@ TESTED = {
 }
 # torch 2.N and torchvision 0.(N + 15) are released together, with equal patch numbers.
 TORCHVISION_AHEAD = 15
+TORCHCODEC = "torchcodec>=0.12"  # the first for every torch from 2.11 on
 BUILDS = re.compile(r"(cpu|xpu|cu\d+|rocm[\d.]+)?")  # each has its index; PyPI's has no such part
 INDEX = "https://download.pytorch.org/whl"
 PAGE = "docs/your-model.md#torchvision"
@@ -82,6 +83,18 @@ def install_torchvision(again: bool = False) -> str:
     what = "--force-reinstall --no-deps" if again else f"torch=={torch.public}"
     index = f" --index-url {INDEX}/{torch.local}" if torch.local else ""
     return f"pip install {what} torchvision=={fitting}{index}; see {PAGE}"
+
+
+def has_torchcodec() -> bool:
+    """Whether videos can be decoded: torchvision does it no longer, from the one of torch 2.11."""
+    return util.find_spec("torchcodec") is not None
+
+
+def install_torchcodec() -> str:
+    """The command that installs torchcodec. It requires no torch, so that pip leaves yours."""
+    torch = version("torch")
+    index = f" --index-url {INDEX}/cpu" if torch is not None and torch.local else ""
+    return f"pip install '{TORCHCODEC}'{index}, and FFmpeg for your system; see {PAGE}"
 
 
 def misfit() -> str:

@@ -6,6 +6,7 @@ The table in docs/bad-inputs.md is made from these cases: PLPHP_WRITE_DOCS=1 rew
 import json
 import os
 import shlex
+import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import plphp
 from plphp import inputs
+from plphp.demo.model import WEIGHTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
 PAGE_TEXT = """# Bad inputs
@@ -144,6 +147,9 @@ CASES = [
     Case("eval, tasks and images", "eval --out {tmp}/e --tasks all --images {tmp} --prompt x",
          "--tasks cannot be used with --images"),
     Case("eval among other files", "eval --out {tmp}/mine --tasks easyvqa --limit 1", "not a run"),
+    Case("weights that files lack", "generate --model {tmp}/lacking --prompt x", "lack 12 weights"),
+    Case("no chat template", "generate --model {tmp}/mute --prompt x", "has no chat template"),
+    Case("images beyond counting", "doctor embedded --images 1000000000000", "'--images'"),
     Case("no images (fine)", "generate --prompt hello --max-new-tokens 2", "nothing was", code=0),
     Case("1 x 1 image (fine)", "generate --image {tmp}/dot.png --prompt 'what color is the A?'",
          "of vision K/V kept", code=0),
@@ -188,6 +194,12 @@ def more_files(root: Path) -> None:
     ):
         (root / name).mkdir()
         (root / name / "config.json").write_text(text)
+    for name in ("lacking", "mute"):
+        shutil.copytree(WEIGHTS, root / name)
+    weights = load_file(WEIGHTS / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers.2." not in name}
+    save_file(kept, root / "lacking" / "model.safetensors", {"format": "pt"})
+    (root / "mute" / "chat_template.jinja").unlink()
     (root / "mine").mkdir()
     (root / "mine" / "summary.json").write_text("mine")
 

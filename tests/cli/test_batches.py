@@ -19,7 +19,7 @@ from plphp.cluster import blocks_of
 from plphp.errors import InputError
 from plphp.inputs import lines
 
-REPORT = SimpleNamespace(retention=0.5, kv_bytes=1, kv_bytes_full=2)
+REPORT = SimpleNamespace(retention=0.5, kv_bytes=1, kv_bytes_full=2, undefined=())
 
 
 @pytest.fixture

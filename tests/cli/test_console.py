@@ -162,11 +162,14 @@ def shell(line: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("where", [">&-", ">/dev/full"])
-def test_an_output_that_takes_nothing(where: str) -> None:
-    done = shell(f"plphp env {where}")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("plphp: ") and "Traceback" not in done.stderr
+@pytest.mark.parametrize("words", ["env", "--help", "generate --help", "doctor embedded"])
+def test_an_output_that_takes_nothing(words: str, where: str, unbuffered: str) -> None:
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = shell(f"plphp {words} {where}", env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("plphp: the standard output ")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 import transformers
 from packaging.version import Version
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 import plphp
 import plphp._installed
@@ -20,6 +21,7 @@ import tiny
 from plphp.cli.diagnosis import diagnose
 from plphp.demo.model import WEIGHTS
 from plphp.inputs.processors import local_processor
+from plphp.models import image_tokens
 
 REMOTE = """
 import transformers
@@ -260,6 +262,43 @@ def test_building_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("plphp.cli.diagnosis.SECONDS", -1.0)
     with pytest.raises(plphp.InputError, match="takes more than"):
         asked(tiny.FAMILIES["llava"].config())
+
+
+def test_a_prompt_that_no_tensor_holds_names_the_options(run: Callable) -> None:
+    most = 2**31 - 1
+    result = run("doctor", "embedded", "--images", most, "--tokens-per-image", most)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert f"--images {most} of {most} vision tokens" in result.err
+    assert f"give at most {most} in all" in result.err
+    result = run("doctor", "embedded", "--images", most - 64, "--tokens-per-image", 1)
+    assert result.code == 0 and "\u2593" in result.out
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None], ids=["chat", "no template"])
+def test_text_around_tiles_is_no_vision_token(template: str | None) -> None:
+    """Idefics3's own number for a size counts the tokens that say where a tile is, too."""
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS, local_files_only=True)
+    tiles = [f"<row_{i}_col_{j}>" for i in range(1, 4) for j in range(1, 4)]
+    names = ["<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *tiles]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    pictures = transformers.Idefics3ImageProcessorPil(
+        size={"longest_edge": 168}, max_image_size={"longest_edge": 56}
+    )
+    processor = transformers.Idefics3Processor(
+        pictures, tokenizer, image_seq_len=9, chat_template=template
+    )
+    config = tiny.FAMILIES["idefics3"].config()
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    told = processor._get_num_multimodal_tokens(image_sizes=[(1024, 1024)]).num_image_tokens[0]
+    count, source = image_tokens(config, processor)
+    assert count == 10 * 9 < told and source.startswith("from its processor")
 
 
 def test_a_config_is_left_as_it_was() -> None:

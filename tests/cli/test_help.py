@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -28,6 +29,25 @@ def test_help_is_a_sentence(command: str, option: Any) -> None:
     assert text and text.endswith("."), f"{command} {option.name}: {text}"
     assert len(text.split()) >= 3, f"{command} {option.name}: {text}"
     assert "[" not in text, f"{command} {option.name}: rich reads brackets as markup"
+
+
+# Integers that the code checks by what it knows: the depth of a shape, the range of an option.
+CHECKED = {"layers", "min_tokens", "round_to", "kv_bits"}
+INTEGERS = [
+    (command, one)
+    for command, one in OPTIONS
+    if one.type_descriptor.annotation in (int, int | None) and not one.is_flag
+]
+
+
+@pytest.mark.parametrize(("command", "option"), INTEGERS, ids=lambda x: getattr(x, "name", x))
+def test_an_integer_has_a_greatest_value(command: str, option: Any, run: Callable) -> None:
+    """Without one, a huge number fails somewhere in torch, and the message blames a file."""
+    assert option.max is not None or option.name in CHECKED
+    needs = {"generate": ["--prompt", "x"], "eval": ["--out", "e"], "doctor": ["embedded"]}
+    result = run(command, *needs.get(command, []), option.opts[0], 10**20)
+    assert result.code == 2
+    assert option.name in result.err.replace("-", "_")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

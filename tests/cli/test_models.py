@@ -92,9 +92,9 @@ def test_auto_spreads_the_layers(half: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     told: dict[str, object] = {}
 
-    def from_pretrained(name: str, **options: object) -> object:
+    def from_pretrained(name: str, **options: object) -> tuple[object, dict]:
         told.update(options)
-        return torch.nn.Linear(1, 1)
+        return torch.nn.Linear(1, 1), {"missing_keys": [], "unexpected_keys": []}
 
     monkeypatch.setattr(models, "has_torchvision", lambda: False)
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)

@@ -7,6 +7,7 @@ import torch
 
 import plphp
 import tiny
+from plphp.hf import shared_prefill
 from plphp.hf.calibration import FEW
 
 QWEN = tiny.FAMILIES["qwen2_vl"]
@@ -85,6 +86,60 @@ def test_layers_of_one_class_are_noted(model: Any) -> None:
         assert "plphp.calibrate" not in str(read(model, rows, policy))
     assert "plphp.calibrate" not in str(read(model, rows, ONE_CLASS, recall=plphp.Recall("int4")))
     assert "plphp.calibrate" not in str(read(model, [tiny.RowSpec(images=0, text=9)], ONE_CLASS))
+
+
+@pytest.fixture(scope="module")
+def broken() -> Any:
+    """A model whose layer 1 gives numbers that are none to the layers after it."""
+    model = QWEN.build(0)
+    model.get_decoder().layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    return model
+
+
+NAN = "the attention of layers 2, 3 is not a number: the answer cannot be trusted"
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+@pytest.mark.parametrize(
+    "policy", [ONE_CLASS, "recommended", "uniform", "random", "plphp-flat", "pyramidkv"], ids=str
+)
+def test_attention_that_is_not_a_number_is_noted(
+    broken: Any, model: Any, policy: Any, options: Any
+) -> None:
+    rows = [tiny.RowSpec(images=1, text=20), tiny.RowSpec(images=1, text=31, salt=1)]
+    report = read(broken, rows, policy, **options)
+    assert report.notes[0] == NAN and report.undefined == (2, 3)
+    assert NAN in report.remarks and NAN in report.to_dict()["notes"]
+    assert "all pruned layers" not in str(report)
+    assert "not a number" not in str(read(model, rows, policy, **options))
+
+
+@pytest.mark.parametrize("policy", ["divprune", "fastv", "vtw", "divprune,plphp"])
+def test_sequence_methods_note_it_too(broken: Any, model: Any, policy: str) -> None:
+    rows = [tiny.RowSpec(images=1, text=20)]
+    assert NAN in read(broken, rows, policy).notes
+    assert "not a number" not in str(read(model, rows, policy))
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_key_that_is_not_a_number_is_noted_in_its_own_layer(layer: int) -> None:
+    model = QWEN.build(0)
+    model.get_decoder().layers[layer].self_attn.k_proj.weight.data[0, 0] = torch.nan
+    report = read(model, [tiny.RowSpec(images=1, text=20)])
+    which = "layer 3" if layer else "layers 0 to 3"
+    assert report.notes[0].startswith(f"the attention of {which} is not a number")
+
+
+def test_a_prompt_without_images_notes_it(broken: Any) -> None:
+    assert NAN in read(broken, [tiny.RowSpec(images=0, text=20)]).notes
+
+
+def test_a_cache_of_a_shared_prefill_notes_it(broken: Any) -> None:
+    inputs = QWEN.make_inputs(broken, [tiny.RowSpec(images=1, text=20)], 0)[0]
+    once = shared_prefill.read(broken, inputs)
+    with plphp.prune(broken, "plphp") as pruning:
+        report = once.pruned(pruning).report
+    assert report is not None and NAN in report.notes
 
 
 def test_a_step_of_rounding_that_keeps_everything_is_noted(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -55,9 +56,13 @@ def main() -> int:
     asked = o.Asked()
     try:
         code = app(standalone_mode=False, obj=asked)
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except BrokenPipeError:
+        drop_output()
+        return 0
     except Exception as error:
         if asked.debug:
             raise

@@ -13,9 +13,10 @@ def bars(parts: Mapping[str, tuple[float, float]], images: int, width: int = WID
     """One line for each label: its bar, as long as its bytes, and the bytes.
 
     parts: for each label the bytes of text, and those of all images together, which are equal
-    images: the number of images
+    images: the number of images; of more than `width`, no borders could be seen
     width: the number of characters of the longest bar
     """
+    images = min(images, width)
     longest = max(map(sum, parts.values()))
     if not longest:
         return []

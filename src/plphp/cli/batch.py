@@ -17,6 +17,7 @@ from plphp.cli.batch_lines import Line, read_lines
 from plphp.cli.console import one_line, progress, resumable, say
 from plphp.errors import InputError
 from plphp.inputs import lines, parquet
+from plphp.report import undefined_note
 
 Record = dict[str, Any]  # what is written of a line
 Answer = Callable[..., tuple[str, Any]]  # (job, images, prompt) -> the text and the report
@@ -233,5 +234,8 @@ def answer_line(job: Any, line: Line, key: Mapping[str, Any], answer: Answer) ->
         text, report = answer(job.seeded(line.number), line.images, line.prompt)
     except Exception as error:  # an error of one line does not end the batch
         return {**record, "error": one_line(error), "request": line.request(key)}
+    if report.undefined:  # what was answered is noise
+        said = undefined_note(report.undefined)[0]
+        return {**record, "error": said, "request": line.request(key)}
     costs = {name: getattr(report, name) for name in ("retention", "kv_bytes", "kv_bytes_full")}
     return {**record, "answer": text, **costs, "request": line.request(key)}

@@ -14,7 +14,7 @@ from rich.table import Table
 from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.bits import Weights, warn_of_prompts
-from plphp.cli.console import loading, progress, say, shown, stdout
+from plphp.cli.console import loading, progress, say, shown, stdout, warn
 from plphp.errors import InputError
 from plphp.policy.checks import meant_share
 
@@ -199,7 +199,7 @@ def _chosen(
     from plphp.inputs import load
 
     with loading(model):
-        loaded = load(model, dtype, device).model
+        loaded = load(model, dtype, device, tell=warn).model
     return loaded, shape_of_model(model, loaded)
 
 

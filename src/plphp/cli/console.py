@@ -120,6 +120,11 @@ def say(text: object) -> None:
     print(shown(text), file=sys.stderr)
 
 
+def warn(text: object) -> None:
+    """Print a warning on stderr, for what does not stop a command."""
+    say(f"warning: {text}")
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong and what the user can do, on one line."""
     if _out_of_memory(error):
@@ -159,6 +164,41 @@ class _Closed(io.TextIOBase):
         raise InputError("the standard output is closed: redirect it, for example to a file")
 
 
+class _Output:
+    """The standard output, whose errors say that they are its own: a full disk names no file.
+
+    After an error what is left to be written is dropped.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with _naming_output():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with _naming_output():
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _naming_output() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop_output()
+        raise InputError(
+            f"the standard output cannot be written: {error.strerror or error}: redirect it to "
+            "another place"
+        ) from error
+
+
 def open_streams() -> None:
     """Make the standard streams safe to write to.
 
@@ -173,6 +213,8 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     if sys.stdout is None:
         sys.stdout = _Closed()
+    if type(sys.stdout) is io.TextIOWrapper:
+        sys.stdout = _Output(sys.stdout)  # type: ignore[assignment]
     if sys.stderr is None:  # print(file=None) would write to stdout
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):

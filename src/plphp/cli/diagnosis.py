@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 SECONDS = 120.0  # the time limit for building a model without weights; real models take a few
+LONGEST = 2**31 - 1  # tokens of a prompt whose cache can be laid out on the meta device
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 
 SEQUENCE_METHODS = tuple(n for n, one in POLICIES.items() if issubclass(one, SequencePolicy))
@@ -118,7 +119,7 @@ def diagnose(
 
     The checks are those of a real model, but the tensors take no memory. If tokens_per_image is
     None, the processor or the config gives it. Raises InputError if no model can be built from the
-    config.
+    config, and for a prompt of more tokens than a tensor can hold.
     """
     from plphp.inputs.formats import number_format
     from plphp.inputs.shell import is_text_alone
@@ -127,7 +128,7 @@ def diagnose(
     each, source = tokens_per_image, "given by --tokens-per-image"
     if each is None:
         each, source = image_tokens(config, processor)
-    length = images * each + text_tokens
+    length = _length(images, each, text_tokens)
     kind, unknown = number_format(name, config, dtype)
     reads_images = not is_text_alone(config)
     seen = examined(name, config, kind, length, trust)
@@ -152,6 +153,16 @@ def diagnose(
         notes=(*_notes(config, seen, length), *([unknown] if unknown and reads_images else [])),
         **_taken(seen.bytes, here, policy, images, each, text_tokens),
     )
+
+
+def _length(images: int, each: int, text_tokens: int) -> int:
+    """The number of tokens of a prompt. Raises InputError for more than a tensor can hold."""
+    if (length := images * each + text_tokens) > LONGEST:
+        raise InputError(
+            f"--images {images} of {each} vision tokens and --text-tokens {text_tokens} are a "
+            f"prompt of {length} tokens: give at most {LONGEST} in all"
+        )
+    return length
 
 
 def _taken(

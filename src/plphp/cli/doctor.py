@@ -17,25 +17,31 @@ from plphp.policy import PLPHP
 
 __all__ = ["Diagnosis", "diagnose", "doctor"]
 
+PromptImages = Annotated[
+    int,
+    typer.Option(min=0, max=o.MOST, help="The number of images in the prompt to examine."),
+]
+TokensPerImage = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=o.MOST,
+        help="The number of vision tokens of an image. The default is the number that the "
+        "model's processor or config gives.",
+    ),
+]
+TextTokens = Annotated[
+    int, typer.Option(min=0, max=o.MOST, help="The number of text tokens in that prompt.")
+]
+
 
 def doctor(
     model: Annotated[
         str, typer.Argument(help="The model: 'embedded', a local directory, or a hub id.")
     ],
-    images: Annotated[
-        int, typer.Option(min=0, help="The number of images in the prompt to examine.")
-    ] = 1,
-    tokens_per_image: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="The number of vision tokens of an image. The default is the number that the "
-            "model's processor or config gives.",
-        ),
-    ] = None,
-    text_tokens: Annotated[
-        int, typer.Option(min=0, help="The number of text tokens in that prompt.")
-    ] = 64,
+    images: PromptImages = 1,
+    tokens_per_image: TokensPerImage = None,
+    text_tokens: TextTokens = 64,
     r: o.Rate = None,
     delta_r: o.DeltaR = None,
     dtype: o.Dtype = "auto",
@@ -45,7 +51,7 @@ def doctor(
     """Say whether a model can be pruned, and how many bytes a prompt needs, without its weights."""
     policy = cast(PLPHP, o.chosen_policy("plphp", r=r, delta_r=delta_r))
     from plphp.inputs import load_config
-    from plphp.inputs.processors import local_processor
+    from plphp.inputs.processors import local_processor, videos_note
 
     config = load_config(model, trust_remote_code)
     processor, missing = local_processor(model, config, trust_remote_code)
@@ -61,7 +67,8 @@ def doctor(
             trust_remote_code,
             None if tokens_per_image else processor,
         )
-    found = replace(found, notes=(*found.notes, *((missing,) if missing else ()), *notes()))
+    remarks = (missing, videos_note(model, config, processor))
+    found = replace(found, notes=(*found.notes, *(note for note in remarks if note), *notes()))
     if as_json:
         print(json.dumps(asdict(found), indent=1))
     else:

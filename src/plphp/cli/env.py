@@ -21,6 +21,7 @@ PACKAGES = (
     "triton",
     "vllm",
     "torchvision",
+    "torchcodec",
     "pillow",
 )
 

@@ -18,7 +18,7 @@ Video = Annotated[
     list[str] | None,
     typer.Option("--video", help="A video file. Repeat the option for more videos."),
 ]
-Rounds = Annotated[int, typer.Option(min=1, help="How many times each answer is timed.")]
+Rounds = Annotated[int, typer.Option(min=1, max=MOST, help="How many times each answer is timed.")]
 
 # generate
 Prompt = Annotated[

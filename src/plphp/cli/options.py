@@ -209,15 +209,15 @@ class Source:
     weights: Weights = None
 
     def load(self) -> Runnable:
-        from plphp.cli.console import loading, say
+        from plphp.cli.console import loading, warn
         from plphp.inputs import load
 
         for note in untested():
-            say(f"warning: {note}")
+            warn(note)
         trust, weights = self.trust_remote_code, self.weights
         warn_of_prompts(weights)
         with loading(self.model):
-            return load(self.model, self.dtype, self.device, self.attn, trust, weights)
+            return load(self.model, self.dtype, self.device, self.attn, trust, weights, warn)
 
 
 def chosen_policy(name: str, **options: Any) -> Policy:

@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from plphp.demo.shown import Clip, Prompt
+from plphp.demo.templates import with_template
+from plphp.weights import check_complete
 
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -97,9 +99,11 @@ class Embedded:
 
     def _chat(self, pictures: int, question: str) -> str:
         content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
-        text: str = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        chat = [{"role": "user", "content": content}]
+        with with_template(self.model, self.tokenizer, chat):
+            text: str = self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True
+            )
         return text
 
 
@@ -109,10 +113,13 @@ def load(
     """Load the embedded model, or one from ``training/``, without network access.
 
     path: directory of the weights, the tokenizer and the image processor
+
+    Raises InputError if the files lack weights.
     """
-    model = Qwen2VLForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, local_files_only=True
+    model, found = Qwen2VLForConditionalGeneration.from_pretrained(
+        path, dtype=dtype, local_files_only=True, output_loading_info=True
     )
+    check_complete(str(path), model, found)
     return Embedded(
         model=model.to(device).eval(),  # type: ignore[arg-type]
         tokenizer=AutoTokenizer.from_pretrained(path, local_files_only=True),

@@ -97,11 +97,10 @@ def after_attention(
     window = shared.policy.window
     fillers = part.plan.start if part is not None and part.plan.ragged else None
     query = with_recent(layer.recent, query, fillers)
-    if store.logical < end:  # a chunk that is not the last one
-        layer.recent = query[:, :, -window:].clone() if window > 1 else None
-        return
-    layer.recent = None
-    if not prefill.where.prunes:
+    waits = store.logical < end  # for a chunk after this one
+    layer.recent = query[:, :, -window:].clone() if waits and window > 1 else None
+    prefill.check(index, query[:, :, -1])
+    if waits or not prefill.where.prunes:
         return
     measure_keys(store, prefill, shared, index)
     first, second = shared.stages(index)
@@ -114,8 +113,8 @@ def after_attention(
     begin = store.logical - query.shape[2]  # column of the first of these queries
     drafts = store.split(store.logical - end)
     view = _view(module, query, store, prefill, begin, window, kwargs)
-    over_ranks = {} if shared.over_ranks is None else {"over_ranks": shared.over_ranks}
-    view = replace(view, layer=index, layers=shared.depth, **over_ranks)
+    over_ranks = shared.over_ranks or view.over_ranks
+    view = replace(view, layer=index, layers=shared.depth, over_ranks=over_ranks)
     plan = None if first is None else first.plan(_of_prompt(view, prefill.prompt.length))
     if second is not None:
         act = park if shared.recall is not None else BY_KIND[second.kind]
@@ -218,6 +217,7 @@ def _view(
         compat.scale(query, kwargs),
         compat.softcap(module.config, kwargs),
     )
+    prefill.check(int(module.layer_idx), probs[:, :, -1].sum(-1))  # type: ignore[arg-type]
     return LayerView(
         probs=probs[:, :, -1],
         spans=last.spans,

@@ -67,6 +67,7 @@ class Prefill:
     waiting: layers that were scored and wait for the plan of all layers, by their index
     plans: layer index -> its plan, the columns int32 or int64, and the spans and positions
         (B, slots) that it chose from
+    undefined: layer index -> () bool on the layer's device, whether its attention is not a number
     """
 
     prompt: Prompt
@@ -81,6 +82,7 @@ class Prefill:
     here: Located | None = None
     waiting: dict[int, Any] = field(default_factory=dict)
     plans: dict[int, tuple[KeepPlan, Tensor, Tensor]] = field(default_factory=dict)
+    undefined: dict[int, Tensor] = field(default_factory=dict)
     _results: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -131,6 +133,10 @@ class Prefill:
         The notes of all layers wait for the last one, beside a layer in full, hence 32 bits.
         """
         self.plans[layer] = (replace(plan, columns=plan.columns.int()), spans, positions)
+
+    def check(self, layer: int, numbers: Tensor) -> None:
+        """Note whether some numbers from a layer's attention are NaN. Only the report reads it."""
+        self.undefined[layer] = numbers.isnan().any()
 
     def locate(self, batch: int, attention_mask: Tensor | None) -> None:
         """Find the images, for a forward of `batch` rows: beams repeat the prompt's rows.

@@ -31,6 +31,7 @@ from plphp.report import (
     left_aligned,
     one_class_note,
     ratio,
+    undefined_note,
     untouched_report,
 )
 
@@ -49,6 +50,7 @@ def build_report(cache: Conversation, prefill: Prefill) -> Report:
     earlier = images_found(cache) if prefill.prompt.begin else ()
     lost = [earlier_images_note(earlier, _rounding_home(recall))] if earlier else []
     layers = tuple(_layer(cache, prefill, index) for index in range(_depth(cache)))
+    undefined = tuple(index for index, found in sorted(prefill.undefined.items()) if bool(found))
     return Report(
         layers=layers,
         kv_bytes=cache.kv_bytes(),
@@ -56,10 +58,11 @@ def build_report(cache: Conversation, prefill: Prefill) -> Report:
         prompt=tuple((spans >= 0).sum(-1).tolist()),
         images=tuple(spans.amax(-1).clamp(min=0).tolist()),
         notes=(
+            *undefined_note(undefined),
             *where.notes,
             *_right_padding(spans),
             *_notes(cache, prefill, earlier),
-            *_one_class(cache, layers),
+            *([] if undefined else _one_class(cache, layers)),
             *_rounded_away(cache, layers),
             *lost,
         ),
@@ -68,6 +71,7 @@ def build_report(cache: Conversation, prefill: Prefill) -> Report:
         earlier=earlier,
         stages=stage_reports(cache.shared.policy, prefill, layers),
         codes=codes_report(cache, layers),
+        undefined=undefined,
     )
 
 

@@ -91,6 +91,7 @@ class SharedPrefill:
         cache.shared.spans = prefill.where.spans if recalls else None
         planned = dict.fromkeys(views) if recalls else plan_views(policy, views)
         for index, plan in planned.items():
+            prefill.check(index, views[index].probs.sum(-1))
             plan = adopt_view(cache.layers[index], views[index], plan)
             prefill.note(index, plan, views[index].spans, slot_positions(prefill, self.columns))
         cache._finish(replace(build_report(cache, prefill), seen=self.seen))

@@ -14,12 +14,17 @@ import torch
 from huggingface_hub import constants as hub
 from transformers.utils import logging as transformers_logging
 
-from plphp._installed import has_torchvision, install_torchvision, misfit_behind
+from plphp._installed import (
+    has_torchvision,
+    install_torchcodec,
+    install_torchvision,
+    misfit_behind,
+)
 from plphp.errors import InputError, PlphpError, UnsupportedModelError
 from plphp.inputs.rounding import bits_of, frugal, loading_options, settle
 from plphp.inputs.runnable import Loaded, Runnable
 from plphp.inputs.shell import check_depth
-from plphp.weights import round_weights
+from plphp.weights import Tell, check_complete, round_weights, warn
 
 EMBEDDED = "embedded"
 NEED_TORCHVISION = ("torchvision", "timm")  # pip would bring a torchvision, and another torch
@@ -32,6 +37,7 @@ def load(
     attention: str | None = None,
     trust: bool = False,
     weights: str | None = None,
+    tell: Tell = warn,
 ) -> Runnable:
     """Load a model with its processor.
 
@@ -42,8 +48,10 @@ def load(
     attention: the attention implementation of transformers, None for the model's default
     trust: whether Python code that comes with the model may run
     weights: "int8" or "int4": round the weights while they are loaded, in bfloat16
+    tell: is called with a remark on files that do not fit the model exactly
 
-    Raises InputError that says what to do if the model cannot be loaded.
+    Raises InputError that says what to do if the model cannot be loaded, or if its files lack
+    weights.
     """
     spread = device == "auto" and name != EMBEDDED
     if device == "auto":
@@ -69,11 +77,21 @@ def load(
         )
     with _reading(name), frugal() if bits else nullcontext():
         made = _reader(name, config, trust)
-        model = AutoModelForImageTextToText.from_pretrained(name, **options)
-        if bits:
-            settle(model)
-        model = (model if spread else model.to(device)).eval()
-        return made(model)
+        model = _complete(name, options, bits, tell)
+        return made((model if spread else model.to(device)).eval())
+
+
+def _complete(name: str, options: dict[str, Any], bits: int | None, tell: Tell) -> Any:
+    """The model with all its weights. options: of `from_pretrained`; others as in `load`"""
+    from transformers import AutoModelForImageTextToText
+
+    model, found = AutoModelForImageTextToText.from_pretrained(
+        name, output_loading_info=True, **options
+    )
+    if bits:
+        settle(model)
+    check_complete(name, model, found, tell)
+    return model
 
 
 def _load_embedded(kind: Any, device: str, attention: str | None, bits: int | None) -> Runnable:
@@ -94,9 +112,11 @@ def without_weights(name: str, dtype: torch.dtype, trust: bool, config: Any) -> 
     name, trust: as in `load`; dtype: of pixels; config: what `load_config` returns for them. Raises
     InputError as `load`.
     """
-    stub = SimpleNamespace(config=config, device=torch.device("cpu"), dtype=dtype, name_or_path="")
+    path = _path(name)
+    stub = SimpleNamespace(config=config, device=torch.device("cpu"), dtype=dtype)
+    stub.name_or_path = path
     with _reading(name):
-        return _reader(_path(name), config, trust)(stub)
+        return _reader(path, config, trust)(stub)
 
 
 def _reader(name: str, config: Any, trust: bool) -> Callable[[Any], Runnable]:
@@ -215,6 +235,8 @@ def remedy(error: Exception) -> str:
         name = missing[1].lower()
         if name in NEED_TORCHVISION and not has_torchvision():
             return install_torchvision()
+        if name == "torchcodec":
+            return install_torchcodec()
         return f"pip install {name}"
     if found := re.search(r"Can't load (image|video) processor", text):
         file = f"{'video_' if found[1] == 'video' else ''}preprocessor_config.json"

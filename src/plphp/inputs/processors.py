@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 
-from plphp._installed import has_torchvision, install_torchvision
+from plphp._installed import (
+    has_torchcodec,
+    has_torchvision,
+    install_torchcodec,
+    install_torchvision,
+)
 from plphp.errors import InputError
 from plphp.inputs.models import EMBEDDED, check_tokenizer, first_sentence, remedy, without_weights
 
@@ -37,6 +42,24 @@ def local_processor(name: str, config: Any, trust: bool = False) -> tuple[Any, s
     return None, ""
 
 
+def videos_note(name: str, config: Any, processor: Any) -> str:
+    """A note if a model takes videos and no package is here that decodes them, else ''.
+
+    processor: what `local_processor` returned for them
+    """
+    if name == EMBEDDED or has_torchcodec():
+        return ""
+    try:
+        made = _class_of(config)
+        parts = [] if made is None else made.get_attributes()
+    except ImportError:  # of transformers' stand-in for a class that it cannot import
+        parts = []
+    takes = "video_processor" in parts or getattr(processor, "video_processor", None) is not None
+    return (
+        f"videos need torchcodec, which is not installed: {install_torchcodec()}" if takes else ""
+    )
+
+
 def _reader_here(name: str, config: Any, trust: bool, missing: str) -> str:
     """A note on a directory whose processor cannot be loaded: with what plphp reads its images.
 
@@ -55,11 +78,9 @@ def _by_class(config: Any) -> bool:
 
     The class itself needs it, it has a part for videos, or its image processor has no other form.
     """
-    import transformers
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    made = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(config.model_type) or "", None)
+    made = _class_of(config)
     if made is None:
         return False
     try:
@@ -69,3 +90,11 @@ def _by_class(config: Any) -> bool:
     forms = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type)
     alone = isinstance(forms, dict) and set(forms) == {"torchvision"}
     return "video_processor" in parts or alone
+
+
+def _class_of(config: Any) -> Any:
+    """transformers' class of the processor for these models, None if there is none."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    return getattr(transformers, PROCESSOR_MAPPING_NAMES.get(config.model_type) or "", None)

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from plphp._installed import install_torchvision
+from plphp._installed import has_torchcodec, install_torchcodec, install_torchvision
 from plphp.errors import InputError, UnsupportedModelError
 from plphp.inputs.images import Still, open_image
-from plphp.inputs.models import is_embedded
+from plphp.inputs.models import first_sentence, is_embedded, remedy
 from plphp.inputs.runnable import Loaded, Runnable
 from plphp.models import vision_spans
 from plphp.models.spans import vision_token_ids
@@ -27,8 +27,8 @@ def make_inputs(
     """The arguments of the model's generate() for one prompt.
 
     images: files or open images, in the order of the prompt; videos: files
-    Raises InputError for a file that cannot be used, for a prompt that is too long, and if the
-    model's processor leaves an image or a video out.
+    Raises InputError for a file that cannot be used, for a prompt that is too long, if the model's
+    processor leaves an image or a video out, and if it lacks a package or a file of its own.
     """
     check_prompt(loaded, prompt)
     pictures = [open_image(image) for image in images]
@@ -38,7 +38,7 @@ def make_inputs(
             "the embedded model reads pictures, not videos: choose a --model"
             if is_embedded(loaded)
             else "this model needs torchvision to read videos, which is not installed: "
-            f"{install_torchvision()}"
+            f"{install_torchvision()}{'' if has_torchcodec() else f'; {_decoding()}'}"
         )
 
     def encode(images: int, videos: Sequence[str]) -> dict[str, Tensor]:
@@ -57,9 +57,33 @@ def make_inputs(
         raise
     except Exception as error:  # processors and video readers raise errors of many kinds
         read = ", ".join([*names, *videos]) or "the prompt"
-        raise InputError(f"{read}: the model's processor refuses it: {error}") from error
+        raise InputError(_refusal(loaded, read, prompt, bool(videos), error)) from error
     _check_length(config, inputs, len(images))
     return inputs
+
+
+def _refusal(loaded: Runnable, read: str, prompt: str, videos: bool, error: Exception) -> str:
+    """The message for an error of a processor, which names what the error is about.
+
+    read: the files of the prompt; videos: whether there are some among them
+    """
+    if videos and not has_torchcodec() and isinstance(error, (ImportError, AttributeError)):
+        return f"{read}: {_decoding()}"
+    if isinstance(error, ImportError):
+        what = f"{first_sentence(error)}: {remedy(error)}".removesuffix(": ")
+        return f"{read} cannot be read, because a package is missing: {what}"
+    try:
+        loaded.inputs([], prompt)
+    except Exception as alone:
+        if str(alone) == str(error):
+            name = getattr(loaded.model, "name_or_path", "") or "this model"
+            return f"{name}: its processor refuses a prompt of text alone too: {error}"
+    return f"{read}: the model's processor refuses it: {error}"
+
+
+def _decoding() -> str:
+    """What to do where videos cannot be decoded."""
+    return f"videos are decoded by torchcodec, which is not installed: {install_torchcodec()}"
 
 
 def _name(image: Still, number: int) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from plphp.demo.shown import Clip, Prompt
+from plphp.demo.templates import with_template
 from plphp.errors import InputError
 
 
@@ -70,16 +71,18 @@ class Loaded:
     def encode(self, chats: list[Any], **options: Any) -> dict[str, Tensor]:
         """The arguments of generate() for one chat, or for several of the same length.
 
-        Raises the processor's own errors for inputs that it refuses.
+        Raises InputError if the chat template cannot write the chats, and the processor's own
+        errors for inputs that it refuses.
         """
-        encoded = self.processor.apply_chat_template(
-            chats,
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=options,
-        )
+        with with_template(self.model, self.processor, chats):
+            encoded = self.processor.apply_chat_template(
+                chats,
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs=options,
+            )
         made: Mapping[str, Any] = encoded.to(self.model.device, dtype=self.model.dtype)
         return dict(made)
 

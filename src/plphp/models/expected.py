@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from PIL import Image
 
 from plphp.models.families import FAMILIES, GENERIC
 from plphp.models.sizes import Inputs
+from plphp.models.spans import vision_spans
 
 ASSUMED = 1024  # vision tokens of an image, if neither the processor nor the config gives them
 SIDE = 1024  # pixels per side of the image, if the number depends on the size of the image
@@ -27,7 +30,7 @@ def image_tokens(config: Any, processor: Any = None) -> tuple[int, str]:
     Without a number from the processor, the rule of the model family gives it, and then an
     attribute of the config. If none of them does, the number is ASSUMED.
     """
-    if processor is not None and (count := _of_processor(processor)):
+    if processor is not None and (count := _of_processor(config, processor)):
         return count, f"{PROCESSOR}, {PICTURE}"
     family = FAMILIES.get(getattr(config, "model_type", ""), GENERIC)
     picture = _picture(config)
@@ -47,15 +50,41 @@ def image_tokens(config: Any, processor: Any = None) -> tuple[int, str]:
     return ASSUMED, "assumed, because the model does not say it: give --tokens-per-image"
 
 
-def _of_processor(processor: Any) -> int:
-    """The number that the processor gives, or 0."""
-    counts = getattr(processor, "_get_num_multimodal_tokens", None)
-    if counts is None:
-        return 0
-    try:
-        return int(counts(image_sizes=[(SIDE, SIDE)]).num_image_tokens[0])
-    except Exception:
-        return 0
+def _of_processor(config: Any, processor: Any) -> int:
+    """The number of vision tokens in a prompt that the processor makes, or 0.
+
+    The number that transformers' processors give for a size comes last: that of Idefics3 counts
+    the text tokens around the tiles too.
+    """
+    picture = Image.new("RGB", (SIDE, SIDE))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "?"}]
+    chat = [{"role": "user", "content": content}]
+    made = {"return_dict": True, "return_tensors": "pt"}
+
+    def told() -> int:
+        counts = processor._get_num_multimodal_tokens(image_sizes=[(SIDE, SIDE)])
+        return int(counts.num_image_tokens[0])
+
+    ways: tuple[Callable[[], int], ...] = (
+        lambda: _seen(config, processor.apply_chat_template(chat, tokenize=True, **made)),
+        lambda: _seen(
+            config, processor(images=[picture], text=[processor.image_token], return_tensors="pt")
+        ),
+        told,
+    )
+    for way in ways:
+        try:
+            count = way()
+        except Exception:  # a processor without a chat template, a placeholder or such a function
+            continue
+        if count:
+            return count
+    return 0
+
+
+def _seen(config: Any, inputs: Inputs) -> int:
+    """The number of vision tokens in the arguments of generate()."""
+    return int((vision_spans(config, **inputs) > 0).sum())
 
 
 def _picture(config: Any) -> Inputs:

@@ -18,6 +18,7 @@ from plphp.report.layers import (
     left_aligned,
     one_class_note,
     ratio,
+    undefined_note,
     untouched_report,
 )
 from plphp.report.report import Drawing, Report
@@ -43,5 +44,6 @@ __all__ = [
     "left_aligned",
     "one_class_note",
     "ratio",
+    "undefined_note",
     "untouched_report",
 ]

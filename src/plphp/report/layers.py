@@ -20,10 +20,12 @@ class LayerReport:
     they are the same object.
 
     layer: index of the layer in the decoder, from 0
-    gamma: vision attention, 0 to 1 (PLPHP, section 3); NaN where a row has no vision tokens
+    gamma: vision attention, 0 to 1 (PLPHP, section 3); NaN where a row has no vision tokens, or
+        where its attention is not a number
     layer_class: "vision-attentive", "vision-balanced" or "vision-indifferent"; None where a row has
         no vision tokens or the policy has no layer classes
-    rate: retention rate that the policy asked for, 0 to 1; NaN where a row has no vision tokens
+    rate: retention rate that the policy asked for, 0 to 1; NaN where a row has no vision tokens, or
+        where it depends on a gamma that is NaN
     kept: (B, Hkv, K) int64 on the CPU, row-logical positions of the kept vision tokens, ascending,
         filled up with -1 on the right
     vision: number of vision tokens in the prompt
@@ -144,6 +146,16 @@ def untouched_report(layer: int, spans: Tensor, positions: Tensor, kv_heads: int
         vision=tuple((spans > 0).sum(-1).tolist()),
         pruned=False,
     )
+
+
+def undefined_note(layers: Sequence[int]) -> list[str]:
+    """A note on layers, in order, whose attention is not a number; no note if there are none."""
+    if not layers:
+        return []
+    which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
+    if len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
+        which = f"layers {layers[0]} to {layers[-1]}"
+    return [f"the attention of {which} is not a number: the answer cannot be trusted"]
 
 
 def one_class_note(layers: Sequence[LayerReport]) -> list[str]:

@@ -36,6 +36,7 @@ class Report:
     earlier: images of earlier turns, with the share of each that this prompt found
     codes: the bytes of vision tokens where kept tokens are in codes, None without `kv_bits`
     stages: what each stage left, where a sequence method dropped hidden states; else empty
+    undefined: the layers whose attention is not a number, so that the answer cannot be trusted
     """
 
     layers: tuple[LayerReport, ...]
@@ -49,6 +50,7 @@ class Report:
     earlier: tuple[EarlierImage, ...] = ()
     stages: tuple[StageReport, ...] = ()
     codes: CodesReport | None = None
+    undefined: tuple[int, ...] = ()
 
     @property
     def retention(self) -> float:
