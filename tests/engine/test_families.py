@@ -136,9 +136,7 @@ def check(name: str, requests: list[serving.Request], folder: Path) -> None:
         inputs = reference.inputs(request)
         assert alike(inputs["input_ids"][0].tolist()) == alike(output.prompt_token_ids)
         spans = reference.spans(inputs, request)
-        expected = answers.read(
-            reference.model, inputs, request, answers.said(output), mask=spans
-        )
+        expected = answers.read(reference.model, inputs, request, answers.said(output), mask=spans)
         found = answers.same(output, expected)
         assert found is not False, (request, output.outputs[0].token_ids, expected.tokens)
         close += found is None
