@@ -69,11 +69,11 @@ def never_used(model: PreTrainedModel, truth: Truth) -> None:
 
 
 def raise_in_a_stopping_criterion(model: PreTrainedModel, truth: Truth) -> None:
-    interrupted(model, truth, stopping_criteria=[Interrupt(truth.spans.shape[1] + 5)])
+    interrupted(model, truth, stopping_criteria=[Interrupt(truth.spans.shape[1] + 3)])
 
 
 def raise_in_a_logits_processor(model: PreTrainedModel, truth: Truth) -> None:
-    interrupted(model, truth, logits_processor=[InterruptLogits(truth.spans.shape[1] + 5)])
+    interrupted(model, truth, logits_processor=[InterruptLogits(truth.spans.shape[1] + 3)])
 
 
 def interrupted(model: PreTrainedModel, truth: Truth, **kwargs: object) -> None:
