@@ -95,7 +95,7 @@ def _recall() -> Piece:
     """Decoding steps with recall beside stock transformers."""
     study = ("dev/studies/recall_speed.py", "--json", "--dtype", "bfloat16")
     real = "--device cuda --shape qwen2-vl-7b --layers 28 --context 32768 --batch 8 --rounds 2"
-    tiny = "--device cpu --shape tiny --layers 2 --context 96 --batch 2 --rounds 1 --steps 1"
+    tiny = "--device cpu --shape tiny --layers 2 --context 64 --batch 1 --rounds 1 --steps 1"
     return Piece("bench", "recall-32k-x8", 150, (*study, *real.split()), (*study, *tiny.split()))
 
 
