@@ -1,5 +1,6 @@
 """What the report of a prompt says where a table of shares would mislead."""
 
+import re
 from typing import Any
 
 import pytest
@@ -86,6 +87,17 @@ def test_layers_of_one_class_are_noted(model: Any) -> None:
         assert "plphp.calibrate" not in str(read(model, rows, policy))
     assert "plphp.calibrate" not in str(read(model, rows, ONE_CLASS, recall=plphp.Recall("int4")))
     assert "plphp.calibrate" not in str(read(model, [tiny.RowSpec(images=0, text=9)], ONE_CLASS))
+
+
+@pytest.mark.parametrize("home", ["host", "int4"])
+def test_the_numbers_of_a_line_about_recall_make_its_share(model: Any, home: str) -> None:
+    recall = read(model, [tiny.RowSpec(images=1, text=20)], recall=plphp.Recall(home, 0.5)).recall
+    inside = [
+        int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:bytes|of index)", str(recall))
+    ]
+    codes = 0 if home == "host" else recall.parked
+    assert sum(inside) + codes == pytest.approx(recall.share * recall.full, rel=0.02)
+    assert ("of index" in str(recall)) == (home == "host")
 
 
 @pytest.fixture(scope="module")

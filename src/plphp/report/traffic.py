@@ -18,8 +18,8 @@ class RecallReport:
     device: device bytes of the vision tokens: in full, in codes and in the index. `full`,
         `resident` and `device` do not count fillers
     parked: bytes allocated for codes, or in main memory
-    index: bytes allocated on the device for the index and for the numbers of tokens, fillers
-        included
+    index: bytes allocated for the index, which `host` alone has, and for the numbers of tokens,
+        fillers included. Beside codes these numbers are in main memory and not part of `device`
     token_bytes: bytes that are copied for one fetched token
     where: the place of the parked tokens, such as "in main memory"
     fetched: for each layer a list with the number of tokens fetched at each step since the prompt,
@@ -68,8 +68,9 @@ class RecallReport:
         return {**numbers, "share": self.share, "transferred_per_token": self.transferred}
 
     def __str__(self) -> str:
+        index = f"{self.index:,} of index, " if self.home == "host" else ""
         return (
-            f"recall: {self.resident:,} bytes of vision K/V in full, {self.index:,} of index, "
+            f"recall: {self.resident:,} bytes of vision K/V in full, {index}"
             f"{self.parked:,} parked {self.where}: {self.share:.1%} of the full bytes on the device"
         )
 
