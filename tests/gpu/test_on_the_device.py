@@ -134,7 +134,7 @@ def test_a_graph_is_replayed_for_prompt_after_prompt() -> None:
 
 def test_a_prefill_frees_what_it_drops() -> None:
     """After a prompt the device holds what the cache counts, and after the cache nothing."""
-    sizes = setting(real(8192, 400), 2, torch.bfloat16, layers=real(6, 4))
+    sizes = setting(real(8192, 320), 2, torch.bfloat16, layers=real(6, 3))
     model = build(sizes.shape, sizes.dtype, DEVICE)
     ids = torch.ones(2, sizes.context, dtype=torch.int64, device=DEVICE)
     with plphp.prune(model, Schedule((0.2,)), vision_mask=sizes.spans()), torch.no_grad():
