@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PARTS = ("check", "bench", "vllm")
 PART_SECONDS = 480  # of one part: a lent machine takes commands of at most 10 minutes
 DRY_MODEL = "--shape tiny --layers 3 --dtype bfloat16"
-DRY_SIZES = {"--context": "96", "--batch": "2", "--rounds": "1"}
+DRY_SIZES = {"--context": "64", "--batch": "1", "--rounds": "1"}
 
 
 @dataclass(frozen=True)
