@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from plphp.cli.options import MOST
 from plphp.errors import (
     InputError,
     PlphpError,
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 SECONDS = 120.0  # the time limit for building a model without weights; real models take a few
-LONGEST = 2**31 - 1  # tokens of a prompt whose cache can be laid out on the meta device
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 
 SEQUENCE_METHODS = tuple(n for n, one in POLICIES.items() if issubclass(one, SequencePolicy))
@@ -157,10 +157,10 @@ def diagnose(
 
 def _length(images: int, each: int, text_tokens: int) -> int:
     """The number of tokens of a prompt. Raises InputError for more than a tensor can hold."""
-    if (length := images * each + text_tokens) > LONGEST:
+    if (length := images * each + text_tokens) > MOST:
         raise InputError(
             f"--images {images} of {each} vision tokens and --text-tokens {text_tokens} are a "
-            f"prompt of {length} tokens: give at most {LONGEST} in all"
+            f"prompt of {length} tokens: give at most {MOST} in all"
         )
     return length
 
