@@ -110,7 +110,7 @@ def read(
             rest = torch.tensor([given[:-1]])
             logits.append(model(input_ids=rest, cache=cache).logits[0])
     places = torch.cat(logits)[: len(given)].float()
-    margins = places.topk(2).values.diff().abs()[:, 0].tolist()
+    margins = margins_of(places)
     if (ends := model.generation_config.eos_token_id) is not None:  # one, or a list
         places[:, ends] = -torch.inf  # the engine is given `min_tokens`
     return Answer(places.argmax(1).tolist(), margins, report, inputs["input_ids"].shape[1])
@@ -126,8 +126,14 @@ def generated(model: Any, inputs: Any, request: Request) -> Answer:
     with attached(model, request) as pruning:
         out = generate(model, inputs, request.tokens)
     length = inputs["input_ids"].shape[1]
-    margins = [float(logits[0].topk(2).values.diff().abs()) for logits in out.logits]
+    margins = margins_of(torch.cat(out.logits))
     return Answer(out.sequences[0, length:].tolist(), margins, pruning.report, length)
+
+
+def margins_of(logits: torch.Tensor) -> list[float]:
+    """The difference of the two highest logits of each place, (T, V)."""
+    found: list[float] = logits.topk(2).values.diff().abs()[:, 0].tolist()
+    return found
 
 
 def generate(model: Any, inputs: Any, tokens: int, **options: Any) -> Any:

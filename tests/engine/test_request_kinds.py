@@ -157,10 +157,13 @@ def test_requests_with_an_adapter(reference: Any, tmp_path: Path) -> None:
         sampling = [request.sampling for request in requests]
         outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=given)
     inputs = reference.inputs_of(REQUEST.images, REQUEST.text(reference.tokenizer))
-    for request, output in zip(requests, outputs, strict=True):
-        expected = answers.read(model, inputs, request, answers.said(output))
-        assert answers.same(output, expected) is not False
-    retention = answers.read(model, inputs, requests[0], ()).report.retention
+    expected = [
+        answers.read(model, inputs, request, answers.said(output))
+        for request, output in zip(requests, outputs, strict=True)
+    ]
+    for output, wanted in zip(outputs, expected, strict=True):
+        assert answers.same(output, wanted) is not False
+    retention = expected[0].report.retention
     assert outputs[0].kv_transfer_params["plphp"]["retention"] == pytest.approx(retention)
     plain = answers.read(reference.model, inputs, requests[0], answers.said(outputs[0]))
     assert answers.same(outputs[0], plain) is False, "the adapter changes the answer"
