@@ -143,14 +143,19 @@ def ask(
     """Answer every question in every way, by generate(), one after another.
 
     advance: called after each answer
+
+    Raises InputError if the model's attention is not a number: its answers would all be the same.
     """
     import torch
 
     from plphp.bench.ways import generate, timing
+    from plphp.report import refuse_undefined
 
     def answer(item: Item, way: Way, limit: int) -> Answered:
         options = {"max_new_tokens": limit, "do_sample": False, "num_beams": 1}
         once = generate(loaded.model, item.inputs, way, options)
+        if once.report is not None:
+            refuse_undefined(once.report.undefined)
         return Answered(loaded.decode(once.tokens[0]), timing([once]), once.report)
 
     found = []

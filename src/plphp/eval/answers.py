@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from plphp.bench.divergence import kl
+from plphp.errors import InputError
 from plphp.eval.batches import TEXT, Batch
 from plphp.hf import PrunedCache, compat, prune
 from plphp.hf.shared_prefill import SharedPrefill, read_into
@@ -57,15 +58,23 @@ class Answers:
 
 
 def refer(model: Any, batch: Batch) -> Reference:
-    """Generate with the unpruned model, to which no pruning may be attached."""
+    """Generate with the unpruned model, to which no pruning may be attached.
+
+    Raises InputError if its logits are not numbers: every method would then be as good as it.
+    """
     cache = DynamicCache(config=compat.text_config(model))
-    tokens, logits = _generate(model, cache, batch.inputs, batch.limit)
+    tokens, steps = _generate(model, cache, batch.inputs, batch.limit)
+    logits = torch.stack(steps, 1).float()
+    if bool(logits.isnan().any()):
+        raise InputError(
+            "the logits of the full cache are not numbers. Try --dtype float32, or other weights"
+        )
     pairs = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     held = [t[..., : batch.columns, :] for t in pairs if isinstance(t, Tensor)]
     return Reference(
         tokens=tokens,
         lengths=answer_lengths(tokens, end_tokens(model)),
-        logits=torch.stack(logits, 1).float(),
+        logits=logits,
         kv_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held),
     )
 

@@ -18,6 +18,7 @@ from plphp.report.layers import (
     left_aligned,
     one_class_note,
     ratio,
+    refuse_undefined,
     undefined_note,
     untouched_report,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "left_aligned",
     "one_class_note",
     "ratio",
+    "refuse_undefined",
     "undefined_note",
     "untouched_report",
 ]

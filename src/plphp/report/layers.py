@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plphp.errors import InputError
 from plphp.policy import LAYER_CLASSES, KeepPlan
 
 
@@ -156,6 +157,15 @@ def undefined_note(layers: Sequence[int]) -> list[str]:
     if len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
         which = f"layers {layers[0]} to {layers[-1]}"
     return [f"the attention of {which} is not a number: the answer cannot be trusted"]
+
+
+def refuse_undefined(undefined: Sequence[int]) -> None:
+    """Raises InputError if there are layers whose attention is not a number, in place of figures.
+
+    undefined: indices of these layers, in order
+    """
+    for note in undefined_note(undefined):
+        raise InputError(f"{note}. Try --dtype float32, or other weights")
 
 
 def one_class_note(layers: Sequence[LayerReport]) -> list[str]:
