@@ -141,8 +141,8 @@ VLLM_ENVS ?= $(VENV)-vllm
 VLLM := $(VLLM_ENVS)/$(shell cat $(ENGINE)/* | sha256sum | cut -c1-12)
 PIP_VLLM := $(subst $(BIN),$(VLLM)/bin,$(PIP))
 IN_VLLM := cd $(ROOT) && PYTHONPATH=$(ROOT)/src OMP_NUM_THREADS=1 $(VLLM)/bin/python
-# A file stays in one of two processes; tests/engine/conftest.py puts the longest files first.
-SHARED_OUT := -n 2 --dist loadfile --no-loadscope-reorder
+# Tests that share an engine stay in one of two processes; tests/engine/conftest.py groups them, the longest first.
+SHARED_OUT := -n 2 --dist loadgroup --no-loadscope-reorder
 test-vllm: $(VLLM)/.installed
 	$(PIP_VLLM) --no-deps --no-build-isolation -e "$(ROOT)"
 	$(IN_VLLM) -m pytest -W default --show-capture=no -m "not slow" $(SHARED_OUT) tests/engine

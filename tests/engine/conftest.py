@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +13,8 @@ from variables import ENGINE
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 
-# The files that take longest, so that no process ends long after the other.
-LONGEST = ("test_processes.py", "test_blocks.py", "test_families.py", "test_server.py")
+# The groups that take longest, so that no process ends long after the other.
+LONGEST = ("modes of triton", "modes of plain", "test_blocks", "test_families", "test_server")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(ENGINE)
@@ -40,6 +39,18 @@ def end_of_the_shared_engine() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; the others in their order."""
-    places = {Path(__file__).with_name(name): place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+    """Tests of one engine stay in one process, and the longest groups are first."""
+    places = {item: group_of(item) for item in items}
+    for item, group in places.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (*LONGEST, places[item]).index(places[item]))
+
+
+def group_of(item: pytest.Item) -> str:
+    """The name of the tests that share an engine: a file, or the modes of one kind."""
+    import elsewhere
+
+    if item.path.name != "test_processes.py":
+        return item.path.stem
+    assert isinstance(item, pytest.Function)
+    return f"modes of {elsewhere.MODES[item.callspec.params['mode']].kind}"
