@@ -31,6 +31,7 @@ from training.schedule import Stage
 from training.vision_stage import Words
 
 LOG_EVERY = 20
+RISE = 30  # steps over which the learning rate rises in a run that begins within a stage
 
 
 class Run:
@@ -56,7 +57,8 @@ class Run:
         self.average = checkpoint.Average(self.model.parameters())
         self.scores, self.losses = checkpoint.Scores(), checkpoint.Scores()
         self.stage = _first_stage(self.stages, options.skip_vision)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds = options.begin_step, 0.0
+        self.began = self.step  # the optimizer has no history before this step
         self.optimizer = self._optimizer()
         self.told_to_stop = False
         if state:
@@ -102,6 +104,7 @@ class Run:
             "warm": self.warm,
             "stage": self.stage,
             "step": self.step,
+            "began": self.began,
             "seconds": self.seconds,
             "parts": self.parts.state_dict(),
             "average": self.average.state(),
@@ -113,6 +116,7 @@ class Run:
 
     def _load(self, state: dict[str, Any]) -> None:
         self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
+        self.began = state.get("began", 0)
         self.parts.load_state_dict(state["parts"])
         self.average.load(state["average"])
         self.optimizer = self._optimizer()
@@ -131,14 +135,15 @@ class Run:
                 loss, seen = vision_stage.learn(visual, self.words, self.easy, phase, rng)
             else:
                 loss, seen = self.learner.learn(self.easy, phase, rng)
-        self.optimizer.step(min(stage.factor(self.step), max(0.0, most)))
+        risen = (self.step - self.began + 1) / RISE if self.began else 1.0
+        self.optimizer.step(min(stage.factor(self.step), risen, max(0.0, most)))
         self.average.update()
         self.scores.add(seen)
         self.losses.add({"loss": loss})
         self.step += 1
 
     def _next_stage(self) -> None:
-        self.stage, self.step = self.stage + 1, 0
+        self.stage, self.step, self.began = self.stage + 1, 0, 0
         self.scores.clear()
         self.losses.clear()
         self.average = checkpoint.Average(self.model.parameters())
@@ -208,6 +213,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--skip-vision",
         action="store_true",
         help="begin with the questions, because the model of --warm has learned stage V already",
+    )
+    parser.add_argument(
+        "--begin-step",
+        type=int,
+        default=0,
+        help="the step of the first stage at which a new run begins, if --warm is a model that has "
+        "been trained so far; its steps draw other samples than those before",
     )
     parser.add_argument(
         "--scale", type=float, default=1.0, help="a factor of all step counts; 0.01 is a smoke test"
