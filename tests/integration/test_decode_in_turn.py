@@ -21,6 +21,7 @@ def ways() -> list[Way]:
         Way("novelty", novelty),
         Way("host", novelty, plphp.Recall("host", 0.4)),
         Way("int4", novelty, plphp.Recall("int4", 0.5)),
+        Way("stages", policy("divprune:.5/novelty", budget=0.4)),
     ]
 
 
@@ -45,7 +46,9 @@ def test_each_way_decodes_what_it_generates_alone(family: str) -> None:
 
 def test_what_is_in_main_memory_is_no_byte_of_the_device() -> None:
     expected = truth("llava", 0, "three")
-    full, _, novelty, host, int4 = decode_in_turn(expected.build(), expected.inputs, ways(), 1, 1)
+    full, _, novelty, host, int4, _ = decode_in_turn(
+        expected.build(), expected.inputs, ways(), 1, 1
+    )
     assert full.on_device == 1 and host.on_device <= 0.4 < int4.on_device <= 0.5
     assert host.parked_bytes > 0 and not any(x.parked_bytes for x in (full, novelty, int4))
     assert host.kv_bytes < full.kv_bytes

@@ -14,7 +14,7 @@ from torch import Tensor
 from plphp.bench.machine import synchronize
 from plphp.bench.ways import Way, cache_bytes
 from plphp.hf import PrunedCache, compat
-from plphp.hf.shared_prefill import SharedPrefill, read
+from plphp.hf.shared_prefill import SharedPrefill, read, read_into
 
 WARM = 1  # steps at the start of each turn that are not counted
 
@@ -56,7 +56,9 @@ def decode_in_turn(
     rounds: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Decoded]:
-    """Read a batch of prompts once, make the cache of every way from it, and decode in turn.
+    """Read a batch of prompts once, make the caches of all ways from it, and decode in turn.
+
+    A way with a sequence method reads the prompts by itself.
 
     model: one that is not attached
     inputs: arguments of the model's generate(), rows of equal length without padding
@@ -70,7 +72,7 @@ def decode_in_turn(
         windows = [way.policy.window for way in ways if way.policy is not None]
         prompt = read(model, inputs, max(windows, default=1))
         advance()
-        found = [_Decoder(model, way, prompt) for way in ways]
+        found = [_Decoder(model, way, prompt, inputs) for way in ways]
         del prompt  # its unpruned cache and its views
         for _ in range(rounds):
             for decoder in found:
@@ -82,11 +84,19 @@ def decode_in_turn(
 class _Decoder:
     """A cache that has read the prompt, and what was decoded with it."""
 
-    def __init__(self, model: Any, way: Way, prompt: SharedPrefill) -> None:
+    def __init__(
+        self, model: Any, way: Way, prompt: SharedPrefill, inputs: Mapping[str, Tensor]
+    ) -> None:
         self.model = model
         self.keyword = compat.cache_keyword(type(model).forward) or compat.CACHE
         with way.attach(model) as pruning:
-            self.cache = prompt.stock() if pruning is None else prompt.pruned(pruning)
+            if pruning is None:
+                self.cache = prompt.stock()
+            elif way.policy is None or way.policy.prunes_cache:
+                self.cache = prompt.pruned(pruning)
+            else:  # it changes the forward of the prompt itself
+                self.cache = PrunedCache(model)
+                prompt = read_into(self.cache, model, inputs)
         report = self.cache.report if isinstance(self.cache, PrunedCache) else None
         parked = 0
         if report is not None and report.recall is not None and report.recall.home == "host":
