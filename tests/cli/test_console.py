@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,13 @@ def shell(line: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("where", [">&-", ">/dev/full"])
-@pytest.mark.parametrize("words", ["env", "--help", "generate --help", "doctor embedded"])
+NOWHERE = [
+    *product(["env", "--help", "generate --help"], [">&-", ">/dev/full"], ["", "1"]),
+    ("doctor embedded", ">/dev/full", ""),  # takes seconds
+]
+
+
+@pytest.mark.parametrize(("words", "where", "unbuffered"), NOWHERE)
 def test_an_output_that_takes_nothing(words: str, where: str, unbuffered: str) -> None:
     env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     done = shell(f"plphp {words} {where}", env=env)
