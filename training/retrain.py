@@ -135,12 +135,19 @@ class Run:
                 loss, seen = vision_stage.learn(visual, self.words, self.easy, phase, rng)
             else:
                 loss, seen = self.learner.learn(self.easy, phase, rng)
-        risen = (self.step - self.began + 1) / RISE if self.began else 1.0
-        self.optimizer.step(min(stage.factor(self.step), risen, max(0.0, most)))
+        self.optimizer.step(min(self.factor(stage), max(0.0, most)))
         self.average.update()
         self.scores.add(seen)
         self.losses.add({"loss": loss})
         self.step += 1
+
+    def factor(self, stage: Stage) -> float:
+        """The share of the full learning rate for the next step.
+
+        A run that begins within a stage takes RISE steps to reach the rate of the schedule.
+        """
+        risen = (self.step - self.began + 1) / RISE if self.began else 1.0
+        return min(stage.factor(self.step), risen)
 
     def _next_stage(self) -> None:
         self.stage, self.step, self.began = self.stage + 1, 0, 0

@@ -167,3 +167,20 @@ def test_a_leg_may_begin_with_questions_and_ends_at_no_rate(tmp_path: Path) -> N
         not torch.equal(old, new) for old, new in zip(before, run.model.parameters(), strict=True)
     ]
     assert sum(changed) > len(changed) / 2
+
+
+@needs_photographs
+@pytest.mark.slow
+def test_a_leg_may_begin_where_an_earlier_one_ended(tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path), "--warm", str(WEIGHTS), "--skip-vision"]
+    for begins in (0, 3480):
+        run = retrain.Run(retrain.parse([*arguments, "--begin-step", str(begins)]))
+        stage = run.stages[run.stage]
+        assert run.step == begins
+        run.step = begins + 14
+        assert run.factor(stage) == 0.5
+        run.save()
+        assert retrain.Run(retrain.parse(arguments)).factor(stage) == 0.5, "it is continued"
+        run.step = begins + 100
+        assert run.factor(stage) == 1
+        run.file.unlink()
