@@ -154,14 +154,16 @@ def result(trials: Sequence[Trial]) -> tuple[int, int]:
 def following(trials: Sequence[Trial], guess: int) -> tuple[int, bool] | None:
     """The context of the next trial, and whether every layer is pruned in it; None at the end."""
     low, high = result(trials)
-    ran = max((t for t in trials if t.ok), key=lambda t: t.context, default=None)
+    # A short trial may run where one with every layer pruned did not.
+    run = [t for t in trials if t.ok and (not high or t.context < high)]
+    ran = max(run, key=lambda t: t.context, default=None)
     if ran is None:
         return (int(high * 0.9) if high else guess // 2), False
     near = high and high - ran.context <= NEAR * ran.context
     if near and low == ran.context:
         return None
     if near:
-        return (ran.context, True) if ran.context < high else (int(high * 0.985), True)
+        return ran.context, True
     if high:
         middle = (ran.context + high) // 2
         return max(middle, int(high * 0.985)), any(t.whole and not t.ok for t in trials)
