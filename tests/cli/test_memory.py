@@ -61,6 +61,13 @@ def ways(
     return memory.setups(sizes, given)
 
 
+def test_a_number_format_that_was_not_typed_is_said(sizes: needed.Sizes) -> None:
+    for typed, said in (("auto", "--dtype bfloat16 --recall"), ("bfloat16", "--recall")):
+        given = (Method(), Bits(), Source(dtype=typed))
+        first = memory.setups(sizes, given)[0]
+        assert str(first).startswith(said) and first.source.dtype == "bfloat16"
+
+
 def test_less_memory_is_a_smaller_choice(
     sizes: needed.Sizes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +153,7 @@ def test_nothing_is_loaded_if_nothing_fits(
     done = run("generate", "--image", picture, "--prompt", ASK, "--memory", "100MiB")
     assert done.code == 2 and done.err.count("\n") == 1
     assert done.err.startswith(
-        "plphp: nothing fits into 100 MiB; the least is --policy recommended"
+        "plphp: nothing fits into 100 MiB; the least is --dtype bfloat16 --policy"
     )
 
 

@@ -19,7 +19,8 @@ Weights = Annotated[
     Literal["int8", "int4"] | None,
     typer.Option(
         "--weights",
-        help="Round the weights while they are loaded: int8, or int4 in the decoder. On CPUs only.",
+        help="Round the weights while they are loaded: int8, or int4 in the decoder; the rest is "
+        "bfloat16. On CPUs only.",
     ),
 ]
 

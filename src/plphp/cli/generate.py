@@ -249,6 +249,7 @@ def _what(job: Job, images: Sequence[str], prompt: str) -> dict[str, Any]:
         "images": list(images),
         "prompt": prompt,
         "policy": {"name": job.policy_name, **settings},
+        "dtype": str(job.loaded.model.dtype).removeprefix("torch."),
     }
 
 

@@ -87,21 +87,32 @@ def fitted(
     limit, (method, bits, source) = size_of(memory), given
     if source.device != "cpu":
         raise InputError("--memory counts main memory, where the model must be: use --device cpu")
-    if source.dtype == "auto":
-        source = replace(source, dtype="bfloat16")
-    sizes = Sizes.of(source, images, videos, prompt, new_tokens)
+    sizes = Sizes.of(replace(source, dtype=_dtype(source)), images, videos, prompt, new_tokens)
     return best(limit, setups(sizes, (method, bits, source)))
 
 
 def setups(sizes: Sizes, given: Given) -> list[Setup]:
     """All setups that do not change what was typed, the best answers first."""
     method, bits, source = given
+    added = {} if source.dtype == _dtype(source) else {"dtype": _dtype(source)}
+    source = replace(source, dtype=_dtype(source))
     return [
-        Setup(one, codes, replace(source, weights=weights), {**held, "weights": weights}, needed)
+        Setup(
+            one,
+            codes,
+            replace(source, weights=weights),
+            {**added, **held, "weights": weights},
+            needed,
+        )
         for held, one, codes in _ways(method, bits)
         for weights in _weights(source)
         if (needed := sizes.needed(one, codes, weights)) is not None
     ]
+
+
+def _dtype(source: o.Source) -> o.Dtype:
+    """The number format: as typed, or bfloat16, in which weights can be rounded too."""
+    return "bfloat16" if source.dtype == "auto" else source.dtype
 
 
 def _weights(source: o.Source) -> Sequence[Literal["int8", "int4"] | None]:

@@ -30,6 +30,7 @@ from plphp.hf.recall import checked_bits, checked_recall
 from plphp.hf.report import build_report
 from plphp.hf.sequence import refuse_prompt
 from plphp.hf.targets import attach_stages, check_kind, chosen_policy, decoder_layers, prunable
+from plphp.hf.token_types import missing_types
 from plphp.hf.vision_mask import checked_mask
 from plphp.policy import Policy, sequence_stage
 from plphp.recall import Recall
@@ -143,6 +144,7 @@ def _begin(
             if columns > 1 or past == 0:  # a forward outside generate(): its input is a prompt
                 refuse_checkpointing(pruning)
                 pruning.calls.condensed, pruning.calls.noted = False, []
+                source |= missing_types(model, source, past)
                 cache._begin(columns, source, pruning)
         # A compiled step reads no length: with the number in it, every step would be a graph.
         positions = later_positions(model, cache.shift, past, columns, source)

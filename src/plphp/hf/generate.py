@@ -23,6 +23,7 @@ from plphp.hf.options import (
     unsupported_options,
 )
 from plphp.hf.positions import later_positions
+from plphp.hf.token_types import missing_types
 from plphp.recall import Recall
 
 BATCHES = (
@@ -63,6 +64,8 @@ def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
             source["input_ids"] = torch.full((1, 1), -1, device=model.device)
         past = int(cache.get_seq_length())
         length = new_columns(source, past)
+        found = missing_types(model, source, past)
+        kwargs, source = {**kwargs, **found}, {**source, **found}
         cannot = unsupported_options(model, pruning.policy, cache, past)
         left_out = drop_or_refuse(options, cannot)
         if cache.static:

@@ -45,6 +45,7 @@ class History:
         if begin and whole is not None:
             self._check(whole, begin, source.get("attention_mask"))
         if begin:
+            _check_lengths(source, begin + length)
             _check_pixels(source, config, length)
         self.cut(begin)
         if whole is not None:
@@ -92,6 +93,26 @@ class History:
                 f"another token in column {column} of the {begin} that were read. Pass the ids "
                 "that generate() returned and then the new ones, or start a new "
                 f"plphp.PrunedCache; see {PAGE}"
+            )
+
+
+def _check_lengths(source: Mapping[str, Any], whole: int) -> None:
+    """Raise InputError if a 2D mask or token types do not have the columns of the conversation.
+
+    whole: the columns of the conversation with its new turn. Token types may also be those of the
+        ids, where only the new columns were passed
+    """
+    ids = source.get("input_ids")
+    given = whole if ids is None else ids.shape[-1]
+    for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
+        tensor = source.get(name)
+        if not isinstance(tensor, Tensor) or tensor.dim() != 2:
+            continue
+        if tensor.shape[1] not in ((whole,) if name == "attention_mask" else (given, whole)):
+            what = "1 for each token" if name == "attention_mask" else "0 for text, or none of it"
+            raise InputError(
+                f"{name} has {tensor.shape[1]} columns, and input_ids {given}: pass that of the "
+                f"whole conversation, with {what}; see {PAGE}"
             )
 
 

@@ -13,6 +13,7 @@ from plphp.hf.conversation import Conversation
 from plphp.hf.layer import PrunedLayer, layer_tensors
 from plphp.hf.prompt import Prefill
 from plphp.hf.recall import ignored_rates, recall_report
+from plphp.hf.token_types import types_note
 from plphp.models import processor_inputs
 from plphp.policy import PLPHP, Policy, cache_stage, sequence_stage
 from plphp.recall import HOMES, Recall
@@ -232,6 +233,7 @@ def _notes(cache: Conversation, prefill: Prefill, earlier: tuple[EarlierImage, .
     first, second = sequence_stage(policy), cache_stage(policy)
     if prefill.where.images <= 0:
         notes.append(NO_NEW_IMAGE if any(e.tokens for e in earlier) else NO_IMAGE)
+    notes += types_note(cache._model(), prefill.prompt.source, prefill.prompt.begin)
     notes += ignored_rates(second) if cache.shared.recall is not None else []
     pruned = {index for index, _ in cache.pruned_layers()}
     alone = [index for index in range(_depth(cache)) if index not in pruned]

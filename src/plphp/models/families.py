@@ -31,6 +31,7 @@ class Family:
         ids do not tell them apart
     tower: the vision tower and how its patches become vision tokens, or why they do not; None for
         a tower that is not known
+    types: name of the token types that its forward takes, if it takes any
     refused: the reason why the family cannot be pruned, or an empty string
     """
 
@@ -41,6 +42,7 @@ class Family:
     video_places: Patches = patches.unknown
     frames: bool = False
     tower: TowerNames | None = None
+    types: str = "mm_token_type_ids"
     refused: str = ""
 
 
@@ -97,7 +99,10 @@ FAMILIES: dict[str, Family] = {
     ),
     # Each crop of pan and scan (off by default) is written as an image, and counts as one.
     "gemma3": Family(
-        images=sizes.fixed("mm_tokens_per_image"), places=patches.pooled, tower=towers.GEMMA
+        images=sizes.fixed("mm_tokens_per_image"),
+        places=patches.pooled,
+        tower=towers.GEMMA,
+        types="token_type_ids",
     ),
     "paligemma": Family(images=sizes.patches, places=patches.square, tower=towers.LLAVA),
     "mllama": Family(
