@@ -60,10 +60,11 @@ accuracy-page: $(VENV)/.installed-dev
 	cd $(ROOT) && $(BIN)/python docs/make_accuracy.py
 
 # Tables of five pages: with RUN=DIR from the finished `plphp eval` that docs/regimes.md names, with
-# WAYS=DIR from that of docs/choosing.md, with VIDEO=DIR from that of docs/stages-video.md. MORE=DIR
-# adds to RUN's results those that they lack.
+# WAYS=DIR from that of docs/choosing.md, with BITS=DIR from that of docs/small-devices-results.md, with
+# VIDEO=DIR from that of docs/stages-video.md. MORE=DIR adds to RUN's results those that they lack.
+RUNS := $(if $(RUN),--regimes $(RUN)) $(if $(WAYS),--ways $(WAYS)) $(if $(BITS),--bits $(BITS))
 regimes-page: $(VENV)/.installed-dev
-	cd $(ROOT) && $(BIN)/python docs/make_regimes.py $(if $(RUN),--run $(RUN)) $(if $(WAYS),--ways $(WAYS)) $(if $(VIDEO),--video $(VIDEO)) $(if $(MORE),--more $(MORE))
+	cd $(ROOT) && $(BIN)/python docs/make_regimes.py $(RUNS) $(if $(VIDEO),--video $(VIDEO)) $(if $(MORE),--more $(MORE))
 
 # What has no result yet is measured (about 20 minutes on 2 quiet cores), then docs/benchmarks.md written.
 bench: $(VENV)/.installed-dev
@@ -106,7 +107,7 @@ fuzz-saved: $(VENV)/.installed-dev
 # What a version of transformers can change: one cell of the matrix for every family, and the seam.
 SAMPLE := $(ONE_CELL) tests/conformance/test_matrix.py tests/conformance/test_layouts.py tests/unit/test_spans.py tests/unit/test_patches.py \
 	tests/integration/test_versions.py tests/integration/test_attach.py \
-	tests/integration/test_conversation.py
+	tests/integration/test_conversation.py tests/integration/test_token_types.py
 
 # The sample on the oldest transformers that is supported; OLDEST=5.19.0 for another.
 test-oldest: $(VENV)-$(OLDEST)/.installed

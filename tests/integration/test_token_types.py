@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 import plphp
@@ -13,7 +15,8 @@ import tiny
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "output_logits": True}
 GREEDY |= {"return_dict_in_generate": True}
 TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-WITH_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "gemma3")
+MASKS = Version(transformers.__version__) >= Version("5.23")  # whether Gemma 3's are right
+WITH_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", *["gemma3"] * MASKS)
 
 
 class Talk:
@@ -91,6 +94,19 @@ def test_such_a_conversation_is_that_of_the_untouched_model(
     inputs |= talk.types(torch.tensor([kinds[: ids.shape[1]]]).int())
     alone = talk.model.generate(**inputs, **GREEDY).logits[0]
     assert (alone - logits[-1]).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_wrong_masks_of_an_old_transformers_are_refused(
+    typed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plphp.hf.token_types.MASKS_FROM", Version("99"))
+    talk = Talk("gemma3", (1, 1))
+    with (
+        plphp.prune(talk.model),
+        pytest.raises(plphp.UnsupportedModeError, match="99 or newer"),
+    ):
+        talk.hold(plphp.PrunedCache(talk.model), typed)
 
 
 def test_a_video_is_told_by_its_ids_or_refused() -> None:

@@ -12,14 +12,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
-from plphp.errors import InputError
+from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf.later_turn import PAGE, PIXELS
 from plphp.models import FAMILIES
 from plphp.models.families import GENERIC
 from plphp.models.spans import IMAGE, VIDEO, columns_of_kind
 
+MASKS = "token_type_ids"  # under this name they make masks
+# Earlier versions of transformers take the types of a later turn from the wrong columns.
+MASKS_FROM = Version("5.23")
 NOTE = (
     "{} was not given, so that this model treats vision tokens as text: pass all that the "
     "processor returns"
@@ -39,11 +44,20 @@ def missing_types(model: Any, source: Mapping[str, Any], begin: int) -> dict[str
     begin: the columns that the cache has read
 
     Returns nothing for a first turn and for a call without pixels. Raises InputError if the ids do
-    not tell images from videos.
+    not tell images from videos, and UnsupportedModeError if transformers is too old for masks of
+    later turns.
     """
     name, ids = types_name(model), source.get("input_ids")
     given = [pixels for pixels in PIXELS if isinstance(source.get(pixels), Tensor)]
-    if not begin or name is None or source.get(name) is not None or not given or ids is None:
+    if not begin or name is None or not given:
+        return {}
+    if name == MASKS and Version(transformers.__version__) < MASKS_FROM:
+        raise UnsupportedModeError(
+            f"transformers {transformers.__version__} gives the images of a later turn wrong masks "
+            f"in this model: install transformers {MASKS_FROM} or newer, or pass all images in "
+            "the first turn of a new conversation"
+        )
+    if source.get(name) is not None or ids is None:
         return {}
     types = torch.zeros_like(ids, dtype=torch.int64)
     for kind in (IMAGE, VIDEO):
