@@ -78,6 +78,26 @@ def test_a_later_turn_without_types_is_the_one_with_them(
         assert torch.equal(with_types, without)
 
 
+@pytest.mark.parametrize("bare", [False, True], ids=["generate", "forward"])
+@pytest.mark.parametrize("family", WITH_TYPES)
+def test_so_is_one_that_gives_its_new_columns_only(family: str, bare: bool) -> None:
+    talk = Talk(family, (1, 1))
+    with plphp.prune(talk.model, plphp.PLPHP(r=0.3, delta_r=0)):
+        expected, _ = talk.hold(plphp.PrunedCache(talk.model), typed=True)
+        first = talk.inputs(0, torch.empty(1, 0, dtype=torch.long))
+        cache = plphp.PrunedCache(talk.model)
+        types = talk.types(torch.tensor([talk.turns[0].kinds]).int())
+        said = talk.model.generate(**first, **types, **GREEDY, cache=cache).sequences
+        inputs, past = talk.inputs(1, said), int(cache.get_seq_length())
+        inputs["input_ids"] = inputs["input_ids"][:, past:]
+        if bare:
+            with torch.inference_mode():
+                logits = talk.model(**inputs, cache=cache).logits[:, -1]
+        else:
+            logits = talk.model.generate(**inputs, **GREEDY, cache=cache).logits[0]
+    assert (logits - expected[1]).abs().max() < 2e-5
+
+
 @pytest.mark.parametrize("images", [(1, 1), (0, 2)])
 @pytest.mark.parametrize("family", WITH_TYPES)
 def test_such_a_conversation_is_that_of_the_untouched_model(

@@ -144,7 +144,8 @@ def _begin(
             if columns > 1 or past == 0:  # a forward outside generate(): its input is a prompt
                 refuse_checkpointing(pruning)
                 pruning.calls.condensed, pruning.calls.noted = False, []
-                source |= missing_types(model, source, past)
+                found = missing_types(model, source, past, columns)
+                kwargs, source = {**kwargs, **found}, {**source, **found}
                 cache._begin(columns, source, pruning)
         # A compiled step reads no length: with the number in it, every step would be a graph.
         positions = later_positions(model, cache.shift, past, columns, source)

@@ -64,7 +64,7 @@ def wrap(pruning: Pruning, original: Callable[..., Any]) -> Callable[..., Any]:
             source["input_ids"] = torch.full((1, 1), -1, device=model.device)
         past = int(cache.get_seq_length())
         length = new_columns(source, past)
-        found = missing_types(model, source, past)
+        found = missing_types(model, source, past, length)
         kwargs, source = {**kwargs, **found}, {**source, **found}
         cannot = unsupported_options(model, pruning.policy, cache, past)
         left_out = drop_or_refuse(options, cannot)

@@ -122,6 +122,8 @@ def _check_pixels(source: Mapping[str, Any], config: Any, length: int) -> None:
     length: the number of new columns
     """
     ids, types = source.get("input_ids"), source.get("mm_token_type_ids")
+    if ids is not None and types is not None:
+        types = types[:, -ids.shape[1] :]
     for name, (kind, sizes) in PIXELS.items():
         if not isinstance(source.get(name), Tensor):
             continue

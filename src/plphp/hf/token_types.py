@@ -15,6 +15,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
+from torch.nn import functional
 
 from plphp.errors import InputError, UnsupportedModeError
 from plphp.hf.later_turn import PAGE, PIXELS
@@ -37,11 +38,16 @@ def types_name(model: Any) -> str | None:
     return name if name in inspect.signature(type(model).forward).parameters else None
 
 
-def missing_types(model: Any, source: Mapping[str, Any], begin: int) -> dict[str, Tensor]:
-    """The token types (B, N) int64 of a later turn, by their name, if the call has left them out.
+def missing_types(
+    model: Any, source: Mapping[str, Any], begin: int, length: int
+) -> dict[str, Tensor]:
+    """The token types of a later turn, by their name, if the call has left them out.
 
-    source: the arguments of the call, by name. Its input_ids are (B, N)
-    begin: the columns that the cache has read
+    They are (B, begin + length) int64. If the call has the ids of its new columns only, earlier
+    columns count as text, to which all columns attend anyway.
+
+    source: the arguments of the call, by name
+    begin, length: the columns that the cache has read, and those that the turn adds
 
     Returns nothing for a first turn and for a call without pixels. Raises InputError if the ids do
     not tell images from videos, and UnsupportedModeError if transformers is too old for masks of
@@ -70,7 +76,7 @@ def missing_types(model: Any, source: Mapping[str, Any], begin: int) -> dict[str
                 f"the ids do not tell which tokens {pixels} belongs to: pass {name} of the whole "
                 f"conversation, with 0 for the tokens of answers; see {PAGE}"
             )
-    return {name: types}
+    return {name: functional.pad(types, (begin + length - types.shape[1], 0))}
 
 
 def types_note(model: Any, source: Mapping[str, Any], begin: int) -> list[str]:
