@@ -1,12 +1,13 @@
 """Write the tables of five pages from the results in docs/accuracy: `make regimes-page`.
 
-docs/choosing.md has what a user chooses from (ways.json: few methods, more samples). The others are
-made of regimes.json: docs/regimes.md compares all methods, docs/stages-results.md and
-docs/stages-video.md those that act before the model, and docs/small-devices-results.md tokens in
-few bits. The column "first token" is that of first-token.json (dev/studies/first_token_time.py).
+docs/regimes.md compares all methods, and docs/stages-results.md those that act before the model
+(regimes.json). docs/choosing.md has what a user chooses from (ways.json: few methods, more
+samples), docs/small-devices-results.md tokens in few bits (bits.json), and docs/stages-video.md
+clips (video.json).
+The column "first token" is that of first-token.json (dev/studies/first_token_time.py).
 
-With --run DIR, the directory of a finished `plphp eval`, its results are copied first; with
---ways DIR, those of ways.json; with --video DIR, those of video.json. With --more DIR, regimes.json
+With --regimes DIR, the directory of a finished `plphp eval`, the results of regimes.json are copied
+first; with --ways, --bits and --video DIR, those of the other files. With --more DIR, regimes.json
 gets the results that it lacks, and keeps the others.
 """
 
@@ -22,6 +23,7 @@ from statistics import mean
 from typing import Any
 
 from regime_results import (
+    BITS,
     DOCS,
     FIRST_TOKEN,
     RESULTS,
@@ -41,6 +43,7 @@ from regime_results import (
 BEGIN, END = "<!-- by docs/make_regimes.py -->\n", "<!-- end -->"
 SUITES = ("dense", "redundant-4", "redundant-16")
 TASKS = ("describe", "grid", "refer", "second", "what")
+VIDEO_TASKS = ("describe", "once", "refer", "second", "what")
 CONTROLS = ("full", "random", "uniform")
 NAMES = {
     "plphp:paper": "PLPHP() as published",
@@ -56,6 +59,7 @@ NAMES = {
     "full+int4": "all tokens, 4 bits",
     "full+int2": "all tokens, 2 bits",
     "divprune/novelty+int4": "divprune/novelty, recall `int4`",
+    "vidcom2/novelty+int4": "vidcom2/novelty, recall `int4`",
 }
 
 Tasks = Mapping[str, Sequence[str]]  # tasks by the heading of their column
@@ -129,6 +133,11 @@ def everywhere(**columns: Sequence[str]) -> Tasks:
     }
 
 
+def methods(text: str) -> tuple[str, ...]:
+    """The methods that a text names, with spaces between them."""
+    return tuple(text.split())
+
+
 PAGES = (
     Page(
         "choosing.md",
@@ -146,27 +155,10 @@ PAGES = (
     ),
     Page(
         "regimes.md",
-        (
-            "plphp:paper",
-            "plphp",
-            "plphp-shared",
-            "snapkv",
-            "vl-cache",
-            "novelty",
-            "tgv-kv",
-            "divprune",
-            "downsample",
-            "divprune/novelty",
-            "novelty+host",
-            "novelty+int4",
-            "plphp+host",
-            # These have no results in dense.
-            "cdpruner",
-            "dart",
-            "visionzip",
-            "divprune/plphp",
-            "visionzip/novelty",
-            "divprune/novelty+int4",
+        methods(
+            "plphp:paper plphp plphp-shared snapkv vl-cache novelty tgv-kv divprune "
+            "downsample divprune/novelty novelty+host novelty+int4 plphp+host cdpruner "
+            "dart visionzip divprune/plphp visionzip/novelty divprune/novelty+int4"
         ),
         (0.4, 0.2),
         {f"{suite}, each task, with 40 % and 20 %": each_task(suite) for suite in SUITES},
@@ -174,18 +166,9 @@ PAGES = (
     ),
     Page(
         "stages-results.md",
-        (
-            "downsample",
-            "plphp",
-            "novelty",
-            "divprune",
-            "cdpruner",
-            "dart",
-            "visionzip",
-            "divprune/plphp",
-            "divprune/novelty",
-            "visionzip/novelty",
-            "divprune/novelty+int4",
+        methods(
+            "downsample plphp novelty divprune cdpruner dart visionzip divprune/plphp "
+            "divprune/novelty visionzip/novelty divprune/novelty+int4"
         ),
         (0.4, 0.2),
         {"": each_task("redundant-4")},
@@ -193,35 +176,24 @@ PAGES = (
     ),
     Page(
         "stages-video.md",
-        (
-            "downsample",
-            "plphp",
-            "novelty",
-            "vidcom2",
-            "divprune",
-            "vidcom2/plphp",
-            "vidcom2/novelty",
-            "divprune/novelty",
+        methods(
+            "downsample plphp novelty vidcom2 divprune dart visionzip vidcom2/plphp "
+            "vidcom2/novelty divprune/novelty novelty+host novelty+int4 "
+            "vidcom2/novelty+int4"
         ),
         (0.4, 0.2),
-        {"": {"describe": ("describe@video",)}},
+        {"": {task: (f"{task}@video",) for task in VIDEO_TASKS}},
         results=VIDEO,
     ),
     Page(
         "small-devices-results.md",
-        (
-            "plphp",
-            "plphp+kv4",
-            "plphp+kv2",
-            "novelty",
-            "novelty+kv4",
-            "novelty+kv2",
-            "full+int4",
-            "full+int2",
-            "novelty+host",
+        methods(
+            "plphp plphp+kv4 plphp+kv2 novelty novelty+kv4 novelty+kv2 full+int4 "
+            "full+int2 novelty+host"
         ),
         (0.13, 0.07),
         {"": each_task("redundant-4")},
+        results=BITS,
     ),
 )
 
@@ -269,13 +241,13 @@ def _mean(row: Row, what: str, tasks: Sequence[str]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path)
-    parser.add_argument("--ways", type=Path)
-    parser.add_argument("--video", type=Path)
+    files = (VIDEO, BITS, WAYS, RESULTS)
+    for file in files:
+        parser.add_argument(f"--{file.stem}", type=Path)
     parser.add_argument("--more", type=Path)
     given = parser.parse_args()
-    for run, file in ((given.run, RESULTS), (given.ways, WAYS), (given.video, VIDEO)):
-        if run:
+    for file in files:
+        if run := getattr(given, file.stem):
             file.write_text(json.dumps(take_in(run), indent=1) + "\n")
     if given.more:
         whole = add(json.loads(RESULTS.read_text()), take_in(given.more))
@@ -283,7 +255,7 @@ def main() -> None:
     for page in PAGES:
         path = DOCS / page.file
         path.write_text(page.write(path.read_text(), json.loads(page.results.read_text())))
-    for file in (VIDEO, WAYS, RESULTS):
+    for file in files:
         print(file.name)
         rows = json.loads(file.read_text())["rows"]
         for row in rows:

@@ -11,6 +11,7 @@ from finished import results
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "accuracy" / "regimes.json"
+BITS = DOCS / "accuracy" / "bits.json"
 WAYS = DOCS / "accuracy" / "ways.json"
 VIDEO = DOCS / "accuracy" / "video.json"
 FIRST_TOKEN = DOCS / "accuracy" / "first-token.json"

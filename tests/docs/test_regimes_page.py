@@ -106,7 +106,7 @@ def test_cells_in_sentences_are_those_of_the_results(
     ("method", "budget", "says"),
     [
         ("divprune/novelty", 0.2, "first token takes {} of the full"),
-        ("divprune", 0.4, "`divprune` at 40 % {}, which"),
+        ("divprune", 0.4, "`divprune` at 40 % {}, because"),
         ("downsample", 0.2, "work ({} at 20 %)"),
     ],
 )
