@@ -14,7 +14,7 @@ from plphp.bench.machine import describe
 from plphp.bench.ways import Timing
 from plphp.errors import InputError
 from plphp.hf.shared_prefill import read
-from plphp.inputs import Runnable
+from plphp.inputs import Runnable, told_apart
 from plphp.inspector.data import Answer, Page, PolicyResult, Steps
 from plphp.inspector.gather import page_of, result_of
 from plphp.inspector.pictures import Media
@@ -67,6 +67,9 @@ def examine(
         decode = _text(loaded) if oracle else None
         way, tokens = Way(name, policy, **held), compared.pruned.tokens
         steps = steps_of(loaded.model, inputs, way, whole, tokens, decode, limit)
+        if len(images) == count:  # otherwise the model counts frames or crops as images
+            videos = any(isinstance(one, list | tuple) for one in images)
+            compared = replace(compared, report=told_apart(compared.report, videos))
         runs.append(_result(loaded, compared, name, policy, steps))
     processor = _image_processor(loaded)
     images = images if len(images) == count else ()

@@ -137,7 +137,7 @@ def _layer(report: Report, layer: LayerReport, vision: Tensor, row: int) -> Laye
     entered = report.entered(layer.layer)
     return Layer(
         gamma=_number(layer.gamma[row]),
-        layer_class=layer.layer_class[row],
+        layer_class=layer.layer_class[row] if report.recall is None else None,
         rate=_number(layer.rate[row]),
         pruned=layer.pruned,
         kept=tuple(mask_bits(head) for head in kept),
