@@ -166,9 +166,10 @@ def _what(loaded: Runnable, long: LongBatch) -> str:
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     rows = f"{long.rows} rows" if long.rows > 1 else "1 row"
     return (
-        "* the best of its column; in parentheses: the ratio to the full cache. Bytes and "
+        "* the best of its column; in parentheses: the time over that of the full cache. Bytes and "
         f"milliseconds a token are of {rows} with {long.vision:,} vision tokens each, the first "
-        f"token of one such row, all ways in turn; {dtype} on {loaded.model.device}."
+        "token of one such row, all ways in turn; each time is the median of its rounds. "
+        f"{dtype} on {loaded.model.device}."
     )
 
 
