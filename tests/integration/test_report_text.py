@@ -76,6 +76,13 @@ def test_with_recall_a_layer_has_no_class(home: str) -> None:
     assert "% of vision K/V is in full on the device, and" in report.summary
 
 
+def test_a_cache_without_vision_tokens_says_so() -> None:
+    note = "no vision token was kept: nothing after the prompt can read the images"
+    assert note in read(ONE, plphp.PLPHP(budget=0)).remarks
+    for other in (read(ONE), read(ONE, recall=plphp.Recall("int4", 0))):
+        assert note not in other.remarks
+
+
 def test_text_in_codes_is_told_without_the_text_that_stays() -> None:
     said = str(read(ONE, kv_bits=4, kv_text=True))
     assert f"vision tokens, and text but for the last {RECENT} tokens of a prompt, in 4-bit" in said

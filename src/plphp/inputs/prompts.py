@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from plphp._installed import has_torchcodec, install_torchcodec, install_torchvision
+from plphp._words import counted
 from plphp.errors import InputError, UnsupportedModelError
 from plphp.inputs.images import Still, open_image
 from plphp.inputs.models import first_sentence, is_embedded, remedy
@@ -156,6 +157,6 @@ def _check_length(config: Any, inputs: dict[str, Tensor], images: int) -> None:
     length = inputs["input_ids"].shape[1]
     if limit is not None and length >= limit:
         raise InputError(
-            f"the prompt has {length} tokens with {images} images, and the model reads at most "
-            f"{limit}: use fewer or smaller images"
+            f"the prompt has {length} tokens with {counted(images, 'image')}, and the model reads "
+            f"at most {limit}: use fewer or smaller images"
         )

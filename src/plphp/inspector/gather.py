@@ -98,7 +98,7 @@ def pictures_of(
     seen, count = _seen(report), report.images[row]
     if images and len(images) != count:
         raise InputError(
-            f"the prompt has {count} images and videos, {len(images)} were given: pass all of this "
+            f"images and videos of the prompt: {count}, and given: {len(images)}. Pass all of this "
             "row, a video as a list of its frames"
         )
     earlier = sum(report.images[:row])

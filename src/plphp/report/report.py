@@ -15,6 +15,8 @@ from plphp.report.layers import LayerReport, Seen, StageReport, ratio
 from plphp.report.table import above_full, table
 from plphp.report.traffic import CodesReport, RecallReport
 
+NOTHING = "no vision token was kept: nothing after the prompt can read the images"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Report:
@@ -185,7 +187,8 @@ class Report:
         """
         shares = [*self.stages, self.recall, self.codes] if self.has_vision else []
         told = (str(one) for one in shares if one is not None)
-        return (*told, *above_full(self), *self.notes)
+        nothing = [NOTHING] if self.has_vision and not self.retention and not self.recall else []
+        return (*told, *nothing, *above_full(self), *self.notes)
 
 
 def _number(value: float) -> float | None:

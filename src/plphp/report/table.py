@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from plphp.report.layers import LayerReport
-    from plphp.report.report import Report
+    from torch import Tensor
+
+    from plphp.report.layers import LayerReport, Seen, StageReport
+    from plphp.report.traffic import RecallReport
 
 SLOTS = "{:,} bytes above the full prompt: slots for the next tokens, and numbers about the slots"
 NUMBERS = "{:,} bytes above the full prompt: numbers about the slots"
 
 
-def table(report: Report) -> list[str]:
+class Told(Protocol):
+    """What these functions read of a `Report`, which imports them."""
+
+    @property
+    def layers(self) -> Sequence[LayerReport]: ...
+    @property
+    def stages(self) -> Sequence[StageReport]: ...
+    @property
+    def prompt(self) -> Sequence[int]: ...
+    @property
+    def recall(self) -> RecallReport | None: ...
+    @property
+    def seen(self) -> Seen | None: ...
+    @property
+    def kv_bytes(self) -> int: ...
+    @property
+    def kv_bytes_full(self) -> int: ...
+    def entered(self, layer: int) -> Tensor | None: ...
+
+
+def table(report: Told) -> list[str]:
     """A heading and a line for each row of each layer.
 
     The number of the row is shown where there are several. Where a sequence method dropped tokens,
@@ -34,7 +57,7 @@ def table(report: Report) -> list[str]:
     return lines
 
 
-def _class(report: Report, layer: LayerReport, row: int) -> str:
+def _class(report: Told, layer: LayerReport, row: int) -> str:
     """The class of a layer, or why it has none. With recall the class decides nothing."""
     if not layer.vision[row]:
         return "no vision tokens"
@@ -43,7 +66,7 @@ def _class(report: Report, layer: LayerReport, row: int) -> str:
     return layer.layer_class[row] or "-" if report.recall is None else "-"
 
 
-def _kept(report: Report, layer: LayerReport, row: int) -> str:
+def _kept(report: Told, layer: LayerReport, row: int) -> str:
     """How many vision tokens a head kept, and of how many."""
     kept = int((layer.kept[row] >= 0).sum()) // max(layer.kept.shape[1], 1)
     entered, every = report.entered(layer.layer), layer.vision[row]
@@ -51,7 +74,7 @@ def _kept(report: Report, layer: LayerReport, row: int) -> str:
     return f"{kept}/{count}" + (f" of {every}" if report.stages else "")
 
 
-def above_full(report: Report) -> list[str]:
+def above_full(report: Told) -> list[str]:
     """A line on the bytes that a cache takes above those of the full prompt; none if it takes less.
 
     With recall there is no such line, since the bytes of recall are told apart in another.
@@ -62,7 +85,7 @@ def above_full(report: Report) -> list[str]:
     return [(SLOTS if _has_slots(report) else NUMBERS).format(more)]
 
 
-def _has_slots(report: Report) -> bool:
+def _has_slots(report: Told) -> bool:
     """Whether the bytes above the full prompt hold a slot of any layer.
 
     The numbers about the slots take a few bytes a row, and a slot those of a key and a value.
