@@ -25,7 +25,9 @@ def write(found: Shown, out: Path) -> None:
         (out / "result.json").write_text(json.dumps(found, indent=1) + "\n")
         (out / "result.md").write_text(markdown(found))
     except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from error
+        raise InputError(
+            f"--out {out}: {error.strerror}: give a directory that can be made or written"
+        ) from error
     _draw(found, out / "result.png")
 
 

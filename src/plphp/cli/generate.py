@@ -267,6 +267,7 @@ def check_files(images: Sequence[str], videos: Sequence[str], model: str) -> Non
 
 def _check_batch(batch: Path, out: Path, prompt: str | None, retry: bool) -> None:
     from plphp.inputs import parquet
+    from plphp.inputs.images import wildcard
 
     if os.path.lexists(out) and not retry:
         raise InputError(
@@ -274,7 +275,8 @@ def _check_batch(batch: Path, out: Path, prompt: str | None, retry: bool) -> Non
             "lines again that have an error"
         )
     if not os.path.exists(batch):
-        raise InputError(f"--batch {batch}: no such file or directory")
+        hint = wildcard(str(batch)).replace("each file", "the directory")
+        raise InputError(f"--batch {batch}: no such file or directory{hint}")
     for path in (batch, out):
         parquet.check(path)
     if batch.is_dir() and prompt is None:
