@@ -132,7 +132,7 @@ def why_missing(path: str | os.PathLike[str]) -> str:
 
 def wildcard(name: str) -> str:
     """The end of a message about a name that is no file's, if it has a character as `*.png` has."""
-    return ": wildcards are not read, so name each file" if re.search(r"[*?\[]", name) else ""
+    return ": wildcards are not read, so name each file" if re.search("[*?]", name) else ""
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:
