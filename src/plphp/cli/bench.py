@@ -121,7 +121,7 @@ def _first_token(
         shares = [f"{mid:.2f} ({low:.2f} - {high:.2f})" for mid, low, high in ratios]
         cells = [row["name"], f"{row['kept']:.0%}", f"{row['ms']:.0f}", f"{row['tower_ms']:.0f}"]
         table.add_row(*map(shown, [*cells, f"{row['tower_share']:.0%}", *shares]))
-    table.caption = present.RATIO
+    table.caption, table.caption_justify = present.RATIO, "left"
     stdout().print(table)
 
 
@@ -260,5 +260,5 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
             table.add_column(column, justify="left" if column == header[0] else "right")
         for row in rows:
             table.add_row(*map(shown, row))
-        table.caption = " ".join(said.get(name, [])) or None
+        table.caption, table.caption_justify = "\n".join(said.get(name, [])) or None, "left"
         yield table
