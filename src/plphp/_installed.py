@@ -90,6 +90,36 @@ def has_torchcodec() -> bool:
     return util.find_spec("torchcodec") is not None
 
 
+def decoding_fault() -> str:
+    """What is wrong with torchcodec, which decodes videos, and what to do; '' if it can be loaded.
+
+    It begins with the name of the package, so that it can end a sentence.
+    """
+    if not has_torchcodec():
+        return f"torchcodec, which is not installed: {install_torchcodec()}"
+    try:
+        importlib.import_module("torchcodec")
+    except Exception as error:  # an OSError of the linker, or an error that quotes several
+        cause, ffmpeg = _why_not_loaded(str(error))
+        what = "install FFmpeg" if ffmpeg else "install the torchcodec that fits your torch"
+        return f"torchcodec, which is installed and cannot be loaded ({cause}): {what}; see {PAGE}"
+    return ""
+
+
+def _why_not_loaded(said: str) -> tuple[str, bool]:
+    """The cause in an error of torchcodec, in one line, and whether it is that FFmpeg is missing.
+
+    torchcodec tries one library for each version of FFmpeg and quotes the error of each. Only the
+    error of a version that is there says more than that the others are not.
+    """
+    causes = re.findall(r"^(?:OSError: )?(.*lib.*\.(?:so|dylib|dll).*: .+)$", said, re.MULTILINE)
+    missing = re.compile("no such file|library not loaded", re.IGNORECASE)
+    absent = [cause for cause in causes if missing.search(cause)]
+    others = [cause for cause in causes if cause not in absent]
+    cause = " ".join([*others, *absent, said.partition(". ")[0]][0].split())
+    return cause[:200], bool(absent) and not others
+
+
 def install_torchcodec() -> str:
     """The command that installs torchcodec. It requires no torch, so that pip leaves yours."""
     torch = version("torch")
@@ -107,7 +137,10 @@ def misfit() -> str:
     if same and (found.local == torch.local or _torchvision_loads()):
         return ""
     command = install_torchvision(again=same)
-    return f"torchvision {found} was not built for torch {torch}: {command}"
+    return (
+        f"torchvision {found} was not built for torch {torch}: {command}; or pip uninstall "
+        "torchvision, if the processor of your model needs none"
+    )
 
 
 def _torchvision_loads() -> bool:
@@ -130,5 +163,7 @@ def misfit_behind(error: BaseException) -> str:
 
 
 def notes() -> tuple[str, ...]:
-    """What a user should read about the installed versions, one sentence each."""
-    return tuple(note for note in (*untested(), misfit()) if note)
+    """What a user should read about the installed packages, one sentence each."""
+    fault = decoding_fault() if has_torchcodec() else ""
+    videos = f"videos cannot be decoded by {fault}" if fault else ""
+    return tuple(note for note in (*untested(), misfit(), videos) if note)

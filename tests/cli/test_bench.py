@@ -83,8 +83,21 @@ def test_a_model_of_ones_own(run: Any) -> None:
 def test_the_table_names_the_machine_and_what_is_absent(run: Any) -> None:
     done = run("bench", *SMALL)
     assert done.code == 0, done.err
-    for word in ("ratio to stock", "bound", "GB/s", "The weights are random"):
-        assert word in done.out
+    said = " ".join(done.out.split())
+    for word in ("ratio to stock", "bound", "GB/s", "The weights are random", "2 layers"):
+        assert word in said
+    assert "stock: transformers' DynamicCache of the whole prompt. pruned: " in said
+    assert "in each round the time over stock's time in the same round" in said
+    assert "a model reads no more tokens than it has positions" in said
+
+
+def test_numbers_of_one_and_their_legends_are_in_the_file(run: Any, tmp_path: Path) -> None:
+    one = ["--context", "128", "--rounds", "1", "--new-tokens", "2", "--layers", "1"]
+    done = run("bench", *one, "--out", str(tmp_path))
+    assert done.code == 0, done.err
+    text = (tmp_path / "result.md").read_text()
+    assert "tiny, 1 layer, " in text and "1 round of 2 tokens, A B A B." in text
+    assert "short: transformers' DynamicCache of a prompt that is as short as the pruned" in text
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,17 @@ def test_stars_are_given_by_what_is_shown() -> None:
     assert cells(small)[3].endswith("*") and cells(near_line)[3].endswith("*")
 
 
+def test_a_ratio_is_that_of_the_times_that_are_shown() -> None:
+    """Medians of ratios, which JSON holds, would be other numbers than a reader divides."""
+    results = [FULL, replace(SMALL, step_ratio=1.4, first_ratio=0.7, first_ms=103.4), QUICK]
+    shown = lines(results)[-3:]
+    for line in shown:
+        for cell, whole in zip(cells(line)[3:], cells(shown[0])[3:], strict=True):
+            time, ratio = re.findall(r"[\d.]+", cell)
+            assert ratio == f"{float(time) / float(whole.split()[0]):.2f}"
+    assert results[1].to_dict("right")["ms_per_token_over_full"] == 1.4
+
+
 def test_large_numbers_fit_into_80_columns() -> None:
     big = [replace(r, name="PLPHP() as published", kv_bytes=2**33, first_ms=9876.0, right=18)
            for r in (FULL, SMALL)]  # fmt: skip
@@ -58,14 +69,14 @@ def test_large_numbers_fit_into_80_columns() -> None:
          "answers right, more than with the full cache, in 0.30 of its bytes. The fastest is "
          "quick, with 0.50 of the full cache's time a token, but only 3 of 10 answers right: take "
          "it only where your own questions keep their answers."),
-        ([replace(SMALL, right=7), replace(QUICK, right=3, step_ratio=1.2)], "Keep the full cache "
+        ([replace(SMALL, right=7), replace(QUICK, right=3, step_ms=24.0)], "Keep the full cache "
          "where every answer counts: small comes next, with 7 of 10 answers right in 0.30 of the "
          "bytes. The fastest is small, with 0.90 of the full cache's time a token, but only 7 of "
          "10 answers right: take it only where your own questions keep their answers."),
         ([SMALL], "For memory take small: 9 of 10 answers right, as many as with the full cache, "
          "in 0.30 of its bytes. It is also the fastest, with 0.90 of the full cache's time a "
          "token."),
-        ([replace(SMALL, kv_bytes=1001 << 20, step_ratio=0.997)], "For memory take the full "
+        ([replace(SMALL, kv_bytes=1001 << 20, step_ms=19.98)], "For memory take the full "
          "cache: no way with as many answers takes fewer bytes. For speed take the full cache: no "
          "other way decodes faster."),
     ],
@@ -80,16 +91,30 @@ def test_where_nothing_is_right_or_wrong_the_line_says_so() -> None:
     assert "right" not in said and "4 of 10 answers as with the full cache" in said
 
 
+def test_where_every_other_way_loses_everything_none_comes_next() -> None:
+    full = replace(FULL, right=2, questions=2)
+    others = [replace(one, right=0, questions=2) for one in (SMALL, QUICK)]
+    assert advice([full, *others], known=False) == (
+        "Keep the full cache: every other way has none of 2 answers as with the full cache. The "
+        "fastest is quick, with 0.50 of the full cache's time a token."
+    )
+
+
 def test_the_line_is_true_whatever_the_numbers_are() -> None:
     rng = random.Random(0)
     for _ in range(300):
         full, *others = results = [
             replace(FULL, name=name, right=rng.randint(0, 3), kv_bytes=rng.randint(1, 4) * 500,
-                    step_ratio=rng.choice([0.5, 0.9, 0.996, 1.0, 1.3]) if name != "full" else 1.0)
+                    step_ms=20 * (rng.choice([0.5, 0.9, 0.999, 1, 1.3]) if name != "full" else 1))
             for name in ("full", "a", "b", "c")
         ]  # fmt: skip
         by_name = {r.name: r for r in results}
         said = advice(results, known=True)
+        assert not re.search(r"\b0 of", said)
+        if not full.right:
+            assert said == ("Nothing follows from these answers: the full cache has none of 10 "
+                            "answers right.")  # fmt: skip
+            continue
         taken = re.findall(r"take (?:the )?(a|b|c|full)\b", said)
         for name in taken:
             assert by_name[name].right >= full.right
@@ -98,6 +123,6 @@ def test_the_line_is_true_whatever_the_numbers_are() -> None:
             assert by_name[memory[1]].kv_bytes == min(enough) < full.kv_bytes
         else:
             assert not [r for r in others if r.right >= full.right and r.kv_bytes < full.kv_bytes]
-        fastest = min(r.step_ratio for r in results)
+        fastest = min(r.step_ms for r in results)
         if fast := re.search(r"(?:fastest is|For speed take) (a|b|c)", said):
-            assert by_name[fast[1]].step_ratio == fastest < 0.995
+            assert by_name[fast[1]].step_ms == fastest < 19.95

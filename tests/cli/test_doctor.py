@@ -127,6 +127,18 @@ def test_tokens_that_are_given_count(run: Callable, tmp_path: Path) -> None:
     assert run("doctor", model, "--tokens-per-image", 5, "--json").json["tokens_per_image"] == 5
 
 
+def test_classes_come_in_one_order(run: Callable) -> None:
+    """In the sentence, in the bars and in JSON: the fewest bytes first."""
+    sizes = run("doctor", "embedded", "--json").json["pruned"]
+    out = run("doctor", "embedded").out
+    sentence, (bars,) = out.split("with the pruned cache: ")[1], out.split("  full  ")[1:]
+    names = ["indifferent", "balanced", "attentive"]
+    for text in (sentence.splitlines()[0], bars):
+        assert sorted(names, key=text.index) == names
+        assert sorted(sizes) == sizes
+        assert sorted((f"{size:,}" for size in sizes), key=text.index) == [f"{s:,}" for s in sizes]
+
+
 def test_methods_before_the_cache_are_named_with_reasons(run: Callable, tmp_path: Path) -> None:
     every = ["cdpruner", "dart", "divprune", "fastv", "vidcom2", "visionzip", "vtw"]
     said = {}

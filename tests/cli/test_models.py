@@ -47,8 +47,14 @@ def test_weights_are_loaded_as_they_are(half: Path, monkeypatch: pytest.MonkeyPa
             "torchvision==0.28.",
         ),
         (ValueError("This needs it. Install it with `pip install accelerate`."), "accelerate"),
-        (OSError("Can't load image processor for 'x'. If you"), "such as preprocessor_config.json"),
-        (OSError("Can't load video processor for 'x'. If you"), "video_preprocessor_config.json"),
+        (
+            OSError("Can't load image processor for 'x'. If you"),
+            "processor_config.json, or preprocessor_config.json of older models",
+        ),
+        (
+            OSError("Can't load video processor for 'x'. If you"),
+            "or video_preprocessor_config.json",
+        ),
     ],
 )
 def test_what_transformers_lacks_comes_with_a_remedy(

@@ -1,5 +1,6 @@
 """Errors of processors that are not about the pictures: they name the model, or what is missing."""
 
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 from transformers import video_utils
 
 from lmms.tiny_llava import save
-from plphp import inputs
+from plphp import _installed, inputs
 from plphp.demo.model import WEIGHTS
 from plphp.errors import InputError
 from plphp.inputs import Loaded, make_inputs, prompts
@@ -107,15 +108,21 @@ DECODERS = (
 )
 
 
+def unloadable(name: str) -> None:
+    raise OSError("libavutil.so.60: cannot open shared object file: No such file or directory")
+
+
 @pytest.mark.parametrize("here", [False, True])
 def test_videos_that_cannot_be_decoded(here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torchcodec is here, FFmpeg may be missing."""
-    monkeypatch.setattr(prompts, "has_torchcodec", lambda: here)
+    monkeypatch.setattr(_installed, "has_torchcodec", lambda: here)
+    monkeypatch.setattr(importlib, "import_module", unloadable)
     with pytest.raises(InputError) as raised:
         make_inputs(refusing(lambda n: ImportError(DECODERS)), [], "x", ["clip.gif"])
     said = str(raised.value)
     assert said.startswith("clip.gif") and "refuses it" not in said
-    assert "pip install 'torchcodec>=0.12'" in said and "FFmpeg" in said
+    assert ("pip install 'torchcodec>=0.12'" in said) == (not here) and "FFmpeg" in said
+    assert ("which is installed and cannot be loaded (libavutil.so.60: " in said) == here
 
 
 def test_doctor_remarks_that_videos_cannot_be_decoded(
@@ -123,7 +130,8 @@ def test_doctor_remarks_that_videos_cannot_be_decoded(
 ) -> None:
     from plphp.inputs import processors
 
-    monkeypatch.setattr(processors, "has_torchcodec", lambda: False)
+    for module in (processors, _installed):
+        monkeypatch.setattr(module, "has_torchcodec", lambda: False)
     shutil.copytree(WEIGHTS, tmp_path, dirs_exist_ok=True)
     note = "videos need torchcodec, which is not installed: pip install 'torchcodec>=0.12'"
     assert f"note: {note}" in run("doctor", tmp_path).out
@@ -132,5 +140,9 @@ def test_doctor_remarks_that_videos_cannot_be_decoded(
     held = SimpleNamespace(video_processor=object())
     config = SimpleNamespace(model_type="own")
     assert videos_note("m", config, held).startswith(note)
-    monkeypatch.setattr(processors, "has_torchcodec", lambda: True)
+    for module in (processors, _installed):
+        monkeypatch.setattr(module, "has_torchcodec", lambda: True)
+    monkeypatch.setattr(importlib, "import_module", unloadable)
     assert not videos_note("m", config, held)
+    for command in (["env"], ["doctor", "embedded"]):
+        assert "note: videos cannot be decoded by torchcodec, which is in" in run(*command).out

@@ -6,6 +6,7 @@ import pytest
 
 from plphp.errors import InputError
 from plphp.eval.methods import Setting, parse
+from plphp.policy import policy
 
 QUESTION = ("--prompt", "describe picture 1.")
 
@@ -43,6 +44,22 @@ def test_recall_is_refused_in_one_line(run: Callable, picture: str) -> None:
         result = run("generate", "--image", picture, *QUESTION, *options)
         assert result.code == 2
         assert said in result.err
+
+
+@pytest.mark.parametrize("given", ["plhp", "plhp:paper", "plhp+int4"])
+def test_an_unknown_method_comes_with_the_nearest(given: str) -> None:
+    with pytest.raises(InputError, match=r"unknown method '.*' \(did you mean 'plphp'\?\); known"):
+        parse(given, ".4")
+
+
+def test_what_a_method_is_tells_of_recall_and_codes() -> None:
+    made = policy("novelty")
+    assert Setting("novelty", 0.4).described(made) == repr(made)
+    said = Setting("novelty+int4", 0.2).described(made)
+    assert said.startswith(
+        f"{made!r}, which only ranks tokens, with Recall(home='int4', budget=0.2"
+    )
+    assert Setting("novelty+kv4", 0.2).described(made) == f"{made!r} with kv_bits=4"
 
 
 def test_methods_with_a_home() -> None:

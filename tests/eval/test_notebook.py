@@ -26,6 +26,8 @@ def test_every_cell_runs(capsys: pytest.CaptureFixture[str]) -> None:
                 code = f"shown = {code}"
             exec(compile(code, f"cell {number}", "exec"), space)
             shown = space.get("shown", shown)
+    introduction = "".join(cells[0]["source"])
+    assert "ipywidgets" in introduction and 'or "cpu"' in "".join(cells[2]["source"])
     printed = capsys.readouterr().out
     assert "gamma" in printed and "recommended  40%" in printed
     html = shown._repr_html_()
@@ -38,6 +40,9 @@ def test_one_call_takes_names_files_and_policies(tmp_path: Path) -> None:
     inspection = plphp.inspect(
         "embedded", picture, "what is brown in picture 1?", ["plphp", "random"], oracle=False
     )
+    assert repr(inspection).startswith("<Inspection of plphp, random: ")
+    assert len(repr(inspection)) < 120
+    assert len(repr(inspection.page)) < 9000, "pictures and masks are data, not text"
     assert [run.policy for run in inspection.page.runs] == ["plphp", "random"]
     assert str(inspection).count("of the vision K/V kept") == 2
     inspection.save(tmp_path / "page.html")

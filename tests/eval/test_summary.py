@@ -131,5 +131,6 @@ def test_nothing_to_draw_is_no_error(tmp_path: Path) -> None:
 def test_few_samples_come_with_a_warning(samples: int, warned: bool) -> None:
     task = {"what": "photos", "samples": samples, "vision_tokens": 36, "answer_tokens": 8,
             "metric": "agreement", "one_token": 0, "settings": []}  # fmt: skip
-    said = markdown({"about": {}, "tasks": {"folder": task}})
+    said = markdown({"about": {"attn": None, "dtype": "float32"}, "tasks": {"folder": task}})
+    assert "\n\ndtype float32\n\n" in said, "what was not given is not told"
     assert ("mean little" in said) == warned

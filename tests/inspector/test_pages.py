@@ -183,7 +183,7 @@ def test_a_report_draws_itself(embedded: Embedded, tmp_path: Path) -> None:
     shown = report._repr_html_()
     assert shown is not None and shown.startswith("<iframe srcdoc=")
     assert "<script" not in shown, "a notebook's own page is left alone"
-    with pytest.raises(plphp.InputError, match="2 images"):
+    with pytest.raises(plphp.InputError, match="images and videos of the prompt: 2, and given: 1"):
         report.plot(pictures[:1])
 
 

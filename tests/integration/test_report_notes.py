@@ -79,7 +79,10 @@ def test_padding_on_the_right_is_noted(model: Any) -> None:
 
 def test_layers_of_one_class_are_noted(model: Any) -> None:
     rows = [tiny.RowSpec(images=1, text=20)]
-    note = "all pruned layers are vision-attentive: plphp.calibrate fits alpha and beta to a model"
+    note = (
+        "all pruned layers are vision-attentive: plphp.calibrate fits alpha and beta to a model; "
+        "in the shell --alpha and --beta set them"
+    )
     assert note in read(model, rows, ONE_CLASS).notes
     gammas = sorted(layer.gamma[0] for layer in read(model, rows).layers)
     apart = plphp.PLPHP(alpha=gammas[-1], beta=gammas[-1])

@@ -22,6 +22,7 @@ LEVELS = {
     "_drawing": 0,
     "_installed": 0,
     "_version": 0,
+    "_words": 0,
     "_renamed": 0,
     "errors": 0,
     "policy": 1,

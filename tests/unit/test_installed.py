@@ -99,6 +99,42 @@ def test_a_torchvision_of_another_torch_is_named(
     said = _installed.misfit()
     wanted = f"torchvision {torchvision} was not built for torch 2.13.0+cpu: {command}"
     assert said.startswith(wanted) if command else said == ""
+    assert ("; or pip uninstall torchvision" in said) == bool(command)
+
+
+ABSENT = "OSError: libavutil.so.{}: cannot open shared object file: No such file or directory"
+QUOTED = (
+    "Could not load libtorchcodec. Likely causes: 1. FFmpeg is not properly installed. 2. ...\n"
+    'FFmpeg version 8:\nTraceback (most recent call last):\n  File "/ops.py", line 1\n'
+    + ABSENT.format(60)
+    + "\nFFmpeg version 7:\n"
+)
+SYMBOL = "OSError: /x/libtorchcodec_core7.so: undefined symbol: _ZN3c104"
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "advice"),
+    [
+        (OSError(ABSENT[9:].format(60)), "libavutil.so.60: cannot open shared", "install FFmpeg;"),
+        (RuntimeError(QUOTED + ABSENT.format(59)), "libavutil.so.60: cannot", "install FFmpeg;"),
+        (RuntimeError(QUOTED + SYMBOL), "undefined symbol: _ZN3c104", "that fits your torch; see"),
+        (ImportError("no words"), "no words", "that fits your torch; see"),
+    ],
+)
+def test_a_torchcodec_that_cannot_be_loaded_says_why(
+    error: Exception, cause: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(_installed, "has_torchcodec", lambda: True)
+    monkeypatch.setattr(_installed.importlib, "import_module", refuse)
+    said = _installed.decoding_fault()
+    assert said.startswith("torchcodec, which is installed and cannot be loaded (")
+    assert cause in said and advice in said and "\n" not in said
+    assert _installed.notes()[-1] == f"videos cannot be decoded by {said}"
+    monkeypatch.setattr(_installed.importlib, "import_module", lambda name: None)
+    assert _installed.decoding_fault() == ""
 
 
 def test_an_import_that_such_a_torchvision_breaks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plphp._words import counted
 from plphp.errors import InputError, how_to_install
 
 Shown = Mapping[str, Any]
+STEP, FITS = "A decode step", "What fits beside the weights"
+RATIO = (
+    "Ratio: the median over the rounds, with the least and the most; in each round the time over "
+    "stock's time in the same round, so that it may differ from the quotient of the times shown."
+)
 
 
 def write(found: Shown, out: Path) -> None:
@@ -19,7 +25,9 @@ def write(found: Shown, out: Path) -> None:
         (out / "result.json").write_text(json.dumps(found, indent=1) + "\n")
         (out / "result.md").write_text(markdown(found))
     except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from error
+        raise InputError(
+            f"--out {out}: {error.strerror}: give a directory that can be made or written"
+        ) from error
     _draw(found, out / "result.png")
 
 
@@ -29,7 +37,7 @@ def title(found: Shown) -> str:
     shape = setting["shape"]
     rounded = f"{setting['weights']} weights, " if setting.get("weights") else ""
     return (
-        f"{shape['name']}, {shape['layers']} layers, {setting['dtype']}, {rounded}"
+        f"{shape['name']}, {counted(shape['layers'], 'layer')}, {setting['dtype']}, {rounded}"
         f"{setting['context']:,} columns, batch {setting['batch']}, "
         f"keep {', '.join(f'{rate:g}' for rate in setting['keep'])}"
     )
@@ -39,16 +47,35 @@ def markdown(found: Shown) -> str:
     """The tables of a result, after the setting and the machine."""
     about, setting = found["about"], found["setting"]
     lines = [
-        f"{title(found)}; {setting['rounds']} rounds of {setting['new_tokens']} tokens, A B A B.",
+        f"{title(found)}; {counted(setting['rounds'], 'round')} of "
+        f"{setting['new_tokens']} tokens, A B A B.",
         "",
         f"{about['machine']}, Python {about['python']}, torch {about['torch']}, transformers "
         f"{about['transformers']}, {about['date']}; copies move {found['copy_gb_s']} GB/s; energy: "
         f"{found['energy']}.",
     ]
+    said = legends(found)
     for name, (header, rows) in sections(found).items():
         head = [name if column == header[0] else column for column in header]
         lines += ["", _line(head), _line(["---"] * len(head)), *map(_line, rows)]
+        lines += ["", *said[name]] if name in said else []
     return "\n".join(lines) + "\n"
+
+
+def legends(found: Shown) -> dict[str, list[str]]:
+    """Sentences that explain the words of a table, by the name of the table."""
+    from plphp.bench.variants import MEANINGS
+
+    names = [row["name"] for row in found["steps"]]
+    return {
+        STEP: [
+            *(f"{name}: {MEANINGS[name]}." for name in names if name in MEANINGS),
+            RATIO,
+            f"Bound: the least time, in which the bytes of the weights and of the keys and values "
+            f"are read at {found['copy_gb_s']} GB/s. Energy: {found['energy']}.",
+        ],
+        FITS: ["Memory alone is counted: a model reads no more tokens than it has positions."],
+    }
 
 
 # What a token costs: energy where it can be read, elsewhere the time of all cores together.
@@ -58,12 +85,12 @@ Rows = tuple[list[str], list[list[str]]]  # the header and the cells of every ro
 
 def sections(found: Shown) -> dict[str, Rows]:
     """The tables of a result by name."""
-    made: dict[str, Rows] = {"A decode step": _steps(found["steps"])}
+    made: dict[str, Rows] = {STEP: _steps(found["steps"])}
     made["Cache and attention of all layers, a step"] = _ratios(found["attention"])
     if found["prefill"]:
         made["The prompt"] = _ratios(found["prefill"])
     made["Scoring, choosing and compacting a prompt"] = _pruning(found)
-    made["What fits beside the weights"] = capacity_table(
+    made[FITS] = capacity_table(
         found["fits"], found["setting"]["context"], found["setting"]["batch"]
     )
     return made

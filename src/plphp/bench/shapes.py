@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from plphp.errors import InputError
 from plphp.hf import compat
+from plphp.policy.checks import meant_name
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def shape_of(name: str, layers: int | None) -> Shape:
     layers: how many of its layers to use, None for all
     """
     if name not in SHAPES:
-        raise InputError(f"--shape: unknown shape {name!r}; known are {', '.join(SHAPES)}")
+        known = f"{meant_name(name, SHAPES)}; known are {', '.join(SHAPES)}"
+        raise InputError(f"--shape: unknown shape {name!r}{known}")
     shape = SHAPES[name]
     if layers is None:
         return shape

@@ -17,6 +17,7 @@ from plphp.bench.caches import Schedule, Setting
 from plphp.errors import InputError
 from plphp.hf import prune
 from plphp.policy import POLICIES, CachePolicy, policy
+from plphp.policy.checks import meant_name
 
 DEFAULT = ("short",)
 WORDS = {
@@ -27,6 +28,11 @@ WORDS = {
     "pruned-kv2": "what is kept in codes of 2 bits",
     "int4": "transformers' QuantizedCache of the whole prompt, 4 bits (optimum-quanto)",
     "fp8": "transformers' QuantizedCache of the whole prompt, 8-bit floats",
+}
+MEANINGS = {
+    "stock": "transformers' DynamicCache of the whole prompt",
+    "pruned": "plphp's cache of what is kept",
+    **WORDS,
 }
 BITS = {"pruned-kv4": 4, "pruned-kv2": 2}
 METHODS = [name for name in POLICIES if policy(name).prunes_cache and name != "full"]
@@ -90,7 +96,8 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if name not in WORDS and name not in METHODS:
             known = ", ".join([*WORDS, *METHODS])
-            raise InputError(f"--against: unknown {name!r}; known are {known}")
+            meant = meant_name(name, [*WORDS, *METHODS])
+            raise InputError(f"--against: unknown {name!r}{meant}; known are {known}")
     if "int4" in names and find_spec("optimum") is None:
         raise InputError("--against int4 needs optimum-quanto: pip install optimum-quanto")
     if "fp8" in names and not hasattr(cache_utils, "Fp8QuantizedLayer"):

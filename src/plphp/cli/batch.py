@@ -208,7 +208,9 @@ def open_batch(
         out.parent.mkdir(parents=True, exist_ok=True)
         file = part.open("a+b")
     except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from error
+        raise InputError(
+            f"--out {out}: {error.strerror}: give a file in a directory that can be made or written"
+        ) from error
     with file:
         lines.lock(file, str(part))
         if out.exists() or not _is_still(part, file):

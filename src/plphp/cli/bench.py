@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from plphp._words import counted
 from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.bits import Weights, warn_of_prompts
@@ -84,7 +85,7 @@ def _first_token(
     import torch
 
     from plphp.bench import first_token as measure
-    from plphp.bench import machine
+    from plphp.bench import machine, present
     from plphp.bench.caches import Setting
     from plphp.bench.run import check_memory
     from plphp.bench.shapes import shape_of
@@ -103,8 +104,8 @@ def _first_token(
     if as_json:
         print(json.dumps({"about": about, "rounds": rounds, "first_token": rows}, indent=1))
         return
-    title = f"The first token: {shape}, {setting.shape.layers} layers, {dtype}, {context:,} columns"
-    table = Table(title=title)
+    depth = counted(setting.shape.layers, "layer")
+    table = Table(title=f"The first token: {shape}, {depth}, {dtype}, {context:,} columns")
     table.add_column("method", overflow="fold")
     for column in (
         "K/V kept",
@@ -120,6 +121,7 @@ def _first_token(
         shares = [f"{mid:.2f} ({low:.2f} - {high:.2f})" for mid, low, high in ratios]
         cells = [row["name"], f"{row['kept']:.0%}", f"{row['ms']:.0f}", f"{row['tower_ms']:.0f}"]
         table.add_row(*map(shown, [*cells, f"{row['tower_share']:.0%}", *shares]))
+    table.caption, table.caption_justify = present.RATIO, "left"
     stdout().print(table)
 
 
@@ -147,8 +149,8 @@ def _check_shares(keep: str, rates: tuple[float, ...], layers: int) -> None:
     """Raise InputError if there are more shares than layers."""
     if len(rates) > layers:
         raise InputError(
-            f"--keep {keep}: these are {len(rates)} shares for {layers} layers; give at most one "
-            "share per layer"
+            f"--keep {keep}: these are {len(rates)} shares for {counted(layers, 'layer')}; give at "
+            "most one share per layer"
         )
 
 
@@ -249,16 +251,14 @@ def _rates(text: str) -> tuple[float, ...]:
 
 def _tables(found: dict[str, Any]) -> Iterator[Table]:
     """The tables to print, with the rows of the Markdown file in `--out`."""
-    from plphp.bench.present import sections, title
+    from plphp.bench.present import STEP, legends, sections, title
 
+    said = legends(found)
     for name, (header, rows) in sections(found).items():
-        table = Table(title=shown(f"{name}: {title(found)}") if name == "A decode step" else name)
+        table = Table(title=shown(f"{name}: {title(found)}") if name == STEP else name)
         for column in header:
             table.add_column(column, justify="left" if column == header[0] else "right")
         for row in rows:
             table.add_row(*map(shown, row))
-        if name == "A decode step":
-            table.caption = (
-                f"bound: bytes divided by {found['copy_gb_s']} GB/s; energy: {found['energy']}"
-            )
+        table.caption, table.caption_justify = "\n".join(said.get(name, [])) or None, "left"
         yield table

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from plphp._words import counted
 from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.bits import KvBits, Weights
@@ -123,7 +124,7 @@ def _measured(
 
     with progress(quiet, transient=True) as bar:
         work = len(items) * len(every) + 2 * rounds * len(every) + 1
-        task = bar.add_task(f"{len(items)} questions", total=work)
+        task = bar.add_task(counted(len(items), "question"), total=work)
         asked = demo_run.ask(loaded, items, every, lambda: bar.advance(task))
         size = f"{long.rows} x {long.vision:,} vision tokens"
         bar.update(task, description=size)
@@ -164,11 +165,12 @@ def _print(
 def _what(loaded: Runnable, long: LongBatch) -> str:
     """What the columns were measured on."""
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    rows = f"{long.rows} rows" if long.rows > 1 else "1 row"
+    rows = counted(long.rows, "row")
     return (
-        "* the best of its column; in parentheses: the ratio to the full cache. Bytes and "
+        "* the best of its column; in parentheses: the time over that of the full cache. Bytes and "
         f"milliseconds a token are of {rows} with {long.vision:,} vision tokens each, the first "
-        f"token of one such row, all ways in turn; {dtype} on {loaded.model.device}."
+        "token of one such row, all ways in turn; each time is the median of its rounds. "
+        f"{dtype} on {loaded.model.device}."
     )
 
 

@@ -65,7 +65,8 @@ class Result:
     kv_bytes, parked_bytes: of the long batch, on the device and in main memory
     step_ms: milliseconds of a decoding step of the long batch, all rows together
     first_ms: milliseconds until the first token of one long prompt
-    step_ratio, first_ratio: over the full cache, the median over the rounds
+    step_ratio, first_ratio: over the full cache in the same round, the median over the rounds. Only
+        JSON has them: the screen divides the times that it shows
     """
 
     name: str

@@ -294,7 +294,7 @@ def _found_by(config: Any) -> str:
 
     if not describes_vision(config):
         return "the processor's mm_token_type_ids, or a vision_mask that you pass"
-    known = config.model_type in FAMILIES
-    entry = f"the entry of {config.model_type} in plphp.models"
-    how = entry if known else "runs of vision tokens, because plphp.models has no entry for it"
-    return f"the image and video token ids of the config; images are told apart by {how}"
+    known = f"plphp knows how {config.model_type} lays out an image"
+    if config.model_type not in FAMILIES:
+        known = f"an unbroken run is one image, since plphp does not know {config.model_type}"
+    return f"the image and video token ids of the config; {known}"

@@ -123,8 +123,8 @@ def _bytes(d: Diagnosis) -> list[str]:
     if d.prunable and d.pruned is not None:
         low, middle, high = d.pruned
         lines.append(
-            f"with the pruned cache: {middle:,} bytes if all layers are vision-balanced, {low:,} "
-            f"if all are vision-indifferent, {high:,} if all are vision-attentive"
+            f"with the pruned cache: {low:,} bytes if all layers are vision-indifferent, "
+            f"{middle:,} if all are vision-balanced, {high:,} if all are vision-attentive"
         )
     return lines
 
@@ -136,7 +136,7 @@ def _drawn(d: Diagnosis) -> list[str]:
     caches = {"full": d.full}
     if d.prunable and d.prunable_layers and d.pruned is not None:
         classes = ("indifferent", "balanced", "attentive")
-        caches |= dict(reversed([*zip(classes, d.pruned, strict=True)]))
+        caches |= dict(zip(classes, d.pruned, strict=True))
     text = d.token_bytes * d.text_tokens
     parts = {name: (min(text, size), max(size - text, 0)) for name, size in caches.items()}
     return ["", f"bytes of the prompt: {TEXT} text, {IMAGES} images", *bars(parts, d.images)]

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from plphp._words import counted
 from plphp.cli import flags
 from plphp.cli import options as o
 from plphp.cli.cluster import Cluster
 from plphp.cli.console import progress, resumable, say, shown
 from plphp.errors import InputError, how_to_install
+from plphp.policy.checks import meant_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,7 +112,8 @@ def _tasks(names: str, images: Path | None, prompt: str | None) -> tuple[Task, .
     for name in wanted:
         if name not in known:
             raise InputError(
-                f"--tasks: unknown task {name!r}; known are {', '.join(TASKS)}, the suites "
+                f"--tasks: unknown task {name!r}{meant_name(name, [*known, *SUITES])}; known are "
+                f"{', '.join(TASKS)}, the suites "
                 f"{', '.join(SUITES)}, and single tasks of a suite, such as what@redundant-4"
             )
     if not wanted:
@@ -179,11 +182,11 @@ def _finish(plan: Plan, as_json: bool) -> None:
     if left:
         i, n = plan.shard
         if n == 1:
-            say(f"{left} lines are missing: give the same command again to continue")
+            say(f"missing: {counted(left, 'line')}; give the same command again to continue")
         else:
             say(
-                f"shard {i}/{n} is done, and {left} lines of other shards are missing: the last "
-                "shard to finish writes the summary, or the same command given again"
+                f"shard {i}/{n} is done; missing of other shards: {counted(left, 'line')}. The "
+                "last shard to finish writes the summary, or the same command given again"
             )
         return
     found = summarize(plan.out)

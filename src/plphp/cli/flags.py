@@ -62,8 +62,9 @@ MemoryLimit = Annotated[
     str | None,
     typer.Option(
         "--memory",
-        help="Choose --weights, --kv-bits, --recall and the budget so that the process takes no "
-        "more than this, such as 4GiB. Options that are given stay as they are.",
+        help="The memory of the process, such as 4GiB: take the first way that fits of a fixed "
+        "list of recall, codes and rounded weights, without the unpruned cache. Options that are "
+        "given stay as they are.",
     ),
 ]
 

@@ -147,7 +147,7 @@ def answer(
     """Answer one prompt. Returns the text and the report."""
     import torch
 
-    from plphp.inputs import make_inputs
+    from plphp.inputs import make_inputs, told_apart
 
     inputs = make_inputs(job.loaded, images, prompt, videos)
     if job.seed is not None:
@@ -159,7 +159,7 @@ def answer(
         tokens = job.loaded.model.generate(**inputs, **job.generation, **extra)
     assert pruning.report is not None
     text = job.loaded.decode(tokens[0, inputs["input_ids"].shape[1] :])
-    return text, pruning.report
+    return text, told_apart(pruning.report, bool(videos))
 
 
 def _attached(job: Job) -> Pruning:
@@ -198,7 +198,7 @@ def _print_comparison(
     as_json: bool,
 ) -> None:
     from plphp.bench import compare
-    from plphp.inputs import make_inputs
+    from plphp.inputs import make_inputs, told_apart
 
     inputs = make_inputs(job.loaded, images, prompt, videos)
     options = {**vars(job.bits), **job.generation}
@@ -206,12 +206,11 @@ def _print_comparison(
         compared = compare(
             job.loaded.model, inputs, job.policy, rounds, recall=job.recall, **options
         )
-    numbers = _comparison(job, compared)
+    numbers, found = _comparison(job, compared), told_apart(compared.report, bool(videos))
     if as_json:
-        report = compared.report.to_dict()
-        print(json.dumps({**_what(job, images, prompt), **numbers, "report": report}))
+        said = {**_what(job, images, prompt), **numbers, "report": found.to_dict()}
+        print(json.dumps(said))
         return
-    found = compared.report
     how = "kept" if found.recall is None and found.codes is None else "on the device"
     share = f"{found.on_device:.0%} of the vision K/V {how}"
     table = Table(title=share if found.has_vision else None)
@@ -269,6 +268,7 @@ def check_files(images: Sequence[str], videos: Sequence[str], model: str) -> Non
 
 def _check_batch(batch: Path, out: Path, prompt: str | None, retry: bool) -> None:
     from plphp.inputs import parquet
+    from plphp.inputs.images import wildcard
 
     if os.path.lexists(out) and not retry:
         raise InputError(
@@ -276,7 +276,8 @@ def _check_batch(batch: Path, out: Path, prompt: str | None, retry: bool) -> Non
             "lines again that have an error"
         )
     if not os.path.exists(batch):
-        raise InputError(f"--batch {batch}: no such file or directory")
+        hint = wildcard(str(batch)).replace("each file", "the directory")
+        raise InputError(f"--batch {batch}: no such file or directory{hint}")
     for path in (batch, out):
         parquet.check(path)
     if batch.is_dir() and prompt is None:

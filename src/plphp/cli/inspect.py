@@ -98,9 +98,7 @@ def _present(page: Page, where: Path | None, as_json: bool) -> None:
             if run.differs is None
             else f"the answer differs from that of the full model at token {run.differs + 1}"
         )
-        held = "kept" if run.recall is None else "in full on the device"
-        held += "" if run.codes is None else f" in codes, {run.codes['share']:.0%} of its bytes"
-        told = f"{run.policy}: {run.retention:.0%} of the vision K/V {held}, {same}"
+        told = f"{run.policy}: {run.retention:.0%} of the vision K/V {run.held}, {same}"
         stdout().print(told, soft_wrap=True)
         for stage in run.stages:
             stdout().print(f"  {StageReport(**stage)}", soft_wrap=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import typer
@@ -14,6 +16,9 @@ TYPED = "plphp.typed"
 
 # Options that say how many tokens a policy keeps. With recall its own budget says that.
 RATES = ("budget", "r", "delta_r", "min_tokens", "round_to")
+
+# Options that have the same names in Python.
+ALIKE = (*RATES, "alpha", "beta", "gqa", "kv_bits", "kv_text")
 
 # Command -> option -> options, at least one of which must be given too.
 NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -68,7 +73,7 @@ WHY = {
     "prompt": "--prompt is the question about the images",
     "tasks": "the images of --images are a task",
     "weights": "--first-token times a prompt, which reads the weights once for many tokens",
-    "kv_bits": "recall stores what is kept in full, so use --recall int4 alone or leave it out",
+    "kv_bits": "--recall int4 has codes of its own, and --recall host keeps tokens in full",
     "ray": "a single answer cannot be divided among workers",
     "workers": "without --ray there is only one model",
     "shard": "--ray divides the run into shards itself",
@@ -122,6 +127,27 @@ def check(ctx: typer.Context, values: Mapping[str, Any]) -> None:
             _refuse(f"{flags[name]} needs {_either(flags, others)}", name)
     if "trust_remote_code" in typed and values.get("model") == "embedded":
         raise InputError("--trust-remote-code needs --model: the embedded model is plphp's own")
+
+
+@contextlib.contextmanager
+def in_words_of_a_shell() -> Iterator[None]:
+    """Name options as a shell does in an error that begins with their names in Python.
+
+    Policies and caches raise such errors: "kv_bits must be 4 or 2", "r + delta_r must be at most".
+    """
+    name = "|".join(ALIKE)
+    try:
+        yield
+    except InputError as error:
+        said = str(error)
+        if re.match(rf"({name})( [-+] ({name}))* must\b", said):
+            flags = re.sub(rf"(?<![\w'-])({name})(?![\w'-])", lambda found: _flag(found[0]), said)
+            error.args = (flags,)
+        raise
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _refuse(what: str, name: str) -> None:

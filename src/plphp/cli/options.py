@@ -244,7 +244,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         needs.check(ctx, given)
         for name, kind in groups.items():
             given[name] = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
-        command(**given)
+        with needs.in_words_of_a_shell():
+            command(**given)
 
     own = inspect.signature(command).parameters.values()
     parameters = [part for one in own for part in _parameters(one, hints[one.name])]

@@ -9,7 +9,7 @@ from typing import Any
 from plphp.errors import InputError
 from plphp.hf import calibrate, compat
 from plphp.policy import ALIASES, POLICIES, Policy, policy, sequence_stage
-from plphp.policy.checks import meant_share
+from plphp.policy.checks import meant_name, meant_share
 from plphp.recall import HOMES, KeptBits, Recall
 
 PAPER = ":paper"  # NAME:paper is a method with its own defaults instead of a budget
@@ -54,6 +54,12 @@ class Setting:
         """The bits of the codes of kept tokens, None where they are stored in full."""
         return BITS.get(self.method.partition(PARKED)[2])
 
+    def described(self, made: Policy) -> str:
+        """The options of this method in text. made: the policy of this setting"""
+        if self.recall is not None:
+            return f"{made!r}, which only ranks tokens, with {self.recall!r}"
+        return repr(made) if self.kv_bits is None else f"{made!r} with kv_bits={self.kv_bits}"
+
     def __str__(self) -> str:
         return self.method if self.budget is None else f"{self.method} at {self.budget:g}"
 
@@ -78,9 +84,10 @@ def parse(methods: str, budgets: str) -> tuple[list[Setting], list[str]]:
         right = base in POLICIES or name == f"plphp{CALIBRATED}" or _in_stages(base)
         if not right or (home and home not in (*HOMES, *BITS)) or name.endswith(PARKED):
             known = ", ".join([*known_methods(), *ALIASES])
+            meant = meant_name(base, [*POLICIES, *ALIASES])
             raise InputError(
-                f"--methods: unknown method {name!r}; known are {known}, FIRST/SECOND for two "
-                f"stages, and NAME+HOME with recall from {', '.join(HOMES)}, or in codes "
+                f"--methods: unknown method {name!r}{meant}; known are {known}, FIRST/SECOND for "
+                f"two stages, and NAME+HOME with recall from {', '.join(HOMES)}, or in codes "
                 f"with {' or '.join(BITS)}"
             )
         _check_home(name)

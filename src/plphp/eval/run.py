@@ -85,7 +85,7 @@ def run(
     store.open({**about, **fixed, "max_new_tokens": plan.longest})
     try:
         policies, skipped = _policies(loaded, plan)
-        store.note_policies({str(setting): repr(found) for setting, found in policies.items()})
+        store.note_policies({str(s): s.described(found) for s, found in policies.items()})
         for task in plan.tasks:
             samples = task.draw(plan.limit, plan.seed)
             store.describe(task, samples)

@@ -44,13 +44,17 @@ class Store:
         Raises InputError for a directory with another run.
         """
         run = self.out / "run.json"
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"--out {self.out} is a file: give a directory for the results")
         if self.out.is_dir() and not run.exists():
             self._check_empty()
         try:
             (self.out / "samples").mkdir(parents=True, exist_ok=True)
             (self.out / "tasks").mkdir(exist_ok=True)
         except OSError as error:
-            raise InputError(f"--out {self.out}: {error.strerror}") from error
+            raise InputError(
+                f"--out {self.out}: {error.strerror}: give a directory that can be made or written"
+            ) from error
         if not run.exists():
             write_json(run, settings)
         before = read_json(run)

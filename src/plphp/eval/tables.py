@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from plphp._words import counted
 from plphp.eval.methods import PARKED
 
 FEW = 20  # samples: an interval that is resampled from fewer is too narrow
@@ -13,14 +14,15 @@ Shown = Mapping[str, Any]
 
 def markdown(summary: Shown) -> str:
     """The whole summary: one table per task, one line per method and budget."""
-    about = ", ".join(f"{name} {value}" for name, value in summary["about"].items())
+    given = {name: value for name, value in summary["about"].items() if value is not None}
+    about = ", ".join(f"{name} {value}" for name, value in given.items())
     parts = ["# What pruning loses", about]
     for name, task in summary["tasks"].items():
         parts += [f"## {name}", _head(task), "\n".join(_table(task))]
         if any(PARKED in row["method"] for row in task["settings"]):
             parts.append(
-                "For NAME+HOME, kept is the share of device bytes, without parked tokens in main "
-                "memory."
+                "Where the name of a method has a +, kept is its device bytes over the bytes of "
+                "the full vision K/V. What recall parks in main memory is not counted."
             )
         parts += [f"Could not run: {reason}" for reason in _skipped(task)]
     return "\n\n".join(parts) + "\n"
@@ -29,12 +31,13 @@ def markdown(summary: Shown) -> str:
 def _head(task: Shown) -> str:
     apart = ""
     if task["one_token"]:
-        apart = f" {task['one_token']} answers of one token are not included."
+        apart = f" Not included: {counted(task['one_token'], 'answer')} of one token."
     if task["samples"] < FEW:
         apart += f" With fewer than {FEW} samples, intervals and verdicts mean little."
     return (
-        f"{task['what']}. {task['samples']} samples, {task['vision_tokens']:.0f} vision tokens and "
-        f"{task['answer_tokens']:.0f} answer tokens on average; score: {task['metric']}.{apart}"
+        f"{task['what']}. {counted(task['samples'], 'sample')}, {task['vision_tokens']:.0f} vision "
+        f"tokens and {task['answer_tokens']:.0f} answer tokens on average; "
+        f"score: {task['metric']}.{apart}"
     )
 
 

@@ -5,6 +5,7 @@ from plphp.inputs.images import Still, image_files, open_image, upright
 from plphp.inputs.models import EMBEDDED, check_device, load, load_config
 from plphp.inputs.prompts import check_prompt, make_inputs
 from plphp.inputs.runnable import Loaded, Runnable
+from plphp.inputs.told_apart import told_apart
 
 __all__ = [
     "EMBEDDED",
@@ -20,5 +21,6 @@ __all__ = [
     "load_config",
     "make_inputs",
     "open_image",
+    "told_apart",
     "upright",
 ]

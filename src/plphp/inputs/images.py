@@ -124,8 +124,15 @@ def _can_read(kind: str | None) -> bool:
 
 def why_missing(path: str | os.PathLike[str]) -> str:
     """Why there is no file with this path: the path may be a URL, which nothing here reads."""
-    url = URL.match(os.fspath(path))
-    return "a URL is not read: save the file here and give its name" if url else "no such file"
+    name = os.fspath(path)
+    if URL.match(name):
+        return "a URL is not read: save the file here and give its name"
+    return f"no such file{wildcard(name)}"
+
+
+def wildcard(name: str) -> str:
+    """The end of a message about a name that is no file's, if it has a character as `*.png` has."""
+    return ": wildcards are not read, so name each file" if re.search("[*?]", name) else ""
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:

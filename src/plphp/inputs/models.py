@@ -15,6 +15,7 @@ from huggingface_hub import constants as hub
 from transformers.utils import logging as transformers_logging
 
 from plphp._installed import (
+    decoding_fault,
     has_torchvision,
     install_torchcodec,
     install_torchvision,
@@ -236,11 +237,11 @@ def remedy(error: Exception) -> str:
         if name in NEED_TORCHVISION and not has_torchvision():
             return install_torchvision()
         if name == "torchcodec":
-            return install_torchcodec()
+            return decoding_fault() or install_torchcodec()
         return f"pip install {name}"
     if found := re.search(r"Can't load (image|video) processor", text):
-        file = f"{'video_' if found[1] == 'video' else ''}preprocessor_config.json"
-        return f"the files of its processor, such as {file}, must be beside it"
+        older = f"{'video_' if found[1] == 'video' else ''}preprocessor_config.json"
+        return f"processor_config.json, or {older} of older models, must be beside it"
     return ""
 
 

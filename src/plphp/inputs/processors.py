@@ -7,12 +7,7 @@ from typing import Any
 
 import torch
 
-from plphp._installed import (
-    has_torchcodec,
-    has_torchvision,
-    install_torchcodec,
-    install_torchvision,
-)
+from plphp._installed import decoding_fault, has_torchcodec, has_torchvision, install_torchvision
 from plphp.errors import InputError
 from plphp.inputs.models import EMBEDDED, check_tokenizer, first_sentence, remedy, without_weights
 
@@ -43,7 +38,9 @@ def local_processor(name: str, config: Any, trust: bool = False) -> tuple[Any, s
 
 
 def videos_note(name: str, config: Any, processor: Any) -> str:
-    """A note if a model takes videos and no package is here that decodes them, else ''.
+    """A note if a model takes videos and the package that decodes them is not here, else ''.
+
+    A package that is here and cannot be loaded is told by `plphp._installed.notes`.
 
     processor: what `local_processor` returned for them
     """
@@ -55,9 +52,7 @@ def videos_note(name: str, config: Any, processor: Any) -> str:
     except ImportError:  # of transformers' stand-in for a class that it cannot import
         parts = []
     takes = "video_processor" in parts or getattr(processor, "video_processor", None) is not None
-    return (
-        f"videos need torchcodec, which is not installed: {install_torchcodec()}" if takes else ""
-    )
+    return f"videos need {decoding_fault()}" if takes else ""
 
 
 def _reader_here(name: str, config: Any, trust: bool, missing: str) -> str:

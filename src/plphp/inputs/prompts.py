@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from plphp._installed import has_torchcodec, install_torchcodec, install_torchvision
+from plphp._installed import decoding_fault, install_torchvision
+from plphp._words import counted
 from plphp.errors import InputError, UnsupportedModelError
 from plphp.inputs.images import Still, open_image
 from plphp.inputs.models import first_sentence, is_embedded, remedy
@@ -34,12 +35,7 @@ def make_inputs(
     pictures = [open_image(image) for image in images]
     names = [_name(image, number) for number, image in enumerate(images, 1)]
     if videos and not isinstance(loaded, Loaded):
-        raise InputError(
-            "the embedded model reads pictures, not videos: choose a --model"
-            if is_embedded(loaded)
-            else "this model needs torchvision to read videos, which is not installed: "
-            f"{install_torchvision()}{'' if has_torchcodec() else f'; {_decoding()}'}"
-        )
+        raise InputError(_no_videos(loaded))
 
     def encode(images: int, videos: Sequence[str]) -> dict[str, Tensor]:
         if videos and isinstance(loaded, Loaded):
@@ -67,8 +63,9 @@ def _refusal(loaded: Runnable, read: str, prompt: str, videos: bool, error: Exce
 
     read: the files of the prompt; videos: whether there are some among them
     """
-    if videos and not has_torchcodec() and isinstance(error, (ImportError, AttributeError)):
-        return f"{read}: {_decoding()}"
+    lacks = isinstance(error, (ImportError, AttributeError, OSError, RuntimeError))
+    if videos and lacks and (fault := decoding_fault()):
+        return f"{read}: {_decoding(fault)}"
     if isinstance(error, ImportError):
         what = f"{first_sentence(error)}: {remedy(error)}".removesuffix(": ")
         return f"{read} cannot be read, because a package is missing: {what}"
@@ -81,9 +78,20 @@ def _refusal(loaded: Runnable, read: str, prompt: str, videos: bool, error: Exce
     return f"{read}: the model's processor refuses it: {error}"
 
 
-def _decoding() -> str:
-    """What to do where videos cannot be decoded."""
-    return f"videos are decoded by torchcodec, which is not installed: {install_torchcodec()}"
+def _no_videos(loaded: Runnable) -> str:
+    """Why a model reads no videos, although its processor takes them."""
+    if is_embedded(loaded):
+        return "the embedded model reads pictures, not videos: choose a --model"
+    fault = decoding_fault()
+    return (
+        "this model needs torchvision to read videos, which is not installed: "
+        f"{install_torchvision()}{f'; {_decoding(fault)}' if fault else ''}"
+    )
+
+
+def _decoding(fault: str) -> str:
+    """What to do where videos cannot be decoded. fault: of torchcodec"""
+    return f"videos are decoded by {fault}"
 
 
 def _name(image: Still, number: int) -> str:
@@ -156,6 +164,6 @@ def _check_length(config: Any, inputs: dict[str, Tensor], images: int) -> None:
     length = inputs["input_ids"].shape[1]
     if limit is not None and length >= limit:
         raise InputError(
-            f"the prompt has {length} tokens with {images} images, and the model reads at most "
-            f"{limit}: use fewer or smaller images"
+            f"the prompt has {length} tokens with {counted(images, 'image')}, and the model reads "
+            f"at most {limit}: use fewer or smaller images"
         )

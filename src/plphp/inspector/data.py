@@ -30,12 +30,12 @@ class Picture:
     name: str
     width: int
     height: int
-    frames: tuple[str, ...]
+    frames: tuple[str, ...] = field(repr=False)
     first: int
     tokens: int
-    boxes: tuple[tuple[float, float, float, float] | None, ...] = ()
-    views: tuple[int, ...] = ()
-    frame: tuple[int, ...] = ()
+    boxes: tuple[tuple[float, float, float, float] | None, ...] = field(default=(), repr=False)
+    views: tuple[int, ...] = field(default=(), repr=False)
+    frame: tuple[int, ...] = field(default=(), repr=False)
     shared: bool = False
 
 
@@ -55,12 +55,12 @@ class Layer:
     layer_class: str | None
     rate: float | None
     pruned: bool
-    kept: tuple[str, ...]
+    kept: tuple[str, ...] = field(repr=False)
     share: tuple[float, ...]
     agreement: tuple[float, ...]
     kv_bytes: int
     kv_bytes_full: int
-    entered: str = ""
+    entered: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,18 @@ class PolicyResult:
     answer: Answer | None = None
     full: Answer | None = None
     differs: int | None = None
-    steps: Steps | None = None
+    steps: Steps | None = field(default=None, repr=False)
     recall: dict[str, Any] | None = None
     codes: dict[str, Any] | None = None
     stages: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def held(self) -> str:
+        """What `retention` is the share of, in words that follow "of the vision K/V"."""
+        held = "kept" if self.recall is None else "in full on the device"
+        return held + (
+            "" if self.codes is None else f" in codes, {self.codes['share']:.0%} of its bytes"
+        )
 
 
 @dataclass(frozen=True)

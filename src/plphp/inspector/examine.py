@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plphp._words import counted
 from plphp.bench import Comparison, Way, compare
 from plphp.bench.machine import describe
 from plphp.bench.ways import Timing
 from plphp.errors import InputError
 from plphp.hf.shared_prefill import read
-from plphp.inputs import Runnable
+from plphp.inputs import Runnable, told_apart
 from plphp.inspector.data import Answer, Page, PolicyResult, Steps
 from plphp.inspector.gather import page_of, result_of
 from plphp.inspector.pictures import Media
@@ -67,13 +68,24 @@ def examine(
         decode = _text(loaded) if oracle else None
         way, tokens = Way(name, policy, **held), compared.pruned.tokens
         steps = steps_of(loaded.model, inputs, way, whole, tokens, decode, limit)
+        compared = _without_doubt(compared, images, count)
         runs.append(_result(loaded, compared, name, policy, steps))
-    processor = _image_processor(loaded)
+    processor, made = _image_processor(loaded), _made(str(loaded.model.device), rounds)
     images = images if len(images) == count else ()
-    made = _made(str(loaded.model.device), rounds)
     return page_of(
         compared.report, runs, images, prompt, model=model, processor=processor, made=made
     )
+
+
+def _without_doubt(compared: Comparison, images: Sequence[Media], count: int) -> Comparison:
+    """The same without a note on frames, if the model counts as many images as were given.
+
+    Otherwise it counts crops or frames as images, and the note may be right.
+    """
+    if len(images) != count:
+        return compared
+    videos = any(isinstance(one, list | tuple) for one in images)
+    return replace(compared, report=told_apart(compared.report, videos))
 
 
 def _images(report: Report | None) -> int:
@@ -144,4 +156,4 @@ def _text(loaded: Runnable) -> Callable[[Tensor], str]:
 
 def _made(device: str, rounds: int) -> dict[str, str]:
     told = {name: str(value) for name, value in describe(device).items() if value is not None}
-    return {**told, "times": f"medians of {rounds} rounds, full and pruned in turn"}
+    return {**told, "times": f"medians of {counted(rounds, 'round')}, full and pruned in turn"}

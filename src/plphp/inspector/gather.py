@@ -98,7 +98,7 @@ def pictures_of(
     seen, count = _seen(report), report.images[row]
     if images and len(images) != count:
         raise InputError(
-            f"the prompt has {count} images and videos, {len(images)} were given: pass all of this "
+            f"images and videos of the prompt: {count}, and given: {len(images)}. Pass all of this "
             "row, a video as a list of its frames"
         )
     earlier = sum(report.images[:row])
@@ -137,7 +137,7 @@ def _layer(report: Report, layer: LayerReport, vision: Tensor, row: int) -> Laye
     entered = report.entered(layer.layer)
     return Layer(
         gamma=_number(layer.gamma[row]),
-        layer_class=layer.layer_class[row],
+        layer_class=layer.layer_class[row] if report.recall is None else None,
         rate=_number(layer.rate[row]),
         pruned=layer.pruned,
         kept=tuple(mask_bits(head) for head in kept),

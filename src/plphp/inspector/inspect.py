@@ -18,7 +18,7 @@ from plphp.policy import Policy, policy
 from plphp.recall import Recall
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """A page of the inspector. A notebook shows it in place.
 
@@ -34,9 +34,13 @@ class Inspection:
     def _repr_html_(self) -> str:
         return frame(self.page)
 
+    def __repr__(self) -> str:
+        names = ", ".join(run.policy for run in self.page.runs)
+        return f"<Inspection of {names}: a notebook shows it, print() its answers; .save(path)>"
+
     def __str__(self) -> str:
         return "\n".join(
-            f"{run.policy}: {run.retention:.0%} of the vision K/V kept; {run.answer.text}"
+            f"{run.policy}: {run.retention:.0%} of the vision K/V {run.held}; {run.answer.text}"
             for run in self.page.runs
             if run.answer is not None
         )

@@ -62,7 +62,10 @@ def _title(report: Report, layer: int) -> str:
 
 def _bars(left: Any, right: Any, report: Report, row: int) -> None:
     numbers = [layer.layer for layer in report.layers]
-    colors = [COLORS[layer.layer_class[row]] for layer in report.layers]
+    classes = [layer.layer_class[row] for layer in report.layers]
+    if report.recall is not None:  # where the class of a layer decides nothing
+        classes = [None] * len(classes)
+    colors = [COLORS[name] for name in classes]
     left.bar(numbers, [layer.gamma[row] for layer in report.layers], color=colors)
     left.set(xlabel="layer", ylabel="vision attention gamma", ylim=(0, 1))
     right.bar(numbers, [layer.retention for layer in report.layers], color=colors)

@@ -248,7 +248,7 @@ def layer_within(layer: int, budget: float | None, layers: int) -> int:
     All layers before `layer` hold every token, which is the least budget.
     """
     if layer >= layers:
-        raise InputError(f"layer must be below the decoder's {layers} layers, got {layer}")
+        raise InputError(f"layer must be below {layers}, the decoder's layers, got {layer}")
     if budget is not None and budget < layer / layers - 1e-9:
         raise InputError(
             f"budget must be at least layer / layers = {layer} / {layers}, got {budget}: earlier "

@@ -48,7 +48,7 @@ class VTW(HiddenPolicy):
             return min(max(round(self.budget * layers), 1), layers)
         at = max(layers // 2, 1) if self.layer is None else self.layer
         if at > layers:
-            raise InputError(f"layer must be at most the decoder's {layers} layers, got {at}")
+            raise InputError(f"layer must be at most {layers}, the decoder's layers, got {at}")
         return at
 
     def share(self, layers: int) -> float:

@@ -28,8 +28,7 @@ from plphp.recall.codes import (
     values_to_codes,
 )
 from plphp.recall.serialize import Saved
-
-RECENT = 32  # text tokens at the end of a prompt that are stored in full in any case
+from plphp.report import RECENT
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ from plphp.report.layers import (
     untouched_report,
 )
 from plphp.report.report import Drawing, Report
-from plphp.report.traffic import CodesReport, RecallReport
+from plphp.report.traffic import RECENT, CodesReport, RecallReport
 
 if not TYPE_CHECKING:  # a type checker is to see the new names only
     __getattr__ = old_names(__name__)
 
 __all__ = [
+    "RECENT",
     "CodesReport",
     "Drawing",
     "EarlierImage",

@@ -24,7 +24,7 @@ class LayerReport:
     gamma: vision attention, 0 to 1 (PLPHP, section 3); NaN where a row has no vision tokens, or
         where its attention is not a number
     layer_class: "vision-attentive", "vision-balanced" or "vision-indifferent"; None where a row has
-        no vision tokens or the policy has no layer classes
+        no vision tokens or the policy has no layer classes. With recall it decides nothing
     rate: retention rate that the policy asked for, 0 to 1; NaN where a row has no vision tokens, or
         where it depends on a gamma that is NaN
     kept: (B, Hkv, K) int64 on the CPU, row-logical positions of the kept vision tokens, ascending,
@@ -75,8 +75,8 @@ class StageReport:
         if self.layer is None:
             return f"{self.method} kept {self.kept:.1%} of the vision K/V that was computed"
         return (
-            f"{self.method} left {self.kept:.1%} of the vision tokens in the layers from "
-            f"{self.layer} on; the others have no keys there"
+            f"{self.method} left {self.kept:.1%} of the vision tokens: from layer {self.layer} on, "
+            "no layer holds keys of the others"
         )
 
 
@@ -175,7 +175,8 @@ def one_class_note(layers: Sequence[LayerReport]) -> list[str]:
     if len(pruned) < 2 or len(classes) != 1:
         return []
     return [
-        f"all pruned layers are {classes.pop()}: plphp.calibrate fits alpha and beta to a model"
+        f"all pruned layers are {classes.pop()}: plphp.calibrate fits alpha and beta to a model; "
+        "in the shell --alpha and --beta set them"
     ]
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from plphp._drawing import drawing
 from plphp.report.earlier_images import EarlierImage
 from plphp.report.layers import LayerReport, Seen, StageReport, ratio
+from plphp.report.table import above_full, table
 from plphp.report.traffic import CodesReport, RecallReport
 
-SLACK = "{:,} bytes above the full prompt: slots for the next tokens, and numbers about the slots"
+NOTHING = "no vision token was kept: nothing after the prompt can read the images"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -159,18 +160,7 @@ class Report:
     def __str__(self) -> str:
         if not self.has_vision:
             return "\n".join([self.summary, *self.remarks])
-        column = "kept" if self.recall is None else "in full on the device"
-        lines = [f"layer  gamma  class                rate  {column}"]
-        for layer in self.layers:
-            for row, gamma in enumerate(layer.gamma):
-                name = layer.layer_class[row] or ("-" if layer.pruned else "left alone")
-                name = name if layer.vision[row] else "no vision tokens"
-                kept = int((layer.kept[row] >= 0).sum()) // max(layer.kept.shape[1], 1)
-                lines.append(
-                    f"{layer.layer:5d}  {gamma:5.3f}  {name:19s}  {layer.rate[row]:4.2f}  "
-                    f"{kept}/{layer.vision[row]}"
-                )
-        return "\n".join([*lines, self.summary, *self.remarks])
+        return "\n".join([*table(self), self.summary, *self.remarks])
 
     @property
     def summary(self) -> str:
@@ -196,9 +186,9 @@ class Report:
         Only slack and notes for a prompt without vision tokens.
         """
         shares = [*self.stages, self.recall, self.codes] if self.has_vision else []
-        more = self.kv_bytes - self.kv_bytes_full
-        slack = [SLACK.format(more)] if more > 0 and self.recall is None else []
-        return (*(str(one) for one in shares if one is not None), *slack, *self.notes)
+        told = (str(one) for one in shares if one is not None)
+        nothing = [NOTHING] if self.has_vision and not self.retention and not self.recall else []
+        return (*told, *nothing, *above_full(self), *self.notes)
 
 
 def _number(value: float) -> float | None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+RECENT = 32  # text tokens at the end of a prompt that are never stored in codes
+
 
 @dataclass(frozen=True, eq=False)
 class RecallReport:
@@ -48,8 +50,10 @@ class RecallReport:
     def whereabouts(self) -> str:
         """Where the vision tokens are: in full on the device, in main memory, or in codes."""
         share = self.resident / self.full if self.full else 1.0
-        rest = "all of it in main memory" if self.home == "host" else f"the rest there {self.where}"
-        return f"{share:.1%} of vision K/V in full on the device, {rest}"
+        rest = "main memory holds all of it"
+        if self.home != "host":
+            rest = f"the device holds the rest {self.where}"
+        return f"{share:.1%} of vision K/V is in full on the device, and {rest}"
 
     @property
     def steps(self) -> int:
@@ -79,7 +83,8 @@ class RecallReport:
 class CodesReport:
     """Bytes of the vision tokens of a prompt, summed over layers, where kept tokens are in codes.
 
-    bits: of a number; text: whether text is in codes too
+    bits: of a number
+    text: whether text is in codes too, but for the last RECENT text tokens of a prompt
     full: bytes of the keys and values of all its vision tokens, in the model's dtype
     device: bytes of those that were kept, in codes, or in full in layers that were left alone;
         fillers are not counted
@@ -100,5 +105,6 @@ class CodesReport:
         return {**asdict(self), "share": self.share}
 
     def __str__(self) -> str:
-        what = "vision tokens and text" if self.text else "vision tokens"
-        return f"{what} in {self.bits}-bit codes: {self.share:.1%} of the full vision K/V bytes"
+        text = f", and text but for the last {RECENT} tokens of a prompt," if self.text else ""
+        share = f"{self.share:.1%} of the full vision K/V bytes"
+        return f"vision tokens{text} in {self.bits}-bit codes: {share}"

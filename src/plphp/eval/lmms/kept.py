@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from plphp._words import counted
 from plphp.report import Report
 
 
@@ -58,7 +59,8 @@ def in_words(method: str, kept: Sequence[Kept]) -> tuple[str, bool]:
     share = found["kv_bytes"] / found["kv_bytes_full"]
     line = (
         f"plphp: method={method} kept {found['vision_kv_kept']:.1%} of the vision K/V of "
-        f"{found['prompts_with_images']:.0f} prompts; cache {share:.3f} of the full bytes "
+        f"{counted(round(found['prompts_with_images']), 'prompt')}; "
+        f"cache {share:.3f} of the full bytes "
         f"({found['kv_bytes']:,.0f} of {found['kv_bytes_full']:,.0f} a prefill)"
     )
     nothing = method != "full" and found["vision_kv_kept"] == 1

@@ -90,7 +90,7 @@ function drawGamma(box, run, chosen, choose) {
   });
   for (const name of ["alpha", "beta"]) {
     const value = run.settings[name];
-    if (typeof value !== "number") continue;
+    if (typeof value !== "number" || run.recall) continue;
     f.chart.append(svg("line", {
       class: "limit", x1: LEFT, x2: f.right, y1: y(value), y2: y(value), "data-limit": name,
     }));
