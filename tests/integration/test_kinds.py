@@ -69,7 +69,7 @@ def test_planning_together_says_that_the_peak_is_the_whole_cache(expected: Any) 
     model = expected.build()
     with plphp.prune(model, plphp.policy("vl-cache")) as pruning:
         generate(model, expected.inputs, steps=2)
-        assert any("planned after the last layer" in note for note in pruning.report.notes)
+        assert any("were planned together after the last" in note for note in pruning.report.notes)
 
 
 def test_an_exception_between_layers_leaves_a_cache_that_says_so(expected: Any) -> None:

@@ -41,6 +41,10 @@ NO_NEW_IMAGE = (
     "nothing was pruned: this turn brings no image, and the vision tokens that earlier turns kept "
     "stay as they are"
 )
+PLANNED_LAST = (
+    "the layers were planned together after the last one, so that the cache held the whole prompt "
+    "until then"
+)
 WRONG_SIDE = "so its answer follows padding: pad on the left (padding_side='left')"
 
 
@@ -238,7 +242,7 @@ def _notes(cache: Conversation, prefill: Prefill, earlier: tuple[EarlierImage, .
     pruned = {index for index, _ in cache.pruned_layers()}
     alone = [index for index in range(_depth(cache)) if index not in pruned]
     if second is not None and second.kind == "layers" and cache.shared.recall is None:
-        notes.append("planned after the last layer: until then the whole prompt was held")
+        notes.append(PLANNED_LAST)
     if prefill.remaining is not None and first is not None and first.leave_at(_depth(cache)) > 0:
         at = first.leave_at(_depth(cache))
         notes.append(f"tokens left before layer {at}: earlier layers hold them all")
