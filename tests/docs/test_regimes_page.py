@@ -60,6 +60,7 @@ def in_sentences(page: str) -> str:
 
 # What sentences say of one cell: the share of right answers, by page.
 VIDEO = ("stages-video.md", "VIDEO")
+SMALL = ("small-devices-results.md", "BITS")
 STAGES = ("stages-results.md", "RESULTS")
 QUOTED = [
     (*STAGES, "divprune", 0.2, "describe@redundant-4", "it gives {} on `describe`, as all tokens"),
@@ -76,6 +77,14 @@ QUOTED = [
     (*STAGES, "divprune/plphp", 0.4, "describe@redundant-4", "rises from 0.60 to {}."),
     (*STAGES, "downsample", 0.4, "describe@redundant-16", "`downsample` gives {} on"),
     (*STAGES, "downsample", 0.2, "describe@redundant-16", "at 40 %, and {} at 20 %."),
+    (*SMALL, "novelty+kv2", 0.07, "describe@redundant-4", "gives {} on `describe` in 2 and"),
+    (*SMALL, "novelty+kv4", 0.07, "describe@redundant-4", "gives {} on `describe` in 2 and"),
+    (*SMALL, "novelty", 0.07, "describe@redundant-4", "and in full {}; PLPHP"),
+    (*SMALL, "plphp+kv2", 0.07, "describe@redundant-4", "PLPHP {} and"),
+    (*SMALL, "plphp+kv4", 0.07, "describe@redundant-4", "0.59 and {}, and"),
+    (*SMALL, "plphp", 0.07, "describe@redundant-4", "0.56, and {}."),
+    (*SMALL, "novelty+kv4", 0.07, "grid@redundant-4", "(`grid` {}) than"),
+    (*SMALL, "full+int2", None, "grid@redundant-4", "at 10 % ({}), and"),
     (*VIDEO, "full", 1.0, "describe@video", "beside {} with all tokens"),
     (*VIDEO, "vidcom2", 0.2, "describe@video", "they give {} to 0.77 of"),
     (*VIDEO, "divprune", 0.2, "describe@video", "0.75 to {} of"),
@@ -94,7 +103,7 @@ QUOTED = [
 
 @pytest.mark.parametrize(("page", "results", "method", "budget", "task", "says"), QUOTED)
 def test_cells_in_sentences_are_those_of_the_results(
-    page: str, results: str, method: str, budget: float, task: str, says: str
+    page: str, results: str, method: str, budget: float | None, task: str, says: str
 ) -> None:
     maker = maker_of("make_regimes")
     rows = json.loads(getattr(maker, results).read_text())["rows"]
