@@ -127,6 +127,25 @@ def test_times_in_sentences_are_those_of_the_results(method: str, budget: float,
     assert f"The tower takes {share:.0%}".replace("%", " %") in text
 
 
+@pytest.mark.parametrize("weights", ["none", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("name", "method", "budget"),
+    [("all", "full", 1.0), ("recommended, 40 %", "novelty", 0.4), ("the same", "novelty+kv4", 0.4)],
+)
+def test_the_table_of_rounded_weights_is_that_of_its_runs(
+    weights: str, name: str, method: str, budget: float
+) -> None:
+    maker = maker_of("make_regimes")
+    rows = json.loads((DOCS / "accuracy" / "weights.json").read_text())[weights]["rows"]
+    (found,) = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
+    told = "in full" if weights == "none" else f"`{weights}`"
+    text = (DOCS / "small-devices.md").read_text().splitlines()
+    lines = [line for line in text if line.startswith(f"| {name}") and f"| {told} |" in line]
+    right = [f"{found['right'][f'{task}@redundant-4']:.2f}" for task in maker.TASKS]
+    assert all(line.endswith(f"| {' | '.join(right)} |") for line in lines)
+    assert len(lines) == (name != "the same" or weights == "int4")
+
+
 def row(method: str, budget: float | None, **right: float) -> dict[str, object]:
     names = {f"{task}@dense": value for task, value in right.items()}
     kept = dict.fromkeys(names, budget or 0.65)
